@@ -1,0 +1,24 @@
+"""What `accelerate launch` runs, one process a device: accelerate launch --config_file … launch/train.py RUN/plan.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Sets the plan's environment, then works; torch reads some of it when it is imported."""
+    plan_file = Path(sys.argv[1]) if len(sys.argv) == 2 else None
+    if plan_file is None or not plan_file.is_file():
+        sys.stderr.write("usage: accelerate launch --config_file FILE launch/train.py RUN/plan.json\n")
+        return 2
+    os.environ.update(json.loads(plan_file.read_text(encoding="utf-8"))["env"])
+    from packhorse.train.worker import run_worker
+
+    return run_worker(plan_file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Collects what is wrong with rows, so that one look mends many."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from packhorse.errors import Mistake, UserError
+
+MOST_SHOWN: Final = 20
+
+
+class RowMistakes:
+    """Mistakes of one file: the first 20 are kept, all are counted."""
+
+    def __init__(self, origin: str) -> None:
+        self._origin = origin
+        self._shown: list[Mistake] = []
+        self._total = 0
+
+    def add(self, mistake: Mistake) -> None:
+        """Count a mistake, and keep it if it is one of the first."""
+        self._total += 1
+        if len(self._shown) < MOST_SHOWN:
+            self._shown.append(mistake)
+
+    def told(self) -> list[Mistake]:
+        """Return the mistakes to show; of several, the last line gives the total."""
+        if self._total < 2:
+            return self._shown
+        total = Mistake(
+            f"{self._origin} has {self._total} mistakes; {len(self._shown)} are shown.",
+            "a row that cannot be read as it was meant would be lost or trained wrongly.",
+            "mend or remove these rows, then run the command again.",
+        )
+        return [*self._shown, total]
+
+    def raise_if_any(self) -> None:
+        """Raise all of them as one error.
+
+        Raises:
+            UserError: There is at least one.
+        """
+        if self._total:
+            raise UserError.of(self.told())

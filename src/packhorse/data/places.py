@@ -1,0 +1,171 @@
+"""Where the recipe's files lie: sources of rows, tokenizers, templates. Nothing is read but folder listings."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Final
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from packhorse.errors import UserError
+from packhorse.quickstart.files import materialise
+from packhorse.recipe.locate import expand, locate
+from packhorse.recipe.schema import Recipe, Source
+
+BUILTIN: Final = "builtin:"
+CHATML_FILE: Final = Path(__file__).parent / "templates" / "chatml.jinja"
+TOKENIZER_FILES: Final = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
+NAMED_TEMPLATES: Final = ("tokenizer", "chatml")
+
+
+def data_root(recipe: Recipe) -> Path:
+    """Return the folder of prepared data."""
+    return Path(expand(recipe.runs_folder)).expanduser() / ".data"
+
+
+def source_name(source: Source) -> str:
+    """Return how messages call a source."""
+    return source.path or f"hub data set {source.id}"
+
+
+def source_path(text: str, runs_folder: Path) -> Path:
+    """Return the file that a source's `path` means.
+
+    Raises:
+        UserError: No such file, a folder, or an empty file.
+    """
+    if text.startswith(BUILTIN):
+        return materialise(text.removeprefix(BUILTIN), runs_folder / ".builtin")
+    path = locate(text, runs_folder)
+    if path.is_dir():
+        raise UserError(
+            f"the data source {path} is a folder.",
+            "rows are read from one file for each source.",
+            f"name a file in it{_closest(path / 'rows.jsonl', listed=True)}.",
+        )
+    return present(path, "the data source")
+
+
+def present(path: Path, what: str) -> Path:
+    """Return the path if a file with something in it is there.
+
+    Raises:
+        UserError: No such file, or an empty one.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{what} {path} does not exist.",
+            "it is read before anything is trained.",
+            f"mend the path{_closest(path)}.",
+        )
+    if path.stat().st_size == 0:
+        raise UserError(f"{what} {path} is empty: 0 bytes.", "nothing can be read from it.", "name another file.")
+    return path
+
+
+def template_path(template: str) -> Path | None:
+    """Return the file of `data.template`; None for the tokenizer's own.
+
+    Raises:
+        UserError: The recipe names a file that is not there.
+    """
+    if template == "tokenizer":
+        return None
+    if template == "chatml":
+        return CHATML_FILE
+    path = Path(expand(template)).expanduser()
+    if path.suffix == "" and not path.exists():
+        raise UserError(
+            f"data.template is {template}, which is neither a known name nor a file.",
+            "the template turns messages into text and marks what is trained.",
+            f"set data.template to {', '.join(NAMED_TEMPLATES)} or the path of a Jinja file.",
+        )
+    return present(path, "the template data.template")
+
+
+def resolve_tokenizer(recipe: Recipe) -> Path:
+    """Return the absolute folder of the tokenizer: `model.tokenizer`, else the model's own.
+
+    Raises:
+        UserError: None is named, the folder is not there or holds no tokenizer, or the hub has none.
+    """
+    model = recipe.model
+    text = model.tokenizer or model.path or model.id
+    if text is None:
+        raise UserError(
+            "model.tokenizer is missing.",
+            "a model made from model.config has no tokenizer of its own.",
+            "set model.tokenizer to a folder, a hub name or builtin:tokenizer.",
+        )
+    runs_folder = Path(expand(recipe.runs_folder)).expanduser()
+    if text.startswith(BUILTIN):
+        return materialise(text.removeprefix(BUILTIN), runs_folder / ".builtin").absolute()
+    folder = locate(text, runs_folder)
+    if folder.is_dir():
+        return _with_tokenizer(folder.absolute())
+    if text == model.path or not _is_hub_name(text):
+        raise UserError(
+            f"the tokenizer's folder {folder} does not exist.",
+            "rows become token ids with the model's own tokenizer.",
+            f"mend {'model.tokenizer' if model.tokenizer else 'model.path'}{_closest(folder)}.",
+        )
+    return _download_tokenizer(text, model.revision if text == model.id else None)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files that decide how text becomes ids, by name."""
+    return sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def _with_tokenizer(folder: Path) -> Path:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise UserError(
+            f"{folder} holds no tokenizer: neither tokenizer.json nor tokenizer.model nor a vocabulary.",
+            "rows become token ids with the model's own tokenizer.",
+            "set model.tokenizer to a folder that has tokenizer.json.",
+        )
+    return folder
+
+
+def _is_hub_name(text: str) -> bool:
+    return not text.startswith((".", "/", "~")) and text.count("/") <= 1
+
+
+def _download_tokenizer(name: str, revision: str | None) -> Path:
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"the tokenizer {name} (revision {revision or 'main'}) cannot be had from the hub: {_first_line(error)}",
+            "rows become token ids with the model's own tokenizer.",
+            "set model.tokenizer to a local folder; or unset HF_HUB_OFFLINE, check the name, and log in with "
+            "`hf auth login`.",
+        ) from error
+    return _with_tokenizer(Path(folder).absolute())
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _closest(path: Path, listed: bool = False) -> str:
+    """Return `: the closest name there is X`, or where to look."""
+    if not path.parent.is_dir():
+        return f": the folder {path.parent} does not exist either"
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    if listed:
+        return f": it holds {', '.join(names[:5])}" if names else ": it is empty"
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f": the closest name in {path.parent} is {close[0]}" if close else f": {path.parent} has no name like it"

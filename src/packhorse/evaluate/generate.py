@@ -1,0 +1,157 @@
+"""Greedy answers, many at once.
+
+Shapes: B rows still being answered, T prompt tokens (padded left), V vocabulary.
+
+An own loop, not `model.generate`: that one takes sampling and penalties from the model's generation_config, where this
+must be plain greedy search, and it computes rows that have long ended until the last one ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from packhorse.evaluate.models import Model
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one prompt.
+
+    Attributes:
+        text: Without special tokens.
+        ended: The model ended it with a stop token; else it was cut at the limit.
+    """
+
+    text: str
+    ended: bool
+
+
+def answers(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    limits: Sequence[int],
+    batch_size: int = 64,
+) -> list[Answer]:
+    """Answers prompts greedily, in batches of like length.
+
+    Args:
+        model: In eval mode.
+        tokenizer: With a chat template.
+        prompts: Chats that end before the answer.
+        limits: Most new tokens, per prompt.
+        batch_size: Rows at once.
+
+    Returns:
+        One answer per prompt, in the same order.
+    """
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda row: (limits[row], len(ids[row])))
+    stop_ids = stop_tokens(model, tokenizer)
+    found: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        for row, tokens in zip(rows, greedy(model, [ids[r] for r in rows], [limits[r] for r in rows], stop_ids)):
+            ended = bool(tokens) and tokens[-1] in stop_ids
+            text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+            found[row] = Answer(text, ended)
+    return [found[row] for row in range(len(ids))]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Returns the token ids of a chat, up to where the assistant speaks."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
+    return ids
+
+
+def stop_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the ids that end an answer: the tokenizer's and those that the model's folder names."""
+    named = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return frozenset(ids - {None})
+
+
+@torch.inference_mode()
+def greedy(
+    model: Model, prompts: Sequence[list[int]], limits: Sequence[int], stop_ids: frozenset[int]
+) -> list[list[int]]:
+    """Continues each prompt with the likeliest token until a stop token or its limit.
+
+    Args:
+        model: In eval mode.
+        prompts: Token ids; may differ in length.
+        limits: Most new tokens, per prompt.
+        stop_ids: Tokens that end an answer.
+
+    Returns:
+        New tokens per prompt, with the stop token where there is one.
+    """
+    said: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))
+    ids, mask = _padded_left(prompts, model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache: Any = None
+    while True:
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        ids = output.logits[:, -1].argmax(-1, keepdim=True)  # [B, 1]
+        for row, token in zip(active, ids[:, 0].tolist()):
+            said[row].append(token)
+        keep = [
+            slot for slot, row in enumerate(active) if said[row][-1] not in stop_ids and len(said[row]) < limits[row]
+        ]
+        if not keep:
+            return said
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        if len(keep) < len(active):
+            chosen = torch.tensor(keep, device=ids.device)
+            cache.batch_select_indices(chosen)
+            ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
+            active = [active[slot] for slot in keep]
+
+
+@torch.inference_mode()
+def stream(model: Model, prompt: list[int], limit: int, stop_ids: frozenset[int]) -> Iterator[int]:
+    """Yields the likeliest tokens one by one, without the stop token.
+
+    Args:
+        model: In eval mode.
+        prompt: Token ids.
+        limit: Most new tokens.
+        stop_ids: Tokens that end the answer.
+    """
+    ids = torch.tensor([prompt], device=model.device)
+    cache: Any = None
+    for _ in range(limit):
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        ids = output.logits[:, -1].argmax(-1, keepdim=True)
+        token = int(ids.item())
+        if token in stop_ids:
+            return
+        yield token
+
+
+def _padded_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns ids and mask, int64 [B, T]; the pad's id is of no account because the mask hides it."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask

@@ -1,0 +1,69 @@
+"""A comparison as text for the terminal; fits 80 columns."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from packhorse.evaluate.compare import Comparison, Line, Sample
+
+MAX_SAMPLE_CHARACTERS: Final = 240
+
+
+def render(comparison: Comparison) -> RenderableType:
+    """Returns the table base → tuned, and below it the sample answers side by side."""
+    return Group(_table(comparison), *(_sample(number, sample) for number, sample in enumerate(comparison.samples, 1)))
+
+
+def _table(comparison: Comparison) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title="held-out rows: base → tuned", title_style="bold")
+    table.add_column("rows of", overflow="fold", max_width=22)
+    for name in ("rows", "loss", "perplexity", "exact match", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, line in enumerate(comparison.lines):
+        if number and line.group is None:
+            table.add_section()
+        table.add_row(*_cells(line), style="bold" if line.group is None else None)
+    return table
+
+
+def _cells(line: Line) -> tuple[str | Text, ...]:
+    base, tuned = line.base, line.tuned
+    return (
+        Text(line.set if line.group is None else f"  {line.group}"),
+        str(line.num_rows),
+        f"{base.loss:.2f} → {tuned.loss:.2f}",
+        f"{_figure(base.perplexity)} → {_figure(tuned.perplexity)}",
+        f"{_percent(base.exact_match)} → {_percent(tuned.exact_match)}",
+        "" if line.exact_match_change is None else f"{100 * line.exact_match_change:+.1f}",
+    )
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}" if value < 1e5 else f"{value:.0e}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _sample(number: int, sample: Sample) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_header=False, title_justify="left", title_style="bold")
+    table.title = Text(
+        f"  sample {number} ({sample.set}, {sample.group})" if sample.group != sample.set else f"  sample {number}"
+    )
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name in ("prompt", "expected", "base", "tuned"):
+        table.add_row(name, Text(_shortened(getattr(sample, name))))
+    return table
+
+
+def _shortened(text: str) -> str:
+    """A model that was not trained may say anything, control characters too: they are shown, never obeyed."""
+    plain = "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text.strip())
+    return plain if len(plain) <= MAX_SAMPLE_CHARACTERS else plain[: MAX_SAMPLE_CHARACTERS - 1] + "…"

@@ -1,0 +1,130 @@
+"""Runs a plan on this machine: `accelerate launch` as a child, signals handed on, the first failing rank shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
+from packhorse.launching.run_folder import next_attempt
+from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.status import Status, read_status, write_status
+
+# The variable that the worker takes its attempt number from; train/worker.py reads it.
+ATTEMPT_VARIABLE = "PACKHORSE_ATTEMPT"
+LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    Attributes:
+        exit_code: 0 finished, 75 stopped and resumable, 2 a user's mistake, 1 anything else.
+        message: What to show; empty if all is well.
+    """
+
+    exit_code: int
+    message: str
+
+
+def launch(plan: RunPlan) -> Outcome:
+    """Runs the plan to its end. Ctrl-C and SIGTERM ask the ranks to save and stop; a second one ends them at once."""
+    folder = Path(plan.run_folder)
+    attempt, logs = next_attempt(folder)
+    with (logs / "stderr.log").open("wb") as log:
+        child = subprocess.Popen(  # noqa: S603
+            _local_argv(plan),
+            env={**os.environ, ATTEMPT_VARIABLE: str(attempt), "OMP_NUM_THREADS": str(_threads(plan))},
+            stderr=log,
+            start_new_session=True,
+        )
+        with _handing_on_signals(child):
+            child.wait()
+    _end_group(child.pid)
+    return _judge(folder, logs)
+
+
+def _threads(plan: RunPlan) -> int:
+    return plan.topology.threads_per_process
+
+
+def _local_argv(plan: RunPlan) -> list[str]:
+    """The plan's argv with this environment's accelerate and a free port, so that two runs can share a machine."""
+    accelerate = Path(sys.executable).parent / "accelerate"
+    port = ["--main_process_port", str(_free_port())]
+    words = list(plan.argv)
+    return [str(accelerate) if accelerate.is_file() else words[0], words[1], *port, *words[2:]]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _handing_on_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    asked = False
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            _end_group(child.pid)
+            return
+        asked = True
+        sys.stderr.write("\nstopping: the ranks finish this step and save (once more to end at once)\n")
+        child.terminate()
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_group(leader: int) -> None:
+    """Ends what is left of the child's process group: no rank outlives its run."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _judge(folder: Path, logs: Path) -> Outcome:
+    """Reads what the ranks left: exit codes do not survive the agent between them and us."""
+    status = read_status(folder)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in logs.glob("rank-*.json")]
+    failures = sorted((r for r in records if r["exit_code"] not in (EXIT_OK, EXIT_STOPPED)), key=lambda r: r["time"])
+    if failures:
+        first = failures[0]
+        _mark_failed(folder, status, first["message"].strip().splitlines()[0])
+        lines = first["message"].strip().splitlines()
+        if first["exit_code"] == EXIT_USER_ERROR:
+            return Outcome(EXIT_USER_ERROR, "\n".join(lines))
+        return Outcome(EXIT_BUG, _failure(f"rank {first['rank']} failed", lines, logs))
+    if status is not None and status.state == "finished":
+        return Outcome(EXIT_OK, "")
+    if status is not None and status.state == "stopped":
+        return Outcome(EXIT_STOPPED, f"stopped at step {status.step} of {status.num_steps}; resume with --resume")
+    _mark_failed(folder, status, "the ranks ended without a word")
+    tail = (logs / "stderr.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return Outcome(EXIT_BUG, _failure("the ranks ended without a word", tail, logs))
+
+
+def _failure(head: str, lines: list[str], logs: Path) -> str:
+    return "\n".join([f"{head}; its last lines (all of it in {logs}):", *("  " + line for line in lines[-LAST_LINES:])])
+
+
+def _mark_failed(folder: Path, status: Status | None, message: str) -> None:
+    if status is not None:
+        write_status(folder, status.model_copy(update={"state": "failed", "message": message}))

@@ -1,0 +1,92 @@
+"""The run folder: the single record of a run. Made whole or not at all; every later command takes just its name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from packhorse.errors import UserError
+from packhorse.plan.run_plan import PLAN_FILE, RunPlan, read_plan, write_plan
+from packhorse.plan.status import Status, read_status, write_status
+from packhorse.recipe.load import dump_recipe
+
+
+def check_free(folder: Path) -> None:
+    """Refuses a folder that holds a run already.
+
+    Raises:
+        UserError: It does, with what to do about it.
+    """
+    if not folder.exists():
+        return
+    status = read_status(folder) if (folder / PLAN_FILE).is_file() else None
+    state = f"a run that is {status.state} at step {status.step} of {status.num_steps}" if status else "files"
+    goes_on = status is not None and status.state != "finished"
+    resume = f"go on with `packhorse train {_shown(folder)} --resume`, or " if goes_on else ""
+    raise UserError(
+        f"{_shown(folder)} holds {state} already.",
+        "a run folder is the record of one run and is never written over.",
+        f"{resume}give this one another name, for example name={folder.name}-2.",
+    )
+
+
+def create_run(plan: RunPlan, files: Mapping[str, str]) -> Path:
+    """Makes the run folder with recipe.yaml, plan.json, status.json and the given files; all or nothing.
+
+    Raises:
+        UserError: The folder holds a run already, or cannot be written.
+    """
+    folder = Path(plan.run_folder)
+    check_free(folder)
+    draft = folder.with_name(f".{folder.name}.draft")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        (draft / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
+        for name, text in files.items():
+            (draft / name).write_text(text, encoding="utf-8")
+        write_plan(plan, draft)
+        write_status(draft, Status(state="prepared", step=0, num_steps=plan.num_steps or 0, attempt=0))
+        draft.rename(folder)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise UserError(
+            f"{_shown(folder)} cannot be written: {error.strerror}.",
+            "the run folder keeps all that a run leaves.",
+            "set runs_folder to a folder that you may write, with free space.",
+        ) from error
+    return folder
+
+
+def open_run(name: str) -> RunPlan:
+    """Reads the plan of a run given by its folder, or by its name below `runs`.
+
+    Raises:
+        UserError: There is no such run.
+    """
+    folder = Path(name)
+    if not folder.exists() and (Path("runs") / name).is_dir():
+        folder = Path("runs") / name
+    plan = read_plan(folder)
+    if Path(plan.run_folder) == folder.absolute():
+        return plan
+    # A run folder that was moved or copied is still the record of its run.
+    return plan.model_copy(update={"run_folder": str(folder.absolute())})
+
+
+def next_attempt(folder: Path) -> tuple[int, Path]:
+    """Number and log folder of the next attempt to run the plan."""
+    taken = [int(path.name.removeprefix("attempt-")) for path in (folder / "logs").glob("attempt-*")]
+    number = max(taken, default=0) + 1
+    logs = folder / "logs" / f"attempt-{number}"
+    logs.mkdir(parents=True)
+    return number, logs
+
+
+def _shown(folder: Path) -> str:
+    """Relative to the current directory where that is shorter."""
+    try:
+        return str(folder.relative_to(Path.cwd()))
+    except ValueError:
+        return str(folder)

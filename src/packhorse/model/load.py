@@ -1,0 +1,164 @@
+"""Weights: from a hub, a folder or a fresh configuration, in the planned type, with packed attention.
+
+Everything a reader of the run needs to load the same base again stands in `ModelRequest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from packhorse.errors import UserError
+
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """4-bit storage of frozen weights (Dettmers et al. 2023, arXiv 2305.14314)."""
+
+    kind: Literal["nf4", "fp4"]
+    double: bool
+    compute_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """Which weights, and how they are held.
+
+    Attributes:
+        source: Folder or hub name; None for a fresh model.
+        revision: Commit, tag or branch of a hub name.
+        config: Configuration of a fresh model, with `model_type`.
+        seed: Seed of fresh weights.
+        dtype: Storage type.
+        attention: Name for `attn_implementation`.
+        quantization: 4-bit storage, None for plain weights.
+        trust_remote_code: Run code that comes with the model.
+        device: Where the weights go.
+    """
+
+    source: str | None
+    revision: str | None
+    config: Mapping[str, Any] | None
+    seed: int
+    dtype: torch.dtype
+    attention: str
+    quantization: Quantization | None
+    trust_remote_code: bool
+    device: torch.device
+
+
+def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
+    """Loads or makes the model.
+
+    Args:
+        request: Which weights, and how.
+        vocab_size: Ids that the tokenizer can give; the embedding must have a row for each.
+
+    Raises:
+        UserError: No such model, a folder without config.json, an unknown configuration key, or too few embeddings.
+    """
+    model = _fresh(request) if request.source is None else _pretrained(request)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise UserError(
+            f"the model has {rows} embeddings and the tokenizer {vocab_size} tokens.",
+            "a token without an embedding ends the run in an index error, or trains on another token.",
+            "use the model's own tokenizer, or set vocab_size of model.config to at least the tokenizer's size.",
+        )
+    return model
+
+
+def check_model_folder(source: str) -> None:
+    """Refuses a local folder that transformers could not load, before anything else is read.
+
+    Raises:
+        UserError: The folder is absent or holds no config.json.
+    """
+    folder = Path(source)
+    looks_local = source.startswith((".", "/", "~")) or folder.exists()
+    if looks_local and not (folder / "config.json").is_file():
+        state = "holds no config.json" if folder.is_dir() else "does not exist"
+        raise UserError(
+            f"model.path {source} {state}.",
+            "a model folder in Hugging Face form has config.json beside its weights.",
+            "name such a folder, or set model.id to a hub name.",
+        )
+
+
+def build_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """The transformers configuration of a fresh model; a key that its class does not know is refused.
+
+    Raises:
+        UserError: `model_type` is absent or unknown, or a key is.
+    """
+    fields = dict(config)
+    kind = fields.pop("model_type", None)
+    try:
+        defaults = AutoConfig.for_model(str(kind))
+    except ValueError as error:
+        raise UserError(
+            f"model.config.model_type is {kind!r}, which transformers does not know.",
+            "it chooses the architecture of the fresh model.",
+            "set it to a type such as llama, qwen2 or mistral.",
+        ) from error
+    unknown = [name for name in fields if not hasattr(defaults, name)]
+    if unknown:
+        raise UserError(
+            f"model.config has {', '.join(sorted(unknown))}, which a {kind} model does not read.",
+            "transformers keeps an unknown key without a word, and the model would not be what it says.",
+            f"remove it, or see the fields of {type(defaults).__name__} in transformers.",
+        )
+    return type(defaults)(**fields)
+
+
+def _fresh(request: ModelRequest) -> PreTrainedModel:
+    assert request.config is not None
+    torch.manual_seed(request.seed)
+    model = AutoModelForCausalLM.from_config(
+        build_config(request.config), dtype=request.dtype, attn_implementation=request.attention
+    )
+    return model.to(request.device)
+
+
+def _pretrained(request: ModelRequest) -> PreTrainedModel:
+    assert request.source is not None
+    check_model_folder(request.source)
+    quantized: dict[str, Any] = {}
+    if request.quantization is not None:
+        quantized = {"quantization_config": _bits_and_bytes(request), "device_map": {"": request.device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            request.source,
+            revision=request.revision,
+            dtype=request.dtype,
+            attn_implementation=request.attention,
+            trust_remote_code=request.trust_remote_code,
+            **quantized,
+        )
+    except OSError as error:
+        raise UserError(
+            f"the model {request.source} could not be loaded: {str(error).splitlines()[0]}",
+            "it is neither in the local cache nor reachable, or its files are not complete.",
+            "check the name and your access, fetch it once with `hf download`, or set model.path to a local folder.",
+        ) from error
+    return model if quantized else model.to(request.device)
+
+
+def _bits_and_bytes(request: ModelRequest) -> BitsAndBytesConfig:
+    quantization = request.quantization
+    assert quantization is not None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.kind,
+        bnb_4bit_use_double_quant=quantization.double,
+        bnb_4bit_compute_dtype=quantization.compute_dtype,
+        # FSDP shards parameters of one type only, so the 4-bit bytes are stored as if they were of that type.
+        bnb_4bit_quant_storage=request.dtype,
+    )

@@ -1,0 +1,52 @@
+"""How a step's packs are shared: the system side of the batch; the result never depends on it."""
+
+from __future__ import annotations
+
+from packhorse.errors import UserError
+from packhorse.plan.run_plan import BatchSplit, Decision
+from packhorse.recipe.schema import BatchSection
+
+# A forward pass of about this many tokens keeps one device busy; more only costs memory.
+TOKENS_PER_PASS = 4096
+
+
+def choose_batch(batch: BatchSection, world_size: int) -> tuple[BatchSplit, Decision]:
+    """Splits `batch.packs` into ranks x accumulation steps x micro packs.
+
+    Raises:
+        UserError: The ranks cannot share the packs equally, or `batch.micro` does not divide a rank's share.
+    """
+    if batch.packs % world_size:
+        below, above = batch.packs // world_size * world_size, -(-batch.packs // world_size) * world_size
+        values = f"{below} or {above}" if below else str(above)
+        raise UserError(
+            f"batch.packs is {batch.packs}, which {world_size} processes cannot share equally.",
+            "every optimizer step gives each process the same number of packs.",
+            f"set batch.packs to {values}, or run fewer processes.",
+        )
+    share = batch.packs // world_size
+    micro, reason = _choose_micro(batch, share)
+    split = BatchSplit(
+        length_tokens=batch.length,
+        packs_per_step=batch.packs,
+        micro_packs=micro,
+        accumulation_steps=share // micro,
+    )
+    value = f"{micro} packs a pass, {split.accumulation_steps} passes a step"
+    return split, Decision(name="batch.micro", value=value, reason=reason)
+
+
+def _choose_micro(batch: BatchSection, share: int) -> tuple[int, str]:
+    if batch.micro == "auto":
+        most = max(1, TOKENS_PER_PASS // batch.length)
+        micro = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+        return micro, f"{micro} x {batch.length} tokens keep a device busy (about {TOKENS_PER_PASS} do)"
+    if share % batch.micro:
+        fits = [n for n in range(1, share + 1) if share % n == 0]
+        nearest = min(fits, key=lambda n: abs(n - int(batch.micro)))
+        raise UserError(
+            f"batch.micro is {batch.micro}, which does not divide the {share} packs of each process.",
+            "each process runs its share of a step in passes of equal size.",
+            f"set batch.micro to {nearest}, or to auto.",
+        )
+    return batch.micro, "batch.micro of the recipe"

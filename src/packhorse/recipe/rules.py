@@ -1,0 +1,210 @@
+"""Rules between fields: each refuses a recipe that would stop late, or train something else than was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from packhorse.recipe.findings import Finding
+from packhorse.recipe.schema import BatchSection, FullMethod, ModelSection, Recipe, Source
+from packhorse.recipe.schema_view import KeyPath, join_words
+
+SHARES_TOLERANCE = 1e-6
+LARGEST_LEARNING_RATE = 0.1
+
+
+def rule_findings(recipe: Recipe) -> list[Finding]:
+    """Every rule that the recipe breaks."""
+    return [
+        *_model_rules(recipe.model),
+        *_fresh_model_rules(recipe),
+        *_method_rules(recipe),
+        *_source_rules(recipe),
+        *_split_rules(recipe),
+        *_batch_rules(recipe.batch),
+        *_optimizer_rules(recipe),
+        *_length_rules(recipe),
+    ]
+
+
+def _model_rules(model: ModelSection) -> Iterator[Finding]:
+    given = [name for name in ("id", "path", "config") if getattr(model, name) is not None]
+    paths: tuple[KeyPath, ...] = tuple(("model", name) for name in given)
+    if not given:
+        yield Finding(
+            (("model", "id"), ("model", "path"), ("model", "config")),
+            "model gives none of id, path and config.",
+            "training starts from some model.",
+            "add model.id (hub), model.path (local folder) or model.config (a fresh model)",
+        )
+    elif len(given) > 1:
+        unset = join_words([f"model.{name}=null" for name in given])
+        yield Finding(
+            paths,
+            f"model gives {' and '.join(given)} at once.",
+            "only one model can be started from.",
+            f"keep one; on the command line, unset what is not wanted: {unset}",
+        )
+    if model.revision is not None and model.id is None:
+        yield Finding(
+            (("model", "revision"),),
+            f"model.revision is {model.revision}, but there is no model.id.",
+            "a revision is a commit of a model on the hub.",
+            "remove model.revision, or give model.id",
+        )
+
+
+def _fresh_model_rules(recipe: Recipe) -> Iterator[Finding]:
+    config = recipe.model.config
+    if config is None:
+        return
+    if not isinstance(config.get("model_type"), str):
+        yield Finding(
+            (("model", "config"),),
+            "model.config has no model_type.",
+            "the type says which architecture the other fields belong to.",
+            "add model_type to model.config, e.g. model_type: llama",
+        )
+    if recipe.model.tokenizer is None:
+        yield Finding(
+            (("model", "tokenizer"),),
+            "model.config is given without model.tokenizer.",
+            "a fresh model has no tokenizer of its own.",
+            "add model.tokenizer: a folder, a hub name, or builtin:tokenizer",
+        )
+    if not isinstance(recipe.method, FullMethod):
+        yield Finding(
+            (("method",), ("model", "config")),
+            f"method is {recipe.method.kind}, but model.config starts from random weights.",
+            "adapters adjust what a model knows; random weights that stay frozen know nothing.",
+            "set method: full, or give model.id or model.path",
+        )
+
+
+def _method_rules(recipe: Recipe) -> Iterator[Finding]:
+    method = recipe.method
+    if not isinstance(method, FullMethod) and method.target == []:
+        yield Finding(
+            (("method", "target"),),
+            "method.target is an empty list.",
+            "without adapted modules there is nothing to train.",
+            "remove method.target: it is all-linear then",
+        )
+    if recipe.precision == "fp32" and recipe.model.dtype == "bfloat16":
+        yield Finding(
+            (("precision",), ("model", "dtype")),
+            "precision is fp32, but model.dtype is bfloat16.",
+            "weights stored in bfloat16 have lost what fp32 arithmetic would keep.",
+            "set model.dtype: auto, or precision: bf16",
+        )
+
+
+def _source_rules(recipe: Recipe) -> Iterator[Finding]:
+    places: list[tuple[KeyPath, list[Source]]] = [
+        (("data", "sources"), recipe.data.sources),
+        (("data", "validation"), recipe.data.validation),
+        (("evaluation", "retain"), recipe.evaluation.retain),
+    ]
+    for path, sources in places:
+        for index, source in enumerate(sources):
+            yield from _one_source_rules(source, (*path, index))
+
+
+def _one_source_rules(source: Source, path: KeyPath) -> Iterator[Finding]:
+    name = ".".join(map(str, path))
+    both: tuple[KeyPath, ...] = ((*path, "path"), (*path, "id"))
+    if (source.path is None) == (source.id is None):
+        fact = "gives neither path nor id." if source.path is None else "gives path and id at once."
+        yield Finding(
+            both,
+            f"{name} {fact}",
+            "rows come from one place.",
+            f"give {name}.path (a file) or {name}.id (a hub data set)",
+        )
+    elif source.path is not None:
+        given = {"revision": source.revision, "subset": source.subset}
+        for key in [key for key, value in given.items() if value is not None]:
+            yield Finding(
+                ((*path, key),),
+                f"{name}.{key} is {given[key]}, but {name} is a file.",
+                f"{key} belongs to a hub data set.",
+                f"remove {name}.{key}, or give {name}.id",
+            )
+
+
+def _split_rules(recipe: Recipe) -> Iterator[Finding]:
+    split = recipe.data.split
+    if recipe.data.validation:
+        return
+    parts: tuple[KeyPath, ...] = tuple(("data", "split", name) for name in ("train", "validation", "test"))
+    total = split.train + split.validation + split.test
+    if abs(total - 1) > SHARES_TOLERANCE:
+        shares = f"{split.train:g} + {split.validation:g} + {split.test:g}"
+        yield Finding(
+            parts,
+            f"the shares of data.split are {shares} = {total:g}.",
+            "they share out all rows: their sum is 1.",
+            f"set data.split.train to {1 - split.validation - split.test:g}, or mend the others",
+        )
+    elif split.train <= 0:
+        yield Finding(
+            parts[:1], "data.split.train is 0.", "no row would be trained on.", "set data.split.train above 0"
+        )
+
+
+def _batch_rules(batch: BatchSection) -> Iterator[Finding]:
+    if isinstance(batch.micro, int) and batch.packs % batch.micro:
+        divisors = [number for number in range(1, batch.packs + 1) if batch.packs % number == 0]
+        below = max(number for number in divisors if number <= batch.micro or number == 1)
+        above = min((number for number in divisors if number > batch.micro), default=batch.packs)
+        yield Finding(
+            (("batch", "micro"), ("batch", "packs")),
+            f"batch.micro is {batch.micro}, which does not divide batch.packs {batch.packs}.",
+            "a step is made of whole forward passes of equal size.",
+            f"set batch.micro to {join_words([str(n) for n in sorted({below, above})])}",
+        )
+
+
+def _optimizer_rules(recipe: Recipe) -> Iterator[Finding]:
+    rate, betas = recipe.optimizer.learning_rate, recipe.optimizer.betas
+    if rate > LARGEST_LEARNING_RATE:
+        yield Finding(
+            (("optimizer", "learning_rate"),),
+            f"optimizer.learning_rate is {rate:g}, above {LARGEST_LEARNING_RATE:g}.",
+            "AdamW moves each weight by about the learning rate in a step, and weights are near 0.02: "
+            "one step would wipe out the model.",
+            "use 1e-5 to 2e-5 (full), 1e-4 to 2e-4 (lora, qlora), up to 3e-3 (small fresh models)",
+        )
+    for index, beta in enumerate(betas):
+        if beta >= 1:
+            yield Finding(
+                (("optimizer", "betas", index),),
+                f"optimizer.betas.{index} is {beta:g}.",
+                "at 1 the running mean never takes up a gradient, and its correction divides by 0.",
+                "use [0.9, 0.999]",
+            )
+
+
+def _length_rules(recipe: Recipe) -> Iterator[Finding]:
+    steps, schedule = recipe.steps, recipe.schedule
+    both: tuple[KeyPath, ...] = (("steps",), ("epochs",))
+    if (steps is None) == (recipe.epochs is None):
+        fact = (
+            "neither steps nor epochs is given."
+            if steps is None
+            else f"steps is {steps} and epochs is {recipe.epochs}."
+        )
+        yield Finding(both, fact, "one of the two says how long to train.", "keep one of them, e.g. epochs: 1")
+    if steps is not None and schedule.warmup_steps is not None and schedule.warmup_steps >= steps:
+        yield Finding(
+            (("schedule", "warmup_steps"), ("steps",)),
+            f"schedule.warmup_steps is {schedule.warmup_steps}, of {steps} steps.",
+            "the learning rate would never reach its peak.",
+            f"set schedule.warmup_steps below {steps}, or use schedule.warmup_ratio: 0.03",
+        )
+    if schedule.warmup_steps is None and schedule.warmup_ratio >= 1:
+        yield Finding(
+            (("schedule", "warmup_ratio"),),
+            "schedule.warmup_ratio is 1.",
+            "the learning rate would only reach its peak after the last step.",
+            "use 0.03 to 0.05",
+        )

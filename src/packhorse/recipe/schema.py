@@ -1,0 +1,246 @@
+"""The recipe: what to learn, from what, how. Frozen, typed, complete; unknown keys are refused at every depth.
+
+The string under each field documents it: `packhorse recipes reference` and docs/recipe.md are made from these.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PositiveInt
+
+Engine = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and without room for a key that nobody reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+
+
+class ModelSection(Section):
+    """The model to start from: exactly one of `id`, `path` and `config`."""
+
+    id: str | None = None
+    """Name on the Hugging Face hub, e.g. `meta-llama/Llama-3.1-8B-Instruct`."""
+    revision: str | None = None
+    """Commit, tag or branch of `id`; pin a commit for a run that can be repeated."""
+    path: str | None = None
+    """Local folder in Hugging Face form, or the folder of an earlier run of full fine-tuning."""
+    config: dict[str, Any] | None = None
+    """A fresh model, randomly initialised: `model_type` and the fields of that type's configuration."""
+    tokenizer: str | None = None
+    """Folder, hub name or `builtin:` name of the tokenizer; absent, the model's own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """How weights are stored. `auto`: float32 where they are trained, bfloat16 where frozen and `precision` is bf16."""
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    """Attention kernel that keeps packed documents apart. `auto`: varlen on CUDA, else SDPA per document."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+
+
+class FullMethod(Section):
+    """Train every weight."""
+
+    kind: Literal["full"] = "full"
+
+
+class LoraMethod(Section):
+    """Train low-rank adapters beside frozen weights (Hu et al. 2021, arXiv 2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt = 32
+    """Rank r of the adapters."""
+    alpha: PositiveFloat = 64.0
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    dropout: Fraction = 0.05
+    """Dropout on the adapter's input."""
+    target: Literal["all-linear"] | list[str] = "all-linear"
+    """Modules that get an adapter: all linear layers but the output head, or names."""
+
+
+class QloraMethod(LoraMethod):
+    """LoRA beside weights stored in 4 bits (Dettmers et al. 2023, arXiv 2305.14314)."""
+
+    kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
+    quantization: Literal["nf4", "fp4"] = "nf4"
+    """4-bit type of the frozen weights."""
+    double_quantization: bool = True
+    """Quantise the quantisation constants too: about 0.4 bits less per weight."""
+
+
+def _kind_alone(value: object) -> object:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Method = Annotated[FullMethod | LoraMethod | QloraMethod, Discriminator("kind"), BeforeValidator(_kind_alone)]
+
+
+class Source(Section):
+    """Rows of one origin: exactly one of `path` and `id`."""
+
+    path: str | None = None
+    """File (.jsonl, .json, .csv, .parquet) or `builtin:` name."""
+    id: str | None = None
+    """Data set on the Hugging Face hub."""
+    revision: str | None = None
+    """Commit or tag of `id`."""
+    subset: str | None = None
+    """Configuration of `id`, where it has several."""
+    split: str = "train"
+    """Split of `id`."""
+    format: Format = "auto"
+    """What the rows look like; `auto` finds it from the first rows' keys and says so."""
+
+
+class SplitSection(Section):
+    """How rows are shared out: by a hash of their content, so the order of the file does not matter."""
+
+    train: Fraction = 0.70
+    """Share that is trained on."""
+    validation: Fraction = 0.15
+    """Share for evaluation during training and by `packhorse evaluate`."""
+    test: Fraction = 0.15
+    """Share that is set aside, sealed: neither training nor validation reads it."""
+    stratify: list[str] = []
+    """Row fields whose values keep the same shares on each side, e.g. `[language]`."""
+    seed: int = 42
+    """Another seed gives another sharing out."""
+
+
+class DataSection(Section):
+    """Rows, their form, and how they become token ids."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Where rows come from."""
+    validation: list[Source] = []
+    """Validation rows kept elsewhere; then every row of `sources` is trained on and `split` is not used."""
+    split: SplitSection = SplitSection()
+    """Shares of train, validation and test."""
+    template: str = "tokenizer"
+    """`tokenizer` (its own chat template), `chatml`, or a Jinja file with generation markers."""
+    over_long: Literal["raise", "drop", "truncate"] = "raise"
+    """What happens to a row longer than `batch.length`; whatever happens is counted."""
+
+
+class BatchSection(Section):
+    """The maths of a step; how devices share it is the plan's affair and never changes the result."""
+
+    length: PositiveInt = 2048
+    """Tokens in a pack (T)."""
+    packs: PositiveInt = 16
+    """Packs in one optimizer step, over all devices."""
+    micro: PositiveInt | Literal["auto"] = "auto"
+    """Packs in one forward pass of one device: memory and speed, never the result."""
+
+
+class OptimizerSection(Section):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); no decay on biases and norms."""
+
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    learning_rate: PositiveFloat
+    """Peak learning rate, reached after the warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """Decay of the running mean of the gradient and of its square."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    clip_norm: PositiveFloat = 1.0
+    """The gradient's global norm is scaled down to this."""
+
+
+class ScheduleSection(Section):
+    """Learning rate over the steps."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course after the warm-up."""
+    warmup_ratio: Fraction = 0.03
+    """Share of all steps over which the learning rate rises linearly from 0."""
+    warmup_steps: PositiveInt | None = None
+    """The same as a number of steps; takes the place of `warmup_ratio`."""
+    final_ratio: Fraction = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+
+class ParallelSection(Section):
+    """How devices share the work."""
+
+    engine: Engine = "ddp"
+    """What is sharded: nothing (ddp), optimizer (zero1), gradients (zero2), weights (zero3, fsdp2), or kept on the CPU."""
+    processes: PositiveInt | Literal["auto"] = "auto"
+    """Processes in all, one a GPU. `auto`: every GPU of this machine, or one process on the CPU."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more compute, far less memory."""
+
+
+class EvaluationSection(Section):
+    """What is measured on held-out rows."""
+
+    every_steps: PositiveInt | None = None
+    """Validation loss each so many steps; it is always measured before the first and after the last step."""
+    exact_match_rows: Annotated[int, Field(ge=0)] = 200
+    """Rows answered greedily by base and tuned model in `packhorse evaluate`, per set; 0: none."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer generated."""
+    group_by: str | None = None
+    """Row field that makes the lines of the evaluation table, e.g. `family`."""
+    retain: list[Source] = []
+    """Rows of old skills, to show what was forgotten; their validation share is evaluated, none is trained on."""
+
+
+class CheckpointSection(Section):
+    """What is kept so that a run can go on."""
+
+    every_steps: PositiveInt | None = None
+    """A checkpoint each so many steps; one is always written at the end and on a request to stop."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Keep the one with the lowest validation loss beside them."""
+
+
+class TrackSection(Section):
+    """Where figures go, beside RUN/metrics.jsonl, which is always written."""
+
+    every_steps: PositiveInt = 1
+    """A line of figures each so many steps."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Weights & Biases; `auto`: online where a key is set, else offline in the run folder."""
+    wandb_project: str = "packhorse"
+    """Project that the run appears in."""
+    tensorboard: bool = False
+    """TensorBoard event files in the run folder."""
+
+
+class Recipe(Section):
+    """One training run, complete: the same recipe, data and seed give the same curve on any machine."""
+
+    name: Name
+    """Name of the run, and of its folder below `runs_folder`."""
+    seed: int = 42
+    """Order of the packs, dropout, fresh weights."""
+    runs_folder: str = "runs"
+    """Folder of run folders and prepared data; on a cluster, one that all nodes see."""
+    model: ModelSection
+    method: Method = LoraMethod()
+    """`full`, `lora` or `qlora`, with its fields."""
+    data: DataSection
+    batch: BatchSection = BatchSection()
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    steps: PositiveInt | None = None
+    """Optimizer steps; or give `epochs`."""
+    epochs: PositiveInt | None = None
+    """Passes over the training rows; or give `steps`."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the forward and backward pass."""
+    parallel: ParallelSection = ParallelSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    track: TrackSection = TrackSection()

@@ -1,0 +1,161 @@
+"""Where figures go: RUN/metrics.jsonl always, and whatever else keeps to the `Sink` protocol."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from packhorse.errors import UserError
+from packhorse.track.meter import Figures
+
+METRICS_FILE: Final = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Takes figures, in order of steps."""
+
+    def log(self, step: int, figures: Figures) -> None:
+        """Takes the figures of one step."""
+
+    def close(self) -> None:
+        """Writes out what is still held back."""
+
+
+class Sinks:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def log(self, step: int, figures: Figures) -> None:
+        """Hands the figures to every sink."""
+        for sink in self._sinks:
+            sink.log(step, figures)
+
+    def close(self) -> None:
+        """Closes every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+class MetricsFile:
+    """One JSON object a line, with its `step`; flushed at once, so that a killed run leaves all that it measured.
+
+    JSON has no NaN and no infinity: they stand as the strings "nan", "inf" and "-inf".
+
+    Attributes:
+        last: The last line kept from earlier attempts, empty if there is none: what a resumed `Meter` starts from.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Opens the file to append, after taking out what will be measured again.
+
+        Args:
+            path: RUN/metrics.jsonl.
+            first_step: First step that this attempt will log; lines from it on, and a torn last line, are removed.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        self._path = path
+        try:
+            self.last = _keep_below(path, first_step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def log(self, step: int, figures: Figures) -> None:
+        """Writes one line.
+
+        Raises:
+            UserError: The disk does not take it.
+        """
+        try:
+            self._file.write(_line(step, figures) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def close(self) -> None:
+        """Closes the file.
+
+        Raises:
+            UserError: The disk does not take what `log` could not write either.
+        """
+        try:
+            self._file.close()
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+
+def read_metrics(path: Path) -> Iterator[Figures]:
+    """Yields the lines of a metrics file, `step` among the keys; a line that is torn is left out.
+
+    Args:
+        path: RUN/metrics.jsonl; may be absent or being written to.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            figures = _parse(line)
+            if figures is not None:
+                yield figures
+
+
+def _line(step: int, figures: Figures) -> str:
+    values: dict[str, float | str] = {key: v if math.isfinite(v) else str(v) for key, v in figures.items()}
+    return json.dumps({"step": step, **values}, allow_nan=False)
+
+
+def _parse(line: str) -> Figures | None:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        figures = {key: float(value) if isinstance(value, str) else value for key, value in values.items()}
+    except (ValueError, AttributeError):
+        return None
+    return figures if "step" in figures else None
+
+
+def _keep_below(path: Path, first_step: int) -> Figures:
+    """Rewrites the file with the lines below `first_step` and returns the last of them."""
+    if not path.is_file():
+        return {}
+    kept: list[str] = []
+    last: Figures = {}
+    num_unreadable = 0
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        figures = _parse(line) if line else None
+        num_unreadable += bool(line) and figures is None
+        if figures is not None and figures["step"] < first_step:
+            kept.append(line + "\n")
+            last = figures
+    if num_unreadable:
+        logger.warning("%s: %d unreadable lines were left out (a write was cut short).", path, num_unreadable)
+    _replace(path, "".join(kept))
+    return last
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes the whole file at once: after a crash there is the old one or the new one."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written: {error.strerror}.",
+        "every run keeps its figures there, and a run without a record cannot be judged or resumed.",
+        "free space or mend the permissions of that folder, or set runs_folder to another one.",
+    )

@@ -1,0 +1,31 @@
+"""Validation loss during training: every supervised token of the validation packs once, on all ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from packhorse.data.loader import make_micro_batch
+from packhorse.data.store import PackStore
+from packhorse.train.engine import Engine
+from packhorse.train.forward import micro_batch_loss
+
+
+def validation_loss(engine: Engine, model: nn.Module, store: PackStore, micro_packs: int, rank: int, world: int) -> float:
+    """Nats per supervised token over the whole store.
+
+    Packs are dealt to the ranks in turn; ranks that run out take empty micro-batches, because a sharded model needs
+    all ranks in every forward pass.
+    """
+    per_pass = world * micro_packs
+    total = 0.0
+    model.eval()
+    with torch.no_grad():
+        for first in range(0, store.num_packs, per_pass):
+            mine = np.arange(first + rank * micro_packs, first + (rank + 1) * micro_packs)
+            micro_batch = make_micro_batch(store, mine[mine < store.num_packs])
+            total += float(micro_batch_loss(model, micro_batch, engine.device))
+    model.train()
+    (summed,) = engine.sum_over_ranks([total])
+    return summed / int(store.pack_labels.sum())

@@ -1,0 +1,133 @@
+"""The step loop. One optimizer step consumes the packs that the batch plan fixes, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from packhorse.data.loader import PackLoader
+from packhorse.errors import UserError
+from packhorse.plan.run_plan import RunPlan
+from packhorse.track.meter import Figures, Meter, evaluation_figures
+from packhorse.train.checkpoint import Checkpoints
+from packhorse.train.engine import Engine
+from packhorse.train.forward import micro_batch_loss
+from packhorse.train.optimizer import learning_rate_at, set_learning_rate
+from packhorse.train.signals import StopRequest
+from packhorse.train.state import TrainState, seed_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with.
+
+    Attributes:
+        evaluate: Measures the validation loss on all ranks, None where there are no validation rows.
+        report: Takes the figures of a step; does nothing but on rank 0.
+    """
+
+    plan: RunPlan
+    engine: Engine
+    loader: PackLoader
+    meter: Meter
+    checkpoints: Checkpoints
+    stop: StopRequest
+    evaluate: Callable[[], float] | None
+    report: Callable[[TrainState, Figures], None]
+    rank: int
+
+
+def train(run: Run, state: TrainState) -> TrainState:
+    """Trains until the plan's last step or a stop request that all ranks agree on.
+
+    Returns:
+        The state at the end; a checkpoint of it is on disk.
+
+    Raises:
+        UserError: The loss is not finite.
+    """
+    plan, engine, recipe = run.plan, run.engine, run.plan.recipe
+    assert plan.num_steps is not None
+    peak, schedule = recipe.optimizer.learning_rate, recipe.schedule
+    window = _LossWindow()
+    stopping = False
+    while state.step < plan.num_steps and not stopping:
+        with run.meter.data():
+            batch = run.loader.step(state.step)
+        # --- one optimizer step ------------------------------------------------------------------
+        seed_step(recipe.seed, state.step, run.rank)
+        learning_rate = learning_rate_at(state.step, plan.num_steps, peak, schedule)
+        set_learning_rate(engine.optimizer, learning_rate)  # before: ZeRO steps inside the last backward
+        factor = engine.gradient_factor / batch.num_supervised_tokens
+        for index, micro_batch in enumerate(batch.micro_batches, start=1):
+            with engine.micro_step(is_last=index == len(batch.micro_batches)):
+                loss_sum = micro_batch_loss(engine.model, micro_batch, engine.device)
+                engine.backward(loss_sum * factor)
+            window.add(loss_sum)
+        grad_norm = engine.step()
+        # --- bookkeeping -------------------------------------------------------------------------
+        state = state.advanced(batch.num_supervised_tokens)
+        window.count(batch.num_supervised_tokens)
+        run.meter.count_step(batch.num_tokens, batch.num_supervised_tokens, batch.num_slots)
+        stopping = run.stop.agreed(engine)
+        last = state.step == plan.num_steps
+        saving = stopping or _due(state.step, recipe.checkpoint.every_steps, last)
+        figures: Figures = {}
+        if saving or _due(state.step, recipe.track.every_steps, last):  # reading the loss also proves it finite
+            loss = window.read(engine, state.step)
+            figures = run.meter.read(loss, learning_rate, float(grad_norm), _epoch(run, state), _peak(engine))
+        if run.evaluate and not stopping and _due(state.step, recipe.evaluation.every_steps, last):
+            with run.meter.other():
+                validation = run.evaluate()
+            state = state.evaluated(validation)
+            figures |= evaluation_figures(validation)
+        state = replace(state, elapsed_seconds=run.meter.elapsed_seconds)
+        if figures:
+            run.report(state, figures)
+        if saving:
+            with run.meter.other():
+                run.checkpoints.save(state)
+    return state
+
+
+def _due(step: int, every: int | None, last: bool) -> bool:
+    return last or (every is not None and step % every == 0)
+
+
+def _epoch(run: Run, state: TrainState) -> float:
+    assert run.plan.steps_per_epoch is not None
+    return state.step / run.plan.steps_per_epoch
+
+
+def _peak(engine: Engine) -> int | None:
+    return torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None
+
+
+class _LossWindow:
+    """Loss sums since the last reading, kept on the device: adding waits for nothing."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._num_tokens = 0
+
+    def add(self, loss_sum: Tensor) -> None:
+        self._sums.append(loss_sum.detach())
+
+    def count(self, num_supervised_tokens: int) -> None:
+        self._num_tokens += num_supervised_tokens
+
+    def read(self, engine: Engine, step: int) -> float:
+        """Nats per supervised token over all ranks since the last reading."""
+        (total,) = engine.sum_over_ranks([float(torch.stack(self._sums).double().sum())])
+        loss = total / self._num_tokens
+        self._sums, self._num_tokens = [], 0
+        if loss - loss != 0:  # nan or infinite
+            raise UserError(
+                f"the loss is {loss} at step {step}.",
+                "weights that such a step has touched are no longer numbers; the last checkpoint stands.",
+                "lower optimizer.learning_rate or raise schedule.warmup_ratio, then train again or --resume.",
+            )
+        return loss

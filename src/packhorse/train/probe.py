@@ -1,0 +1,130 @@
+"""The parity probe: before the first step, proof on the very model, kernel and engine that will train.
+
+    isolation   another document's tokens change nothing: losses of documents 2 and 3 with two versions of document 1
+    packing     three documents in one pack have the losses that they have alone
+    head        the chunked loss equals the model's own logits put through cross-entropy
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from packhorse.data.loader import IGNORED_LABEL, MicroBatch
+from packhorse.data.store import PackStore
+from packhorse.errors import UserError
+from packhorse.train.engine import Engine
+from packhorse.train.forward import micro_batch_loss, model_inputs
+
+PROBE_TOKENS = 48
+NUM_DOCUMENTS = 3
+
+# Same shapes and same numbers give the same bits; what is left is reduction order inside a kernel.
+ISOLATION_TOLERANCE = 1e-6
+# Other shapes take other summation orders: seen 1e-7 to 1e-6 in fp32, 1e-3 to 1e-2 in bf16.
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Largest relative differences found."""
+
+    isolation: float
+    packing: float
+    head: float
+
+    def figures(self) -> dict[str, float]:
+        """As metrics."""
+        return {f"proof/{name}_difference": value for name, value in asdict(self).items()}
+
+
+def probe(engine: Engine, model: nn.Module, store: PackStore, precision: str) -> ProbeReport:
+    """Runs the probe on every rank alike.
+
+    Raises:
+        UserError: Documents see each other, packing changes a loss, or the chunked loss is not the model's.
+    """
+    documents = [_document(store, index) for index in range(min(NUM_DOCUMENTS, store.num_documents))]
+    model.eval()
+    with torch.no_grad():
+        report = _measure(engine, model, documents)
+    model.train()
+    _judge(report, precision)
+    return report
+
+
+def _measure(engine: Engine, model: nn.Module, documents: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> ProbeReport:
+    def loss(pack: list[np.ndarray[tuple[int], np.dtype[np.int64]]], first_counted: int = 0) -> float:
+        return float(micro_batch_loss(model, _pack(pack, first_counted), engine.device))
+
+    together = loss(documents)
+    alone = sum(loss([document]) for document in documents)
+    changed = [np.roll(documents[0], 1)[::-1].copy(), *documents[1:]]
+    rest, rest_changed = (loss(pack, 1) for pack in (documents, changed))
+    plain = float(_plain_loss(model, _pack(documents[:1], 0), engine))
+    return ProbeReport(
+        isolation=_relative(rest, rest_changed),
+        packing=_relative(together, alone),
+        head=_relative(loss(documents[:1]), plain),
+    )
+
+
+def _plain_loss(model: nn.Module, micro_batch: MicroBatch, engine: Engine) -> Tensor:
+    """The model's own head and logits, one document."""
+    logits = model(**model_inputs(micro_batch, engine.device), use_cache=False).logits
+    labels = micro_batch.labels[0].to(engine.device)
+    return F.cross_entropy(logits[0].float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def _document(store: PackStore, index: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    ids, _ = store.document(index)
+    return np.asarray(ids[:PROBE_TOKENS], np.int64)
+
+
+def _pack(documents: list[np.ndarray[tuple[int], np.dtype[np.int64]]], first_counted: int) -> MicroBatch:
+    """A pack of whole documents; every token counts, from document `first_counted` on."""
+    lengths = [len(document) for document in documents]
+    ends = np.cumsum(lengths)
+    ids = np.concatenate(documents)
+    labels = np.roll(ids, -1)
+    labels[ends - 1] = IGNORED_LABEL
+    labels[: ends[first_counted - 1] if first_counted else 0] = IGNORED_LABEL
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seq_lens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        max_length=max(lengths),
+        document_lengths=tuple(lengths),
+    )
+
+
+def _relative(one: float, other: float) -> float:
+    return abs(one - other) / max(abs(one), abs(other), 1e-12)
+
+
+def _judge(report: ProbeReport, precision: str) -> None:
+    tolerance = TOLERANCE[precision]
+    if not report.isolation <= ISOLATION_TOLERANCE:
+        raise UserError(
+            f"documents in a pack see each other: the loss of two changed by {report.isolation:.1e} with the third,"
+            f" where {ISOLATION_TOLERANCE:.0e} is allowed.",
+            "the model would learn from rows that have nothing to do with each other.",
+            "choose another model.attention, or an architecture whose layers look only through attention.",
+        )
+    if not report.packing <= tolerance:
+        raise UserError(
+            f"packed documents have another loss than alone: {report.packing:.1e} apart, {tolerance:.0e} is allowed.",
+            "positions or attention of this architecture do not restart with each document.",
+            "choose another model.attention, or another model.",
+        )
+    if not report.head <= tolerance:
+        raise UserError(
+            f"the chunked loss is not the model's own: {report.head:.1e} apart, {tolerance:.0e} is allowed.",
+            "this architecture does more to its logits than a linear head (a soft cap or a scale).",
+            "choose a model with a plain linear head (Llama, Qwen, Mistral, Phi).",
+        )

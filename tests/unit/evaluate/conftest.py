@@ -1,0 +1,110 @@
+"""A tiny tokenizer, tiny random models, and prepared data written as `packhorse prepare` writes it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from packhorse.data.ledger import Ledger
+from packhorse.data.manifest import DataManifest, write_manifest
+from packhorse.data.store import SplitWriter
+from packhorse.model.load import ModelRequest
+from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
+
+FRUITS = ("apple", "pear", "plum", "fig", "kiwi", "lime", "date", "melon")
+FRUTAS = ("manzana", "pera", "ciruela", "higo", "kiwi", "lima", "dátil", "melón")
+
+
+def chat_of(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+ROWS = [
+    *({"messages": chat_of(f"say {x}", f"{x}!"), "fields": {"language": "en"}, "where": "f:1"} for x in FRUITS),
+    *({"messages": chat_of(f"di {x}", f"¡{x}!"), "fields": {"language": "es"}, "where": "f:2"} for x in FRUTAS),
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [message["content"] for row in ROWS for message in row["messages"]]
+    save_tokenizer(train_tokenizer(texts + ["user assistant system\n"]), folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tokenizer):
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+@pytest.fixture
+def tiny(tiny_config):
+    """A random model whose greedy answers vary."""
+    torch.manual_seed(7)
+    return LlamaForCausalLM(tiny_config).eval()
+
+
+@pytest.fixture
+def request_of():
+    def make(folder: Path) -> ModelRequest:
+        return ModelRequest(
+            source=str(folder),
+            revision=None,
+            config=None,
+            seed=0,
+            dtype=torch.float32,
+            attention="eager",
+            quantization=None,
+            trust_remote_code=False,
+            device=torch.device("cpu"),
+        )
+
+    return make
+
+
+@pytest.fixture
+def write_data(tmp_path, tokenizer):
+    """Writes prepared data: name of a split to its rows. Supervised: the answer and its stop token."""
+
+    def write(**splits) -> Path:
+        folder = tmp_path / "data"
+        counts = {}
+        for name, rows in splits.items():
+            with SplitWriter(folder / name, len(tokenizer), keep_rows=True) as writer:
+                for row in rows:
+                    encoded = tokenizer.apply_chat_template(
+                        row["messages"], return_dict=True, return_assistant_tokens_mask=True
+                    )
+                    writer.append(encoded["input_ids"], np.array(encoded["assistant_masks"], np.uint8), row)
+                counts[name] = writer.finish(64)
+        sizes = {name: len(rows) for name, rows in splits.items()}
+        manifest = DataManifest(
+            content_hash="0" * 16,
+            tokenizer="tokenizer",
+            vocab_size=len(tokenizer),
+            template="tokenizer",
+            stop_token=tokenizer.eos_token,
+            length_tokens=64,
+            sources=(),
+            splits=counts,
+            fields=("language",),
+            ledger=Ledger(rows_in=sum(sizes.values()), **sizes),
+        )
+        write_manifest(manifest, folder)
+        return folder
+
+    return write

@@ -1,0 +1,85 @@
+"""Rules between fields: each refuses its case, and lets the neighbouring good case through."""
+
+import pytest
+
+from packhorse.recipe.load import load_recipe
+
+FRESH = "model={config: {model_type: llama}, tokenizer: builtin:tokenizer}"
+REFUSED = {
+    "no-model": (["model={}"], "model gives none of id, path and config."),
+    "two-models": (["model.path=x"], "model gives id and path at once."),
+    "revision-of-a-path": (
+        ["model={path: x, revision: main}"],
+        "model.revision is main, but there is no model.id.",
+    ),
+    "fresh-without-type": (
+        [FRESH, "method=full", "model.config={a: 1}"],
+        "model.config has no model_type.",
+    ),
+    "fresh-without-tokenizer": (
+        [FRESH, "method=full", "model.tokenizer=null"],
+        "model.config is given without model.tokenizer.",
+    ),
+    "fresh-lora": ([FRESH], "method is lora, but model.config starts from random weights."),
+    "fresh-qlora": ([FRESH, "method=qlora"], "method is qlora, but model.config starts from random weights."),
+    "no-targets": (["method={kind: lora, target: []}"], "method.target is an empty list."),
+    "bf16-weights-fp32-arithmetic": (
+        ["precision=fp32", "model.dtype=bfloat16"],
+        "precision is fp32, but model.dtype is bfloat16.",
+    ),
+    "source-of-nowhere": (["data.sources=[{format: text}]"], "data.sources.0 gives neither path nor id."),
+    "source-of-two-places": (["data.sources.0.id=x"], "data.sources.0 gives path and id at once."),
+    "validation-source": (["data.validation=[{}]"], "data.validation.0 gives neither path nor id."),
+    "retain-source": (["evaluation.retain=[{path: a},{}]"], "evaluation.retain.1 gives neither path nor id."),
+    "subset-of-a-file": (
+        ["data.sources.0.subset=en"],
+        "data.sources.0.subset is en, but data.sources.0 is a file.",
+    ),
+    "shares": (["data.split.train=0.6"], "the shares of data.split are 0.6 + 0.15 + 0.15 = 0.9."),
+    "no-training-share": (
+        ["data.split={train: 0, validation: 0.5, test: 0.5}"],
+        "data.split.train is 0.",
+    ),
+    "micro": (["batch={packs: 64, micro: 7}"], "batch.micro is 7, which does not divide batch.packs 64."),
+    "micro-above": (["batch={packs: 4, micro: 9}"], "batch.micro is 9, which does not divide batch.packs 4."),
+    "learning-rate": (["optimizer.learning_rate=1e4"], "optimizer.learning_rate is 10000, above 0.1."),
+    "beta": (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1 is 1."),
+    "endless": (["epochs=null"], "neither steps nor epochs is given."),
+    "two-lengths": (["steps=3", "epochs=1"], "steps is 3 and epochs is 1."),
+    "warm-up-only": (["steps=10", "schedule.warmup_steps=10"], "schedule.warmup_steps is 10, of 10 steps."),
+    "warm-up-ratio": (["schedule.warmup_ratio=1"], "schedule.warmup_ratio is 1."),
+}
+
+
+@pytest.mark.parametrize(("overrides", "fact"), REFUSED.values(), ids=REFUSED)
+def test_refused(good, mistakes_of, overrides, fact):
+    (mistake,) = mistakes_of(good, *overrides)
+    assert mistake.fact == fact
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [FRESH, "method=full"],
+        ["model.revision=main"],
+        ["precision=fp32"],
+        ["model.dtype=float32"],
+        ["data.split={train: 0.1, validation: 0.2, test: 0.7}"],
+        ["data.split={train: 1, validation: 0, test: 0}"],
+        ["data.validation=[{path: v}]", "data.split.train=0"],
+        ["data.sources=[{id: a, subset: b, revision: c}]"],
+        ["batch={packs: 64, micro: 64}"],
+        ["optimizer.learning_rate=0.1"],
+        ["steps=10", "schedule.warmup_steps=9"],
+        ["method=qlora"],
+    ],
+    ids=str,
+)
+def test_allowed(good, overrides):
+    load_recipe(good, overrides)
+
+
+@pytest.mark.parametrize(("micro", "names"), [(7, "4 or 8"), (40, "32 or 64"), (65, "64")])
+def test_the_nearest_divisors_are_named(good, mistakes_of, micro, names):
+    (mistake,) = mistakes_of(good, f"batch={{packs: 64, micro: {micro}}}")
+    assert mistake.fix == f"set batch.micro to {names}."

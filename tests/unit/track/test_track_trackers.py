@@ -1,0 +1,167 @@
+import logging
+import subprocess
+import sys
+import time
+
+import pytest
+from accelerate import PartialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from packhorse.recipe.schema import Recipe
+from packhorse.track import trackers
+from packhorse.track.trackers import GuardedTracker, open_tensorboard, open_trackers, open_wandb, wandb_id, wandb_mode
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch, tmp_path):
+    PartialState(cpu=True)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def make_recipe(**track):
+    return Recipe.model_validate(
+        {
+            "name": "tracked",
+            "model": {"path": "m"},
+            "data": {"sources": [{"path": "${env:SECRET_PLACE}/rows.jsonl"}]},
+            "optimizer": {"learning_rate": 1e-3},
+            "steps": 3,
+            "track": {"wandb_project": "project", **track},
+        }
+    )
+
+
+class Recorder:
+    def __init__(self, fails_at=""):
+        self.fails_at = fails_at
+        self.calls = []
+
+    def _do(self, name):
+        self.calls.append(name)
+        if name == self.fails_at:
+            raise ConnectionError("no\n network")
+
+    def start(self):
+        self._do("start")
+
+    def log(self, values, step):
+        self._do("log")
+
+    def finish(self):
+        self._do("finish")
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "calls"),
+    [("", ["start", "log", "log", "finish"]), ("start", ["start"]), ("log", ["start", "log"])],
+)
+def test_a_tracker_that_fails_is_given_up_with_one_line(fails_at, calls, caplog):
+    recorder = Recorder(fails_at)
+    tracker = GuardedTracker("W&B", recorder)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.log(2, {"train/loss": 1.0})
+    tracker.close()
+    assert recorder.calls == calls
+    assert [record.getMessage() for record in caplog.records] == (
+        ["W&B is off for this run (no network); figures go on to metrics.jsonl."] if fails_at else []
+    )
+
+
+def test_an_upload_that_never_ends_does_not_hold_the_run(caplog):
+    recorder = Recorder()
+    recorder.finish = lambda: time.sleep(5)
+    start = time.monotonic()
+    GuardedTracker("W&B", recorder, close_seconds=0.1).close()
+    assert time.monotonic() - start < 3
+    assert "did not finish within 0.1 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("choice", "environment", "has_netrc", "mode"),
+    [
+        ("off", {"WANDB_API_KEY": "k"}, True, None),
+        ("online", {}, False, "online"),
+        ("offline", {"WANDB_API_KEY": "k"}, False, "offline"),
+        ("auto", {}, False, "offline"),
+        ("auto", {"WANDB_API_KEY": ""}, False, "offline"),
+        ("auto", {"WANDB_API_KEY": "k"}, False, "online"),
+        ("auto", {}, True, "online"),
+        ("auto", {"WANDB_BASE_URL": "https://wandb.example.org"}, True, "offline"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, False, "offline"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, False, None),
+    ],
+)
+def test_how_wandb_runs(tmp_path, choice, environment, has_netrc, mode):
+    file = tmp_path / "keys"
+    if has_netrc:
+        file.write_text("machine api.wandb.ai login user password " + "a" * 40 + "\n")
+    assert wandb_mode(choice, environment, file) == mode
+
+
+def test_the_wandb_id_is_made_once_per_run_folder(tmp_path):
+    first, other = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    other.mkdir()
+    assert wandb_id(first) == wandb_id(first) == (first / "wandb_id.txt").read_text().strip()
+    assert wandb_id(first) != wandb_id(other)
+
+
+def test_offline_wandb_keeps_one_id_over_attempts_and_shows_the_recipe_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_PLACE", "/very/secret")
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2):
+        (tracker,) = open_trackers(make_recipe(wandb="auto"), run, first_step=step)
+        assert tracker._tracker.run.id == wandb_id(run)
+        assert tracker._tracker.run.offline
+        assert tracker._tracker.run.config["data"]["sources"][0]["path"] == "${env:SECRET_PLACE}/rows.jsonl"
+        assert tracker._tracker.run.config["track"]["wandb_project"] == "project"
+        tracker.log(step, {"train/loss": 1.0})
+        tracker.close()
+    files = list((run / "wandb").glob(f"offline-run-*/run-{wandb_id(run)}.wandb"))
+    assert files
+    assert not any(b"/very/secret" in file.read_bytes() for file in files)
+
+
+def test_wandb_without_a_network_warns_once_and_is_off(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # discard port: nobody listens
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    with caplog.at_level(logging.WARNING, logger=trackers.__name__):
+        tracker = open_wandb(make_recipe(), tmp_path, "online", timeout_seconds=2.0)
+        tracker.log(1, {"train/loss": 1.0})
+        tracker.close()
+    messages = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
+    assert len(messages) == 1
+    assert messages[0].startswith("W&B is off for this run (")
+    assert "127.0.0.1:9" in messages[0]
+
+
+def test_wandb_with_no_key_at_all_warns_and_asks_nothing(tmp_path, caplog):
+    tracker = open_wandb(make_recipe(), tmp_path, "online", timeout_seconds=2.0)
+    assert not tracker.alive
+    assert "API key" in caplog.text
+
+
+def test_tensorboard_holds_each_step_once_over_a_resume(tmp_path):
+    first = open_tensorboard(tmp_path, first_step=1)
+    for step in (1, 2, 3):
+        first.log(step, {"train/loss": float(step)})
+    first.close()
+    second = open_tensorboard(tmp_path, first_step=3)
+    second.log(3, {"train/loss": 30.0})
+    second.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_nothing_is_opened_where_nothing_is_asked(tmp_path):
+    assert open_trackers(make_recipe(wandb="off"), tmp_path, first_step=1) == []
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_wandb_is_not_imported_until_it_is_used():
+    code = "import sys, packhorse.track.trackers; print('wandb' in sys.modules, 'tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False False\n"
