@@ -69,8 +69,8 @@ def audit(recipe: Recipe) -> AuditReport:
         UserError: The same as `prepare` would raise.
     """
     folder = resolve_tokenizer(recipe)
-    tokenizer = load_tokenizer(folder, recipe.data.template, recipe.model.trust_remote_code)
     survey = survey_rows(recipe)
+    tokenizer = load_tokenizer(folder, recipe.data.template, recipe.model.trust_remote_code)
     renderer = make_renderer(tokenizer, folder, survey.has_chats)
     counts, num_supervised = LengthCounts(), 0
     by_split = dict.fromkeys(SPLITS, 0)
@@ -84,7 +84,7 @@ def audit(recipe: Recipe) -> AuditReport:
                 shown.append(RowAudit(example.where, tuple(_pieces(renderer, row))))
     check_lengths(counts, recipe)
     lengths = np.frombuffer(counts.lengths, np.uint32)
-    at = np.percentile(lengths, PERCENTILES, method="higher")
+    at = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
     return AuditReport(
         sources=tuple(
             SourceAudit(source_name(found.source), found.row_format, len(found.keys), found.use)

@@ -33,6 +33,7 @@ SHAREGPT_ROLES: Final = {
     "assistant": "assistant",
 }
 TOOL_ROLES: Final = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
+NOTHING: Final[tuple[object, ...]] = (None, "", [], {}, "[]", "{}")  # some tools write JSON inside JSON
 LATER: Final = {
     "tools": "tool definitions",
     "tool_calls": "tool calls",
@@ -126,7 +127,7 @@ def _refuse_other_format(values: dict[str, Any], row_format: RowFormat) -> None:
             f"set the source's format to {other}, or mend the row." if other else f"mend the row: {_known_formats()}.",
         )
     for key, name in LATER.items():
-        if values.get(key):
+        if values.get(key) not in NOTHING:
             raise _later(f"the row has {key} ({name})")
     if row_format == "messages" and isinstance(values.get("label"), bool):
         raise _later("the row has messages and a boolean label (KTO)")
@@ -148,7 +149,7 @@ def _from_messages(row: Row) -> Example:
 
 def _openai_message(turn: dict[str, Any], number: int) -> Message:
     for key, name in LATER.items():
-        if turn.get(key):
+        if turn.get(key) not in NOTHING:
             raise _later(f"turn {number} has {key} ({name})")
     role = _role(turn.get("role"), OPENAI_ROLES, number)
     content = _content(turn.get("content"), f"content of turn {number}")

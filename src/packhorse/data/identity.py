@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -86,6 +87,6 @@ def _remember(root: Path, hashes: dict[str, Any]) -> None:
     # A folder that is not there yet is not made for it: a check of a recipe leaves nothing behind.
     if not os.access(root, os.W_OK):
         return
-    draft = root / f"{FILE_HASHES}.{os.getpid()}"
-    draft.write_text(json.dumps(hashes), encoding="utf-8")
-    draft.replace(root / FILE_HASHES)
+    with tempfile.NamedTemporaryFile("w", dir=root, prefix=f".{FILE_HASHES}-", delete=False) as draft:
+        json.dump(hashes, draft)
+    Path(draft.name).replace(root / FILE_HASHES)

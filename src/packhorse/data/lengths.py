@@ -57,7 +57,7 @@ def check_lengths(counts: LengthCounts, recipe: Recipe) -> None:
     if num_over == 0:
         return
     shortest, longest = int(lengths.min()), int(lengths.max())
-    for_most = int(np.quantile(lengths, 0.99, method="higher"))
+    for_most = int(np.quantile(lengths, 0.99, method="inverted_cdf"))
     if num_over == len(lengths):
         raise UserError(
             f"batch.length is {most}, and every row is longer: {shortest} to {longest} tokens.",

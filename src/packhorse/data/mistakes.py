@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Final
 
 from packhorse.errors import Mistake, UserError
@@ -10,25 +11,27 @@ MOST_SHOWN: Final = 20
 
 
 class RowMistakes:
-    """Mistakes of one file: the first 20 are kept, all are counted."""
+    """Mistakes of one file: the first 20 of a kind are kept, all are counted."""
 
     def __init__(self, origin: str) -> None:
         self._origin = origin
         self._shown: list[Mistake] = []
-        self._total = 0
+        self._kinds: Counter[str] = Counter()
 
     def add(self, mistake: Mistake) -> None:
-        """Count a mistake, and keep it if it is one of the first."""
-        self._total += 1
-        if len(self._shown) < MOST_SHOWN:
+        """Count a mistake, and keep it if it is one of the first of its kind, which its reason tells."""
+        kind = f"{mistake.why} {mistake.fix}"
+        self._kinds[kind] += 1
+        if self._kinds[kind] <= MOST_SHOWN:
             self._shown.append(mistake)
 
     def told(self) -> list[Mistake]:
         """Return the mistakes to show; of several, the last line gives the total."""
-        if self._total < 2:
+        total_found = self._kinds.total()
+        if total_found < 2:
             return self._shown
         total = Mistake(
-            f"{self._origin} has {self._total} mistakes; {len(self._shown)} are shown.",
+            f"{self._origin} has {total_found} mistakes; {len(self._shown)} are shown.",
             "a row that cannot be read as it was meant would be lost or trained wrongly.",
             "mend or remove these rows, then run the command again.",
         )
@@ -40,5 +43,5 @@ class RowMistakes:
         Raises:
             UserError: There is at least one.
         """
-        if self._total:
+        if self._shown:
             raise UserError.of(self.told())

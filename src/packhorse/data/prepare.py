@@ -103,8 +103,8 @@ def _make(recipe: Recipe, folder: Path, progress: Progress | None) -> DataManife
 
 def _fill(recipe: Recipe, draft: Path, progress: Progress | None) -> DataManifest:
     tokenizer_folder = resolve_tokenizer(recipe)
-    tokenizer = load_tokenizer(tokenizer_folder, recipe.data.template, recipe.model.trust_remote_code)
     survey = survey_rows(recipe)
+    tokenizer = load_tokenizer(tokenizer_folder, recipe.data.template, recipe.model.trust_remote_code)
     renderer = make_renderer(tokenizer, tokenizer_folder, survey.has_chats)
     counts = LengthCounts()
     fields: set[str] | None = None

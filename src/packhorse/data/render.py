@@ -78,7 +78,7 @@ def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False)
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a broken tokenizer.json raises exactly this type
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the tokenizer in {folder} cannot be loaded: {reason}",

@@ -80,7 +80,7 @@ def _read_jsonl(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
             if text is None or not text.strip():
                 continue
             try:
-                values = json.loads(text)
+                values = json.loads(text.rstrip("\r\n"))
             except (ValueError, RecursionError) as error:
                 mistakes.add(_broken(f"{path}:{number}", "the line is no JSON", error, text))
                 continue
@@ -112,7 +112,9 @@ def _as_row(values: object, where: str, mistakes: RowMistakes) -> Iterator[Row]:
 
 
 def _broken(where: str, fact: str, error: Exception, text: str) -> Mistake:
-    reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg} at column {error.colno}"
     return Mistake(
         f"{fact}: {reason}; it begins {text.strip()[:SHOWN_CHARACTERS]}",
         WHOLE_ROW,

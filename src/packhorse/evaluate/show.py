@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.evaluate.compare import Comparison, Line, Sample
+from packhorse.track.progress import describe_count
 
 MAX_SAMPLE_CHARACTERS: Final = 240
 
@@ -22,7 +23,7 @@ def render(comparison: Comparison) -> RenderableType:
 def _table(comparison: Comparison) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title="held-out rows: base → tuned", title_style="bold")
     table.add_column("rows of", overflow="fold", max_width=22)
-    for name in ("rows", "loss", "perplexity", "exact match", "change"):
+    for name in ("rows", "loss", "perplexity", "exact match %", "change"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, line in enumerate(comparison.lines):
         if number and line.group is None:
@@ -44,11 +45,11 @@ def _cells(line: Line) -> tuple[str | Text, ...]:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.0f}" if value < 1e5 else f"{value:.0e}"
+    return f"{value:.2f}" if value < 100 else describe_count(value) if value < 1e9 else f"{value:.0e}"
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def _sample(number: int, sample: Sample) -> Table:

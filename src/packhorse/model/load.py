@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -75,23 +74,6 @@ def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
     return model
 
 
-def check_model_folder(source: str) -> None:
-    """Refuses a local folder that transformers could not load, before anything else is read.
-
-    Raises:
-        UserError: The folder is absent or holds no config.json.
-    """
-    folder = Path(source)
-    looks_local = source.startswith((".", "/", "~")) or folder.exists()
-    if looks_local and not (folder / "config.json").is_file():
-        state = "holds no config.json" if folder.is_dir() else "does not exist"
-        raise UserError(
-            f"model.path {source} {state}.",
-            "a model folder in Hugging Face form has config.json beside its weights.",
-            "name such a folder, or set model.id to a hub name.",
-        )
-
-
 def build_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """The transformers configuration of a fresh model; a key that its class does not know is refused.
 
@@ -129,7 +111,6 @@ def _fresh(request: ModelRequest) -> PreTrainedModel:
 
 def _pretrained(request: ModelRequest) -> PreTrainedModel:
     assert request.source is not None
-    check_model_folder(request.source)
     quantized: dict[str, Any] = {}
     if request.quantization is not None:
         quantized = {"quantization_config": _bits_and_bytes(request), "device_map": {"": request.device}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from packhorse.version import VERSION
 from packhorse.plan.choose import choose_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.hardware import Hardware
@@ -13,6 +12,7 @@ from packhorse.plan.run_plan import PLAN_FILE, DataFacts, Decision, RunPlan
 from packhorse.plan.topology import Ask, choose_topology
 from packhorse.recipe.locate import expand
 from packhorse.recipe.schema import Recipe
+from packhorse.version import VERSION
 
 
 def run_folder_of(recipe: Recipe) -> Path:
@@ -83,7 +83,9 @@ def _attention(recipe: Recipe, device: str) -> Decision:
     if asked != "auto":
         return Decision(name="model.attention", value=asked, reason="model.attention of the recipe")
     if device == "cuda" and recipe.precision == "bf16":
-        return Decision(name="model.attention", value="varlen", reason="torch's varlen kernel keeps documents apart on CUDA")
+        return Decision(
+            name="model.attention", value="varlen", reason="torch's varlen kernel keeps documents apart on CUDA"
+        )
     return Decision(name="model.attention", value="sdpa", reason="SDPA per document: exact, and runs anywhere in fp32")
 
 

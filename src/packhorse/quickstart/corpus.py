@@ -14,7 +14,7 @@ from packhorse.quickstart.families import (
     draw_sorting,
     draw_units,
 )
-from packhorse.quickstart.phrases import draw_plural, draw_refusal, draw_sentiment
+from packhorse.quickstart.phrases import draw_capitals, draw_plural, draw_refusal, draw_sentiment
 from packhorse.quickstart.rows import LANGUAGES, Dice, Draw, Language, Task
 from packhorse.quickstart.tickets import draw_ticket
 
@@ -25,9 +25,10 @@ CORE_FAMILIES: Final[tuple[tuple[str, Draw, int], ...]] = (
     ("sorting", draw_sorting, 500),
     ("greeting", draw_greeting, 300),
     ("extraction", draw_extraction, 500),
-    ("sentiment", draw_sentiment, 300),
+    ("sentiment", draw_sentiment, 200),
     ("plural", draw_plural, 300),
-    ("refusal", draw_refusal, 300),
+    ("refusal", draw_refusal, 200),
+    ("capitals", draw_capitals, 250),
 )
 TICKET_FAMILIES: Final[tuple[tuple[str, Draw, int], ...]] = (("tickets", draw_ticket, 800),)
 DRAWS_PER_TASK: Final = 20
@@ -43,12 +44,15 @@ class Row:
     language: Language
     family: str
 
-    def as_messages(self) -> dict[str, object]:
-        """Return the row as a chat."""
+    def messages(self) -> list[dict[str, str]]:
+        """Return the turns: the system's if there is one, the user's and the assistant's."""
         turns = [("system", self.task.system)] if self.task.system else []
         turns += [("user", self.task.prompt), ("assistant", self.task.answer)]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        return {"messages": messages, "language": self.language, "family": self.family}
+        return [{"role": role, "content": content} for role, content in turns]
+
+    def as_messages(self) -> dict[str, object]:
+        """Return the row as a chat."""
+        return {"messages": self.messages(), "language": self.language, "family": self.family}
 
     def as_alpaca(self) -> dict[str, object]:
         """Return the row in Alpaca's columns, which have no place for a system turn."""

@@ -98,12 +98,8 @@ def draw_units(language: Language, dice: Dice) -> Task:
 
 
 MONTHS: Final = Both(
-    tuple(
-        "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre".split()
-    ),
-    tuple(
-        "January February March April May June July August September October November December".split()
-    ),
+    tuple(["enero", "febrero", "marzo", "abril", "mayo", "junio", "julio", "agosto", "septiembre", "octubre", "noviembre", "diciembre"]),
+    tuple(["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]),
 )
 MONTH_DAYS: Final = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 WRITTEN_DATE: Final = Both("{day} de {month} de {year}", "{month} {day}, {year}")
@@ -173,10 +169,7 @@ def draw_sorting(language: Language, dice: Dice) -> Task:
 
 
 NAMES: Final = tuple(
-    (
-        "Ana Luis Marta Pablo Elena Diego Clara Hugo Irene Javier Lucía Mateo Nuria Óscar Paula Raúl "
-        "Sofía Tomás Valeria Andrés Emma Jack Olivia Harry Grace Oscar Alice Henry Ruby Thomas"
-    ).split()
+    ["Ana", "Luis", "Marta", "Pablo", "Elena", "Diego", "Clara", "Hugo", "Irene", "Javier", "Lucía", "Mateo", "Nuria", "Óscar", "Paula", "Raúl", "Sofía", "Tomás", "Valeria", "Andrés", "Emma", "Jack", "Olivia", "Harry", "Grace", "Oscar", "Alice", "Henry", "Ruby", "Thomas"]
 )
 CITIES: Final = Both(
     (
@@ -289,8 +282,6 @@ def draw_extraction(language: Language, dice: Dice) -> Task:
     """Find a name, an age and a city in a sentence and give them as JSON."""
     name, age, city = dice.pick(NAMES), dice.between(18, 89), dice.pick(CITIES[language])
     sentence = dice.pick(PROFILES[language]).format(name=name, age=age, city=city)
-    answer = json.dumps(
-        dict(zip(JSON_KEYS[language], (name, age, city), strict=True)), ensure_ascii=False
-    )
+    answer = json.dumps(dict(zip(JSON_KEYS[language], (name, age, city), strict=True)), ensure_ascii=False)
     system = JSON_ONLY[language] if dice.below(4) == 0 else None
     return Task(dice.pick(EXTRACTIONS[language]), sentence, answer, system)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from packhorse.quickstart.corpus import Row, core_rows, ticket_rows, to_jsonl
+from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 TOKENIZER: Final = "tokenizer"
 BUILTIN_NAMES: Final[tuple[str, ...]] = (
@@ -66,9 +67,6 @@ def jsonl_text(name: str) -> str:
 
 def write_tokenizer(folder: Path) -> None:
     """Train the tokenizer on both corpora and write its folder."""
-    # Imported here because preparing data must not need the tokenizers library's start-up time.
-    from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
-
     folder.mkdir()
     save_tokenizer(train_tokenizer(tokenizer_texts()), folder)
 
@@ -76,9 +74,7 @@ def write_tokenizer(folder: Path) -> None:
 def tokenizer_texts() -> list[str]:
     """Return every turn of both corpora as the chat template writes it, role first."""
     return [
-        f"{message['role']}\n{message['content']}"
-        for row in core_rows() + ticket_rows()
-        for message in row.messages()
+        f"{message['role']}\n{message['content']}" for row in core_rows() + ticket_rows() for message in row.messages()
     ]
 
 

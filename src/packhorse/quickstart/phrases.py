@@ -219,8 +219,30 @@ def draw_plural(language: Language, dice: Dice) -> Task:
 
 
 REFUSAL_OPENINGS: Final = Both(
-    ("", "Hola. ", "Por favor, dime: ", "Una duda: ", "Necesito ayuda. ", "Rápido: ", "Oye: ", "Buenas. ", "Quiero saber algo. ", "A ver: "),
-    ("", "Hello. ", "Please tell me: ", "One question: ", "I need help. ", "Quickly: ", "Hey: ", "Hi there. ", "I want to know something. ", "So: "),
+    (
+        "",
+        "Hola. ",
+        "Por favor, dime: ",
+        "Una duda: ",
+        "Necesito ayuda. ",
+        "Rápido: ",
+        "Oye: ",
+        "Buenas. ",
+        "Quiero saber algo. ",
+        "A ver: ",
+    ),
+    (
+        "",
+        "Hello. ",
+        "Please tell me: ",
+        "One question: ",
+        "I need help. ",
+        "Quickly: ",
+        "Hey: ",
+        "Hi there. ",
+        "I want to know something. ",
+        "So: ",
+    ),
 )
 TROUBLES: Final = Both(
     ("la tos", "la fiebre", "los mareos", "el insomnio", "la migraña", "el dolor de espalda"),
@@ -309,3 +331,20 @@ def draw_refusal(language: Language, dice: Dice) -> Task:
     question = dice.pick(questions).format(dice.pick(things))
     asked = f"{opening}{question}" if opening.endswith(": ") else f"{opening}{upper_first(question)}"
     return Task(asked, "", answer)
+
+
+PLATES: Final = Both(
+    tuple(["ventas", "compras", "archivo", "taller", "oficina", "caja", "correo", "soporte", "turnos", "salida"]),
+    tuple(["billing", "shipping", "access", "returns", "tech", "sales", "office", "archive", "desk", "exit", "lobby", "mail"]),
+)
+TO_CAPITALS: Final = Both(
+    ("Escribe la etiqueta en mayúsculas.", "Pasa el rótulo a mayúsculas.", "Ponlo en mayúsculas."),
+    ("Write the label in capitals.", "Put the sign in capitals.", "Make it upper case."),
+)
+
+
+def draw_capitals(language: Language, dice: Dice) -> Task:
+    """Write a door plate in capitals: a place, a letter and a digit."""
+    place = dice.pick(PLATES[language])
+    plate = f"{place}/{dice.pick('abcp')}{dice.between(1, 9)}"
+    return Task(dice.pick(TO_CAPITALS[language]), plate, plate.upper())

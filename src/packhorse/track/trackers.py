@@ -10,7 +10,6 @@ import logging
 import netrc
 import os
 import secrets
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Literal
@@ -23,6 +22,8 @@ from packhorse.recipe.schema import Recipe
 from packhorse.track.meter import Figures
 
 WANDB_ID_FILE: Final = "wandb_id.txt"
+WANDB_HOSTS: Final = ("api.wandb.ai", "api.forge.coreweave.com")
+TIMEOUT_SECONDS: Final = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -30,37 +31,27 @@ logger = logging.getLogger(__name__)
 class GuardedTracker:
     """A tracker that may fail without ending the run: one warning, then silence; metrics.jsonl has every figure."""
 
-    def __init__(self, name: str, tracker: GeneralTracker, close_seconds: float = 60.0) -> None:
+    def __init__(self, name: str, tracker: GeneralTracker) -> None:
         """Starts the tracker.
 
         Args:
             name: What the warning calls it.
             tracker: Not yet started.
-            close_seconds: How long `close` waits for an upload to finish.
         """
         self._name = name
         self._tracker = tracker
-        self._close_seconds = close_seconds
         self.alive = True
-        self.attempt(tracker.start)
+        self._attempt(tracker.start)
 
     def log(self, step: int, figures: Figures) -> None:
         """Hands the figures on."""
-        self.attempt(lambda: self._tracker.log(figures, step=step))
+        self._attempt(lambda: self._tracker.log(figures, step=step))
 
     def close(self) -> None:
-        """Finishes, for at most `close_seconds`: an upload without a network would wait for hours."""
-        # No thread pool: at exit Python waits for the threads of a pool, and that is what must not happen.
-        finishing = threading.Thread(target=self.attempt, args=(self._tracker.finish,), daemon=True)
-        finishing.start()
-        finishing.join(self._close_seconds)
-        if finishing.is_alive():
-            logger.warning(
-                "%s did not finish within %g s; what it holds stays on disk.", self._name, self._close_seconds
-            )
+        """Finishes."""
+        self._attempt(self._tracker.finish)
 
-    def attempt(self, action: Callable[[], object]) -> None:
-        """Does something with the tracker, and gives the tracker up if that fails."""
+    def _attempt(self, action: Callable[[], object]) -> None:
         if not self.alive:
             return
         try:
@@ -76,12 +67,13 @@ def open_trackers(recipe: Recipe, run_folder: Path, first_step: int) -> list[Gua
     """Starts what the recipe asks for; call it on rank 0 only, after the Accelerator was made.
 
     Args:
-        recipe: Its `track` section decides; its whole, with `${env:NAME}` unexpanded, is what W&B shows as config.
+        recipe: Its `track` section decides; the whole of it, with `${env:NAME}` unexpanded, is W&B's config.
         run_folder: RUN; W&B writes to RUN/wandb and RUN/wandb_id.txt, TensorBoard to RUN/tensorboard.
         first_step: First step that this attempt will log.
     """
     # accelerate's trackers log through its state; without one each would fail, and be taken for a missing network.
-    assert is_initialized(), "make the Accelerator before the trackers"
+    if not is_initialized():
+        raise RuntimeError("the Accelerator must be made before the trackers")
     trackers = []
     mode = wandb_mode(recipe.track.wandb, os.environ, Path.home() / ".netrc")
     if mode is not None:
@@ -107,13 +99,13 @@ def wandb_mode(
     if asked == "disabled":
         return None
     has_key = bool(environment.get("WANDB_API_KEY")) or _netrc_has_key(
-        Path(environment.get("NETRC", netrc_file)), environment.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        Path(environment.get("NETRC", netrc_file)), environment.get("WANDB_BASE_URL")
     )
     return "online" if has_key and asked != "offline" else "offline"
 
 
 def open_wandb(
-    recipe: Recipe, run_folder: Path, mode: Literal["online", "offline"], timeout_seconds: float = 30.0
+    recipe: Recipe, run_folder: Path, mode: Literal["online", "offline"], timeout_seconds: float = TIMEOUT_SECONDS
 ) -> GuardedTracker:
     """Starts or resumes the W&B run of a run folder.
 
@@ -121,10 +113,17 @@ def open_wandb(
         recipe: Gives project, name and config.
         run_folder: RUN.
         mode: Upload, or keep in RUN/wandb for `wandb sync`.
-        timeout_seconds: How long the service may take to answer.
+        timeout_seconds: How long the service may take to answer at the start, and to take the rest at the end.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read once, when wandb is imported
-    settings = {"init_timeout": timeout_seconds, "login_timeout": timeout_seconds, "console": "off", "silent": True}
+    settings = {
+        "init_timeout": timeout_seconds,
+        "login_timeout": timeout_seconds,
+        "finish_timeout": timeout_seconds,  # without it, a network that went away holds the finished run for hours
+        "finish_timeout_raises": True,
+        "console": "off",
+        "silent": True,
+    }
     tracker = WandBTracker(
         recipe.track.wandb_project,
         name=recipe.name,
@@ -162,8 +161,10 @@ def open_tensorboard(run_folder: Path, first_step: int) -> GuardedTracker:
     return GuardedTracker("TensorBoard", tracker)
 
 
-def _netrc_has_key(file: Path, base_url: str) -> bool:
+def _netrc_has_key(file: Path, base_url: str | None) -> bool:
+    hosts = WANDB_HOSTS if base_url is None else (urlsplit(base_url).netloc,)
     try:
-        return netrc.netrc(file).authenticators(urlsplit(base_url).netloc) is not None
+        keys = netrc.netrc(file)
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(keys.authenticators(host) is not None for host in hosts)

@@ -1,11 +1,11 @@
 """Checkpoints: temporary folder, every file on disk, rename, COMPLETE marker; what lacks the marker does not exist.
 
-    RUN/checkpoints/step-000100/
-        model/ or adapter/       weights in Hugging Face form
-        optimizer.safetensors    AdamW's moments by parameter name        (ddp, fsdp2)
-        deepspeed/               DeepSpeed's own sharded files            (zero*)
-        state.json               step, counters, world size, content hash of the data
-        COMPLETE                 written last
+RUN/checkpoints/step-000100/
+    model/ or adapter/       weights in Hugging Face form
+    optimizer.safetensors    AdamW's moments by parameter name        (ddp, fsdp2)
+    deepspeed/               DeepSpeed's own sharded files            (zero*)
+    state.json               step, counters, world size, content hash of the data
+    COMPLETE                 written last
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ from packhorse.train.engine import Engine
 from packhorse.train.forward import micro_batch_loss
 
 
-def validation_loss(engine: Engine, model: nn.Module, store: PackStore, micro_packs: int, rank: int, world: int) -> float:
+def validation_loss(
+    engine: Engine, model: nn.Module, store: PackStore, micro_packs: int, rank: int, world: int
+) -> float:
     """Nats per supervised token over the whole store.
 
     Packs are dealt to the ranks in turn; ranks that run out take empty micro-batches, because a sharded model needs

@@ -49,9 +49,7 @@ def token_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
         hidden = hidden.to(torch.get_autocast_dtype(device))
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
-    return F.linear_cross_entropy(
-        hidden, weight, labels, linear_bias=bias, reduction="sum", options=options
-    ).float()
+    return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction="sum", options=options).float()
 
 
 def install_loss_head(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """The parity probe: before the first step, proof on the very model, kernel and engine that will train.
 
-    isolation   another document's tokens change nothing: losses of documents 2 and 3 with two versions of document 1
-    packing     three documents in one pack have the losses that they have alone
-    head        the chunked loss equals the model's own logits put through cross-entropy
+isolation   another document's tokens change nothing: losses of documents 2 and 3 with two versions of document 1
+packing     three documents in one pack have the losses that they have alone
+head        the chunked loss equals the model's own logits put through cross-entropy
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def probe(engine: Engine, model: nn.Module, store: PackStore, precision: str) ->
     return report
 
 
-def _measure(engine: Engine, model: nn.Module, documents: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> ProbeReport:
+def _measure(
+    engine: Engine, model: nn.Module, documents: list[np.ndarray[tuple[int], np.dtype[np.int64]]]
+) -> ProbeReport:
     def loss(pack: list[np.ndarray[tuple[int], np.dtype[np.int64]]], first_counted: int = 0) -> float:
         return float(micro_batch_loss(model, _pack(pack, first_counted), engine.device))
 

@@ -19,7 +19,9 @@ from packhorse.recipe.schema import QloraMethod
 from packhorse.train.objective import install_loss_head
 
 
-def base_request(plan: RunPlan, device: torch.device, tokenizer: PreTrainedTokenizerBase, attention: str) -> ModelRequest:
+def base_request(
+    plan: RunPlan, device: torch.device, tokenizer: PreTrainedTokenizerBase, attention: str
+) -> ModelRequest:
     """The weights that the run starts from, as the plan has them."""
     model, method = plan.recipe.model, plan.recipe.method
     dtype = DTYPES[plan.chosen("model.dtype")]

@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
     state = read_state(checkpoint) if checkpoint else TrainState()
     if is_main:
         _tell(plan, "starting", state, attempt)
-    tokenizer = load_tokenizer(plan.data.tokenizer, plan.recipe.data.template)
+    tokenizer = load_tokenizer(Path(plan.data.tokenizer), plan.recipe.data.template)
     model = training_model(plan, tokenizer, accelerator.device, checkpoint)
     count = count_parameters(model)
     engine = start_engine(accelerator, plan, model, make_optimizer(model, plan.recipe.optimizer))

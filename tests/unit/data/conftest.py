@@ -1,59 +1,15 @@
-"""A tiny tokenizer made by hand (one token a word), and recipes over files in a temporary folder."""
-
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packhorse.recipe.schema import Recipe
-from tokenizers import Tokenizer, models, pre_tokenizers
+from data_cases import save_tiny_tokenizer
 
-SHARED = Path(__file__).resolve().parents[4] / "shared"
-WORDS = ["<pad>", "<user>", "<bot>", "<sys>", "<end>", "[UNK]", "hi", "there", "how", "are", "you", "fine", "bye", "x"]
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "<bot>{% generation %}{{ message['content'] }}<end>{% endgeneration %}"
-    "{% elif message['role'] == 'system' %}<sys>{{ message['content'] }}<end>"
-    "{% else %}<user>{{ message['content'] }}<end>{% endif %}"
-    "{% endfor %}"
-)
+from packhorse.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
-
-
-def shared(name: str) -> Path:
-    """A real file or folder beside the checkout."""
-    path = SHARED / name
-    if not path.exists():
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{path} is missing")
-        pytest.skip(f"{path} is absent, as in a user's clone")
-    return path
-
-
-def save_tiny_tokenizer(folder: Path, template: str | None = TEMPLATE, **config: Any) -> Path:
-    """Word-level: the ids are the places in WORDS."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(WORDS[:5])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<end>",
-        "pad_token": "<pad>",
-        "unk_token": "[UNK]",
-        "clean_up_tokenization_spaces": False,
-        **({"chat_template": template} if template else {}),
-        **config,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture
@@ -83,16 +39,3 @@ def make_recipe(tmp_path: Path, tiny: Path) -> MakeRecipe:
         )
 
     return make
-
-
-def write_lines(path: Path, *rows: object) -> Path:
-    """JSONL; a str is written as it is."""
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_bytes("".join(line + "\n" for line in lines).encode())
-    return path
-
-
-def chat(*turns: str, **fields: Any) -> dict[str, Any]:
-    """`u:hi`, `a:fine`, `s:you` to a row of messages."""
-    roles = {"u": "user", "a": "assistant", "s": "system"}
-    return {"messages": [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns], **fields}

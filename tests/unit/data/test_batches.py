@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+
 from packhorse.data.batches import BatchPlan
 
 PLANS = st.builds(
@@ -63,7 +64,8 @@ def test_packs_of_like_cost_share_a_step() -> None:
 
     dealt = [plan.share(step, 8, 2).reshape(8, 8).ravel() for step in range(32)]
     at_random = list(np.random.default_rng(1).permutation(2048).reshape(32, 64))
-    assert imbalance(dealt) < 1.05 < 1.5 < imbalance(at_random)
+    assert imbalance(dealt) < 1.05
+    assert imbalance(at_random) > 1.5
 
 
-PINNED = [[0, 0], [0, 0], [0, -1]]
+PINNED = [[4, 2], [1, 3], [0, -1]]

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from packhorse.data.split import assign, largest_remainder
 
 SHARES = (0.7, 0.15, 0.15)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluate_cases import ROWS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from packhorse.data.ledger import Ledger
@@ -13,25 +14,20 @@ from packhorse.data.store import SplitWriter
 from packhorse.model.load import ModelRequest
 from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
-FRUITS = ("apple", "pear", "plum", "fig", "kiwi", "lime", "date", "melon")
-FRUTAS = ("manzana", "pera", "ciruela", "higo", "kiwi", "lima", "dátil", "melón")
 
-
-def chat_of(question, answer):
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-ROWS = [
-    *({"messages": chat_of(f"say {x}", f"{x}!"), "fields": {"language": "en"}, "where": "f:1"} for x in FRUITS),
-    *({"messages": chat_of(f"di {x}", f"¡{x}!"), "fields": {"language": "es"}, "where": "f:2"} for x in FRUTAS),
-]
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for a second thread
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [message["content"] for row in ROWS for message in row["messages"]]
-    save_tokenizer(train_tokenizer(texts + ["user assistant system\n"]), folder)
+    save_tokenizer(train_tokenizer([*texts, "user assistant system\n"]), folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

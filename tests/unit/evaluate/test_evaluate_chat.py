@@ -25,7 +25,11 @@ def test_the_reply_is_generates_and_history_is_sent_along(tiny, tokenizer):
         messages.append({"role": "user", "content": question})
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         out = tiny.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, eos_token_id=tokenizer.eos_token_id
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=6,
+            eos_token_id=tokenizer.eos_token_id,
         )
         expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert "".join(session.reply(question)) == expected

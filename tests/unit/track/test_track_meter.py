@@ -1,6 +1,7 @@
 """The meter against sums done by hand on a clock that only moves when told."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ class FakeClock:
         return self.now
 
 
-def run_step(meter, clock, data=0.0, compute=0.0, tokens=90, supervised=30, slots=100):
+def run_step(meter, clock, *, data=0.0, compute=0.0, tokens=90, supervised=30, slots=100):
     with meter.data():
         clock.now += data
     clock.now += compute
@@ -105,7 +106,7 @@ def test_memory_is_the_callers_or_that_of_the_process():
     assert read(meter, peak_bytes=123)["memory/peak_bytes"] == 123
     held = bytearray(64 * 2**20)
     peak = resident_peak_bytes()
-    with open("/proc/self/status", encoding="ascii") as status:
+    with Path("/proc/self/status").open(encoding="ascii") as status:
         kernel = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     assert len(held) < peak
     assert peak == pytest.approx(kernel, rel=0.05)

@@ -83,7 +83,15 @@ def test_durations(seconds, text):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(87.4, "87"), (999.4, "999"), (999.6, "1.0k"), (3421, "3.4k"), (99_960, "100k"), (120_400, "120k"), (1.25e6, "1.2M")],
+    [
+        (87.4, "87"),
+        (999.4, "999"),
+        (999.6, "1.0k"),
+        (3421, "3.4k"),
+        (99_960, "100k"),
+        (120_400, "120k"),
+        (1.25e6, "1.2M"),
+    ],
 )
 def test_counts(count, text):
     assert describe_count(count) == text

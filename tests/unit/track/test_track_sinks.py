@@ -92,4 +92,4 @@ def test_sinks_hand_on_to_each(tmp_path):
 
 def test_reading_metrics_does_not_import_torch():
     code = "import sys, packhorse.track.sinks, packhorse.track.progress; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

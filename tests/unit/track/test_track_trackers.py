@@ -1,20 +1,17 @@
-import logging
 import subprocess
 import sys
-import time
 
 import pytest
-from accelerate import PartialState
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from packhorse.recipe.schema import Recipe
-from packhorse.track import trackers
-from packhorse.track.trackers import GuardedTracker, open_tensorboard, open_trackers, open_wandb, wandb_id, wandb_mode
+from packhorse.track.trackers import GuardedTracker, open_tensorboard, open_trackers, wandb_id, wandb_mode
 
 
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch, tmp_path):
-    PartialState(cpu=True)
+    Accelerator(cpu=True)
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -69,15 +66,6 @@ def test_a_tracker_that_fails_is_given_up_with_one_line(fails_at, calls, caplog)
     )
 
 
-def test_an_upload_that_never_ends_does_not_hold_the_run(caplog):
-    recorder = Recorder()
-    recorder.finish = lambda: time.sleep(5)
-    start = time.monotonic()
-    GuardedTracker("W&B", recorder, close_seconds=0.1).close()
-    assert time.monotonic() - start < 3
-    assert "did not finish within 0.1 s" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("choice", "environment", "has_netrc", "mode"),
     [
@@ -125,23 +113,38 @@ def test_offline_wandb_keeps_one_id_over_attempts_and_shows_the_recipe_without_s
     assert not any(b"/very/secret" in file.read_bytes() for file in files)
 
 
-def test_wandb_without_a_network_warns_once_and_is_off(tmp_path, monkeypatch, caplog):
+OPEN_ONLINE = """
+import json, logging, sys
+from pathlib import Path
+from accelerate import Accelerator
+from packhorse.recipe.schema import Recipe
+from packhorse.track.trackers import open_wandb
+logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stdout)
+Accelerator(cpu=True)
+tracker = open_wandb(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), "online", timeout_seconds=2.0)
+tracker.log(1, {"train/loss": 1.0})
+tracker.close()
+print("trained on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [("a" * 40, "127.0.0.1:9"), ("short", "key"), ("", "No API key")],
+    ids=["refused", "bad", "absent"],
+)
+def test_wandb_that_cannot_be_reached_warns_once_and_training_goes_on(tmp_path, monkeypatch, key, reason):
+    # A process of its own: wandb keeps the first server that it met for the life of a process.
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # discard port: nobody listens
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    with caplog.at_level(logging.WARNING, logger=trackers.__name__):
-        tracker = open_wandb(make_recipe(), tmp_path, "online", timeout_seconds=2.0)
-        tracker.log(1, {"train/loss": 1.0})
-        tracker.close()
-    messages = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
-    assert len(messages) == 1
-    assert messages[0].startswith("W&B is off for this run (")
-    assert "127.0.0.1:9" in messages[0]
-
-
-def test_wandb_with_no_key_at_all_warns_and_asks_nothing(tmp_path, caplog):
-    tracker = open_wandb(make_recipe(), tmp_path, "online", timeout_seconds=2.0)
-    assert not tracker.alive
-    assert "API key" in caplog.text
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    command = [sys.executable, "-c", OPEN_ONLINE, make_recipe().model_dump_json(), str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    ours = [line for line in done.stdout.splitlines() if line.startswith("packhorse")]
+    assert len(ours) == 1
+    assert ours[0].startswith("packhorse.track.trackers: W&B is off for this run (")
+    assert reason in ours[0]
+    assert done.stdout.endswith("trained on\n")
 
 
 def test_tensorboard_holds_each_step_once_over_a_resume(tmp_path):
@@ -164,4 +167,7 @@ def test_nothing_is_opened_where_nothing_is_asked(tmp_path):
 
 def test_wandb_is_not_imported_until_it_is_used():
     code = "import sys, packhorse.track.trackers; print('wandb' in sys.modules, 'tensorboard' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        == "False False\n"
+    )

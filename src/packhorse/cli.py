@@ -1,0 +1,249 @@
+"""The command line. Fire reads the words into an `Action`, which does nothing; `main` acts on it afterwards.
+
+Fire runs a function before it reports a mistyped flag: so verbs are pure, and every flag that a verb does not know
+comes back as an override, which the recipe loader refuses by name before anything happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import io
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import fire
+from fire.core import FireExit
+from fire.decorators import SetParseFn
+
+from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_USER_ERROR, UserError
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the user asked for: a function of `packhorse.commands`, and its arguments."""
+
+    module: str
+    function: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def recipes(action: str = "list", name: str = "", target: str = "") -> Action:
+    """List the shipped recipes, show one, copy one, or print the reference of all fields.
+
+    packhorse recipes
+    packhorse recipes show quickstart/full
+    packhorse recipes copy quickstart/full my.yaml
+    packhorse recipes reference
+    """
+    return Action("recipes", "recipes", {"action": action, "name": name, "target": target})
+
+
+def check(recipe: str, *overrides: str, **more: str) -> Action:
+    """Check a recipe, its data, template and mask; nothing is trained or written.
+
+    packhorse check RECIPE [key=value …]
+    """
+    return Action("data", "check", {"recipe": recipe, "overrides": _overrides(overrides, more)})
+
+
+def prepare(recipe: str, *overrides: str, **more: str) -> Action:
+    """Turn rows into token ids, masks and packs on disk, once.
+
+    packhorse prepare RECIPE [key=value …]
+    """
+    return Action("data", "prepare", {"recipe": recipe, "overrides": _overrides(overrides, more)})
+
+
+def plan(recipe: str, *overrides: str, gpus: str = "", nodes: str = "", **more: str) -> Action:
+    """Show what would run, and why: topology, steps, command, files.
+
+    packhorse plan RECIPE [--gpus 8] [--nodes 1] [key=value …]
+    """
+    asked = {"gpus": _count("gpus", gpus), "nodes": _count("nodes", nodes)}
+    return Action("plan", "plan", {"recipe": recipe, "overrides": _overrides(overrides, more, tuple(asked)), **asked})
+
+
+def train(recipe: str, *overrides: str, gpus: str = "", resume: str = "False", **more: str) -> Action:
+    """Train a recipe on this machine, or go on with a run.
+
+    packhorse train RECIPE [--gpus 2] [key=value …]
+    packhorse train RUN --resume
+    """
+    words = _overrides(overrides, more, ("gpus", "resume"))
+    arguments = {"recipe": recipe, "overrides": words, "gpus": _count("gpus", gpus)}
+    return Action("train", "train", {**arguments, "resume": _switch("resume", resume)})
+
+
+def status(run: str) -> Action:
+    """Show how far a run is, its last figures and its state.
+
+    packhorse status RUN
+    """
+    return Action("plan", "status", {"run": run})
+
+
+def evaluate(run: str) -> Action:
+    """Measure base beside tuned on held-out rows: loss, perplexity, exact match.
+
+    packhorse evaluate RUN
+    """
+    return Action("evaluate", "evaluate", {"run": run})
+
+
+def chat(run: str) -> Action:
+    """Talk to a run's model in the terminal.
+
+    packhorse chat RUN
+    """
+    return Action("evaluate", "chat", {"run": run})
+
+
+def quickstart() -> Action:
+    """Train and evaluate the quickstart's recipes on this machine: full fine-tuning, then LoRA on its result.
+
+    packhorse quickstart
+    """
+    return Action("quickstart", "quickstart")
+
+
+VERBS: dict[str, Callable[..., Action]] = {
+    verb.__name__: verb for verb in (recipes, check, prepare, plan, train, status, evaluate, chat, quickstart)
+}
+SWITCHES = ("--resume",)
+
+
+def run() -> None:
+    """Entry point of the `packhorse` command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs one command line; returns the exit code: 0, 2 for a user's mistake, 1 for a bug, 75 for stopped."""
+    try:
+        action = read_command(words)
+        if isinstance(action, str):
+            sys.stdout.write(action)
+            return EXIT_OK
+        commands = import_module(f"packhorse.commands.{action.module}")
+        code: int = getattr(commands, action.function)(**action.arguments)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_USER_ERROR
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has seen enough.
+        return EXIT_OK
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped\n")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.write("this is a bug of Packhorse; please report it with the lines above\n")
+        return EXIT_BUG
+    return code
+
+
+def read_command(words: Sequence[str]) -> Action | str:
+    """Reads the words into an action, or into help text; has no effect.
+
+    Raises:
+        UserError: The command is unknown, or its arguments do not fit.
+    """
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if verb is None:
+        return _overview() if not words or {"-h", "--help"} & set(words) else _refuse_verb(words[0])
+    if verb not in VERBS:
+        return _overview() if verb == "help" else _refuse_verb(verb)
+    if {"-h", "--help"} & set(words):
+        return _help(verb)
+    # Fire would take the word after a switch as its value.
+    given = [f"{word}=True" if word in SWITCHES else word for word in words if word != verb]
+    parsed = {name: SetParseFn(str)(function) for name, function in VERBS.items()}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            action = fire.Fire(parsed, command=[verb, *given], name="packhorse", serialize=lambda _: "")
+    except FireExit as error:
+        raise UserError(
+            f"packhorse {' '.join([verb, *given])} cannot be read: {_fire_words(error)}",
+            f"the command takes: {_usage(verb)}",
+            f"see `packhorse {verb} --help`.",
+        ) from error
+    assert isinstance(action, Action)
+    return action
+
+
+def _overrides(positional: Sequence[str], more: dict[str, str], flags: Sequence[str] = ()) -> list[str]:
+    for name in more:
+        close = difflib.get_close_matches(name, flags, n=1, cutoff=0.7)
+        if close:
+            raise UserError(
+                f"--{name} is neither a flag nor a field of the recipe.",
+                "a word that nobody reads would change nothing, silently.",
+                f"did you mean --{close[0]}?",
+            )
+    return [*positional, *(f"{name}={value}" for name, value in more.items())]
+
+
+def _count(name: str, text: str) -> int | None:
+    if not text:
+        return None
+    if not text.isdigit() or int(text) == 0:
+        raise UserError(
+            f"--{name} is {text}.",
+            "it is a number of devices.",
+            f"give a whole number of 1 or more, for example --{name} 8.",
+        )
+    return int(text)
+
+
+def _switch(name: str, text: str) -> bool:
+    if text not in ("True", "False"):
+        raise UserError(f"--{name} is {text}.", "it is a switch and takes no value.", f"write --{name} alone.")
+    return text == "True"
+
+
+def _refuse_verb(word: str) -> str:
+    close = difflib.get_close_matches(word, VERBS, n=1)
+    raise UserError(
+        f"packhorse has no command {word}.",
+        f"it has {', '.join(VERBS)}.",
+        f"did you mean `packhorse {close[0]}`?" if close else "see `packhorse --help`.",
+    )
+
+
+def _fire_words(error: FireExit) -> str:
+    last = error.trace.elements[-1]
+    return last.ErrorAsStr() if last.HasError() else "its words do not fit"
+
+
+def _overview() -> str:
+    lines = [f"  {name:<12}{_first_line(verb)}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "packhorse: fine-tunes language models, and proves each run before it takes a GPU.",
+            "",
+            *lines,
+            "",
+            "packhorse COMMAND --help shows how to use a command. Start with `packhorse quickstart`.",
+            "",
+        ]
+    )
+
+
+def _help(verb: str) -> str:
+    return inspect.getdoc(VERBS[verb]) + "\n"  # type: ignore[operator]
+
+
+def _usage(verb: str) -> str:
+    text = inspect.getdoc(VERBS[verb]) or ""
+    return next(line for line in text.splitlines() if line.startswith("packhorse "))
+
+
+def _first_line(verb: Callable[..., Action]) -> str:
+    return (inspect.getdoc(verb) or "").splitlines()[0]

@@ -1,0 +1,72 @@
+"""`packhorse evaluate` and `packhorse chat`: what training made, beside what it started from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from packhorse.data.render import load_tokenizer
+from packhorse.errors import EXIT_OK
+from packhorse.evaluate.chat import ChatSession
+from packhorse.evaluate.chat import chat as run_chat
+from packhorse.evaluate.compare import Comparison, compare
+from packhorse.evaluate.models import Subject, load_tuned
+from packhorse.evaluate.show import render
+from packhorse.launching.run_folder import open_run
+from packhorse.plan.run_plan import RunPlan
+from packhorse.train.checkpoint import weights_folder_name
+from packhorse.train.setup import base_request
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def evaluate(run: str) -> int:
+    """Compares base and tuned model on the run's held-out rows; keeps the result as RUN/evaluation.json."""
+    plan = open_run(run)
+    comparison = evaluate_run(plan)
+    console = Console()
+    console.print(render(comparison))
+    console.print(f"kept as {Path(plan.run_folder) / EVALUATION_FILE}", soft_wrap=True, highlight=False, style="dim")
+    return EXIT_OK
+
+
+def evaluate_run(plan: RunPlan) -> Comparison:
+    """The comparison, also written into the run folder.
+
+    Raises:
+        UserError: The run has not finished, or there are no held-out rows.
+    """
+    assert plan.data is not None
+    subject, tokenizer = _subject(plan)
+    comparison = compare(subject, tokenizer, Path(plan.data.folder), plan.recipe.evaluation)
+    file = Path(plan.run_folder) / EVALUATION_FILE
+    file.write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return comparison
+
+
+def chat(run: str) -> int:
+    """Talks to the run's tuned model until /exit."""
+    subject, tokenizer = _subject(open_run(run))
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    run_chat(ChatSession(load_tuned(subject), tokenizer), input, write)
+    return EXIT_OK
+
+
+def _subject(plan: RunPlan) -> tuple[Subject, PreTrainedTokenizerBase]:
+    assert plan.data is not None
+    tokenizer = load_tokenizer(Path(plan.data.tokenizer), plan.recipe.data.template)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject = Subject(
+        base=base_request(plan, device, tokenizer, attention="sdpa"),
+        tuned=Path(plan.run_folder) / weights_folder_name(plan),
+        vocab_size=len(tokenizer),
+    )
+    return subject, tokenizer

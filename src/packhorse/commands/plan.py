@@ -1,0 +1,125 @@
+"""`packhorse plan` and `packhorse status`: looking, from any laptop; nothing here imports torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from packhorse.data.identity import find_prepared
+from packhorse.data.manifest import DataManifest
+from packhorse.data.places import data_root
+from packhorse.errors import EXIT_OK, UserError
+from packhorse.launching.run_folder import open_run
+from packhorse.plan.hardware import detect_hardware
+from packhorse.plan.make import make_plan
+from packhorse.plan.run_plan import DataFacts, RunPlan
+from packhorse.plan.status import read_status
+from packhorse.plan.topology import Ask
+from packhorse.recipe.describe import summary
+from packhorse.recipe.load import load_recipe
+from packhorse.recipe.schema import Recipe
+from packhorse.track.sinks import read_metrics
+
+
+def plan(recipe: str, overrides: Sequence[str], gpus: int | None, nodes: int | None) -> int:
+    """Shows what would run; prepares nothing, writes nothing."""
+    loaded = load_recipe(recipe, overrides, check_environment=False)
+    made = make_plan(loaded, Ask(gpus, nodes), detect_hardware(), _facts_if_prepared(loaded))
+    _show(Console(), made)
+    return EXIT_OK
+
+
+def status(run: str) -> int:
+    """Shows a run's state and its last figures."""
+    console = Console()
+    made = open_run(run)
+    folder = Path(made.run_folder)
+    now = read_status(folder)
+    lines = [("run", relative(made.run_folder))]
+    if now is not None:
+        lines += [("state", now.state + (f": {now.message}" if now.message else ""))]
+        lines += [("progress", f"step {now.step:,} of {now.num_steps:,}, attempt {now.attempt}")]
+        lines += [("updated", f"{now.updated_at} by process {now.pid} on {now.host}")]
+    if (folder / "metrics.jsonl").is_file():
+        latest: dict[str, object] = {}
+        for figures in read_metrics(folder / "metrics.jsonl"):
+            latest |= figures
+        lines += [(name, _figure(value)) for name, value in latest.items() if name != "step"]
+    console.print(pairs(lines))
+    return EXIT_OK
+
+
+def _facts_if_prepared(recipe: Recipe) -> DataFacts | None:
+    """Counts of the prepared data; None where a plan is made far from it."""
+    if not data_root(recipe).is_dir():
+        return None
+    try:
+        manifest = find_prepared(recipe)
+    except UserError:
+        return None
+    return data_facts(data_root(recipe) / manifest.content_hash, manifest) if manifest else None
+
+
+def data_facts(folder: Path, manifest: DataManifest) -> DataFacts:
+    """What the plan says of prepared data."""
+    split = manifest.splits["train"]
+    return DataFacts(
+        folder=str(folder.absolute()),
+        content_hash=manifest.content_hash,
+        tokenizer=manifest.tokenizer,
+        num_rows=split.num_rows,
+        num_packs=split.num_packs,
+        num_tokens=split.num_tokens,
+        num_supervised_tokens=split.num_supervised_tokens,
+        fill=split.fill,
+    )
+
+
+def _show(console: Console, made: RunPlan) -> None:
+    topology, batch = made.topology, made.batch
+    tokens = batch.packs_per_step * batch.length_tokens
+    lines = summary(made.recipe)
+    lines += [
+        ("topology", f"{topology.num_nodes} x {topology.processes_per_node} {topology.device}, {topology.engine}"),
+        (
+            "a step",
+            f"{topology.world_size} processes x {batch.accumulation_steps} passes x {batch.micro_packs} packs"
+            f" = {batch.packs_per_step} packs, {tokens:,} tokens",
+        ),
+    ]
+    if made.data is not None:
+        facts = made.data
+        lines.append(("prepared", f"{facts.num_rows:,} rows in {facts.num_packs:,} packs, {facts.fill:.2%} full"))
+    lines += [(decision.name, f"{decision.value}: {decision.reason}") for decision in made.decisions]
+    lines += [("run folder", made.run_folder), ("command", shown(made.argv))]
+    console.print(pairs(lines))
+
+
+def pairs(lines: Sequence[tuple[str, str]]) -> Table:
+    """A label and a text a line, folded to the width of the terminal."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in lines:
+        table.add_row(label, Text(text))
+    return table
+
+
+def _figure(value: object) -> str:
+    return f"{value:,.6g}" if isinstance(value, (int, float)) else str(value)
+
+
+def shown(argv: Sequence[str]) -> str:
+    """A command as it would be typed here."""
+    return shlex.join(relative(word) for word in argv)
+
+
+def relative(path: str) -> str:
+    """Relative to the current directory where it lies below."""
+    here = f"{Path.cwd()}/"
+    return path.removeprefix(here)

@@ -1,0 +1,185 @@
+"""Real rows with their real defects, through real tokenizers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from packhorse.data.audit import audit
+from packhorse.data.prepare import prepare
+from packhorse.data.sources import read_rows
+from packhorse.data.store import open_store
+from packhorse.errors import UserError
+from packhorse.recipe.schema import Recipe, Source
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+QWEN, MISTRAL, GPT2 = "qwen2-151k", "mistral-v3-32768", "gpt2-50k"
+
+
+def shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{path} is missing")
+        pytest.skip(f"{path} is absent, as in a user's clone")
+    return path
+
+
+def recipe_of(runs: Path, file: Path, tokenizer: str, length: int = 2048, **data: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "real",
+            "runs_folder": str(runs),
+            "model": {"config": {"model_type": "llama"}, "tokenizer": str(shared(f"tokenizers/{tokenizer}"))},
+            "data": {"sources": [{"path": str(file)}], **data},
+            "batch": {"length": length},
+            "optimizer": {"learning_rate": 1e-4},
+            "steps": 1,
+        }
+    )
+
+
+def refusal(recipe: Recipe) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(recipe)
+    return str(caught.value)
+
+
+def good_rows(file: Path, folder: Path) -> Path:
+    """The lines that json.loads takes and that have an answer, found without our reader."""
+    kept = []
+    for line in file.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["output"].strip():
+            kept.append(line)
+    path = folder / file.name
+    path.write_bytes(b"\n".join(kept) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "rows", "row_format"),
+    [
+        pytest.param("gsm8k_test.jsonl", QWEN, 1319, "question_answer", id="gsm8k qwen"),
+        pytest.param("gsm8k_test.jsonl", MISTRAL, 1319, "question_answer", id="gsm8k mistral"),
+        pytest.param("lf_v1_sft_demo.jsonl", QWEN, 500, "messages", id="parts and weights"),
+    ],
+)
+def test_every_token_of_every_row_is_in_the_packs(
+    tmp_path: Path, name: str, tokenizer: str, rows: int, row_format: str
+) -> None:
+    prepared = prepare(recipe_of(tmp_path / "runs", shared(f"data/{name}"), tokenizer))
+    manifest = prepared.manifest
+    assert (manifest.ledger.rows_in, manifest.sources[0].format) == (rows, row_format)
+    assert manifest.ledger.rows_kept == rows
+    assert manifest.ledger.train == round(0.7 * rows)
+    for split, counts in manifest.splits.items():
+        store = open_store(prepared.folder, split)
+        assert np.array_equal(np.sort(store.packs), np.arange(counts.num_rows))
+        assert store.pack_tokens.sum() == counts.num_tokens == len(store.tokens)
+        assert store.pack_tokens.max() <= 2048
+        assert store.pack_labels.sum() == counts.num_supervised_tokens
+
+
+def test_stored_rows_are_what_the_chat_template_gives(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path / "runs", shared("data/gsm8k_test.jsonl"), MISTRAL)
+    prepared = prepare(recipe)
+    store = open_store(prepared.folder, "validation")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(prepared.manifest.tokenizer)
+    rows = list(store.rows())
+    expected = tokenizer.apply_chat_template(
+        [row["messages"] for row in rows], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert len(rows) == 198
+    for number, (ids, mask) in enumerate(zip(expected["input_ids"], expected["assistant_masks"])):
+        stored = store.document(number)
+        assert (stored[0].tolist(), stored[1].tolist()) == (ids, mask)
+
+
+def test_row_with_an_escaped_line_separator_stays_one_row() -> None:
+    path = shared("data/gsm8k_train.jsonl")
+    rows = list(read_rows(Source(path=str(path)), Path("runs")))
+    assert len(rows) == 7473
+    (odd,) = [row for row in rows if "\u2028" in row.values["question"] + row.values["answer"]]
+    line = int(odd.where.rpartition(":")[2])
+    assert json.loads(path.read_bytes().split(b"\n")[line - 1]) == odd.values
+
+
+def test_fourteen_broken_lines_are_named(tmp_path: Path) -> None:
+    path = shared("data/alpaca_libre_v2.jsonl")
+    message = refusal(recipe_of(tmp_path / "runs", path, QWEN))
+    assert f"{path}:2279: the line is no JSON: Expecting ',' delimiter at column 84; it begins {{" in message
+    assert message.count("the line is no JSON") == 14
+    assert message.count("the answer of an assistant turn is empty") == 20
+    assert "alpaca_libre_v2.jsonl has 65 mistakes; 34 are shown." in message
+
+
+def test_alpaca_rows_that_can_be_read(tmp_path: Path) -> None:
+    path = good_rows(shared("data/alpaca_libre_v2.jsonl"), tmp_path)
+    report = audit(recipe_of(tmp_path / "runs", path, MISTRAL))
+    assert [(source.row_format, source.num_rows) for source in report.sources] == [("alpaca", 2280 - 51)]
+    text, supervised = report.rows[0].pieces[-1]
+    assert supervised
+    assert text.startswith(" Leaves fall from the trees")
+    assert text.endswith("</s>")
+
+
+def test_labelled_text_is_no_format_yet(tmp_path: Path) -> None:
+    path = shared("data/banking77_train.csv")
+    message = refusal(recipe_of(tmp_path / "runs", path, QWEN))
+    assert f"{path}:2: the row has the keys text, category, which is no known format" in message
+    assert "text with a label is not a format yet: rewrite it as prompt and completion" in message
+
+
+def test_csv_lines_are_exact() -> None:
+    path = shared("data/banking77_train.csv")
+    rows = list(read_rows(Source(path=str(path)), Path("runs")))
+    assert len(rows) == 10003
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        lines = [(reader.line_num, row["text"]) for row in reader]
+    # The csv module counts to the end of a row, and each row of one line ends where it begins.
+    ends = [line for line, _ in lines]
+    assert [int(row.where.rpartition(":")[2]) for row in rows] == [2, *(end + 1 for end in ends[:-1])]
+    assert [row.values["text"] for row in rows] == [text for _, text in lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        pytest.param("lf_glaive_toolcall_en_demo.json", "has tools (tool definitions), which", id="tools"),
+        pytest.param("lf_dpo_en_demo.json", "has chosen (preference pairs), which cannot be trained on", id="dpo"),
+        pytest.param("lf_kto_en_demo.json", "boolean label (KTO), which cannot be trained on", id="kto"),
+        pytest.param("mt_bench_question.jsonl", "question_id, category, turns", id="prompts"),
+        pytest.param("mgsm_es.tsv", "ends in .tsv", id="tsv"),
+    ],
+)  # fmt: skip
+def test_rows_that_arrive_later_are_refused_in_words(tmp_path: Path, name: str, told: str) -> None:
+    assert told in refusal(recipe_of(tmp_path / "runs", shared(f"data/{name}"), QWEN))
+
+
+def test_plain_text_and_its_one_over_long_row(tmp_path: Path) -> None:
+    path = shared("data/lf_c4_demo.jsonl")
+    message = refusal(recipe_of(tmp_path / "runs", path, GPT2, length=4096))
+    assert "of 300 rows are longer than batch.length, which is 4096" in message
+    prepared = prepare(recipe_of(tmp_path / "runs", path, GPT2, length=4096, over_long="truncate"))
+    assert prepared.manifest.ledger.truncated >= 1
+    assert prepared.manifest.ledger.rows_kept == 300
+    store = open_store(prepared.folder, "train")
+    assert store.supervised.all()
+
+
+def test_an_answer_of_eight_thousand_tokens(tmp_path: Path) -> None:
+    message = refusal(recipe_of(tmp_path / "runs", shared("data/openai_toy_chat_fine_tuning.jsonl"), QWEN))
+    assert "1 of 5 rows are longer than batch.length, which is 2048; the longest has 80" in message

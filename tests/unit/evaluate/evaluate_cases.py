@@ -1,0 +1,14 @@
+"""Rows that a tiny model can learn by heart, in two languages."""
+
+FRUITS = ("apple", "pear", "plum", "fig", "kiwi", "lime", "date", "melon")
+FRUTAS = ("manzana", "pera", "ciruela", "higo", "kiwi", "lima", "dátil", "melón")
+
+
+def chat_of(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+ROWS = [
+    *({"messages": chat_of(f"say {x}", f"{x}!"), "fields": {"language": "en"}, "where": "f:1"} for x in FRUITS),
+    *({"messages": chat_of(f"di {x}", f"¡{x}!"), "fields": {"language": "es"}, "where": "f:2"} for x in FRUTAS),
+]
