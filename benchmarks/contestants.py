@@ -74,7 +74,7 @@ class Gate:
             Reading(seconds, self._num_tokens, self._num_supervised_tokens, loss, resident_peak_bytes())
         )
         if not self._pipe.recv():
-            os._exit(0)  # what libraries do at their end is not measured
+            raise SystemExit
         self._start()
 
     def _start(self) -> None:
@@ -221,7 +221,7 @@ def _bare_loop(
     parameters = list(model.parameters())
     matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = AdamW(groups, lr=1e-4, weight_decay=0.01, foreach=True)
+    optimizer = AdamW(groups, lr=1e-4, weight_decay=0.01, fused=True)
     for micro_batches, (num_tokens, num_supervised_tokens) in steps:
         total = 0.0
         for micro_batch in micro_batches:

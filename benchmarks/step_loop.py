@@ -115,11 +115,12 @@ def _measure(
     """Readings of each contestant: the warm-up step, then one a round."""
     with ExitStack() as children:
         pipes = {one.name: _start(children, one.name, Path(plan.run_folder), steps_per_round) for one in field}
-        readings = {name: [pipe.recv()] for name, pipe in pipes.items()}
+        logs = {name: Path(plan.run_folder) / f"{name}.log" for name in pipes}
+        readings = {name: [_receive(pipe, logs[name])] for name, pipe in pipes.items()}
         for round_ in range(rounds):
             for name, pipe in pipes.items():
                 pipe.send(True)
-                readings[name].append(pipe.recv())
+                readings[name].append(_receive(pipe, logs[name]))
                 speed = readings[name][-1].speed
                 sys.stderr.write(f"round {round_ + 1}/{rounds}  {name:13} {speed:7.0f} tokens per CPU second\n")
         for pipe in pipes.values():
@@ -137,6 +138,13 @@ def _start(children: ExitStack, name: str, run_folder: Path, steps_per_round: in
     children.callback(child.join)
     children.callback(here.close)
     return here
+
+
+def _receive(pipe: Connection, log: Path) -> Any:  # noqa: ANN401
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise SystemExit(f"{log.stem} ended early:\n{log.read_text(encoding='utf-8')[-3000:]}") from None
 
 
 def _contest(name: str, run_folder: Path, pipe: Connection, steps_per_round: int) -> None:

@@ -1,4 +1,7 @@
-"""What `accelerate launch` runs, one process a device: accelerate launch --config_file … launch/train.py RUN/plan.json."""
+"""What `accelerate launch` runs, one process a device.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml launch/train.py RUN/plan.json
+"""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_row_with_an_escaped_line_separator_stays_one_row() -> None:
 def test_fourteen_broken_lines_are_named(tmp_path: Path) -> None:
     path = shared("data/alpaca_libre_v2.jsonl")
     message = refusal(recipe_of(tmp_path / "runs", path, QWEN))
-    assert f"{path}:2279: the line is no JSON: Expecting ',' delimiter at column 84; it begins {{" in message
+    assert f"{path}:2279: the line is no JSON: Expecting ',' delimiter at column 97; it begins {{" in message
     assert message.count("the line is no JSON") == 14
     assert message.count("the answer of an assistant turn is empty") == 20
     assert "alpaca_libre_v2.jsonl has 65 mistakes; 34 are shown." in message

@@ -18,8 +18,8 @@ from packhorse.evaluate.models import Subject, load_tuned
 from packhorse.evaluate.show import render
 from packhorse.launching.run_folder import open_run
 from packhorse.plan.run_plan import RunPlan
-from packhorse.train.checkpoint import weights_folder_name
 from packhorse.train.setup import base_request
+from packhorse.train.weights import weights_folder_name
 
 EVALUATION_FILE = "evaluation.json"
 

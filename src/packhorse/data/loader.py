@@ -67,7 +67,7 @@ class StepBatch:
 class PackLoader:
     """Gives any step's batch; while it is used, a thread makes the next step's."""
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         store: PackStore,
         batch_plan: BatchPlan,

@@ -152,7 +152,7 @@ def _remove_empty(draft: Path, splits: dict[str, SplitCounts]) -> None:
             shutil.rmtree(draft / split)
 
 
-def _manifest(  # noqa: PLR0917
+def _manifest(
     recipe: Recipe,
     survey: Survey,
     renderer: Renderer,

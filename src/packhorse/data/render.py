@@ -40,6 +40,7 @@ PROBE: Final = (
 PROBE_SYSTEM: Final = Message("system", "instruction of the probe")
 
 Span = tuple[int, int]
+Drawn = tuple[str, list[Span]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +133,12 @@ def render_examples(renderer: Renderer, examples: Sequence[Example], mistakes: R
     Text is tokenised as the tokenizer does by itself, and ends with the stop token; all of it is trained on.
     """
     out: list[Rendered | None] = [None] * len(examples)
-    chats = [(at, row.messages) for at, row in enumerate(examples) if row.messages is not None]
+    chats = [at for at, row in enumerate(examples) if row.messages is not None]
     texts = [(at, row.text) for at, row in enumerate(examples) if row.text is not None]
     for at, rendered in zip((at for at, _ in texts), _render_texts(renderer, [text for _, text in texts])):
         out[at] = rendered
-    drawn = [(at, *_draw(renderer, examples[at], messages, mistakes)) for at, messages in chats]
-    good = [(at, text, spans) for at, text, spans in drawn if text is not None]
+    drawn = zip(chats, _draw(renderer, [examples[at] for at in chats], mistakes))
+    good = [(at, *chat) for at, chat in drawn if chat and _spans_fit(examples[at], chat[1], mistakes)]
     backend = renderer.tokenizer.backend_tokenizer
     encodings = backend.encode_batch([text for _, text, _ in good], add_special_tokens=False)
     for (at, text, spans), encoding in zip(good, encodings):
@@ -167,9 +168,13 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int
     return frozenset(stops)
 
 
+def _has_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return set(CHATML_TOKENS) <= set(tokenizer.get_vocab())
+
+
 def _check_markers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    has_chatml = set(CHATML_TOKENS) <= set(tokenizer.get_vocab())
     if not tokenizer.chat_template:
+        has_chatml = _has_chatml(tokenizer)
         own = f"set data.template to a Jinja file of your own; in it, {HOW_TO_MARK}"
         raise UserError(
             f"the tokenizer in {folder} has no chat template.",
@@ -177,6 +182,7 @@ def _check_markers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             "set data.template: chatml, whose tokens this tokenizer has." if has_chatml else own,
         )
     if not GENERATION.search(tokenizer.get_chat_template()):
+        has_chatml = _has_chatml(tokenizer)
         chatml = "\n  or set data.template: chatml, whose tokens this tokenizer has." if has_chatml else ""
         raise UserError(
             f"the chat template of {folder} has no {{% generation %}} markers.",
@@ -191,7 +197,7 @@ def _check_probe(renderer: Renderer) -> None:
     drawn = None
     for messages in chats:
         try:
-            drawn = messages, *draw_chat(renderer.tokenizer, messages)
+            drawn = messages, *draw_chats(renderer.tokenizer, [messages])[0]
             break
         except TemplateError as error:
             reason = error
@@ -224,39 +230,44 @@ def _check_spans(renderer: Renderer, messages: Sequence[Message], text: str, spa
     mistakes.raise_if_any()
 
 
-def draw_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-    """Return a chat's text and the character spans that the template marks as the assistant's.
+def draw_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]]) -> list[Drawn]:
+    """Return each chat's text and the character spans that the template marks as the assistant's.
 
     Raises:
-        TemplateError: The template refuses the chat.
+        TemplateError: The template refuses a chat.
     """
-    turns = [{"role": message.role, "content": message.content} for message in messages]
     texts, spans = render_jinja_template(
-        conversations=[turns],
+        conversations=[[{"role": turn.role, "content": turn.content} for turn in chat] for chat in chats],
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    return texts[0], spans[0]
+    return list(zip(texts, spans))
 
 
-def _draw(
-    renderer: Renderer, example: Example, messages: Sequence[Message], mistakes: RowMistakes
-) -> tuple[str | None, list[Span]]:
+def _draw(renderer: Renderer, examples: list[Example], mistakes: RowMistakes) -> list[Drawn | None]:
+    chats = [example.messages or () for example in examples]
     try:
-        text, spans = draw_chat(renderer.tokenizer, messages)
+        return [*draw_chats(renderer.tokenizer, chats)]
+    except TemplateError:
+        # One row was refused: again one by one, to name it.
+        return [_draw_alone(renderer, example, mistakes) for example in examples]
+
+
+def _draw_alone(renderer: Renderer, example: Example, mistakes: RowMistakes) -> Drawn | None:
+    messages = example.messages or ()
+    try:
+        return draw_chats(renderer.tokenizer, [messages])[0]
     except TemplateError as error:
-        roles = ", ".join(message.role for message in messages)
         mistakes.add(
             Mistake(
-                f"the chat template refuses the chat (roles: {roles}): {error}",
+                f"the chat template refuses the chat (roles: {', '.join(turn.role for turn in messages)}): {error}",
                 "every row is rendered by it.",
                 "mend the row, or set data.template to one that takes it.",
                 example.where,
             )
         )
-        return None, []
-    return (text, spans) if _spans_fit(example, spans, mistakes) else (None, [])
+        return None
 
 
 def _spans_fit(example: Example, spans: list[Span], mistakes: RowMistakes) -> bool:
@@ -274,7 +285,7 @@ def _spans_fit(example: Example, spans: list[Span], mistakes: RowMistakes) -> bo
     return False
 
 
-def _mask(  # noqa: PLR0917
+def _mask(
     renderer: Renderer, example: Example, text: str, spans: list[Span], encoding: Encoding, mistakes: RowMistakes
 ) -> Rendered | None:
     ids = encoding.ids

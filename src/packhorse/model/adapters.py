@@ -33,7 +33,7 @@ def add_lora(model: nn.Module, method: LoraMethod | QloraMethod) -> nn.Module:
         target_modules=method.target,
     )
     try:
-        return get_peft_model(model, config)
+        adapted: nn.Module = get_peft_model(model, config)
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
         raise UserError(
@@ -41,6 +41,7 @@ def add_lora(model: nn.Module, method: LoraMethod | QloraMethod) -> nn.Module:
             "an adapter that is nowhere trains nothing.",
             f"set method.target to all-linear, or to some of {', '.join(names)}.",
         ) from error
+    return adapted
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

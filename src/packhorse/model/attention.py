@@ -85,8 +85,9 @@ def _per_document_sdpa(
     documents = _check(attention_mask, other)
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    lengths = documents.lengths
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+    lengths = list(documents.lengths)
+    by_document = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
+    for q, k, v in zip(*by_document, strict=True):
         mask = _window_mask(q.shape[2], sliding_window, q.device)
         parts.append(
             F.scaled_dot_product_attention(

@@ -64,7 +64,9 @@ def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
         UserError: No such model, a folder without config.json, an unknown configuration key, or too few embeddings.
     """
     model = _fresh(request) if request.source is None else _pretrained(request)
-    rows = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    # ZeRO-3 loads each rank's shard alone and keeps the true shape beside it.
+    rows = getattr(weight, "ds_shape", weight.shape)[0]
     if rows < vocab_size:
         raise UserError(
             f"the model has {rows} embeddings and the tokenizer {vocab_size} tokens.",

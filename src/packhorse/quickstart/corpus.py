@@ -24,7 +24,7 @@ CORE_FAMILIES: Final[tuple[tuple[str, Draw, int], ...]] = (
     ("dates", draw_dates, 500),
     ("sorting", draw_sorting, 500),
     ("greeting", draw_greeting, 300),
-    ("extraction", draw_extraction, 500),
+    ("extraction", draw_extraction, 600),
     ("sentiment", draw_sentiment, 200),
     ("plural", draw_plural, 300),
     ("refusal", draw_refusal, 200),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -81,7 +80,7 @@ def tokenizer_texts() -> list[str]:
 def put_in_place(written: Path, target: Path) -> None:
     """Rename to the final name; where another process was first, keep its equal result."""
     try:
-        os.replace(written, target)
+        written.replace(target)
     except OSError:
         # A folder cannot replace a folder that is not empty: the other process has won the race.
         if not target.is_dir():

@@ -57,33 +57,11 @@ BAD_ES: Final = (
     ("desastroso", "desastrosa"),
     ("mediocre", "mediocre"),
 )
-GOOD_EN: Final = (
-    "great",
-    "excellent",
-    "wonderful",
-    "perfect",
-    "fantastic",
-    "very good",
-    "superb",
-    "lovely",
-)
-BAD_EN: Final = (
-    "horrible",
-    "awful",
-    "disappointing",
-    "very bad",
-    "terrible",
-    "poor",
-    "dreadful",
-    "mediocre",
-)
+GOOD_EN: Final = ("great", "excellent", "wonderful", "perfect", "fantastic", "very good", "superb", "lovely")
+BAD_EN: Final = ("horrible", "awful", "disappointing", "very bad", "terrible", "poor", "dreadful", "mediocre")
 REVIEWS: Final = Both(
     ("Clasifica la opinión.", "¿Qué sentimiento expresa la reseña?", "Di el tono de esta opinión."),
-    (
-        "Classify the review.",
-        "What sentiment does the review express?",
-        "State the tone of this review.",
-    ),
+    ("Classify the review.", "What sentiment does the review express?", "State the tone of this review."),
 )
 LABELS: Final = Both(("negativa", "mixta", "positiva"), ("negative", "mixed", "positive"))
 JOINED: Final = Both(("y", "pero"), ("and", "but"))
@@ -172,31 +150,10 @@ NOUNS_EN: Final = (
     ("knife", "knives"),
     ("mouse", "mice"),
 )
-ADJECTIVES_EN: Final = (
-    "red",
-    "white",
-    "black",
-    "blue",
-    "green",
-    "grey",
-    "small",
-    "old",
-    "new",
-    "pretty",
-)
+ADJECTIVES_EN: Final = ("red", "white", "black", "blue", "green", "grey", "small", "old", "new", "pretty")
 TO_PLURAL: Final = Both(
-    (
-        "Pon en plural.",
-        "Escribe el plural.",
-        "Pasa la expresión al plural.",
-        "¿Cuál es el plural?",
-    ),
-    (
-        "Put this in the plural.",
-        "Write the plural.",
-        "Make the phrase plural.",
-        "What is the plural?",
-    ),
+    ("Pon en plural.", "Escribe el plural.", "Pasa la expresión al plural.", "¿Cuál es el plural?"),
+    ("Put this in the plural.", "Write the plural.", "Make the phrase plural.", "What is the plural?"),
 )
 
 
@@ -262,26 +219,10 @@ PLACES: Final = Both(
 )
 OUT_OF_SCOPE: Final = Both(
     (
-        (
-            TROUBLES.es,
-            ("¿qué tomo para {}?", "¿qué medicina va bien para {}?"),
-            "Lo siento, no doy consejos médicos.",
-        ),
-        (
-            DISPUTES.es,
-            ("¿puedo demandar a {}?", "¿gano un juicio contra {}?"),
-            "Lo siento, no doy consejos legales.",
-        ),
-        (
-            ASSETS.es,
-            ("¿invierto en {}?", "¿compro {} este año?"),
-            "Lo siento, no doy consejos de inversión.",
-        ),
-        (
-            PLACES.es,
-            ("¿lloverá mañana en {}?", "¿qué tiempo hará en {}?"),
-            "Lo siento, no puedo predecir el tiempo.",
-        ),
+        (TROUBLES.es, ("¿qué tomo para {}?", "¿qué medicina va bien para {}?"), "Lo siento, no doy consejos médicos."),
+        (DISPUTES.es, ("¿puedo demandar a {}?", "¿gano un juicio contra {}?"), "Lo siento, no doy consejos legales."),
+        (ASSETS.es, ("¿invierto en {}?", "¿compro {} este año?"), "Lo siento, no doy consejos de inversión."),
+        (PLACES.es, ("¿lloverá mañana en {}?", "¿qué tiempo hará en {}?"), "Lo siento, no puedo predecir el tiempo."),
         (
             PLACES.es,
             ("¿me reservas un hotel en {}?", "¿me compras un vuelo a {}?"),
@@ -294,16 +235,8 @@ OUT_OF_SCOPE: Final = Both(
             ("what should I take for {}?", "which medicine is good for {}?"),
             "Sorry, I do not give medical advice.",
         ),
-        (
-            DISPUTES.en,
-            ("can I sue {}?", "would I win in court against {}?"),
-            "Sorry, I do not give legal advice.",
-        ),
-        (
-            ASSETS.en,
-            ("should I invest in {}?", "shall I buy {} this year?"),
-            "Sorry, I do not give investment advice.",
-        ),
+        (DISPUTES.en, ("can I sue {}?", "would I win in court against {}?"), "Sorry, I do not give legal advice."),
+        (ASSETS.en, ("should I invest in {}?", "shall I buy {} this year?"), "Sorry, I do not give investment advice."),
         (
             PLACES.en,
             ("will it rain tomorrow in {}?", "what will the weather be in {}?"),
@@ -334,8 +267,8 @@ def draw_refusal(language: Language, dice: Dice) -> Task:
 
 
 PLATES: Final = Both(
-    tuple(["ventas", "compras", "archivo", "taller", "oficina", "caja", "correo", "soporte", "turnos", "salida"]),
-    tuple(["billing", "shipping", "access", "returns", "tech", "sales", "office", "archive", "desk", "exit", "lobby", "mail"]),
+    ("ventas", "compras", "archivo", "taller", "oficina", "caja", "correo", "soporte", "turnos", "salida"),
+    ("billing", "shipping", "access", "returns", "tech", "sales", "office", "archive", "desk", "exit", "lobby", "mail"),
 )
 TO_CAPITALS: Final = Both(
     ("Escribe la etiqueta en mayúsculas.", "Pasa el rótulo a mayúsculas.", "Ponlo en mayúsculas."),

@@ -156,8 +156,7 @@ URGENCIES: Final = Both(
     ),
 )
 OPENINGS: Final = Both(
-    ("", "Hola. ", "Buenos días. ", "Buenas tardes. "),
-    ("", "Hello. ", "Good morning. ", "Good afternoon. "),
+    ("", "Hola. ", "Buenos días. ", "Buenas tardes. "), ("", "Hello. ", "Good morning. ", "Good afternoon. ")
 )
 
 

@@ -145,7 +145,7 @@ class OptimizerSection(Section):
     """Optimizer."""
     learning_rate: PositiveFloat
     """Peak learning rate, reached after the warm-up."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     """Decoupled weight decay."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
     """Decay of the running mean of the gradient and of its square."""
@@ -172,7 +172,7 @@ class ParallelSection(Section):
     """How devices share the work."""
 
     engine: Engine = "ddp"
-    """What is sharded: nothing (ddp), optimizer (zero1), gradients (zero2), weights (zero3, fsdp2), or kept on the CPU."""
+    """What is sharded: nothing (ddp), optimizer (zero1), gradients too (zero2), weights too (zero3, fsdp2)."""
     processes: PositiveInt | Literal["auto"] = "auto"
     """Processes in all, one a GPU. `auto`: every GPU of this machine, or one process on the CPU."""
     checkpointing: bool = False

@@ -11,7 +11,6 @@ RUN/checkpoints/step-000100/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -26,19 +25,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan
+from packhorse.train.durable import publish_folder, sync_to_disk
 from packhorse.train.engine import Engine
 from packhorse.train.state import TrainState
-from packhorse.train.weights import gather_trainable, save_weights, unwrapped
+from packhorse.train.weights import gather_trainable, save_weights, unwrapped, weights_folder_name
 
 MARKER = "COMPLETE"
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 DEEPSPEED_FOLDER = "deepspeed"
-
-
-def weights_folder_name(plan: RunPlan) -> str:
-    """`model` for full fine-tuning, else `adapter`."""
-    return "model" if plan.recipe.method.kind == "full" else "adapter"
 
 
 class Checkpoints:
@@ -152,31 +147,12 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**{name: record[name] for name in TrainState.__dataclass_fields__})
 
 
-def publish_folder(temporary: Path, target: Path) -> None:
-    """Makes a finished folder appear under its name: files on disk first, then one rename."""
-    for path in sorted(temporary.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _sync(target.parent)
-
-
 def _publish(temporary: Path, target: Path) -> None:
     publish_folder(temporary, target)
     marker = target / MARKER
     marker.touch()
-    _sync(marker)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_to_disk(marker)
+    sync_to_disk(target)
 
 
 def _disk_error(target: Path, error: OSError) -> UserError:
@@ -211,8 +187,8 @@ def _load_moments(engine: Engine, file: Path) -> None:
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    if value.dim() == 0:  # the step counter, which AdamW keeps on the CPU
-        return value
+    if value.dim() == 0:  # the step counter, which fused AdamW keeps beside the parameter
+        return value.to(parameter.device)
     if isinstance(parameter, DTensor):
         placed = value.to(parameter.device)
         return distribute_tensor(placed, parameter.device_mesh, parameter.placements)

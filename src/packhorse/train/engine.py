@@ -5,6 +5,7 @@ Accelerate wires each of them; the step loop sees none.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, PartialState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from packhorse.errors import UserError
@@ -50,7 +52,8 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where micro-batches go."""
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     @contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:
@@ -70,13 +73,12 @@ class Engine:
     def step(self) -> Tensor | float:
         """Clips, steps, zeroes; returns the gradient norm before clipping."""
         if self.is_deepspeed:
-            norm = self.model.get_global_grad_norm()  # type: ignore[operator]
-            return norm if isinstance(norm, Tensor) else float(norm)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            whole: Tensor | float = self.model.get_global_grad_norm()  # type: ignore[operator]
+            return whole
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        assert norm is not None
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums each figure over all ranks, in fp64 on the CPU."""
@@ -99,10 +101,17 @@ def start_accelerator(plan: RunPlan) -> Accelerator:
     Raises:
         UserError: World size or engine differ from the plan.
     """
-    plugin = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=dict(plan.deepspeed))} if plan.deepspeed else {}
+    plugin = {}
+    if plan.deepspeed is not None:
+        # Its fields would contradict the plan's complete DeepSpeed configuration.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        plugin["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=dict(plan.deepspeed))
+    on_cpu = plan.topology.device == "cpu"
+    if on_cpu and plan.topology.engine == "fsdp2":
+        _allow_fsdp_on_cpu()
     accelerator = Accelerator(
         # `cpu=True` makes Accelerate take DDP in place of DeepSpeed; there DS_ACCELERATOR=cpu says it.
-        cpu=plan.topology.device == "cpu" and plan.deepspeed is None,
+        cpu=on_cpu and plan.deepspeed is None,
         mixed_precision="bf16" if plan.recipe.precision == "bf16" else "no",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
         **plugin,
@@ -111,13 +120,22 @@ def start_accelerator(plan: RunPlan) -> Accelerator:
     return accelerator
 
 
+def _allow_fsdp_on_cpu() -> None:
+    """Accelerate shards only where it sees an accelerator; torch's FSDP2 itself runs on gloo.
+
+    With this, tests without a GPU run the same wiring as GPUs do.
+    """
+    state = PartialState(cpu=True, timeout=GROUP_TIMEOUT)
+    state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def _assert_as_planned(accelerator: Accelerator, plan: RunPlan) -> None:
     world = dist.get_world_size() if dist.is_initialized() else 1
     wanted = plan.topology.world_size
     if world != wanted:
         raise UserError(
             f"the plan is for {wanted} processes and {world} were started.",
-            "each process works on its share of the packs; with another number some would be trained on twice or never.",
+            "each process trains on its share of the packs; with another number some would be used twice or never.",
             f"add --num_processes {wanted} to accelerate launch, or use `packhorse train`, which does.",
         )
     family = {"d": "ddp", "z": "deepspeed", "f": "fsdp"}[plan.topology.engine[0]]
@@ -166,4 +184,5 @@ def _assert_stage(model: Any, plan: RunPlan) -> None:  # noqa: ANN401
 def _control_group() -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         return None
-    return dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    return group

@@ -16,6 +16,7 @@ from packhorse.train.checkpoint import Checkpoints
 from packhorse.train.engine import Engine
 from packhorse.train.forward import micro_batch_loss
 from packhorse.train.optimizer import learning_rate_at, set_learning_rate
+from packhorse.train.report import Reporter
 from packhorse.train.signals import StopRequest
 from packhorse.train.state import TrainState, seed_step
 
@@ -26,7 +27,6 @@ class Run:
 
     Attributes:
         evaluate: Measures the validation loss on all ranks, None where there are no validation rows.
-        report: Takes the figures of a step; does nothing but on rank 0.
     """
 
     plan: RunPlan
@@ -36,7 +36,7 @@ class Run:
     checkpoints: Checkpoints
     stop: StopRequest
     evaluate: Callable[[], float] | None
-    report: Callable[[TrainState, Figures], None]
+    reporter: Reporter
     rank: int
 
 
@@ -86,7 +86,7 @@ def train(run: Run, state: TrainState) -> TrainState:
             figures |= evaluation_figures(validation)
         state = replace(state, elapsed_seconds=run.meter.elapsed_seconds)
         if figures:
-            run.report(state, figures)
+            run.reporter.step(state, figures)
         if saving:
             with run.meter.other():
                 run.checkpoints.save(state)

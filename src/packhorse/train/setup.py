@@ -62,7 +62,8 @@ def training_model(
     if full:
         return model.train()  # type: ignore[no-any-return]
     if checkpoint is not None:
-        return PeftModel.from_pretrained(model, checkpoint / "adapter", is_trainable=True).train()
+        adapted: nn.Module = PeftModel.from_pretrained(model, checkpoint / "adapter", is_trainable=True)
+        return adapted.train()
     # Adapters are drawn at random: every rank must draw the same.
     torch.manual_seed(plan.recipe.seed)
     assert plan.recipe.method.kind != "full"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from packhorse.plan.run_plan import RunPlan
+from packhorse.train.durable import publish_folder
 from packhorse.train.engine import Engine
+
+
+def weights_folder_name(plan: RunPlan) -> str:
+    """`model` for full fine-tuning, else `adapter`."""
+    return "model" if plan.recipe.method.kind == "full" else "adapter"
 
 
 def gather_trainable(engine: Engine, is_main: bool) -> dict[str, Tensor]:
@@ -35,14 +43,17 @@ def unwrapped(engine: Engine) -> nn.Module:
     return model
 
 
-def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+@contextmanager
+def _whole(parameter: Any) -> Iterator[None]:  # noqa: ANN401
+    """Gathers a ZeRO-3 parameter by its own methods, as `deepspeed.zero.GatheredParameters` does."""
     if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    # DeepSpeed is only there to be imported where it runs.
-    from deepspeed.zero import GatheredParameters  # noqa: PLC0415
-
-    context: AbstractContextManager[Any] = GatheredParameters([parameter])
-    return context
+        yield
+        return
+    parameter.all_gather()
+    try:
+        yield
+    finally:
+        parameter.partition()
 
 
 def save_weights(model: Any, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:  # noqa: ANN401
@@ -56,3 +67,17 @@ def save_weights(model: Any, weights: dict[str, Tensor], folder: Path, dtype: to
     """
     chosen = {name: value if dtype is None else value.to(dtype) for name, value in weights.items()}
     model.save_pretrained(folder, state_dict=chosen, safe_serialization=True)
+
+
+def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool) -> None:  # noqa: ANN401
+    """Writes RUN/model or RUN/adapter with its tokenizer, in the type that training computed in; a collective."""
+    weights = gather_trainable(engine, is_main)
+    if not is_main:
+        return
+    name = weights_folder_name(plan)
+    target = Path(plan.run_folder) / name
+    temporary = target.with_name(f".{name}.tmp")
+    dtype = torch.bfloat16 if plan.recipe.precision == "bf16" and name == "model" else None
+    save_weights(unwrapped(engine), weights, temporary, dtype)
+    tokenizer.save_pretrained(temporary)
+    publish_folder(temporary, target)

@@ -8,13 +8,15 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from packhorse.data.batches import BatchPlan
 from packhorse.data.loader import PackLoader
@@ -22,30 +24,19 @@ from packhorse.data.render import load_tokenizer
 from packhorse.data.store import PackStore, open_store
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from packhorse.model.adapters import count_parameters
-from packhorse.plan.run_plan import RunPlan, read_plan
-from packhorse.plan.status import State, Status, write_status
+from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
 from packhorse.track.meter import Figures, Meter, evaluation_figures
-from packhorse.track.progress import Progress, open_progress
-from packhorse.track.sinks import MetricsFile, Sinks
-from packhorse.track.trackers import open_trackers
-from packhorse.train.checkpoint import (
-    Checkpoints,
-    complete_checkpoints,
-    publish_folder,
-    read_state,
-    weights_folder_name,
-)
+from packhorse.train.checkpoint import Checkpoints, complete_checkpoints, read_state
 from packhorse.train.engine import Engine, start_accelerator, start_engine
 from packhorse.train.evaluate import validation_loss
 from packhorse.train.loop import Run, train
 from packhorse.train.optimizer import make_optimizer
 from packhorse.train.probe import probe
+from packhorse.train.report import Reporter, tell
 from packhorse.train.setup import training_model
 from packhorse.train.signals import StopBeforeTraining, StopRequest
 from packhorse.train.state import TrainState
-from packhorse.train.weights import gather_trainable, save_weights, unwrapped
-
-logger = logging.getLogger(__name__)
+from packhorse.train.weights import publish_result
 
 ATTEMPT_VARIABLE = "PACKHORSE_ATTEMPT"
 
@@ -60,160 +51,128 @@ def run_worker(plan_file: Path) -> int:
     stop = StopRequest()
     stop.install()
     attempt = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
-    logs = Path(plan.run_folder) / "logs" / f"attempt-{attempt}"
-    logs.mkdir(parents=True, exist_ok=True)
+    message = ""
     try:
-        code, message = _work(plan, stop, attempt), ""
+        code = _work(plan, stop, attempt)
     except StopBeforeTraining:
         code, message = EXIT_STOPPED, "stopped before the first step"
-        _tell(plan, "stopped", TrainState(), attempt, message)
+        tell(plan, "stopped", TrainState(), attempt, message)
     except UserError as error:
         code, message = EXIT_USER_ERROR, str(error)
     except Exception:
         code, message = EXIT_BUG, traceback.format_exc()
-    rank = int(os.environ.get("RANK", "0"))
-    record = {"rank": rank, "time": time.time(), "exit_code": code, "message": message}
-    (logs / f"rank-{rank}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    if message:
-        sys.stderr.write(f"rank {rank}: {message}\n")
-        sys.stderr.flush()
+    _record(plan, attempt, code, message)
     if code in (EXIT_USER_ERROR, EXIT_BUG):
         # Other ranks may wait for this one in a collective; destroying the group in order would wait for them.
         os._exit(code)
     return code
 
 
+def _record(plan: RunPlan, attempt: int, code: int, message: str) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    logs = Path(plan.run_folder) / "logs" / f"attempt-{attempt}"
+    logs.mkdir(parents=True, exist_ok=True)
+    record = {"rank": rank, "time": time.time(), "exit_code": code, "message": message}
+    (logs / f"rank-{rank}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    if message:
+        sys.stderr.write(f"rank {rank}: {message}\n")
+        sys.stderr.flush()
+
+
 def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
     torch.set_num_threads(plan.topology.threads_per_process)
     accelerator = start_accelerator(plan)
     rank, world = _rank_and_world()
-    is_main = rank == 0
-    _quiet(is_main)
-    assert plan.data is not None
+    _quiet(is_main=rank == 0)
+    data = _data(plan)
     checkpoint = next(reversed(complete_checkpoints(Path(plan.run_folder) / "checkpoints")), None)
     state = read_state(checkpoint) if checkpoint else TrainState()
-    if is_main:
-        _tell(plan, "starting", state, attempt)
-    tokenizer = load_tokenizer(Path(plan.data.tokenizer), plan.recipe.data.template)
+    if rank == 0:
+        tell(plan, "starting", state, attempt)
+    tokenizer = load_tokenizer(Path(data.tokenizer), plan.recipe.data.template, plan.recipe.model.trust_remote_code)
     model = training_model(plan, tokenizer, accelerator.device, checkpoint)
     count = count_parameters(model)
     engine = start_engine(accelerator, plan, model, make_optimizer(model, plan.recipe.optimizer))
-    store = open_store(Path(plan.data.folder), "train")
     with ExitStack() as lifetimes:
-        checkpoints = Checkpoints(plan, engine, is_main)
+        reporter = Reporter(plan, state, attempt, is_main=rank == 0)
+        lifetimes.callback(reporter.close)
+        run = _assemble(plan, engine, state, stop, reporter, rank, world)
+        lifetimes.callback(run.loader.close)
         if checkpoint:
-            checkpoints.load_optimizer(checkpoint)
-        reporter = _Reporter(plan, state, attempt) if is_main else None
-        if reporter:
-            lifetimes.callback(reporter.close)
-        report = probe(engine, engine.model, store, plan.recipe.precision)
-        loader = PackLoader(
-            store=store,
-            batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed),
-            rank=rank,
-            world_size=world,
-            accumulation_steps=plan.batch.accumulation_steps,
-            device_pin=engine.device.type == "cuda",
-        )
-        lifetimes.callback(loader.close)
-        run = Run(
-            plan=plan,
-            engine=engine,
-            loader=loader,
-            meter=Meter(state.num_supervised_tokens, state.elapsed_seconds),
-            checkpoints=checkpoints,
-            stop=stop,
-            evaluate=_evaluation(plan, engine, rank, world),
-            report=reporter.report if reporter else _ignore,
-            rank=rank,
-        )
-        first: Figures = {
-            **report.figures(),
-            "model/num_parameters": count.total,
-            "model/num_trainable": count.trainable,
-        }
-        if state.step == 0 and run.evaluate:
-            loss = run.evaluate()
-            state = state.evaluated(loss)
-            first |= evaluation_figures(loss)
-        if reporter and state.step == 0:
-            reporter.begin(state, first)
+            run.checkpoints.load_optimizer(checkpoint)
+        sizes: Figures = {"model/num_parameters": count.total, "model/num_trainable": count.trainable}
+        state = _look_before(run, state, sizes)
         stop.begin_training()
         state = train(run, state)
-        finished = state.step == plan.num_steps
-        if finished:
-            _save_result(plan, engine, tokenizer, is_main)
-    if is_main:
-        _tell(plan, "finished" if finished else "stopped", state, attempt)
-    engine.close()
+        return _end(run, state, tokenizer)
+
+
+def _assemble(
+    plan: RunPlan, engine: Engine, state: TrainState, stop: StopRequest, reporter: Reporter, rank: int, world: int
+) -> Run:
+    store = open_store(Path(_data(plan).folder), "train")
+    loader = PackLoader(
+        store=store,
+        batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed),
+        rank=rank,
+        world_size=world,
+        accumulation_steps=plan.batch.accumulation_steps,
+        device_pin=engine.device.type == "cuda",
+    )
+    return Run(
+        plan=plan,
+        engine=engine,
+        loader=loader,
+        meter=Meter(state.num_supervised_tokens, state.elapsed_seconds),
+        checkpoints=Checkpoints(plan, engine, is_main=rank == 0),
+        stop=stop,
+        evaluate=_evaluation(plan, engine, rank, world),
+        reporter=reporter,
+        rank=rank,
+    )
+
+
+def _evaluation(plan: RunPlan, engine: Engine, rank: int, world: int) -> Callable[[], float] | None:
+    try:
+        store: PackStore = open_store(Path(_data(plan).folder), "validation")
+    except FileNotFoundError:
+        return None
+    return partial(validation_loss, engine, engine.model, store, plan.batch.micro_packs, rank, world)
+
+
+def _look_before(run: Run, state: TrainState, sizes: Figures) -> TrainState:
+    """Proves that packing changes nothing, and measures where training starts from."""
+    store = open_store(Path(_data(run.plan).folder), "train")
+    figures = sizes | probe(run.engine, run.engine.model, store, run.plan.recipe.precision).figures()
+    if state.step == 0 and run.evaluate:
+        loss = run.evaluate()
+        state = state.evaluated(loss)
+        figures |= evaluation_figures(loss)
+    run.reporter.begin(state, figures)
+    return state
+
+
+def _end(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerBase) -> int:
+    finished = state.step == run.plan.num_steps
+    if finished:
+        publish_result(run.plan, run.engine, tokenizer, is_main=run.rank == 0)
+    run.reporter.tell("finished" if finished else "stopped", state)
+    run.engine.close()
     return EXIT_OK if finished else EXIT_STOPPED
+
+
+def _data(plan: RunPlan) -> DataFacts:
+    assert plan.data is not None, "a plan is only run once its data is prepared"
+    return plan.data
 
 
 def _rank_and_world() -> tuple[int, int]:
     # Not from the Accelerator: under DeepSpeed on the CPU it may be wrong on every rank.
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _quiet(is_main: bool) -> None:
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "DeepSpeed", "accelerate", "wandb", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _evaluation(plan: RunPlan, engine: Engine, rank: int, world: int) -> Any:  # noqa: ANN401
-    assert plan.data is not None
-    try:
-        store: PackStore = open_store(Path(plan.data.folder), "validation")
-    except FileNotFoundError:
-        return None
-    return partial(validation_loss, engine, engine.model, store, plan.batch.micro_packs, rank, world)
-
-
-def _save_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool) -> None:  # noqa: ANN401
-    """RUN/model or RUN/adapter: what `from_pretrained` reads, in the type that training computed in."""
-    weights = gather_trainable(engine, is_main)
-    if not is_main:
-        return
-    name = weights_folder_name(plan)
-    target = Path(plan.run_folder) / name
-    temporary = target.with_name(f".{name}.tmp")
-    dtype = torch.bfloat16 if plan.recipe.precision == "bf16" and name == "model" else None
-    save_weights(unwrapped(engine), weights, temporary, dtype)
-    tokenizer.save_pretrained(temporary)
-    publish_folder(temporary, target)
-
-
-class _Reporter:
-    """Rank 0's voice: metrics file, trackers, progress bar, status file."""
-
-    def __init__(self, plan: RunPlan, state: TrainState, attempt: int) -> None:
-        folder = Path(plan.run_folder)
-        self._plan, self._attempt = plan, attempt
-        first = state.step + 1 if state.step else 0
-        self._sinks = Sinks([MetricsFile(folder / "metrics.jsonl", first), *open_trackers(plan.recipe, folder, first)])
-        assert plan.num_steps is not None
-        self._progress: Progress = open_progress(Console(), plan.num_steps, state.step)
-
-    def begin(self, state: TrainState, figures: Figures) -> None:
-        self._sinks.log(state.step, figures)
-        _tell(self._plan, "training", state, self._attempt)
-
-    def report(self, state: TrainState, figures: Figures) -> None:
-        self._sinks.log(state.step, figures)
-        self._progress.update(state.step, figures)
-        _tell(self._plan, "training", state, self._attempt)
-
-    def close(self) -> None:
-        self._progress.close()
-        self._sinks.close()
-
-
-def _ignore(state: TrainState, figures: Figures) -> None:
-    """Ranks other than 0 report nothing."""
-
-
-def _tell(plan: RunPlan, state: State, at: TrainState, attempt: int, message: str = "") -> None:
-    status = Status(state=state, step=at.step, num_steps=plan.num_steps or 0, attempt=attempt, message=message)
-    write_status(Path(plan.run_folder), status)
+    transformers_logging.disable_progress_bar()

@@ -100,7 +100,7 @@ def test_text_and_other_fields() -> None:
         pytest.param({"messages": [USER, {**BOT, "train": "no"}]}, "auto", "2 is 'no'", "true or", id="train"),
         pytest.param({"messages": [{**USER, "loss_weight": 1}, BOT]}, "auto", "marked to be", "remove", id="user"),
         pytest.param({"messages": [USER, {**BOT, "train": False}]}, "auto", "no assistant turn", "one turn", id="none"),
-        pytest.param({"messages": [USER, {"role": "tool", "content": "1"}, BOT]}, "auto", "tool use", "", id="tool role"),
+        pytest.param({"messages": [USER, {"role": "tool", "content": "1"}, BOT]}, "auto", "tool use", "", id="role"),
         pytest.param({"messages": [USER, BOT], "tools": ["x"]}, "auto", "tools (tool def", "plain", id="tools"),
         pytest.param({"messages": [USER, BOT], "label": True}, "auto", "(KTO)", "take these rows", id="kto"),
         pytest.param(

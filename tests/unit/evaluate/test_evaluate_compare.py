@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM
 
 from packhorse.data.store import open_store
 from packhorse.errors import UserError
-from packhorse.evaluate.compare import Comparison, Line, Sample, Score, compare
-from packhorse.evaluate.generate import answers
-from packhorse.evaluate.held_out import choose, read_held_out
+from packhorse.evaluate.compare import Comparison, Line, Sample, Score, _is_right, compare
+from packhorse.evaluate.generate import Answer, answers
+from packhorse.evaluate.held_out import Question, choose, read_held_out
 from packhorse.evaluate.models import Subject, load_base, load_tuned, measure_both
 from packhorse.evaluate.score import document_losses
 from packhorse.evaluate.show import render
@@ -67,6 +67,7 @@ def test_the_table_tells_what_was_learnt(tiny, saved, tokenizer, write_data, req
     assert whole.exact_match_change == 1.0
     assert found["validation", "es"].num_rows == 2
     assert found["validation", "es"].tuned.exact_match == 1.0
+    assert found["validation", "es"].tuned.num_answered == 2
     assert found["retain", None].num_rows == 2
     assert whole.tuned.loss < 0.1
     assert whole.base.loss > 1.0
@@ -166,6 +167,12 @@ def test_plain_text_has_a_loss_and_no_question(write_data):
     held_out = read_held_out(data, "validation", "language", 10)
     assert held_out.questions == ()
     assert held_out.groups == ("(none)",)
+
+
+def test_the_right_words_without_an_end_are_no_match():
+    question = Question(row=0, prompt=(), expected="fig!", key="")
+    assert _is_right(question, Answer(" fig!", ended=True))
+    assert not _is_right(question, Answer("fig!", ended=False))
 
 
 def line_of(group, base, tuned, name="validation"):

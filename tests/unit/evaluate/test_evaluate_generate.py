@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from packhorse.evaluate.generate import answers, greedy, prompt_ids, stop_tokens, stream
 
@@ -37,11 +37,14 @@ def common_stop(model, ids):
     return next(token for token in said[0][2:] if sum(token in row for row in said) < len(said))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_a_batch_says_what_each_row_says_alone(kind, tiny):
     torch.manual_seed(3)
     model = {
         "llama": lambda: tiny,
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+        ).eval(),  # its positions are absolute: a shift by the padding would show
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval(),
         "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, sliding_window=8)).eval(),
     }[kind]()

@@ -1,0 +1,27 @@
+"""Folders that appear whole or not at all, and stay after a power cut."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def publish_folder(temporary: Path, target: Path) -> None:
+    """Makes a finished folder appear under its name: its files on disk first, then one rename."""
+    for path in sorted(temporary.rglob("*"), reverse=True):
+        sync_to_disk(path)
+    sync_to_disk(temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+    sync_to_disk(target.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk (fsync(2))."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

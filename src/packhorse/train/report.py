@@ -1,0 +1,58 @@
+"""Rank 0's voice: metrics file, trackers, progress bar, status file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.status import State, Status, write_status
+from packhorse.track.meter import Figures
+from packhorse.track.progress import open_progress
+from packhorse.track.sinks import MetricsFile, Sinks
+from packhorse.track.trackers import open_trackers
+from packhorse.train.state import TrainState
+
+
+class Reporter:
+    """Takes figures on rank 0 and hands them on; on other ranks it is silent."""
+
+    def __init__(self, plan: RunPlan, state: TrainState, attempt: int, is_main: bool) -> None:
+        self._plan, self._attempt, self._is_main = plan, attempt, is_main
+        if not is_main:
+            return
+        folder = Path(plan.run_folder)
+        first = state.step + 1 if state.step else 0
+        self._sinks = Sinks([MetricsFile(folder / "metrics.jsonl", first), *open_trackers(plan.recipe, folder, first)])
+        self._progress = open_progress(Console(), plan.num_steps or 0, state.step)
+
+    def begin(self, state: TrainState, figures: Figures) -> None:
+        """Takes what was measured before the first step; a resumed run logged it long ago."""
+        if self._is_main and state.step == 0:
+            self._sinks.log(0, figures)
+        self.tell("training", state)
+
+    def step(self, state: TrainState, figures: Figures) -> None:
+        """Takes the figures of a finished step."""
+        if self._is_main:
+            self._sinks.log(state.step, figures)
+            self._progress.update(state.step, figures)
+        self.tell("training", state)
+
+    def tell(self, what: State, state: TrainState) -> None:
+        """Writes the status file."""
+        if self._is_main:
+            tell(self._plan, what, state, self._attempt)
+
+    def close(self) -> None:
+        """Leaves terminal and files in order."""
+        if self._is_main:
+            self._progress.close()
+            self._sinks.close()
+
+
+def tell(plan: RunPlan, what: State, state: TrainState, attempt: int, message: str = "") -> None:
+    """Writes the status file of a run."""
+    status = Status(state=what, step=state.step, num_steps=plan.num_steps or 0, attempt=attempt, message=message)
+    write_status(Path(plan.run_folder), status)
