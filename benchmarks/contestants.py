@@ -33,6 +33,7 @@ from packhorse.plan.run_plan import RunPlan, read_plan
 from packhorse.track.meter import Figures, resident_peak_bytes
 from packhorse.train import worker
 from packhorse.train.objective import CHUNK_TOKENS
+from packhorse.train.report import Reporter
 from packhorse.train.setup import base_request
 from packhorse.train.state import TrainState
 
@@ -124,13 +125,13 @@ def run_contestant(name: str, run_folder: Path, pipe: Connection, steps_per_roun
 
 def train_ours(plan: RunPlan, workload: Workload, gate: Gate) -> None:
     """The worker itself, whole: engine, probe, meter, loader, metrics file, status file, stop agreement."""
-    report = worker._Reporter.report
 
-    def gated(self: worker._Reporter, state: TrainState, figures: Figures) -> None:
-        report(self, state, figures)
-        gate.step(*workload.counts(state.step - 1), figures["train/loss"])
+    class GatedReporter(Reporter):
+        def step(self, state: TrainState, figures: Figures) -> None:
+            super().step(state, figures)
+            gate.step(*workload.counts(state.step - 1), figures["train/loss"])
 
-    worker._Reporter.report = gated  # type: ignore[method-assign]
+    worker.Reporter = GatedReporter  # type: ignore[attr-defined]
     worker.run_worker(Path(plan.run_folder) / "plan.json")
 
 

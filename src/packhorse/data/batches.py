@@ -32,7 +32,7 @@ class BatchPlan:
     pack_costs: Int64
     packs_per_step: int
     seed: int
-    _epoch_orders: dict[int, Int64] = field(default_factory=dict, repr=False)
+    _epochs: dict[int, tuple[Int64, Int64]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.pack_costs) == 0 or self.packs_per_step < 1:
@@ -51,8 +51,16 @@ class BatchPlan:
     def packs(self, step: int) -> Int64:
         """Return int64 [packs_per_step]: the packs of a step counted from the start of training, -1 for null packs."""
         epoch, step_of_epoch = divmod(step, self.num_steps_per_epoch)
-        start = step_of_epoch * self.packs_per_step
-        return self._epoch_order(epoch)[start : start + self.packs_per_step].copy()
+        shuffled, shuffled_steps = self._shuffled(epoch)
+        size = self.packs_per_step
+        if step_of_epoch == len(shuffled_steps):
+            rest = shuffled[len(shuffled_steps) * size :]
+            return np.concatenate([rest, np.full(size - len(rest), NULL_PACK, np.int64)])
+        window, step_of_window = divmod(int(shuffled_steps[step_of_epoch]), WINDOW_STEPS)
+        end = min((window + 1) * WINDOW_STEPS, len(shuffled_steps)) * size
+        packs = shuffled[window * WINDOW_STEPS * size : end]
+        by_cost = np.argsort(self.pack_costs[packs], kind="stable")
+        return packs[by_cost[step_of_window * size : (step_of_window + 1) * size]]
 
     def share(self, step: int, world_size: int, accumulation_steps: int) -> Int64:
         """Deal the packs of a step to ranks and micro-steps, balanced by cost.
@@ -71,25 +79,15 @@ class BatchPlan:
                 shared[rank, micro_step, : len(of_micro_step)] = of_micro_step
         return shared
 
-    def _epoch_order(self, epoch: int) -> Int64:
+    def _shuffled(self, epoch: int) -> tuple[Int64, Int64]:
+        """Return the packs, int64 [P], and the full steps, int64 [P // packs_per_step], in shuffled order."""
         # Kept for one epoch only: a cache of a pure function, so that a step costs no new shuffle.
-        if epoch not in self._epoch_orders:
-            order = self._order(epoch)
-            self._epoch_orders.clear()
-            self._epoch_orders[epoch] = order
-        return self._epoch_orders[epoch]
-
-    def _order(self, epoch: int) -> Int64:
-        """Return int64 [steps × packs_per_step]."""
-        size = self.packs_per_step
-        num_full = self.num_packs // size
-        shuffled, shuffled_steps = _shuffles(self.seed, epoch, self.num_packs, num_full)
-        full, rest = shuffled[: num_full * size], shuffled[num_full * size :]
-        window = np.arange(len(full)) // (WINDOW_STEPS * size)
-        full = full[np.lexsort((self.pack_costs[full], window))]
-        full = full.reshape(num_full, size)[shuffled_steps].ravel()
-        nulls = np.full(-self.num_packs % size, NULL_PACK, np.int64)
-        return np.concatenate([full, rest, nulls])
+        found = self._epochs.get(epoch)
+        if found is None:
+            found = _shuffles(self.seed, epoch, self.num_packs, self.num_packs // self.packs_per_step)
+            self._epochs.clear()
+            self._epochs[epoch] = found
+        return found
 
     def _deal(self, packs: Int64, hands: int, most: int) -> list[Int64]:
         """Deal the dearest pack first, to the cheapest hand that holds fewer than `most`; dearest hand first."""
@@ -106,7 +104,8 @@ class BatchPlan:
         return [packs[dealt[hand]] for hand in sorted(range(hands), key=lambda hand: (-totals[hand], hand))]
 
 
-def _shuffles(seed: int, epoch: int, *sizes: int) -> list[Int64]:
+def _shuffles(seed: int, epoch: int, num_packs: int, num_steps: int) -> tuple[Int64, Int64]:
     # Raw draws sorted, not Generator.permutation: numpy keeps raw streams equal between its versions, and only those.
     stream = np.random.Philox(np.random.SeedSequence([seed, epoch]))
-    return [np.argsort(stream.random_raw(size), kind="stable") for size in sizes]
+    packs, steps = (np.argsort(stream.random_raw(size), kind="stable") for size in (num_packs, num_steps))
+    return packs, steps

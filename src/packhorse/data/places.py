@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from packhorse.errors import UserError
-from packhorse.quickstart.files import materialise
+from packhorse.quickstart.files import BUILTIN_NAMES, materialise
 from packhorse.recipe.locate import expand, locate
 from packhorse.recipe.schema import Recipe, Source
 
@@ -46,7 +46,7 @@ def source_path(text: str, runs_folder: Path) -> Path:
         UserError: No such file, a folder, or an empty file.
     """
     if text.startswith(BUILTIN):
-        return materialise(text.removeprefix(BUILTIN), runs_folder / ".builtin")
+        return _builtin(text, runs_folder)
     path = locate(text, runs_folder)
     if path.is_dir():
         raise UserError(
@@ -110,7 +110,7 @@ def resolve_tokenizer(recipe: Recipe) -> Path:
         )
     runs_folder = Path(expand(recipe.runs_folder)).expanduser()
     if text.startswith(BUILTIN):
-        return materialise(text.removeprefix(BUILTIN), runs_folder / ".builtin").absolute()
+        return _builtin(text, runs_folder).absolute()
     folder = locate(text, runs_folder)
     if folder.is_dir():
         return _with_tokenizer(folder.absolute())
@@ -126,6 +126,18 @@ def resolve_tokenizer(recipe: Recipe) -> Path:
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files that decide how text becomes ids, by name."""
     return sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def _builtin(text: str, runs_folder: Path) -> Path:
+    name = text.removeprefix(BUILTIN)
+    if name not in BUILTIN_NAMES:
+        close = difflib.get_close_matches(name, BUILTIN_NAMES, n=1, cutoff=0.0)
+        raise UserError(
+            f"{text} is not one of Packhorse's own files: {', '.join(BUILTIN_NAMES)}.",
+            "a path that begins with builtin: means a file that Packhorse makes.",
+            f"write {BUILTIN}{close[0]}, or the path of a file.",
+        )
+    return materialise(name, runs_folder / ".builtin")
 
 
 def _with_tokenizer(folder: Path) -> Path:

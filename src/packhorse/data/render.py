@@ -247,6 +247,8 @@ def draw_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Mess
 
 def _draw(renderer: Renderer, examples: list[Example], mistakes: RowMistakes) -> list[Drawn | None]:
     chats = [example.messages or () for example in examples]
+    if not chats:
+        return []
     try:
         return [*draw_chats(renderer.tokenizer, chats)]
     except TemplateError:

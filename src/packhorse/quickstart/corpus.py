@@ -22,7 +22,7 @@ from packhorse.quickstart.tickets import draw_ticket
 CORE_FAMILIES: Final[tuple[tuple[str, Draw, int], ...]] = (
     ("units", draw_units, 500),
     ("dates", draw_dates, 500),
-    ("sorting", draw_sorting, 500),
+    ("sorting", draw_sorting, 600),
     ("greeting", draw_greeting, 300),
     ("extraction", draw_extraction, 600),
     ("sentiment", draw_sentiment, 200),

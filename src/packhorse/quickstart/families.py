@@ -31,8 +31,8 @@ UNITS: Final = (
         Both("mililitros", "millilitres"),
         Both("En el depósito caben", "The tank holds"),
     ),
-    Unit(60, 12, Both("horas", "hours"), Both("minutos", "minutes"), Both("El viaje dura", "The journey takes")),
-    Unit(7, 12, Both("semanas", "weeks"), Both("días", "days"), Both("El curso dura", "The course lasts")),
+    Unit(60, 10, Both("horas", "hours"), Both("minutos", "minutes"), Both("El viaje dura", "The journey takes")),
+    Unit(7, 10, Both("semanas", "weeks"), Both("días", "days"), Both("El curso dura", "The course lasts")),
 )
 UNIT_QUESTIONS: Final = Both(
     (
@@ -59,7 +59,8 @@ UNIT_QUESTIONS: Final = Both(
 def draw_units(language: Language, dice: Dice) -> Task:
     """Convert a whole number of one unit to a smaller one."""
     unit = dice.pick(UNITS)
-    many = dice.between(2, unit.most)
+    # Numbers of one digit are few among those up to 99, but have as many zeros to learn.
+    many = dice.between(2, 9 if dice.below(3) == 0 else unit.most)
     target = unit.target[language]
     question = dice.pick(UNIT_QUESTIONS[language]).format(
         many=many, source=unit.source[language], target=target, scene=unit.scene[language]

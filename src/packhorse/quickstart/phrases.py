@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from packhorse.quickstart.rows import Both, Dice, Language, Task
+from packhorse.quickstart.rows import Both, Dice, Language, Task, upper_first
 
 Gender = Literal["m", "f"]
 
@@ -249,12 +249,6 @@ OUT_OF_SCOPE: Final = Both(
         ),
     ),
 )
-
-
-def upper_first(sentence: str) -> str:
-    """Capitalise the first letter, which in Spanish may stand behind an inverted question mark."""
-    at = 1 if sentence.startswith("¿") else 0
-    return sentence[:at] + sentence[at : at + 1].upper() + sentence[at + 1 :]
 
 
 def draw_refusal(language: Language, dice: Dice) -> Task:

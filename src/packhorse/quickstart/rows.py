@@ -73,3 +73,9 @@ class Dice:
 
 
 Draw = Callable[[Language, Dice], Task]
+
+
+def upper_first(sentence: str) -> str:
+    """Capitalise the first letter, which in Spanish may stand behind an inverted question mark."""
+    at = 1 if sentence.startswith("¿") else 0
+    return sentence[:at] + sentence[at : at + 1].upper() + sentence[at + 1 :]

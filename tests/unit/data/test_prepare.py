@@ -278,6 +278,12 @@ def test_rows_that_change_meanwhile(make_recipe: MakeRecipe, rows: Path) -> None
         prepare(make_recipe(rows), change)
 
 
+def test_unknown_builtin_names_the_closest(make_recipe: MakeRecipe) -> None:
+    message = refusal(make_recipe("builtin:tickets.jsonl"))
+    assert "builtin:tickets.jsonl is not one of Packhorse's own files: core.messages.jsonl" in message
+    assert "write builtin:tickets." in message
+
+
 def test_folder_that_cannot_be_written(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file in the way")
     assert "cannot be written" in refusal(make_recipe(rows))

@@ -1,0 +1,32 @@
+# The two commands: `make quickstart` and `make test`. Everything lives in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install quickstart test lint bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/packhorse quickstart
+
+lint: install
+	$(BIN)/ruff format --check src tests launch benchmarks
+	$(BIN)/ruff check src tests launch benchmarks
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/unit/test_architecture.py
+
+test: lint
+	$(BIN)/pytest tests
+
+bench: install
+	$(BIN)/python benchmarks/step_loop.py
+	$(BIN)/python benchmarks/loss_memory.py
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

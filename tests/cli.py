@@ -1,0 +1,42 @@
+"""The `packhorse` command as a user types it, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKHORSE = Path(sys.executable).parent / "packhorse"
+
+
+@dataclass(frozen=True)
+class Typed:
+    code: int
+    out: str
+    err: str
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "NO_COLOR": "1"}
+
+
+def packhorse(folder: Path, *words: str, timeout: float = 300) -> Typed:
+    """Types `packhorse WORDS` in `folder`."""
+    done = subprocess.run(
+        [str(PACKHORSE), *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+    return Typed(done.returncode, done.stdout, done.stderr)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def curve(run: Path, key: str = "train/loss") -> list[float]:
+    """A figure over the steps."""
+    return [line[key] for line in metrics(run) if key in line]

@@ -1,0 +1,23 @@
+"""What all tests share: no network, no trackers, and a real shared folder that CI must have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real rows, tokenizers and a real small model beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if folder.is_dir():
+        return folder
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{folder} is absent; under CI real data must be there")
+    pytest.skip(f"{folder} is absent: real rows and models are not part of a clone")
