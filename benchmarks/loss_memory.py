@@ -1,10 +1,10 @@
-"""Peak memory and time of the loss: our chunks beside plain logits and TRL's fused head, forward and backward.
+"""Peak memory and time of the loss, forward and backward: our chunks beside plain logits and TRL's fused head.
 
     python benchmarks/loss_memory.py [--write]
 
-2,048 tokens of width 256, every one supervised, fp32, one thread; each measurement in a fresh process, so that none finds
-memory that another has left. Extra peak is the process's peak of resident memory less what it had before the loss: weight,
-hidden states and a first use of torch are in both.
+2,048 tokens of width 256, all supervised, fp32, one thread. Each measurement has a process of its own, so that none finds
+memory that another has left: extra peak is how far the loss raises the process's peak of resident memory, with the
+gradients of weight and hidden states in it for all.
 """
 
 from __future__ import annotations
@@ -12,26 +12,34 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lab_log
 
+from packhorse.track.meter import resident_peak_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 WIDTH, NUM_TOKENS, REPEATS = 256, 2048, 3
 VOCABULARIES = (128_256, 151_936)
-CONTESTANTS = ("plain", "trl", "ours", "chunks of 256", "chunks of 1024")
-TITLES = {
-    "plain": "plain logits, cross-entropy",
-    "trl": "TRL's fused head",
-    "ours": "packhorse",
-    "chunks of 256": "the same in chunks of 256",
-    "chunks of 1024": "the same in chunks of 1,024",
-}
+# What SFTTrainer asks of its fused head on every step.
+TRL_OUTPUTS = ("log_probs", "entropy", "is_top1")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One loss: what it adds to the peak, CPU seconds of forward and backward, nats per token."""
+
+    extra_bytes: int
+    seconds: float
+    loss: float
 
 
 def main() -> int:
@@ -40,65 +48,100 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="append the table to docs/lab-log.md")
     write = parser.parse_args().write
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    measured = [(vocabulary, _measure_all(vocabulary)) for vocabulary in VOCABULARIES]
-    text = _describe(measured)
+    header = ("loss", "vocabulary", "extra peak", "CPU seconds", "nats per token")
+    rows = [_row(name, vocabulary) for vocabulary in VOCABULARIES for name in LOSSES]
+    text = f"{lab_log.machine(1, ('torch', 'trl'))}.\n\n{lab_log.markdown_table(header, rows)}"
     sys.stdout.write(text + "\n")
     if write:
-        lab_log.append("Memory of the loss", text)
+        title = f"Memory of the loss, {NUM_TOKENS:,} tokens of width {WIDTH}, fp32, extra peak of the process"
+        lab_log.append(title, text)
     return 0
 
 
-def _measure_all(vocabulary: int) -> dict[str, dict[str, float]]:
-    return {name: _measure(name, vocabulary) for name in CONTESTANTS}
+def _row(name: str, vocabulary: int) -> list[str]:
+    measured = _measure(name, vocabulary)
+    megabytes = f"{measured.extra_bytes / 1e6:,.0f} MB"
+    return [name, f"{vocabulary:,}", megabytes, f"{measured.seconds:.2f}", f"{measured.loss:.7f}"]
 
 
-def _measure(name: str, vocabulary: int) -> dict[str, float]:
+def _measure(name: str, vocabulary: int) -> Measured:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(name, vocabulary, there))
     child.start()
     there.close()
-    figures: dict[str, float] = here.recv()
+    measured: Measured = here.recv()
     child.join()
-    return figures
+    return measured
 
 
 def _child(name: str, vocabulary: int, pipe: Connection) -> None:
-    # Only in the child: what one contestant imports must not weigh on another.
+    # Imports only here: what one contestant loads must not weigh on another.
     import torch
 
     torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(vocabulary, WIDTH) * 0.02)
-    hidden = torch.randn(1, NUM_TOKENS, WIDTH, requires_grad=True)
+    weight = torch.nn.Parameter(torch.empty(vocabulary, WIDTH).normal_(std=0.02))
+    hidden = torch.randn(NUM_TOKENS, WIDTH, requires_grad=True)
     labels = torch.randint(0, vocabulary, (NUM_TOKENS,))
-    loss_of = _loss(name, weight, labels)
-    torch.nn.functional.cross_entropy(torch.randn(8, WIDTH) @ torch.randn(WIDTH, 64), torch.zeros(8, dtype=torch.long))
-    before = _peak_bytes()
-    _reset_peak()
-    resident = _resident_bytes()
-    assert before >= resident
-    seconds = []
+    loss_of = LOSSES[name]()
+    before, seconds = resident_peak_bytes(), []
     for _ in range(REPEATS):
         weight.grad = hidden.grad = None
         start = time.process_time()
-        loss = loss_of(hidden)
+        loss = loss_of(hidden, weight, labels)
         loss.backward()
         seconds.append(time.process_time() - start)
-    pipe.send({"bytes": _peak_bytes() - resident, "seconds": median(seconds), "loss": loss.item() / NUM_TOKENS})
+    pipe.send(Measured(resident_peak_bytes() - before, median(seconds), loss.item() / NUM_TOKENS))
 
 
-def _loss(name: str, weight: Any, labels: Any) -> Any:  # noqa: ANN401
-    """Function from hidden states [1, N, H] to the sum of token losses."""
-    import torch
+LossOf = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+"""(hidden [N, H], weight [V, H], labels [N]) to the sum of token losses."""
+
+
+def _plain() -> LossOf:
     import torch.nn.functional as F
 
-    if name == "plain":
-        return lambda hidden: F.cross_entropy(F.linear(hidden[0], weight), labels, reduction="sum")
-    if name == "trl":
-        return _trl_loss(weight, labels)
-    if name == "ours":
-        from packhorse.train.objective import token_loss_sum
+    return lambda hidden, weight, labels: F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
 
-        return lambda hidden: token_loss_sum(hidden[0], weight, None, labels)
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=int(name.rsplit(maxsplit=1)[1]))
-    return lambda hidden: F.linear_cross_entropy(hidden[0], weight, labels, reduction="sum", options=options)
+
+def _trl() -> LossOf:
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
+    from trl.trainer.utils import _ChunkedLogProbFunction as Head
+
+    def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        log_probabilities = Head.apply(hidden, weight, None, labels, 1.0, CHUNK, None, 1.0, TRL_OUTPUTS)[0]
+        return -log_probabilities.sum()
+
+    return loss_of
+
+
+def _ours() -> LossOf:
+    from packhorse.train.objective import token_loss_sum
+
+    return lambda hidden, weight, labels: token_loss_sum(hidden, weight, None, labels)
+
+
+def _chunks(num_tokens: int) -> Callable[[], LossOf]:
+    def make() -> LossOf:
+        import torch
+        import torch.nn.functional as F
+
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=num_tokens)
+        return lambda hidden, weight, labels: F.linear_cross_entropy(
+            hidden, weight, labels, reduction="sum", options=options
+        )
+
+    return make
+
+
+LOSSES: dict[str, Callable[[], LossOf]] = {
+    "plain logits, cross-entropy": _plain,
+    "TRL's fused head": _trl,
+    "torch's chunks of 1,024": _chunks(1024),
+    "torch's chunks of 256": _chunks(256),
+    "torch's chunks of 128": _chunks(128),
+    "packhorse": _ours,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from pathlib import Path
 
 from packhorse.errors import UserError
@@ -17,12 +17,16 @@ def check_writable(folder: Path) -> None:
         UserError: The nearest folder that exists is not writable.
     """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    try:
+        # Tried, not asked: for root, os.access says yes even where nothing can be written.
+        with tempfile.TemporaryFile(dir=existing):
+            return
+    except OSError as error:
         raise UserError(
-            f"{folder} cannot be written: {existing} is {'read-only for you' if existing.is_dir() else 'a file'}.",
+            f"{folder} cannot be written: {existing}: {error.strerror}.",
             "run folders and prepared data are kept there.",
             "set runs_folder to a folder that you may write.",
-        )
+        ) from error
 
 
 def check_base_model(plan: RunPlan) -> None:
