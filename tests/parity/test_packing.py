@@ -96,7 +96,9 @@ def test_loss_and_gradient_are_the_plain_models(name: str) -> None:
     expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
     for (key, mine), plain in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, plain.grad, atol=1e-4, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            mine.grad, plain.grad, atol=1e-4, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_a_null_pack_gives_zero_loss_and_zero_gradient_to_every_parameter() -> None:

@@ -26,7 +26,9 @@ from packhorse.recipe.shipped import shipped_path
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny recipe and one finished run of it, on 2 processes."""
     place = tmp_path_factory.mktemp("runs")
-    write_tiny(place, checkpoint={"every_steps": 3, "keep_last": 1}, evaluation={**TINY["evaluation"], "every_steps": 2})
+    write_tiny(
+        place, checkpoint={"every_steps": 3, "keep_last": 1}, evaluation={**TINY["evaluation"], "every_steps": 2}
+    )
     done = packhorse(place, "train", "tiny.yaml", "parallel.processes=2")
     assert done.code == 0, done.err
     return place
@@ -36,7 +38,9 @@ def test_a_run_leaves_what_it_says(folder: Path) -> None:
     run = folder / "runs" / "tiny"
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(7))
-    assert {"train/loss", "train/learning_rate", "train/grad_norm", "data/fill", "speed/tokens_per_second"} <= set(lines[1])
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "data/fill", "speed/tokens_per_second"} <= set(
+        lines[1]
+    )
     assert {"speed/step_seconds", "speed/data_seconds", "speed/compute_seconds", "memory/peak_bytes"} <= set(lines[1])
     assert [line["step"] for line in lines if "evaluation/loss" in line] == [0, 2, 4, 6]
     assert lines[0]["proof/isolation_difference"] <= 1e-6
@@ -101,7 +105,16 @@ def test_another_number_of_processes_than_planned_is_refused(folder: Path) -> No
     create_run(plan.model_copy(update={"run_folder": str(target)}), {})
     config, script = shipped_path("accelerate_configs", "ddp.yaml"), shipped_path("launch", "train.py")
     accelerate = Path(sys.executable).parent / "accelerate"
-    words = [str(accelerate), "launch", "--num_processes", "1", "--main_process_port", "0", "--config_file", str(config)]
+    words = [
+        str(accelerate),
+        "launch",
+        "--num_processes",
+        "1",
+        "--main_process_port",
+        "0",
+        "--config_file",
+        str(config),
+    ]
     done = subprocess.run(
         [*words, str(script), str(target / "plan.json")], cwd=folder, env=environment(), capture_output=True, text=True
     )

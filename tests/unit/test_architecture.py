@@ -128,7 +128,13 @@ def test_every_user_error_says_fact_why_and_fix(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["train", "--help"], ["recipes"], ["plan", "llama3.3-70b/qlora", "--gpus", "8"], ["status", "nothing"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["recipes"],
+        ["plan", "llama3.3-70b/qlora", "--gpus", "8"],
+        ["status", "nothing"],
+    ],
     ids=lambda words: words[0],
 )
 def test_looking_imports_no_torch(words: list[str], tmp_path: Path) -> None:

@@ -36,7 +36,12 @@ MANY = [
 
 # rows of rows.jsonl, changed sections of the recipe, words of the command, what the error must say
 CASES: dict[str, tuple[bytes, dict[str, Any], list[str], list[str]]] = {
-    "mistyped key": (lines(CHAT), {}, ["check", "tiny.yaml", "optimizer.lerning_rate=1"], ["lerning_rate", "learning_rate"]),
+    "mistyped key": (
+        lines(CHAT),
+        {},
+        ["check", "tiny.yaml", "optimizer.lerning_rate=1"],
+        ["lerning_rate", "learning_rate"],
+    ),
     "wrong type": (lines(CHAT), {"steps": "many"}, ["check", "tiny.yaml"], ["tiny.yaml:", "steps", "many", "number"]),
     "missing recipe": (lines(CHAT), {}, ["check", "tyni.yaml"], ["tyni.yaml"]),
     "missing file": (b"", data(sources=[{"path": "row.jsonl"}]), ["check", "tiny.yaml"], ["row.jsonl", "rows.jsonl"]),
@@ -54,14 +59,24 @@ CASES: dict[str, tuple[bytes, dict[str, Any], list[str], list[str]]] = {
         ["check", "tiny.yaml"],
         ["rows.jsonl:41", "usr", "user"],
     ),
-    "template without markers": (lines(*MANY), data(template="plain.jinja"), ["check", "tiny.yaml"], ["{% generation %}"]),
+    "template without markers": (
+        lines(*MANY),
+        data(template="plain.jinja"),
+        ["check", "tiny.yaml"],
+        ["{% generation %}"],
+    ),
     "no assistant turn": (
         lines(*MANY, {"messages": [{"role": "user", "content": "a"}]}),
         data(),
         ["check", "tiny.yaml"],
         ["rows.jsonl:41", "assistant"],
     ),
-    "T too small": (lines(*MANY), data() | {"batch": {"length": 4, "packs": 8}}, ["check", "tiny.yaml"], ["batch.length", "4"]),
+    "T too small": (
+        lines(*MANY),
+        data() | {"batch": {"length": 4, "packs": 8}},
+        ["check", "tiny.yaml"],
+        ["batch.length", "4"],
+    ),
     "model folder without config": (
         lines(*MANY),
         {"model": {"path": ".", "tokenizer": "builtin:tokenizer"}},
@@ -74,7 +89,12 @@ CASES: dict[str, tuple[bytes, dict[str, Any], list[str], list[str]]] = {
         ["train", "tiny.yaml"],
         ["4000 processes", "parallel.processes"],
     ),
-    "packs that cannot be shared": (lines(*MANY), {}, ["plan", "tiny.yaml", "--gpus", "3"], ["batch.packs is 8", "6 or 9"]),
+    "packs that cannot be shared": (
+        lines(*MANY),
+        {},
+        ["plan", "tiny.yaml", "--gpus", "3"],
+        ["batch.packs is 8", "6 or 9"],
+    ),
     "unwritable place": (lines(*MANY), {"runs_folder": "/proc/runs"}, ["train", "tiny.yaml"], ["/proc", "runs_folder"]),
     "no such run": (lines(CHAT), {}, ["status", "runs/nothing"], ["runs/nothing", "plan.json"]),
     "mistyped command": (lines(CHAT), {}, ["trian"], ["trian", "packhorse train"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,7 @@ from packhorse.recipe.locate import expand, locate
 from packhorse.recipe.schema import Recipe, Source
 
 BUILTIN: Final = "builtin:"
-CHATML_FILE: Final = Path(__file__).parent / "templates" / "chatml.jinja"
+TEMPLATES_FOLDER: Final = Path(__file__).parent / "templates"
 TOKENIZER_FILES: Final = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -26,7 +27,11 @@ TOKENIZER_FILES: Final = (
     "chat_template*",
     "generation_config.json",
 )
-NAMED_TEMPLATES: Final = ("tokenizer", "chatml")
+# The tokens that each template writes; the last ends a turn.
+NAMED_TEMPLATES: Final[Mapping[str, tuple[str, ...]]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
 
 
 def data_root(recipe: Recipe) -> Path:
@@ -82,14 +87,14 @@ def template_path(template: str) -> Path | None:
     """
     if template == "tokenizer":
         return None
-    if template == "chatml":
-        return CHATML_FILE
+    if template in NAMED_TEMPLATES:
+        return TEMPLATES_FOLDER / f"{template}.jinja"
     path = Path(expand(template)).expanduser()
     if path.suffix == "" and not path.exists():
         raise UserError(
             f"data.template is {template}, which is neither a known name nor a file.",
             "the template turns messages into text and marks what is trained.",
-            f"set data.template to {', '.join(NAMED_TEMPLATES)} or the path of a Jinja file.",
+            f"set data.template to tokenizer, {', '.join(NAMED_TEMPLATES)} or the path of a Jinja file.",
         )
     return present(path, "the template data.template")
 
@@ -137,7 +142,14 @@ def _builtin(text: str, runs_folder: Path) -> Path:
             "a path that begins with builtin: means a file that Packhorse makes.",
             f"write {BUILTIN}{close[0]}, or the path of a file.",
         )
-    return materialise(name, runs_folder / ".builtin")
+    try:
+        return materialise(name, runs_folder / ".builtin")
+    except OSError as error:
+        raise UserError(
+            f"{runs_folder} cannot be written: {error.strerror}.",
+            "Packhorse's own files are made there when they are first used.",
+            "set runs_folder to a folder that you may write.",
+        ) from error
 
 
 def _with_tokenizer(folder: Path) -> Path:

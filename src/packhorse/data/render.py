@@ -22,12 +22,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from packhorse.data.formats import Example, Message
 from packhorse.data.mistakes import RowMistakes
-from packhorse.data.places import CHATML_FILE, template_path
+from packhorse.data.places import NAMED_TEMPLATES, template_path
 from packhorse.errors import Mistake, UserError
 
 BATCH_ROWS: Final = 1000
 GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
-CHATML_TOKENS: Final = ("<|im_start|>", "<|im_end|>")
 HOW_TO_MARK: Final = """put the markers around what the assistant says and its stop token:
   before: {{ message['content'] + eos_token }}
   after:  {% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"""
@@ -75,7 +74,7 @@ def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False)
         trust_remote_code: Run Python code that comes with the tokenizer.
 
     Raises:
-        UserError: The folder holds no usable tokenizer, or `chatml` needs tokens that it lacks.
+        UserError: The folder holds no usable tokenizer, or the named template needs tokens that it lacks.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -92,10 +91,11 @@ def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False)
             "only a fast one knows which characters a token stands for, which the mask needs.",
             "convert it to tokenizer.json (tokenizers library) and name that folder in model.tokenizer.",
         )
-    if template == "chatml":
-        _set_chatml(tokenizer, folder)
-    elif (path := template_path(template)) is not None:
+    path = template_path(template)
+    if path is not None:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if template in NAMED_TEMPLATES:
+        _set_stop_token(tokenizer, template, folder)
     return tokenizer
 
 
@@ -146,17 +146,17 @@ def render_examples(renderer: Renderer, examples: Sequence[Example], mistakes: R
     return [row and _without_double_start(renderer, row, example, mistakes) for row, example in zip(out, examples)]
 
 
-def _set_chatml(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _set_stop_token(tokenizer: PreTrainedTokenizerBase, template: str, folder: Path) -> None:
+    marks = NAMED_TEMPLATES[template]
     vocabulary = tokenizer.get_vocab()
-    missing = [token for token in CHATML_TOKENS if token not in vocabulary]
+    missing = [token for token in marks if token not in vocabulary]
     if missing:
         raise UserError(
-            f"data.template is chatml, and the tokenizer in {folder} has no token {' and no '.join(missing)}.",
+            f"data.template is {template}, and the tokenizer in {folder} has no token {' and no '.join(missing)}.",
             "split into letters, the marks would not tell turns apart, and nothing would end an answer.",
             "write a Jinja file with marks that this tokenizer has, or use a tokenizer that has these tokens.",
         )
-    tokenizer.chat_template = CHATML_FILE.read_text(encoding="utf-8")
-    tokenizer.eos_token = CHATML_TOKENS[1]
+    tokenizer.eos_token = marks[-1]
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int]:
@@ -169,7 +169,7 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int
 
 
 def _has_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return set(CHATML_TOKENS) <= set(tokenizer.get_vocab())
+    return set(NAMED_TEMPLATES["chatml"]) <= set(tokenizer.get_vocab())
 
 
 def _check_markers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

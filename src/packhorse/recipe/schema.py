@@ -122,7 +122,7 @@ class DataSection(Section):
     split: SplitSection = SplitSection()
     """Shares of train, validation and test."""
     template: str = "tokenizer"
-    """`tokenizer` (its own chat template), `chatml`, or a Jinja file with generation markers."""
+    """`tokenizer` (its own chat template), `chatml`, `llama3`, or a Jinja file with generation markers."""
     over_long: Literal["raise", "drop", "truncate"] = "raise"
     """What happens to a row longer than `batch.length`; whatever happens is counted."""
 
