@@ -13,7 +13,7 @@ from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.places import data_root, resolve_tokenizer, source_path, template_path, tokenizer_files
 from packhorse.recipe.schema import Recipe, Source
 
-DATA_VERSION: Final = 1
+DATA_VERSION: Final = 2
 """Raised when the same rows and settings would give other packs."""
 FILE_HASHES: Final = "files.json"
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
+
+# Measured on log-normal lengths at T 2,048: fill 99.93 % at .6, 99.06 % at .8; best-fit decreasing alone 99.98 %.
+SHARE_IN_RANDOM_ORDER: Final = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +61,68 @@ def pack_lengths(lengths: Int64, capacity: int) -> Packing:
     Raises:
         ValueError: A length is below 1 or above the capacity.
     """
+    _check(lengths, capacity)
+    everything = np.arange(len(lengths))
+    return _best_fit(lengths, capacity, everything, Packing(everything[:0], np.zeros(1, np.int64)))
+
+
+def pack_mixed(lengths: Int64, capacity: int, seed: int) -> Packing:
+    """Pack documents so that a pack is a sample of the rows, not of one length.
+
+    Best-fit decreasing puts documents of one length side by side, and rows of one length are often of one kind: a
+    step of few packs would then learn one task at a time. Here most documents are taken in random order, each pack
+    filled until the next document does not fit; the rest, drawn at random too, fill what was left open, best fit
+    decreasing.
+
+    Args:
+        lengths: int [D], each from 1 to `capacity`.
+        capacity: Tokens in a pack (T).
+        seed: Another seed gives another draw.
+
+    Returns:
+        Equal lengths and seed give an equal packing, on every machine.
+
+    Raises:
+        ValueError: A length is below 1 or above the capacity.
+    """
+    _check(lengths, capacity)
+    # Raw draws sorted, not Generator.permutation: numpy keeps raw streams equal between its versions, and only those.
+    shuffled = np.argsort(np.random.PCG64(seed).random_raw(len(lengths)), kind="stable")
+    num_first = int(len(lengths) * SHARE_IN_RANDOM_ORDER)
+    first, rest = shuffled[:num_first], shuffled[num_first:]
+    return _best_fit(lengths, capacity, rest, Packing(first, _next_fit(lengths[first], capacity)))
+
+
+def _check(lengths: Int64, capacity: int) -> None:
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}, outside 1 to {capacity}")
-    by_length = _longest_first(lengths, capacity)
-    histogram = np.bincount(lengths, minlength=capacity + 1)
-    pack_of, slot_of, sizes = _fill(histogram, capacity, len(lengths))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-    order = np.empty(len(lengths), np.int64)
+
+
+def _next_fit(lengths: Int64, capacity: int) -> Int64:
+    """Return the offsets of packs that take documents in order until the next one does not fit."""
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]).tolist()
+    offsets = [0]
+    while offsets[-1] < len(lengths):
+        offsets.append(bisect_right(ends, ends[offsets[-1]] + capacity, offsets[-1]) - 1)
+    return np.array(offsets, np.int64)
+
+
+def _best_fit(lengths: Int64, capacity: int, documents: Int64, begun: Packing) -> Packing:
+    """Add `documents` to the packs begun, best-fit decreasing."""
+    by_length = documents[_longest_first(lengths[documents], capacity)]
+    histogram = np.bincount(lengths[documents], minlength=capacity + 1)
+    sizes = np.zeros(begun.num_packs + len(documents), np.int64)
+    sizes[: begun.num_packs] = np.diff(begun.offsets)
+    rooms = _Rooms()
+    left = capacity - np.add.reduceat(lengths[begun.order], begun.offsets[:-1]) if begun.num_packs else sizes[:0]
+    for room in np.unique(left).tolist():
+        rooms.put(room, np.flatnonzero(left == room))
+    pack_of, slot_of, num_packs = _fill(histogram, capacity, rooms, begun.num_packs, sizes)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[:num_packs])])
+    order = np.empty(len(begun.order) + len(documents), np.int64)
+    packs_begun = np.repeat(np.arange(begun.num_packs), np.diff(begun.offsets))
+    slots_begun = np.arange(len(begun.order)) - begun.offsets[packs_begun]
+    order[offsets[packs_begun] + slots_begun] = begun.order
     order[offsets[pack_of] + slot_of] = by_length
     return Packing(order, offsets)
 
@@ -74,13 +133,17 @@ def _longest_first(lengths: Int64, capacity: int) -> Int64:
     return np.argsort(keys, kind="stable")
 
 
-def _fill(histogram: Int64, capacity: int, num_documents: int) -> tuple[Int64, Int64, Int64]:
-    """Return pack and slot of each document in order of falling length, and each pack's number of documents."""
+def _fill(
+    histogram: Int64, capacity: int, rooms: _Rooms, num_packs: int, sizes: Int64
+) -> tuple[Int64, Int64, int]:
+    """Place documents in order of falling length; `sizes`, documents in each pack, grows in place.
+
+    Returns:
+        Pack and slot of each document, and the number of packs.
+    """
+    num_documents = int(histogram.sum())
     pack_of = np.empty(num_documents, np.int64)
     slot_of = np.empty(num_documents, np.int64)
-    sizes = np.zeros(num_documents, np.int64)
-    rooms = _Rooms()
-    num_packs = 0
     start = 0
     for length in np.flatnonzero(histogram)[::-1].tolist():
         left = int(histogram[length])
@@ -101,7 +164,7 @@ def _fill(histogram: Int64, capacity: int, num_documents: int) -> tuple[Int64, I
             rooms.put(room - rest * length, packs[full:])
             start += placed
             left -= placed
-    return pack_of, slot_of, sizes[:num_packs]
+    return pack_of, slot_of, num_packs
 
 
 def _place(packs: Int64, each: int, placed: int, start: int, into: tuple[Int64, Int64, Int64]) -> None:

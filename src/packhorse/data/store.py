@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.manifest import SplitCounts, read_manifest
-from packhorse.data.packing import Packing, pack_lengths
+from packhorse.data.packing import Packing, pack_mixed
 
 Int64 = NDArray[np.int64]
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
@@ -30,6 +30,8 @@ PACKS_FILE: Final = "packs.npy"
 PACK_OFFSETS_FILE: Final = "pack_offsets.npy"
 PACK_FIGURES_FILE: Final = "pack_figures.npy"
 ROWS_FILE: Final = "rows.jsonl"
+# The packs are part of the prepared data, whatever seed a run has.
+PACKING_SEED: Final = 0
 
 
 def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -78,7 +80,7 @@ class SplitWriter:
         """Pack what was appended, write the index and wait until all of it is on disk."""
         lengths = np.array(self._lengths, np.int64)
         labels = np.array(self._labels, np.int64)
-        packing = pack_lengths(lengths, length_tokens)
+        packing = pack_mixed(lengths, length_tokens, PACKING_SEED)
         self._save(DOCUMENTS_FILE, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
         self._save(PACKS_FILE, packing.order)
         self._save(PACK_OFFSETS_FILE, packing.offsets)

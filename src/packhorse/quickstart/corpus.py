@@ -16,7 +16,7 @@ from packhorse.quickstart.families import (
 )
 from packhorse.quickstart.phrases import draw_capitals, draw_plural, draw_refusal, draw_sentiment
 from packhorse.quickstart.rows import LANGUAGES, Dice, Draw, Language, Task
-from packhorse.quickstart.tickets import draw_ticket
+from packhorse.quickstart.tickets import draw_inbox, draw_ticket
 
 # Rows per language. Copying and counting take a small model longer than choosing a phrase does.
 CORE_FAMILIES: Final[tuple[tuple[str, Draw, int], ...]] = (
@@ -28,7 +28,8 @@ CORE_FAMILIES: Final[tuple[tuple[str, Draw, int], ...]] = (
     ("sentiment", draw_sentiment, 200),
     ("plural", draw_plural, 300),
     ("refusal", draw_refusal, 200),
-    ("capitals", draw_capitals, 250),
+    ("capitals", draw_capitals, 150),
+    ("inbox", draw_inbox, 300),
 )
 TICKET_FAMILIES: Final[tuple[tuple[str, Draw, int], ...]] = (("tickets", draw_ticket, 800),)
 DRAWS_PER_TASK: Final = 20

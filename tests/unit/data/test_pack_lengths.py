@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packhorse.data.packing import pack_lengths
+from packhorse.data.packing import pack_lengths, pack_mixed
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
@@ -59,3 +59,31 @@ def test_fill_of_real_looking_lengths(capacity: int) -> None:
 def test_lengths_that_cannot_be_packed(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="outside 1 to 8"):
         pack_lengths(np.array(lengths), 8)
+
+
+@given(
+    st.integers(1, 40).flatmap(lambda t: st.tuples(st.just(t), st.lists(st.integers(1, t), max_size=80))),
+    st.integers(0, 5),
+)
+def test_mixed_packs_hold_each_document_once_and_never_too_much(case: tuple[int, list[int]], seed: int) -> None:
+    capacity, lengths = case
+    given_lengths = np.array(lengths, np.int64)
+    packing = pack_mixed(given_lengths, capacity, seed)
+    assert sorted(packing.order.tolist()) == list(range(len(lengths)))
+    for pack in np.split(packing.order, packing.offsets[1:-1]):
+        assert given_lengths[pack].sum() <= capacity
+    assert (pack_mixed(given_lengths, capacity, seed).order == packing.order).all()
+
+
+def test_mixed_packs_are_samples_of_the_rows_and_nearly_as_full() -> None:
+    """Rows of four kinds, each of one length: a pack must not hold one kind alone."""
+    kinds = np.tile([20, 30, 40, 50], 500)
+    mixed, sorted_ = pack_mixed(kinds, 256, 0), pack_lengths(kinds, 256)
+
+    def of_one_kind(packing) -> float:
+        packs = np.split(kinds[packing.order], packing.offsets[1:-1])
+        return sum(len(set(pack.tolist())) == 1 for pack in packs) / len(packs)
+
+    assert of_one_kind(sorted_) > 0.4
+    assert of_one_kind(mixed) < 0.15
+    assert mixed.num_packs <= sorted_.num_packs * 1.01

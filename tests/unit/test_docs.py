@@ -1,0 +1,96 @@
+"""The documentation says what the code does: commands parse, links lead somewhere, the reference is the schema's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from packhorse.cli import VERBS, Action, read_command
+from packhorse.errors import UserError
+from packhorse.recipe.describe import reference
+from packhorse.track.meter import Meter, evaluation_figures
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "slurm").glob("*.md")])
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def commands_of(text: str) -> Iterator[str]:
+    """Lines of code blocks that type `packhorse`, with or without a prompt."""
+    for block in FENCE.findall(text):
+        for line in block.splitlines():
+            typed = line.strip().removeprefix("$ ")
+            if typed.startswith("packhorse "):
+                yield typed
+
+
+def anchors_of(text: str) -> set[str]:
+    """Anchors that GitHub makes of headings: lower case, spaces as dashes, other signs dropped."""
+    headings = HEADING.findall(FENCE.sub("", text))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{page_name(page)}: {command}")
+    for page in PAGES
+    for command in dict.fromkeys(commands_of(page.read_text(encoding="utf-8")))
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_in_the_documentation_is_one(command: str) -> None:
+    action = read_command(shlex.split(command, comments=True)[1:])
+    assert isinstance(action, Action)
+
+
+def test_every_verb_is_in_the_documentation() -> None:
+    shown = {shlex.split(command.values[0], comments=True)[1] for command in COMMANDS}
+    assert shown == set(VERBS)
+
+
+def test_a_command_that_is_none_would_be_found() -> None:
+    (typed,) = commands_of("text\n```\n$ packhorse trian RECIPE\nother\n```\n")
+    with pytest.raises(UserError, match="trian"):
+        read_command(shlex.split(typed)[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_file(), target
+        assert file.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors_of(file.read_text(encoding="utf-8")), target
+
+
+def test_the_recipe_page_holds_the_reference_of_the_schema() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert reference().strip() in page, "put the output of `packhorse recipes reference` into docs/recipe.md"
+
+
+def test_the_track_page_names_every_figure_of_a_step() -> None:
+    seconds = iter(range(10))
+    meter = Meter(clock=lambda: float(next(seconds)))
+    meter.count_step(1, 1, 1)
+    figures = meter.read(loss=1.0, learning_rate=1.0, grad_norm=1.0, epoch=1.0) | evaluation_figures(1.0)
+    page = (ROOT / "docs" / "track.md").read_text(encoding="utf-8")
+    assert [key for key in figures if f"| `{key}` |" not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_no_page_names_a_place_that_a_user_does_not_have(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w.])/work/|\.\./shared|/tmp/design", text)
