@@ -71,9 +71,7 @@ class Gate:
         if not round_is_over:
             return
         seconds = time.process_time() - self._began
-        self._pipe.send(
-            Reading(seconds, self._num_tokens, self._num_supervised_tokens, loss, resident_peak_bytes())
-        )
+        self._pipe.send(Reading(seconds, self._num_tokens, self._num_supervised_tokens, loss, resident_peak_bytes()))
         if not self._pipe.recv():
             raise SystemExit
         self._start()
@@ -157,9 +155,7 @@ def train_bare_chunked(plan: RunPlan, workload: Workload, gate: Gate) -> None:
         hidden = model.model(**inputs, documents=documents, use_cache=False).last_hidden_state[0]
         chosen = micro_batch.labels[0] != IGNORED_LABEL
         labels = micro_batch.labels[0, chosen]
-        loss = F.linear_cross_entropy(
-            hidden[chosen], model.lm_head.weight, labels, reduction="sum", options=options
-        )
+        loss = F.linear_cross_entropy(hidden[chosen], model.lm_head.weight, labels, reduction="sum", options=options)
         return loss / num_supervised_tokens
 
     _bare_loop(model, loss_of, workload, gate)
@@ -214,9 +210,7 @@ CONTESTANTS: dict[str, Callable[[RunPlan, Workload, Gate], None]] = {
 }
 
 
-def _bare_loop(
-    model: nn.Module, loss_of: Callable[[MicroBatch, int], Tensor], workload: Workload, gate: Gate
-) -> None:
+def _bare_loop(model: nn.Module, loss_of: Callable[[MicroBatch, int], Tensor], workload: Workload, gate: Gate) -> None:
     """Nothing but forward, backward, clip and step; every tensor is made beforehand."""
     steps = [(workload.micro_batches(step), workload.counts(step)) for step in range(workload.num_steps)]
     parameters = list(model.parameters())

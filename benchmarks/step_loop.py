@@ -109,9 +109,7 @@ def _real(rows: str) -> list[str]:
     ]
 
 
-def _measure(
-    plan: RunPlan, field: Sequence[Contestant], rounds: int, steps_per_round: int
-) -> dict[str, list[Any]]:
+def _measure(plan: RunPlan, field: Sequence[Contestant], rounds: int, steps_per_round: int) -> dict[str, list[Any]]:
     """Readings of each contestant: the warm-up step, then one a round."""
     with ExitStack() as children:
         pipes = {one.name: _start(children, one.name, Path(plan.run_folder), steps_per_round) for one in field}
@@ -177,7 +175,9 @@ def _describe(plan: RunPlan, options: argparse.Namespace, field: Sequence[Contes
     verdicts = _verdicts(field, readings)
     rows = [_row(one, readings, verdicts.get(one.name)) for one in field]
     counted = readings["ours"][1:]
-    num_tokens, num_supervised = (sum(getattr(r, f"num_{kind}") for r in counted) for kind in ("tokens", "supervised_tokens"))
+    num_tokens, num_supervised = (
+        sum(getattr(r, f"num_{kind}") for r in counted) for kind in ("tokens", "supervised_tokens")
+    )
     packs, length = plan.batch.packs_per_step, plan.batch.length_tokens
     model = plan.recipe.model.config or {}
     same = [f"{name} {sum(r.num_tokens for r in kept[1:]):,}" for name, kept in readings.items()]

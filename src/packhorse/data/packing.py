@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 
-# Measured on log-normal lengths at T 2,048: fill 99.93 % at .6, 99.06 % at .8; best-fit decreasing alone 99.98 %.
-SHARE_IN_RANDOM_ORDER: Final = 0.6
+# Shares of the documents taken in random order, tried in turn, until the packs are nearly as few as can be.
+SHARES_IN_RANDOM_ORDER: Final = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+MOST_PACKS: Final = 1.002
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ def pack_mixed(lengths: Int64, capacity: int, seed: int) -> Packing:
     Best-fit decreasing puts documents of one length side by side, and rows of one length are often of one kind: a
     step of few packs would then learn one task at a time. Here most documents are taken in random order, each pack
     filled until the next document does not fit; the rest, drawn at random too, fill what was left open, best fit
-    decreasing.
+    decreasing. As many go in random order as cost at most 0.2 % more packs than best-fit decreasing alone.
 
     Args:
         lengths: int [D], each from 1 to `capacity`.
@@ -88,9 +89,13 @@ def pack_mixed(lengths: Int64, capacity: int, seed: int) -> Packing:
     _check(lengths, capacity)
     # Raw draws sorted, not Generator.permutation: numpy keeps raw streams equal between its versions, and only those.
     shuffled = np.argsort(np.random.PCG64(seed).random_raw(len(lengths)), kind="stable")
-    num_first = int(len(lengths) * SHARE_IN_RANDOM_ORDER)
-    first, rest = shuffled[:num_first], shuffled[num_first:]
-    return _best_fit(lengths, capacity, rest, Packing(first, _next_fit(lengths[first], capacity)))
+    fewest = pack_lengths(lengths, capacity)
+    for share in SHARES_IN_RANDOM_ORDER:
+        first, rest = np.split(shuffled, [int(len(lengths) * share)])
+        packing = _best_fit(lengths, capacity, rest, Packing(first, _next_fit(lengths[first], capacity)))
+        if packing.num_packs <= fewest.num_packs * MOST_PACKS:
+            return packing
+    return fewest
 
 
 def _check(lengths: Int64, capacity: int) -> None:

@@ -44,12 +44,14 @@ def test_store_gives_back_what_was_written(tmp_path: Path, vocab_size: int, widt
         found_ids, found_mask = store.document(number)
         assert (found_ids.tolist(), found_mask.tolist()) == (ids, mask)
     assert [row["where"] for row in store.rows()] == [f"rows.jsonl:{number}" for number in range(4)]
-    # Lengths 3 2 4 2 into packs of 6: 4 + 2, then 3 + 2.
+    # Lengths 3 2 4 2 into two packs of 6: 4 beside one 2, 3 beside the other.
     packs = [store.documents_of(pack).tolist() for pack in range(store.num_packs)]
-    assert packs == [[2, 1], [0, 3]]
-    assert store.pack_tokens.tolist() == [6, 5]
-    assert store.pack_costs.tolist() == [16 + 4, 9 + 4]
-    assert store.pack_labels.tolist() == [2 + 0, 2 + 1]
+    assert sorted(document for pack in packs for document in pack) == [0, 1, 2, 3]
+    assert len(packs) == 2
+    lengths, labels = [3, 2, 4, 2], [2, 0, 2, 1]
+    assert store.pack_tokens.tolist() == [sum(lengths[d] for d in pack) for pack in packs]
+    assert store.pack_costs.tolist() == [sum(lengths[d] ** 2 for d in pack) for pack in packs]
+    assert store.pack_labels.tolist() == [sum(labels[d] for d in pack) for pack in packs]
 
 
 def test_missing_split_is_no_store(tmp_path: Path) -> None:
@@ -60,15 +62,15 @@ def test_missing_split_is_no_store(tmp_path: Path) -> None:
 
 def test_micro_batch_by_hand(tmp_path: Path) -> None:
     micro_batch = make_micro_batch(write_store(tmp_path), np.array([0, 1]))
-    assert micro_batch.input_ids.tolist() == [[10, 11, 12, 13, 8, 9, 5, 6, 7, 14, 15]]
-    assert micro_batch.labels.tolist() == [[-100, 12, 13, -100, -100, -100, 6, 7, -100, 15, -100]]
-    assert micro_batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1]]
-    assert micro_batch.cu_seq_lens.tolist() == [0, 4, 6, 9, 11]
+    assert micro_batch.input_ids.tolist() == [[14, 15, 10, 11, 12, 13, 8, 9, 5, 6, 7]]
+    assert micro_batch.labels.tolist() == [[15, -100, -100, 12, 13, -100, -100, -100, 6, 7, -100]]
+    assert micro_batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert micro_batch.cu_seq_lens.tolist() == [0, 2, 6, 8, 11]
     assert str(micro_batch.cu_seq_lens.dtype) == "torch.int32"
     assert {str(each.dtype) for each in (micro_batch.input_ids, micro_batch.labels, micro_batch.position_ids)} == {
         "torch.int64"
     }
-    assert (micro_batch.max_length, micro_batch.document_lengths, micro_batch.num_tokens) == (4, (4, 2, 3, 2), 11)
+    assert (micro_batch.max_length, micro_batch.document_lengths, micro_batch.num_tokens) == (4, (2, 4, 2, 3), 11)
 
 
 def test_no_pack_is_two_tokens_that_train_nothing(tmp_path: Path) -> None:
