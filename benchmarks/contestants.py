@@ -6,7 +6,6 @@ start-up is measured for none.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -215,7 +214,7 @@ def _bare_loop(model: nn.Module, loss_of: Callable[[MicroBatch, int], Tensor], w
     steps = [(workload.micro_batches(step), workload.counts(step)) for step in range(workload.num_steps)]
     parameters = list(model.parameters())
     matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = AdamW(groups, lr=1e-4, weight_decay=0.01, fused=True)
     for micro_batches, (num_tokens, num_supervised_tokens) in steps:
         total = 0.0

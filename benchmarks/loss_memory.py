@@ -2,9 +2,9 @@
 
     python benchmarks/loss_memory.py [--write]
 
-2,048 tokens of width 256, all supervised, fp32, one thread. Each measurement has a process of its own, so that none finds
-memory that another has left. Extra peak is how far the loss raises the process's peak of resident memory, with the
-gradients of weight and hidden states in it for all.
+2,048 tokens of width 256, all supervised, fp32, one thread. Each measurement has a process of its own, so that none
+finds memory that another has left. Extra peak is how far the loss raises the process's peak of resident memory;
+the gradients of weight and hidden states are in it for all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 import lab_log
-
 from packhorse.track.meter import resident_peak_bytes
 
 if TYPE_CHECKING:

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lab_log
-
 from packhorse.data.prepare import prepare
 from packhorse.launching.run_folder import create_run
 from packhorse.plan.hardware import Hardware
@@ -31,6 +30,9 @@ from packhorse.plan.make import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
+
+if TYPE_CHECKING:
+    from contestants import Reading
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
@@ -61,6 +63,9 @@ FIELD = (
     Contestant("trainer", "HF Trainer, packed", 1.00),
     Contestant("trl", "TRL SFTTrainer, packed", 1.80, same_packs=False),
 )
+
+Readings = dict[str, list["Reading"]]
+"""Of each contestant: the warm-up step, then one a round."""
 
 
 def main() -> int:
@@ -109,8 +114,8 @@ def _real(rows: str) -> list[str]:
     ]
 
 
-def _measure(plan: RunPlan, field: Sequence[Contestant], rounds: int, steps_per_round: int) -> dict[str, list[Any]]:
-    """Readings of each contestant: the warm-up step, then one a round."""
+def _measure(plan: RunPlan, field: Sequence[Contestant], rounds: int, steps_per_round: int) -> Readings:
+    """Lets the contestants take turns."""
     with ExitStack() as children:
         pipes = {one.name: _start(children, one.name, Path(plan.run_folder), steps_per_round) for one in field}
         logs = {name: Path(plan.run_folder) / f"{name}.log" for name in pipes}
@@ -138,11 +143,12 @@ def _start(children: ExitStack, name: str, run_folder: Path, steps_per_round: in
     return here
 
 
-def _receive(pipe: Connection, log: Path) -> Any:  # noqa: ANN401
+def _receive(pipe: Connection, log: Path) -> Reading:
     try:
-        return pipe.recv()
+        reading: Reading = pipe.recv()
     except EOFError:
         raise SystemExit(f"{log.stem} ended early:\n{log.read_text(encoding='utf-8')[-3000:]}") from None
+    return reading
 
 
 def _contest(name: str, run_folder: Path, pipe: Connection, steps_per_round: int) -> None:
@@ -156,21 +162,21 @@ def _contest(name: str, run_folder: Path, pipe: Connection, steps_per_round: int
     run_contestant(name, run_folder, pipe, steps_per_round)
 
 
-def _ratios(readings: dict[str, list[Any]], name: str) -> list[float]:
+def _ratios(readings: Readings, name: str) -> list[float]:
     return [ours.speed / theirs.speed for ours, theirs in zip(readings["ours"][1:], readings[name][1:])]
 
 
-def _verdicts(field: Sequence[Contestant], readings: dict[str, list[Any]]) -> dict[str, bool]:
+def _verdicts(field: Sequence[Contestant], readings: Readings) -> dict[str, bool]:
     return {one.name: median(_ratios(readings, one.name)) >= one.bar for one in field if one.bar is not None}
 
 
-def _loss_gap(field: Sequence[Contestant], readings: dict[str, list[Any]]) -> float:
+def _loss_gap(field: Sequence[Contestant], readings: Readings) -> float:
     """Largest distance of any first-step loss from ours."""
     ours = readings["ours"][0].loss
     return max((abs(readings[one.name][0].loss - ours) for one in field if one.same_packs), default=0.0)
 
 
-def _describe(plan: RunPlan, options: argparse.Namespace, field: Sequence[Contestant], readings: Any) -> str:  # noqa: ANN401
+def _describe(plan: RunPlan, options: argparse.Namespace, field: Sequence[Contestant], readings: Readings) -> str:
     header = ("contestant", "tokens per CPU s", "min to max", "ours ÷ it", "bar", "met", "peak RSS", "first loss")
     verdicts = _verdicts(field, readings)
     rows = [_row(one, readings, verdicts.get(one.name)) for one in field]
@@ -192,7 +198,7 @@ def _describe(plan: RunPlan, options: argparse.Namespace, field: Sequence[Contes
     return "\n".join([*notes, "", lab_log.markdown_table(header, rows)])
 
 
-def _row(one: Contestant, readings: dict[str, list[Any]], met: bool | None) -> list[str]:
+def _row(one: Contestant, readings: Readings, met: bool | None) -> list[str]:
     counted = readings[one.name][1:]
     speeds = [reading.speed for reading in counted]
     return [

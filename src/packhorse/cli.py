@@ -60,13 +60,19 @@ def prepare(recipe: str, *overrides: str, **more: str) -> Action:
     return Action("data", "prepare", {"recipe": recipe, "overrides": _overrides(overrides, more)})
 
 
-def plan(recipe: str, *overrides: str, gpus: str = "", nodes: str = "", **more: str) -> Action:
+def plan(recipe: str, *overrides: str, gpus: str = "", nodes: str = "", write: str = "False", **more: str) -> Action:
     """Show what would run, and why: topology, steps, command, files.
 
     packhorse plan RECIPE [--gpus 8] [--nodes 1] [key=value …]
+    packhorse plan RECIPE --gpus 16 --nodes 2 --write    prepares the data and makes the run folder, for a job script
     """
-    asked = {"gpus": _count("gpus", gpus), "nodes": _count("nodes", nodes)}
-    return Action("plan", "plan", {"recipe": recipe, "overrides": _overrides(overrides, more, tuple(asked)), **asked})
+    arguments = {
+        "recipe": recipe,
+        "overrides": _overrides(overrides, more, ("gpus", "nodes", "write")),
+        "gpus": _count("gpus", gpus),
+        "nodes": _count("nodes", nodes),
+    }
+    return Action("train", "write_run", arguments) if _switch("write", write) else Action("plan", "plan", arguments)
 
 
 def train(recipe: str, *overrides: str, gpus: str = "", resume: str = "False", **more: str) -> Action:
@@ -115,7 +121,7 @@ def quickstart() -> Action:
 VERBS: dict[str, Callable[..., Action]] = {
     verb.__name__: verb for verb in (recipes, check, prepare, plan, train, status, evaluate, chat, quickstart)
 }
-SWITCHES = ("--resume",)
+SWITCHES = ("--resume", "--write")
 
 
 def run() -> None:

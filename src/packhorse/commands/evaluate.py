@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from packhorse.commands.plan import relative, require_data
 from packhorse.data.render import load_tokenizer
-from packhorse.errors import EXIT_OK
+from packhorse.errors import EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
 from packhorse.evaluate.chat import chat as run_chat
 from packhorse.evaluate.compare import Comparison, compare
@@ -40,9 +41,8 @@ def evaluate_run(plan: RunPlan) -> Comparison:
     Raises:
         UserError: The run has not finished, or there are no held-out rows.
     """
-    assert plan.data is not None
     subject, tokenizer = _subject(plan)
-    comparison = compare(subject, tokenizer, Path(plan.data.folder), plan.recipe.evaluation)
+    comparison = compare(subject, tokenizer, Path(require_data(plan).folder), plan.recipe.evaluation)
     file = Path(plan.run_folder) / EVALUATION_FILE
     file.write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return comparison
@@ -61,12 +61,19 @@ def chat(run: str) -> int:
 
 
 def _subject(plan: RunPlan) -> tuple[Subject, PreTrainedTokenizerBase]:
-    assert plan.data is not None
-    tokenizer = load_tokenizer(Path(plan.data.tokenizer), plan.recipe.data.template)
+    data = require_data(plan)
+    tuned = Path(plan.run_folder) / weights_folder_name(plan)
+    if not tuned.is_dir():
+        raise UserError(
+            f"{relative(plan.run_folder)} has no {tuned.name} folder.",
+            "training writes its result there when it ends.",
+            f"let the run finish: packhorse train {relative(plan.run_folder)} --resume.",
+        )
+    tokenizer = load_tokenizer(Path(data.tokenizer), plan.recipe.data.template)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(
         base=base_request(plan, device, tokenizer, attention="sdpa"),
-        tuned=Path(plan.run_folder) / weights_folder_name(plan),
+        tuned=tuned,
         vocab_size=len(tokenizer),
     )
     return subject, tokenizer

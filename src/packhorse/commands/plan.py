@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.data.identity import find_prepared
-from packhorse.data.manifest import DataManifest
+from packhorse.data.manifest import MANIFEST_FILE, DataManifest
 from packhorse.data.places import data_root
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.run_folder import open_run
@@ -63,6 +63,22 @@ def _facts_if_prepared(recipe: Recipe) -> DataFacts | None:
     except UserError:
         return None
     return data_facts(data_root(recipe) / manifest.content_hash, manifest) if manifest else None
+
+
+def require_data(plan: RunPlan) -> DataFacts:
+    """The prepared data of a run, which must still be there.
+
+    Raises:
+        UserError: It is gone.
+    """
+    assert plan.data is not None, "a run folder is only made once its data is prepared"
+    if (Path(plan.data.folder) / MANIFEST_FILE).is_file():
+        return plan.data
+    raise UserError(
+        f"the prepared data of this run, {plan.data.folder}, is gone.",
+        "packs and held-out rows are read from there.",
+        f"make it again: packhorse prepare {relative(plan.run_folder)}/recipe.yaml",
+    )
 
 
 def data_facts(folder: Path, manifest: DataManifest) -> DataFacts:

@@ -43,7 +43,7 @@ def quickstart() -> int:
     for line in (
         f"packhorse chat {shown}",
         f"packhorse status {shown}",
-        "packhorse recipes copy llama3.1-8b/lora my.yaml",
+        "packhorse recipes copy qwen2.5-7b/lora my.yaml",
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     return EXIT_OK

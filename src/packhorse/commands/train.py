@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.commands.plan import data_facts, relative, shown
+from packhorse.commands.plan import data_facts, relative, require_data, shown
 from packhorse.data.identity import find_prepared
 from packhorse.data.places import data_root
 from packhorse.errors import EXIT_OK, UserError
@@ -16,7 +16,7 @@ from packhorse.launching.preflight import check_base_model, check_writable
 from packhorse.launching.run_folder import check_free, create_run, open_run
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make import make_plan, run_folder_of
-from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.plan.status import read_status
 from packhorse.plan.topology import Ask, check_machine
 from packhorse.recipe.load import load_recipe
@@ -29,7 +29,7 @@ def train(recipe: str, overrides: Sequence[str], gpus: int | None, resume: bool)
         UserError: Anything that the user can mend, before a device is taken.
     """
     console = Console()
-    made = _resumed(recipe, overrides, gpus) if resume else _new_run(recipe, overrides, gpus, console)
+    made = _resumed(recipe, overrides, gpus) if resume else _new_run(recipe, overrides, Ask(gpus), console, local=True)
     console.print(f"running {shown(made.argv)}", soft_wrap=True, highlight=False, style="dim")
     outcome = launch(made)
     if outcome.message:
@@ -40,12 +40,27 @@ def train(recipe: str, overrides: Sequence[str], gpus: int | None, resume: bool)
     return outcome.exit_code
 
 
-def _new_run(recipe: str, overrides: Sequence[str], gpus: int | None, console: Console) -> RunPlan:
+def write_run(recipe: str, overrides: Sequence[str], gpus: int | None, nodes: int | None) -> int:
+    """Makes the run folder, with the data prepared, for a launch elsewhere; starts nothing."""
+    console = Console()
+    made = _new_run(recipe, overrides, Ask(gpus, nodes), console, local=False)
+    console.print(f"planned {relative(made.run_folder)}: {shown(made.argv)}", soft_wrap=True, highlight=False)
+    return EXIT_OK
+
+
+def _new_run(recipe: str, overrides: Sequence[str], ask: Ask, console: Console, *, local: bool) -> RunPlan:
+    if (Path(recipe) / PLAN_FILE).is_file():
+        raise UserError(
+            f"{recipe} is a run, not a recipe.",
+            "a new run is made from a recipe.",
+            f"go on with it: packhorse train {recipe} --resume.",
+        )
     loaded = load_recipe(recipe, overrides)
     here = detect_hardware()
-    draft = make_plan(loaded, Ask(gpus), here, None)
+    draft = make_plan(loaded, ask, here, None)
     # All that can be refused without reading a row is refused before the rows are read.
-    check_machine(draft.topology, here)
+    if local:
+        check_machine(draft.topology, here)
     check_free(run_folder_of(loaded))
     check_writable(Path(draft.run_folder).parent)
     check_base_model(draft)
@@ -55,7 +70,7 @@ def _new_run(recipe: str, overrides: Sequence[str], gpus: int | None, console: C
         from packhorse.commands.data import prepare_with_progress
 
         manifest = prepare_with_progress(loaded, console).manifest
-    made = make_plan(loaded, Ask(gpus), here, data_facts(data_root(loaded) / manifest.content_hash, manifest))
+    made = make_plan(loaded, ask, here, data_facts(data_root(loaded) / manifest.content_hash, manifest))
     create_run(made, {"data.json": manifest.model_dump_json(indent=2) + "\n"})
     return made
 
@@ -76,4 +91,5 @@ def _resumed(run: str, overrides: Sequence[str], gpus: int | None) -> RunPlan:
             f"see `packhorse evaluate {relative(made.run_folder)}`, or train longer under another name.",
         )
     check_machine(made.topology, detect_hardware())
+    require_data(made)
     return made

@@ -138,9 +138,7 @@ def _longest_first(lengths: Int64, capacity: int) -> Int64:
     return np.argsort(keys, kind="stable")
 
 
-def _fill(
-    histogram: Int64, capacity: int, rooms: _Rooms, num_packs: int, sizes: Int64
-) -> tuple[Int64, Int64, int]:
+def _fill(histogram: Int64, capacity: int, rooms: _Rooms, num_packs: int, sizes: Int64) -> tuple[Int64, Int64, int]:
     """Place documents in order of falling length; `sizes`, documents in each pack, grows in place.
 
     Returns:

@@ -115,10 +115,18 @@ def _judge(folder: Path, logs: Path) -> Outcome:
     if status is not None and status.state == "finished":
         return Outcome(EXIT_OK, "")
     if status is not None and status.state == "stopped":
-        return Outcome(EXIT_STOPPED, f"stopped at step {status.step} of {status.num_steps}; resume with --resume")
+        return Outcome(EXIT_STOPPED, _stopped(folder, status))
     _mark_failed(folder, status, "the ranks ended without a word")
     tail = (logs / "stderr.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return Outcome(EXIT_BUG, _failure("the ranks ended without a word", tail, logs))
+
+
+def _stopped(folder: Path, status: Status) -> str:
+    here = f"{Path.cwd()}/"
+    return (
+        f"stopped at step {status.step} of {status.num_steps};"
+        f" go on with: packhorse train {str(folder).removeprefix(here)} --resume"
+    )
 
 
 def _failure(head: str, lines: list[str], logs: Path) -> str:

@@ -52,5 +52,5 @@ def check_base_model(plan: RunPlan) -> None:
     raise UserError(
         f"model.path {path} " + ("holds no config.json." if folder.is_dir() else "does not exist."),
         "a model folder in Hugging Face form has config.json beside its weights.",
-        "name such a folder or a finished run, or set model.id to a hub name.",
+        "name such a folder or a finished run (train that one first), or set model.id to a hub name.",
     )

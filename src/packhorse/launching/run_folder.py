@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from packhorse.errors import UserError
+from packhorse.plan.command import launch_argv
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan, read_plan, write_plan
 from packhorse.plan.status import Status, read_status, write_status
 from packhorse.recipe.load import dump_recipe
@@ -21,6 +22,9 @@ def check_free(folder: Path) -> None:
     if not folder.exists():
         return
     status = read_status(folder) if (folder / PLAN_FILE).is_file() else None
+    if status is not None and status.state == "failed" and not any((folder / "checkpoints").glob("step-*")):
+        _set_aside(folder)
+        return
     state = f"a run that is {status.state} at step {status.step} of {status.num_steps}" if status else "files"
     goes_on = status is not None and status.state != "finished"
     resume = f"go on with `packhorse train {_shown(folder)} --resume`, or " if goes_on else ""
@@ -29,6 +33,14 @@ def check_free(folder: Path) -> None:
         "a run folder is the record of one run and is never written over.",
         f"{resume}give this one another name, for example name={folder.name}-2.",
     )
+
+
+def _set_aside(folder: Path) -> None:
+    """A run that failed before its first checkpoint holds nothing to go on with: its name is free again."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.failed-{number}")).exists():
+        number += 1
+    folder.rename(aside)
 
 
 def create_run(plan: RunPlan, files: Mapping[str, str]) -> Path:
@@ -72,7 +84,8 @@ def open_run(name: str) -> RunPlan:
     if Path(plan.run_folder) == folder.absolute():
         return plan
     # A run folder that was moved or copied is still the record of its run.
-    return plan.model_copy(update={"run_folder": str(folder.absolute())})
+    moved = folder.absolute()
+    return plan.model_copy(update={"run_folder": str(moved), "argv": launch_argv(plan.topology, moved)})
 
 
 def next_attempt(folder: Path) -> tuple[int, Path]:

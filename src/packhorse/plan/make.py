@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from packhorse.errors import UserError
 from packhorse.plan.choose import choose_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.hardware import Hardware
@@ -80,13 +81,19 @@ def _count_steps(recipe: Recipe, steps_per_epoch: int | None) -> tuple[int | Non
 
 def _attention(recipe: Recipe, device: str) -> Decision:
     asked = recipe.model.attention
+    if asked == "varlen" and (device == "cpu" or recipe.precision == "fp32"):
+        raise UserError(
+            f"model.attention is varlen, on {device} with precision {recipe.precision}.",
+            "torch's varlen kernel runs on CUDA in 16 bit only.",
+            "set model.attention to sdpa or auto.",
+        )
     if asked != "auto":
         return Decision(name="model.attention", value=asked, reason="model.attention of the recipe")
     if device == "cuda" and recipe.precision == "bf16":
         return Decision(
             name="model.attention", value="varlen", reason="torch's varlen kernel keeps documents apart on CUDA"
         )
-    return Decision(name="model.attention", value="sdpa", reason="SDPA per document: exact, and runs anywhere in fp32")
+    return Decision(name="model.attention", value="sdpa", reason="SDPA per document: exact on any device")
 
 
 def _dtype(recipe: Recipe) -> Decision:

@@ -10,6 +10,7 @@ from packhorse.plan.run_plan import Decision, Topology
 from packhorse.recipe.schema import ParallelSection
 
 GPUS_PER_NODE = 8
+THREADS_PER_GPU = 8
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ def _asked_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tupl
         engine=parallel.engine,
         num_nodes=num_nodes,
         processes_per_node=gpus // num_nodes,
-        threads_per_process=GPUS_PER_NODE,
+        threads_per_process=THREADS_PER_GPU,
     )
     return topology, Decision(
         name="processes",
         value=str(gpus),
-        reason=f"--gpus {gpus}: {num_nodes} node(s) with {gpus // num_nodes} GPUs each, a process a GPU",
+        reason=f"--gpus {gpus}: {gpus // num_nodes} GPUs on each of {num_nodes} nodes, a process a GPU",
     )
 
 
@@ -89,8 +90,9 @@ def check_machine(topology: Topology, here: Hardware) -> None:
     unit = "GPUs" if topology.device == "cuda" else "CPU cores"
     if topology.processes_per_node > available or topology.num_nodes > 1:
         asked = f"{topology.world_size} processes" + (f" on {topology.num_nodes} nodes" * (topology.num_nodes > 1))
+        here_at_most = f"set parallel.processes to {available} or less" if available else "leave --gpus out"
         raise UserError(
             f"the run asks for {asked}, and this machine has {available} {unit}.",
             "each process needs a device of its own.",
-            f"set parallel.processes to {max(1, available)} or less, or run where there are {topology.world_size}.",
+            f"{here_at_most}, or run where there are {topology.world_size} {unit}.",
         )

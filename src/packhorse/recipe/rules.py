@@ -172,7 +172,7 @@ def _optimizer_rules(recipe: Recipe) -> Iterator[Finding]:
             f"optimizer.learning_rate is {rate:g}, above {LARGEST_LEARNING_RATE:g}.",
             "AdamW moves each weight by about the learning rate in a step, and weights are near 0.02: "
             "one step would wipe out the model.",
-            "use 1e-5 to 2e-5 (full), 1e-4 to 2e-4 (lora, qlora), up to 3e-3 (small fresh models)",
+            "use 1e-5 to 2e-5 (full), 1e-4 to 2e-4 (lora, qlora), up to 5e-3 (small fresh models)",
         )
     for index, beta in enumerate(betas):
         if beta >= 1:

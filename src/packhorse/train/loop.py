@@ -82,7 +82,8 @@ def train(run: Run, state: TrainState) -> TrainState:
         if run.evaluate and not stopping and _due(state.step, recipe.evaluation.every_steps, last):
             with run.meter.other():
                 validation = run.evaluate()
-            state = state.evaluated(validation)
+            if saving:  # only what is on disk can be the best checkpoint
+                state = state.evaluated(validation)
             figures |= evaluation_figures(validation)
         state = replace(state, elapsed_seconds=run.meter.elapsed_seconds)
         if figures:

@@ -55,17 +55,25 @@ def run_worker(plan_file: Path) -> int:
     try:
         code = _work(plan, stop, attempt)
     except StopBeforeTraining:
-        code, message = EXIT_STOPPED, "stopped before the first step"
-        tell(plan, "stopped", TrainState(), attempt, message)
+        code, message = EXIT_STOPPED, "stopped while the model was loaded"
     except UserError as error:
         code, message = EXIT_USER_ERROR, str(error)
     except Exception:
         code, message = EXIT_BUG, traceback.format_exc()
     _record(plan, attempt, code, message)
+    if message:
+        _, state = _newest(plan)
+        tell(plan, "stopped" if code == EXIT_STOPPED else "failed", state, attempt, _headline(message))
     if code in (EXIT_USER_ERROR, EXIT_BUG):
         # Other ranks may wait for this one in a collective; destroying the group in order would wait for them.
         os._exit(code)
     return code
+
+
+def _headline(message: str) -> str:
+    """A user error's fact, or a traceback's last line."""
+    lines = message.strip().splitlines()
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
 def _record(plan: RunPlan, attempt: int, code: int, message: str) -> None:
@@ -85,8 +93,7 @@ def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
     rank, world = _rank_and_world()
     _quiet(is_main=rank == 0)
     data = _data(plan)
-    checkpoint = next(reversed(complete_checkpoints(Path(plan.run_folder) / "checkpoints")), None)
-    state = read_state(checkpoint) if checkpoint else TrainState()
+    checkpoint, state = _newest(plan)
     if rank == 0:
         tell(plan, "starting", state, attempt)
     tokenizer = load_tokenizer(Path(data.tokenizer), plan.recipe.data.template, plan.recipe.model.trust_remote_code)
@@ -101,7 +108,7 @@ def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
         if checkpoint:
             run.checkpoints.load_optimizer(checkpoint)
         sizes: Figures = {"model/num_parameters": count.total, "model/num_trainable": count.trainable}
-        state = _look_before(run, state, sizes)
+        _look_before(run, state, sizes)
         stop.begin_training()
         state = train(run, state)
         return _end(run, state, tokenizer)
@@ -140,16 +147,13 @@ def _evaluation(plan: RunPlan, engine: Engine, rank: int, world: int) -> Callabl
     return partial(validation_loss, engine, engine.model, store, plan.batch.micro_packs, rank, world)
 
 
-def _look_before(run: Run, state: TrainState, sizes: Figures) -> TrainState:
+def _look_before(run: Run, state: TrainState, sizes: Figures) -> None:
     """Proves that packing changes nothing, and measures where training starts from."""
     store = open_store(Path(_data(run.plan).folder), "train")
     figures = sizes | probe(run.engine, run.engine.model, store, run.plan.recipe.precision).figures()
     if state.step == 0 and run.evaluate:
-        loss = run.evaluate()
-        state = state.evaluated(loss)
-        figures |= evaluation_figures(loss)
+        figures |= evaluation_figures(run.evaluate())
     run.reporter.begin(state, figures)
-    return state
 
 
 def _end(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -159,6 +163,12 @@ def _end(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerBase) -> int
     run.reporter.tell("finished" if finished else "stopped", state)
     run.engine.close()
     return EXIT_OK if finished else EXIT_STOPPED
+
+
+def _newest(plan: RunPlan) -> tuple[Path | None, TrainState]:
+    """The newest complete checkpoint and its state; a fresh state where there is none."""
+    checkpoint = next(reversed(complete_checkpoints(Path(plan.run_folder) / "checkpoints")), None)
+    return checkpoint, read_state(checkpoint) if checkpoint else TrainState()
 
 
 def _data(plan: RunPlan) -> DataFacts:
