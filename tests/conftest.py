@@ -21,3 +21,9 @@ def shared() -> Path:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{folder} is absent; under CI real data must be there")
     pytest.skip(f"{folder} is absent: real rows and models are not part of a clone")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-golden", action="store_true", help="write golden texts anew; read the diff before you commit"
+    )

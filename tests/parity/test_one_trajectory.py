@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cli import curve, packhorse
-from tiny import TINY, write_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from cli import curve, packhorse
 from packhorse.data.batches import BatchPlan
 from packhorse.data.store import open_store
+from tiny import TINY, write_tiny
 
 TOLERANCE = 1e-5
 
@@ -77,7 +77,7 @@ def reference(folder: Path) -> tuple[list[float], list[float]]:
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, norms
 
 

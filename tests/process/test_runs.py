@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from cli import PACKHORSE, curve, environment, metrics, packhorse
 from safetensors.torch import load_file
-from tiny import TINY, write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cli import PACKHORSE, curve, environment, metrics, packhorse
 from packhorse.launching.run_folder import create_run
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.shipped import shipped_path
+from tiny import TINY, write_tiny
 
 
 @pytest.fixture(scope="module")

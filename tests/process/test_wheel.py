@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+
 from cli import environment
 
 ROOT = Path(__file__).resolve().parents[2]

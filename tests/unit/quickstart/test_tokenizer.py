@@ -41,7 +41,10 @@ def test_two_trainings_give_the_same_bytes(folder: Path, tmp_path: Path) -> None
 def test_the_vocabulary_and_merges_are_the_same_on_every_machine(folder: Path) -> None:
     model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
     learnt = json.dumps([model["vocab"], model["merges"]], sort_keys=True)
-    assert hashlib.sha256(learnt.encode()).hexdigest() == "7a524345cd51e3a862793dc5c12791d5fd25200f0677f75defbd4ef1b0245335"
+    assert (
+        hashlib.sha256(learnt.encode()).hexdigest()
+        == "7a524345cd51e3a862793dc5c12791d5fd25200f0677f75defbd4ef1b0245335"
+    )
 
 
 def test_the_chat_reads_as_written_by_hand(tokenizer: Any) -> None:
