@@ -20,6 +20,7 @@ from packhorse.data.places import data_root, resolve_tokenizer, source_name
 from packhorse.data.render import Renderer, load_tokenizer, make_renderer
 from packhorse.data.store import SplitWriter
 from packhorse.data.survey import SPLITS, Survey, render_survey, survey_rows
+from packhorse.durable import sync_to_disk
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
 
@@ -87,9 +88,9 @@ def _make(recipe: Recipe, folder: Path, progress: Progress | None) -> DataManife
         manifest = _fill(recipe, draft, progress)
         _check_unchanged(recipe, folder.name)
         write_manifest(manifest, draft)
-        _sync(draft)
+        sync_to_disk(draft)
         draft.rename(folder)
-        _sync(folder.parent)
+        sync_to_disk(folder.parent)
     except OSError as error:
         raise UserError(
             f"prepared data cannot be written to {draft}: {error.strerror}.",
@@ -210,11 +211,3 @@ def _check_group_field(recipe: Recipe, manifest: DataManifest) -> None:
             "it makes the lines of the evaluation table.",
             f"set it to one that every row has: {', '.join(manifest.fields) or 'there is none, so remove it'}.",
         )
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

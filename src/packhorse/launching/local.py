@@ -44,7 +44,7 @@ def launch(plan: RunPlan) -> Outcome:
     with (logs / "stderr.log").open("wb") as log:
         child = subprocess.Popen(  # noqa: S603
             _local_argv(plan),
-            env={**os.environ, ATTEMPT_VARIABLE: str(attempt), "OMP_NUM_THREADS": str(_threads(plan))},
+            env=_environment(plan, attempt),
             stderr=log,
             start_new_session=True,
         )
@@ -54,16 +54,21 @@ def launch(plan: RunPlan) -> Outcome:
     return _judge(folder, logs)
 
 
-def _threads(plan: RunPlan) -> int:
-    return plan.topology.threads_per_process
+def _environment(plan: RunPlan, attempt: int) -> dict[str, str]:
+    """Ours, with the programs that lie beside this Python first: accelerate, and ninja for what DeepSpeed builds."""
+    programs = Path(sys.executable).parent
+    return {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "OMP_NUM_THREADS": str(plan.topology.threads_per_process),
+        ATTEMPT_VARIABLE: str(attempt),
+    }
 
 
 def _local_argv(plan: RunPlan) -> list[str]:
-    """The plan's argv with this environment's accelerate and a free port, so that two runs can share a machine."""
-    accelerate = Path(sys.executable).parent / "accelerate"
-    port = ["--main_process_port", str(_free_port())]
-    words = list(plan.argv)
-    return [str(accelerate) if accelerate.is_file() else words[0], words[1], *port, *words[2:]]
+    """The plan's argv with a free port, so that two runs can share a machine."""
+    launcher, verb, *words = plan.argv
+    return [launcher, verb, "--main_process_port", str(_free_port()), *words]
 
 
 def _free_port() -> int:

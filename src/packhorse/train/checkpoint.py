@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from packhorse.durable import publish_folder, sync_to_disk
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan
-from packhorse.train.durable import publish_folder, sync_to_disk
 from packhorse.train.engine import Engine
 from packhorse.train.state import TrainState
 from packhorse.train.weights import gather_trainable, save_weights, unwrapped, weights_folder_name

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from packhorse.durable import publish_folder
 from packhorse.plan.run_plan import RunPlan
-from packhorse.train.durable import publish_folder
 from packhorse.train.engine import Engine
 
 
