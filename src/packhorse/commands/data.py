@@ -30,8 +30,11 @@ def check(recipe: str, overrides: Sequence[str]) -> int:
     console.print(pairs(_audit_lines(report, loaded)))
     for row in report.rows:
         console.print(f"\n{row.where}", style="bold", markup=False, highlight=False)
-        console.print(_coloured(row))
-    console.print("\nAll is well: trained text is green. Next: packhorse train", recipe, soft_wrap=True)
+        console.print(_marked(row, in_colour=console.is_terminal and not console.no_color))
+    how = "green" if console.is_terminal and not console.no_color else "between ⟦ and ⟧"
+    console.print(
+        f"\nAll is well; trained text is {how}. Next: packhorse train {recipe}", soft_wrap=True, highlight=False
+    )
     return EXIT_OK
 
 
@@ -78,10 +81,14 @@ def _audit_lines(report: AuditReport, recipe: Recipe) -> list[tuple[str, str]]:
     return lines
 
 
-def _coloured(row: RowAudit) -> Text:
+def _marked(row: RowAudit, in_colour: bool) -> Text:
+    """The row with its supervised text in green, or in brackets where there is no colour."""
     text = Text()
     for piece, supervised in row.pieces:
-        text.append(piece, style="green" if supervised else "dim")
+        if in_colour:
+            text.append(piece, style="green" if supervised else "dim")
+        else:
+            text.append(f"⟦{piece}⟧" if supervised else piece)
     return text
 
 
