@@ -191,8 +191,8 @@ def ranks_of(run: Path) -> list[int]:
 def test_an_adapter_trains_on_a_finished_run_and_resumes(kind: str, folder: Path) -> None:
     recipe = folder / f"{kind}.yaml"
     tiny = {**TINY, "name": kind, "model": {"path": "runs/tiny"}, "method": {"kind": kind, "rank": 4, "alpha": 8}}
-    tiny |= {"data": {"sources": [{"path": "builtin:tickets.messages.jsonl"}]}, "steps": 5}
-    tiny["evaluation"] = {**TINY["evaluation"], "retain": [{"path": "builtin:core.messages.jsonl"}]}
+    retain = [{"path": "builtin:core.messages.jsonl", "replay_rows": 100}]
+    tiny |= {"data": {"sources": [{"path": "builtin:tickets.messages.jsonl"}], "retain": retain}, "steps": 5}
     recipe.write_text(json.dumps(tiny))
     done = packhorse(folder, "train", recipe.name, "checkpoint.every_steps=2")
     assert done.code == 0, done.err

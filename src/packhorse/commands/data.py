@@ -108,7 +108,7 @@ def _ledger(manifest: DataManifest) -> str:
     left_out = [
         (ledger.over_long_dropped, "longer than batch.length"),
         (ledger.emptied_by_truncation, "nothing to train on after truncation"),
-        (ledger.retain_unused, "of retain, outside its validation share"),
+        (ledger.retain_unused, "of data.retain, neither evaluated nor trained on again"),
     ]
     out = "".join(f", {count:,} {words}" for count, words in left_out if count)
     return f"{ledger.rows_in:,} rows in = {ledger.rows_kept:,} kept{out}; {ledger.truncated:,} truncated"

@@ -13,7 +13,7 @@ from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.places import data_root, resolve_tokenizer, source_path, template_path, tokenizer_files
 from packhorse.recipe.schema import Recipe, Source
 
-DATA_VERSION: Final = 2
+DATA_VERSION: Final = 3
 """Raised when the same rows and settings would give other packs."""
 FILE_HASHES: Final = "files.json"
 
@@ -30,7 +30,7 @@ def content_key(recipe: Recipe) -> str:
         "version": DATA_VERSION,
         "sources": [_source_part(source, recipe) for source in recipe.data.sources],
         "validation": [_source_part(source, recipe) for source in recipe.data.validation],
-        "retain": [_source_part(source, recipe) for source in recipe.evaluation.retain],
+        "retain": [(_source_part(source, recipe), source.replay_rows) for source in recipe.data.retain],
         "tokenizer": {file.name: file_hash(file, data_root(recipe)) for file in tokenizer},
         "template": file_hash(template, data_root(recipe)) if template else None,
         "length": recipe.batch.length,

@@ -17,7 +17,7 @@ class Ledger(BaseModel):
     emptied_by_truncation: NonNegativeInt = 0
     """Rows left out because truncation left nothing to train on."""
     retain_unused: NonNegativeInt = 0
-    """Rows of `evaluation.retain` outside its validation share."""
+    """Rows of `data.retain` that are neither evaluated nor trained on again."""
     train: NonNegativeInt = 0
     """Rows trained on."""
     validation: NonNegativeInt = 0

@@ -42,7 +42,7 @@ def assign(keys: Sequence[str], strata: Sequence[str], shares: Sequence[float], 
         members[stratum].append(key)
     side_of: dict[str, int] = {}
     for stratum in sorted(members):
-        shuffled = sorted(members[stratum], key=lambda key: _rank(seed, key))
+        shuffled = sorted(members[stratum], key=lambda key: rank(seed, key))
         side_of |= _cut(shuffled, copies, shares)
     return np.fromiter((side_of[key] for key in keys), np.int8, len(keys))
 
@@ -58,7 +58,8 @@ def largest_remainder(total: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
-def _rank(seed: int, key: str) -> bytes:
+def rank(seed: int, key: str) -> bytes:
+    """Return what rows are ordered by: a hash of seed and content, so the order of a file does not matter."""
     return hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
 
 

@@ -19,10 +19,10 @@ from packhorse.data.mistakes import RowMistakes
 from packhorse.data.places import source_name
 from packhorse.data.render import BATCH_ROWS, Rendered, Renderer, render_examples
 from packhorse.data.sources import Row, read_rows
-from packhorse.data.split import Sides, assign
+from packhorse.data.split import Sides, assign, rank
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.locate import expand
-from packhorse.recipe.schema import Recipe, Source
+from packhorse.recipe.schema import Recipe, RetainSource, Source
 
 Use = Literal["train", "validation", "retain"]
 SPLITS: Final = ("train", "validation", "test", "retain")
@@ -69,7 +69,7 @@ class Survey:
 
     @property
     def num_unused(self) -> int:
-        """Rows of `evaluation.retain` outside its validation share."""
+        """Rows of `data.retain` that are neither evaluated nor trained on again."""
         return sum(int(np.count_nonzero(found.sides == UNUSED)) for found in self.sources)
 
     @property
@@ -85,10 +85,10 @@ def survey_rows(recipe: Recipe) -> Survey:
         UserError: All rows that are not as they should be, or too few rows for the split.
     """
     runs_folder = Path(expand(recipe.runs_folder)).expanduser()
-    uses: list[tuple[Use, list[Source]]] = [
+    uses: list[tuple[Use, Sequence[Source]]] = [
         ("train", recipe.data.sources),
         ("validation", recipe.data.validation),
-        ("retain", recipe.evaluation.retain),
+        ("retain", recipe.data.retain),
     ]
     stratify = recipe.data.split.stratify
     mistakes: list[Mistake] = []
@@ -170,7 +170,7 @@ def _with_sides(found: list[SourceSurvey], recipe: Recipe) -> list[SourceSurvey]
         strata = [stratum for source in group for stratum in source.strata]
         if use == "retain":
             sides = assign(keys, strata, (split.train, split.validation, split.test), split.seed)
-            sides = np.where(sides == VALIDATION, np.int8(RETAIN), np.int8(UNUSED))
+            sides = _retained(sides, group, split.seed)
         elif recipe.data.validation:
             sides = np.full(len(keys), TRAIN if use == "train" else VALIDATION, np.int8)
         else:
@@ -182,6 +182,29 @@ def _with_sides(found: list[SourceSurvey], recipe: Recipe) -> list[SourceSurvey]
     return placed
 
 
+def _retained(sides: Sides, group: Sequence[SourceSurvey], seed: int) -> Sides:
+    """Old skills: what was held out is evaluated, and of what was trained on, `replay_rows` are trained on again.
+
+    A run that trained on these very sources with the same split has seen none of what is evaluated here.
+    """
+    out = np.where(sides == VALIDATION, np.int8(RETAIN), np.int8(UNUSED))
+    start = 0
+    for found in group:
+        wanted = found.source.replay_rows if isinstance(found.source, RetainSource) else 0
+        trained = [at for at in range(start, start + len(found.keys)) if sides[at] == TRAIN]
+        if wanted > len(trained):
+            raise UserError(
+                f"data.retain asks for {wanted} replay_rows of {source_name(found.source)}, whose train share has"
+                f" {len(trained)} rows.",
+                "only rows of the train share are trained on again; the others are held out.",
+                f"set replay_rows to {len(trained)} or less.",
+            )
+        trained.sort(key=lambda at, first=start, keys=found.keys: rank(seed, keys[at - first]))  # type: ignore[misc]
+        out[trained[:wanted]] = TRAIN
+        start += len(found.keys)
+    return out
+
+
 def _check_sides(sides: Sides, use: Use, recipe: Recipe) -> None:
     split = recipe.data.split
     wanted = {TRAIN: ("train", split.train), VALIDATION: ("validation", split.validation)}
@@ -191,7 +214,7 @@ def _check_sides(sides: Sides, use: Use, recipe: Recipe) -> None:
         return
     for side, (name, share) in wanted.items():
         if share > 0 and not np.any(sides == side):
-            what = "evaluation.retain" if use == "retain" else "data.sources"
+            what = "data.retain" if use == "retain" else "data.sources"
             raise UserError(
                 f"{what} has {len(sides)} rows, and data.split.{name} of {share:g} gives 0 of them.",
                 "equal rows stay on one side, and a share of no rows can be neither trained on nor measured.",

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from packhorse.errors import UserError
 
@@ -104,11 +110,13 @@ def build_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
 
 def _fresh(request: ModelRequest) -> PreTrainedModel:
     assert request.config is not None
+    config = build_config(request.config)
+    config._attn_implementation = request.attention
     torch.manual_seed(request.seed)
-    model = AutoModelForCausalLM.from_config(
-        build_config(request.config), dtype=request.dtype, attn_implementation=request.attention
-    )
-    return model.to(request.device)
+    # The class itself, not from_config: under ZeRO-3 that draws the weights in another order, and the same recipe
+    # would start from another model.
+    model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return model.to(request.device, request.dtype)
 
 
 def _pretrained(request: ModelRequest) -> PreTrainedModel:

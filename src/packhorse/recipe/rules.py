@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from packhorse.recipe.findings import Finding
 from packhorse.recipe.schema import BatchSection, FullMethod, ModelSection, Recipe, Source
@@ -99,10 +99,10 @@ def _method_rules(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _source_rules(recipe: Recipe) -> Iterator[Finding]:
-    places: list[tuple[KeyPath, list[Source]]] = [
+    places: list[tuple[KeyPath, Sequence[Source]]] = [
         (("data", "sources"), recipe.data.sources),
         (("data", "validation"), recipe.data.validation),
-        (("evaluation", "retain"), recipe.evaluation.retain),
+        (("data", "retain"), recipe.data.retain),
     ]
     for path, sources in places:
         for index, source in enumerate(sources):

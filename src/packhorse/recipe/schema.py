@@ -97,6 +97,13 @@ class Source(Section):
     """What the rows look like; `auto` finds it from the first rows' keys and says so."""
 
 
+class RetainSource(Source):
+    """Rows of a skill that the model has already and must not lose."""
+
+    replay_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows of its train share that are trained on again, beside the new ones; 0: none."""
+
+
 class SplitSection(Section):
     """How rows are shared out: by a hash of their content, so the order of the file does not matter."""
 
@@ -121,6 +128,8 @@ class DataSection(Section):
     """Validation rows kept elsewhere; then every row of `sources` is trained on and `split` is not used."""
     split: SplitSection = SplitSection()
     """Shares of train, validation and test."""
+    retain: list[RetainSource] = []
+    """Old skills: their validation share is evaluated, to show what was forgotten, and `replay_rows` are trained on."""
     template: str = "tokenizer"
     """`tokenizer` (its own chat template), `chatml`, `llama3`, or a Jinja file with generation markers."""
     over_long: Literal["raise", "drop", "truncate"] = "raise"
@@ -190,8 +199,6 @@ class EvaluationSection(Section):
     """Longest answer generated."""
     group_by: str | None = None
     """Row field that makes the lines of the evaluation table, e.g. `family`."""
-    retain: list[Source] = []
-    """Rows of old skills, to show what was forgotten; their validation share is evaluated, none is trained on."""
 
 
 class CheckpointSection(Section):

@@ -112,7 +112,7 @@ def test_key_changes_with_all_that_decides(make_recipe: MakeRecipe, rows: Path, 
         "over_long": make_recipe(rows, data={"over_long": "drop"}),
         "seed": make_recipe(rows, data={"split": {"seed": 7}}),
         "format": make_recipe({"path": str(rows), "format": "messages"}),
-        "retain": make_recipe(rows, evaluation={"retain": [{"path": str(more)}]}),
+        "retain": make_recipe(rows, data={"retain": [{"path": str(more)}]}),
         "validation": make_recipe(rows, data={"validation": [{"path": str(more)}]}),
         "hub": make_recipe({"id": "some/rows"}),
         "revision": make_recipe({"id": "some/rows", "revision": "abc"}),
@@ -155,7 +155,7 @@ def test_retained_rows_are_those_an_earlier_run_validated_on(
 ) -> None:
     earlier = prepare(make_recipe(rows))
     new = write_lines(tmp_path / "new.jsonl", *many(50, offset=500))
-    prepared = prepare(make_recipe(new, evaluation={"retain": [{"path": str(rows)}]}))
+    prepared = prepare(make_recipe(new, data={"retain": [{"path": str(rows)}]}))
     assert said(prepared.folder, "retain") == said(earlier.folder, "validation")
     assert prepared.manifest.ledger.model_dump(exclude_defaults=True) == {
         "rows_in": 150, "retain_unused": 85, "train": 35, "validation": 8, "test": 7, "retain": 15,
@@ -355,3 +355,23 @@ def test_manifest_is_plain_json(make_recipe: MakeRecipe, rows: Path) -> None:
     told = json.loads((prepared.folder / "data.json").read_text())
     assert told["splits"]["train"]["num_rows"] == 70
     assert told["ledger"]["rows_in"] == 100
+
+
+def test_replayed_rows_are_of_those_an_earlier_run_trained_on(
+    make_recipe: MakeRecipe, rows: Path, tmp_path: Path
+) -> None:
+    earlier = prepare(make_recipe(rows))
+    new = write_lines(tmp_path / "new.jsonl", *many(50, offset=500))
+    prepared = prepare(make_recipe(new, data={"retain": [{"path": str(rows), "replay_rows": 20}]}))
+    counts = prepared.manifest.ledger
+    assert (counts.train, counts.retain, counts.retain_unused) == (35 + 20, 15, 65)
+    assert said(prepared.folder, "retain") == said(earlier.folder, "validation")
+    trained, before = (tokens_of(data.folder) for data in (prepared, earlier))
+    assert len(trained & before) == 20
+    with pytest.raises(UserError, match="asks for 71 replay_rows of .*whose train share has 70 rows"):
+        prepare(make_recipe(new, data={"retain": [{"path": str(rows), "replay_rows": 71}]}))
+
+
+def tokens_of(folder: Path) -> set[tuple[int, ...]]:
+    store = open_store(folder, "train")
+    return {tuple(store.document(index)[0].tolist()) for index in range(store.num_documents)}

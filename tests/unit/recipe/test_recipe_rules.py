@@ -30,7 +30,7 @@ REFUSED = {
     "source-of-nowhere": (["data.sources=[{format: text}]"], "data.sources.0 gives neither path nor id."),
     "source-of-two-places": (["data.sources.0.id=x"], "data.sources.0 gives path and id at once."),
     "validation-source": (["data.validation=[{}]"], "data.validation.0 gives neither path nor id."),
-    "retain-source": (["evaluation.retain=[{path: a},{}]"], "evaluation.retain.1 gives neither path nor id."),
+    "retain-source": (["data.retain=[{path: a},{}]"], "data.retain.1 gives neither path nor id."),
     "subset-of-a-file": (
         ["data.sources.0.subset=en"],
         "data.sources.0.subset is en, but data.sources.0 is a file.",
