@@ -43,7 +43,7 @@ def reference(folder: Path) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the hand-written loop."""
     (store_folder,) = (folder / "runs" / ".data").glob("*/train")
     store = open_store(store_folder.parent, "train")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "runs" / ".builtin" / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "runs" / ".builtin" / "v1" / "tokenizer")
     fields = {key: value for key, value in TINY["model"]["config"].items() if key != "model_type"}
     torch.manual_seed(42)
     model = AutoModelForCausalLM.from_config(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from packhorse.commands.plan import relative, require_data
 from packhorse.data.render import load_tokenizer
@@ -23,6 +25,13 @@ from packhorse.train.setup import base_request
 from packhorse.train.weights import weights_folder_name
 
 EVALUATION_FILE = "evaluation.json"
+
+
+def _quiet() -> None:
+    """Keeps libraries' bars and their words to each other off the user's table."""
+    transformers_logging.disable_progress_bar()
+    # peft asks transformers for a name that transformers has renamed; nothing for a user to mend.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def evaluate(run: str) -> int:
@@ -61,6 +70,7 @@ def chat(run: str) -> int:
 
 
 def _subject(plan: RunPlan) -> tuple[Subject, PreTrainedTokenizerBase]:
+    _quiet()
     data = require_data(plan)
     tuned = Path(plan.run_folder) / weights_folder_name(plan)
     if not tuned.is_dir():

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from packhorse.errors import UserError
-from packhorse.quickstart.files import BUILTIN_NAMES, materialise
+from packhorse.quickstart.files import BUILTIN_NAMES, CORPUS_VERSION, materialise
 from packhorse.recipe.locate import expand, locate
 from packhorse.recipe.schema import Recipe, Source
 
@@ -143,7 +143,7 @@ def _builtin(text: str, runs_folder: Path) -> Path:
             f"write {BUILTIN}{close[0]}, or the path of a file.",
         )
     try:
-        return materialise(name, runs_folder / ".builtin")
+        return materialise(name, runs_folder / ".builtin" / f"v{CORPUS_VERSION}")
     except OSError as error:
         raise UserError(
             f"{runs_folder} cannot be written: {error.strerror}.",

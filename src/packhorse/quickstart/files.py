@@ -11,6 +11,8 @@ from packhorse.quickstart.corpus import Row, core_rows, ticket_rows, to_jsonl
 from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 TOKENIZER: Final = "tokenizer"
+CORPUS_VERSION: Final = 1
+"""Raised when a built-in file changes, so that none of an older Packhorse is reused."""
 BUILTIN_NAMES: Final[tuple[str, ...]] = (
     "core.messages.jsonl",
     "core.alpaca.jsonl",
