@@ -152,7 +152,7 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on_to_the_same_end(folder: Path)
     asked = time.monotonic()
     assert child.wait(timeout=30) == 75
     assert time.monotonic() - asked <= 10
-    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    assert ranks_of(run) == []
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped"
     assert 4 <= status["step"] < 40
@@ -165,6 +165,30 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on_to_the_same_end(folder: Path)
     again = packhorse(folder, "train", "runs/broken", "--resume")
     assert again.code == 2
     assert "is finished" in again.err
+
+
+def test_a_second_ctrl_c_ends_all_ranks_at_once(folder: Path) -> None:
+    words = ["name=impatient", "parallel.processes=2", "steps=2000", "evaluation.every_steps=null"]
+    child = subprocess.Popen(
+        [str(PACKHORSE), "train", "tiny.yaml", *words],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    run = folder / "runs" / "impatient"
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and len(metrics(run)) > 4)
+    ranks = ranks_of(run)
+    assert len(ranks) == 2
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)  # a rank that hangs: it will not stop when it is asked to
+    child.send_signal(signal.SIGINT)
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=10) == 1
+    assert ranks_of(run) == []
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
 
 
 def wait_for(condition, seconds: float = 90) -> None:

@@ -48,9 +48,9 @@ def launch(plan: RunPlan) -> Outcome:
             stderr=log,
             start_new_session=True,
         )
-        with _handing_on_signals(child):
+        with _handing_on_signals(child, plan):
             child.wait()
-    _end_group(child.pid)
+    _end_what_is_left(plan)
     return _judge(folder, logs)
 
 
@@ -79,13 +79,13 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _handing_on_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
+def _handing_on_signals(child: subprocess.Popen[bytes], plan: RunPlan) -> Iterator[None]:
     asked = False
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
-            _end_group(child.pid)
+            _end_what_is_left(plan)
             return
         asked = True
         sys.stderr.write("\nstopping: the ranks finish this step and save (once more to end at once)\n")
@@ -99,10 +99,17 @@ def _handing_on_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_group(leader: int) -> None:
-    """Ends what is left of the child's process group: no rank outlives its run."""
-    with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+def _end_what_is_left(plan: RunPlan) -> None:
+    """Ends launcher and ranks of just this run: no rank outlives it.
+
+    torch's agent gives each rank a session of its own, so that no process group holds them all; their command lines
+    end in the launched script and this run's plan, and nobody else's do.
+    """
+    last_words = [os.fsencode(word) for word in plan.argv[-2:]]
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "cmdline").read_bytes().split(b"\0")[-3:-1] == last_words:
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _judge(folder: Path, logs: Path) -> Outcome:
