@@ -16,11 +16,9 @@ from types import FrameType
 
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from packhorse.launching.run_folder import next_attempt
-from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
 from packhorse.plan.status import Status, read_status, write_status
 
-# The variable that the worker takes its attempt number from; train/worker.py reads it.
-ATTEMPT_VARIABLE = "PACKHORSE_ATTEMPT"
 LAST_LINES = 12
 
 

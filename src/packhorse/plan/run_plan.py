@@ -13,6 +13,8 @@ from packhorse.recipe.schema import Engine, Recipe
 
 PLAN_FILE = "plan.json"
 PLAN_VERSION = 1
+ATTEMPT_VARIABLE = "PACKHORSE_ATTEMPT"
+"""Environment variable by which the launcher tells the ranks the number of the attempt."""
 
 Device = Literal["cpu", "cuda"]
 

@@ -75,11 +75,12 @@ def train(run: Run, state: TrainState) -> TrainState:
         stopping = run.stop.agreed(engine)
         last = state.step == plan.num_steps
         saving = stopping or _due(state.step, recipe.checkpoint.every_steps, last)
+        evaluating = run.evaluate and not stopping and _due(state.step, recipe.evaluation.every_steps, last)
         figures: Figures = {}
-        if saving or _due(state.step, recipe.track.every_steps, last):  # reading the loss also proves it finite
+        if saving or evaluating or _due(state.step, recipe.track.every_steps, last):  # also proves the loss finite
             loss = window.read(engine, state.step)
             figures = run.meter.read(loss, learning_rate, float(grad_norm), _epoch(run, state), _peak(engine))
-        if run.evaluate and not stopping and _due(state.step, recipe.evaluation.every_steps, last):
+        if run.evaluate and evaluating:
             with run.meter.other():
                 validation = run.evaluate()
             if saving:  # only what is on disk can be the best checkpoint

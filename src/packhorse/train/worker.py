@@ -24,7 +24,7 @@ from packhorse.data.render import load_tokenizer
 from packhorse.data.store import PackStore, open_store
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from packhorse.model.adapters import count_parameters
-from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
+from packhorse.plan.run_plan import ATTEMPT_VARIABLE, DataFacts, RunPlan, read_plan
 from packhorse.track.meter import Figures, Meter, evaluation_figures
 from packhorse.train.checkpoint import Checkpoints, complete_checkpoints, read_state
 from packhorse.train.engine import Engine, start_accelerator, start_engine
@@ -37,8 +37,6 @@ from packhorse.train.setup import training_model
 from packhorse.train.signals import StopBeforeTraining, StopRequest
 from packhorse.train.state import TrainState
 from packhorse.train.weights import publish_result
-
-ATTEMPT_VARIABLE = "PACKHORSE_ATTEMPT"
 
 
 def run_worker(plan_file: Path) -> int:
