@@ -79,7 +79,7 @@ def _subject(plan: RunPlan) -> tuple[Subject, PreTrainedTokenizerBase]:
             "training writes its result there when it ends.",
             f"let the run finish: packhorse train {relative(plan.run_folder)} --resume.",
         )
-    tokenizer = load_tokenizer(Path(data.tokenizer), plan.recipe.data.template)
+    tokenizer = load_tokenizer(Path(data.tokenizer), plan.recipe.data.template, plan.recipe.model.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(
         base=base_request(plan, device, tokenizer, attention="sdpa"),

@@ -49,7 +49,7 @@ def launch(plan: RunPlan) -> Outcome:
         with _handing_on_signals(child, plan):
             child.wait()
     _end_what_is_left(plan)
-    return _judge(folder, logs)
+    return _judge(folder, logs, attempt)
 
 
 def _environment(plan: RunPlan, attempt: int) -> dict[str, str]:
@@ -60,6 +60,8 @@ def _environment(plan: RunPlan, attempt: int) -> dict[str, str]:
         "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "OMP_NUM_THREADS": str(plan.topology.threads_per_process),
         ATTEMPT_VARIABLE: str(attempt),
+        # Else torch's agent kills the ranks 30 s after a SIGTERM, in the middle of a long save.
+        "PET_SIGNALS_TO_HANDLE": "SIGINT",
     }
 
 
@@ -87,7 +89,11 @@ def _handing_on_signals(child: subprocess.Popen[bytes], plan: RunPlan) -> Iterat
             return
         asked = True
         sys.stderr.write("\nstopping: the ranks finish this step and save (once more to end at once)\n")
-        child.terminate()
+        ranks = [process for process, words in _processes_of(plan) if b"launch" not in words]
+        for rank in ranks:
+            os.kill(rank, signal.SIGTERM)
+        if not ranks:
+            child.terminate()
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -103,25 +109,36 @@ def _end_what_is_left(plan: RunPlan) -> None:
     torch's agent gives each rank a session of its own, so that no process group holds them all; their command lines
     end in the launched script and this run's plan, and nobody else's do.
     """
+    for process, _ in _processes_of(plan):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _processes_of(plan: RunPlan) -> list[tuple[int, list[bytes]]]:
+    """Process number and command line of this run's launcher and ranks."""
     last_words = [os.fsencode(word) for word in plan.argv[-2:]]
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (process / "cmdline").read_bytes().split(b"\0")[-3:-1] == last_words:
-                os.kill(int(process.name), signal.SIGKILL)
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if words[-3:-1] == last_words:
+                found.append((int(process.name), words))
+    return found
 
 
-def _judge(folder: Path, logs: Path) -> Outcome:
+def _judge(folder: Path, logs: Path, attempt: int) -> Outcome:
     """Reads what the ranks left: exit codes do not survive the agent between them and us."""
     status = read_status(folder)
     records = [json.loads(path.read_text(encoding="utf-8")) for path in logs.glob("rank-*.json")]
     failures = sorted((r for r in records if r["exit_code"] not in (EXIT_OK, EXIT_STOPPED)), key=lambda r: r["time"])
     if failures:
         first = failures[0]
-        _mark_failed(folder, status, first["message"].strip().splitlines()[0])
         lines = first["message"].strip().splitlines()
         if first["exit_code"] == EXIT_USER_ERROR:
             return Outcome(EXIT_USER_ERROR, "\n".join(lines))
         return Outcome(EXIT_BUG, _failure(f"rank {first['rank']} failed", lines, logs))
+    if status is not None and status.attempt != attempt:
+        status = status.model_copy(update={"state": "starting", "attempt": attempt})  # it tells of an earlier attempt
     if status is not None and status.state == "finished":
         return Outcome(EXIT_OK, "")
     if status is not None and status.state == "stopped":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -25,6 +26,7 @@ def add_lora(model: nn.Module, method: LoraMethod | QloraMethod) -> nn.Module:
     Raises:
         UserError: `method.target` names no module of this model.
     """
+    _refuse_output_head(model, method)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=method.rank,
@@ -42,6 +44,17 @@ def add_lora(model: nn.Module, method: LoraMethod | QloraMethod) -> nn.Module:
             f"set method.target to all-linear, or to some of {', '.join(names)}.",
         ) from error
     return adapted
+
+
+def _refuse_output_head(model: Any, method: LoraMethod) -> None:  # noqa: ANN401
+    head = model.get_output_embeddings()
+    name = next((name for name, part in model.named_modules() if part is head), "lm_head").rsplit(".", 1)[-1]
+    if isinstance(method.target, list) and name in method.target:
+        raise UserError(
+            f"method.target names {name}, the output head.",
+            "the head computes the loss itself, in chunks, and an adapter beside it would be left out.",
+            f"take {name} out of method.target, or use all-linear, which leaves it out too.",
+        )
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

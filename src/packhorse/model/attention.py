@@ -125,6 +125,8 @@ def _varlen(
             "leaving it out would train another model without a word.",
             "set model.attention to sdpa, or attention_dropout to 0 in the model's config.json.",
         )
+    # Under autocast rotary embeddings lift q and k to fp32, and this kernel is not one that autocast knows.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     ends = documents.cu_seq_lens
     out = varlen_attn(
         query[0].transpose(0, 1),

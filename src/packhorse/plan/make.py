@@ -18,7 +18,7 @@ from packhorse.version import VERSION
 
 def run_folder_of(recipe: Recipe) -> Path:
     """Absolute folder that the recipe's run is recorded in."""
-    return (Path(expand(recipe.runs_folder)) / recipe.name).absolute()
+    return (Path(expand(recipe.runs_folder)).expanduser() / recipe.name).absolute()
 
 
 def make_plan(recipe: Recipe, ask: Ask, here: Hardware, data: DataFacts | None) -> RunPlan:

@@ -40,7 +40,8 @@ def write_status(run_folder: Path, status: Status) -> None:
             "pid": os.getpid(),
         }
     )
-    temporary = run_folder / f".{STATUS_FILE}.tmp"
+    # Ranks that fail together all write it: each under a name of its own.
+    temporary = run_folder / f".{STATUS_FILE}.{socket.gethostname()}-{os.getpid()}"
     temporary.write_text(stamped.model_dump_json(indent=2) + "\n", encoding="utf-8")
     temporary.replace(run_folder / STATUS_FILE)
 

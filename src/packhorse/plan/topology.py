@@ -34,6 +34,12 @@ def choose_topology(parallel: ParallelSection, ask: Ask, here: Hardware) -> tupl
     """
     if ask.gpus is not None:
         return _asked_gpus(parallel, ask.gpus, ask.nodes)
+    if ask.nodes is not None:
+        raise UserError(
+            f"--nodes is {ask.nodes} and --gpus is not given.",
+            "GPUs are shared out over the nodes; without them the number of nodes would be ignored.",
+            f"give both, for example --gpus {8 * ask.nodes} --nodes {ask.nodes}.",
+        )
     wanted = parallel.processes
     available = len(here.gpus) if here.gpus else here.num_cores
     if wanted == "auto":

@@ -16,14 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from packhorse.durable import publish_folder, sync_to_disk
+from packhorse.durable import disk_error, publish_folder, sync_to_disk
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.engine import Engine
@@ -66,9 +65,9 @@ class Checkpoints:
             try:
                 self._write(temporary, state, weights, moments)
                 _publish(temporary, target)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise _disk_error(target, error) from error
+                raise disk_error(target, error) from error
             self._remove_old(state)
         self._wait()
         return target
@@ -97,7 +96,12 @@ class Checkpoints:
                 f"resume with {written['world_size']} processes.",
             )
         model: Any = self._engine.model
-        model.load_checkpoint(str(checkpoint / DEEPSPEED_FOLDER), tag="state", load_lr_scheduler_states=False)
+        # Frozen weights were left out when it was saved.
+        loaded, _ = model.load_checkpoint(
+            str(checkpoint / DEEPSPEED_FOLDER), tag="state", load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint / DEEPSPEED_FOLDER}")
 
     def _write_sharded(self, temporary: Path) -> None:
         if self._engine.is_deepspeed:
@@ -155,15 +159,6 @@ def _publish(temporary: Path, target: Path) -> None:
     sync_to_disk(target)
 
 
-def _disk_error(target: Path, error: OSError) -> UserError:
-    free = shutil.disk_usage(target.parent).free
-    return UserError(
-        f"the checkpoint {target} could not be written: {error.strerror or error} ({free / 1e9:.1f} GB are free).",
-        "what was half written is removed; earlier checkpoints stand.",
-        "free space or lower checkpoint.keep_last, then `packhorse train RUN --resume`.",
-    )
-
-
 def _gather_moments(engine: Engine, is_main: bool) -> dict[str, Tensor]:
     """AdamW's state as `parameter name/slot`; a collective under FSDP2, nothing under DeepSpeed."""
     if engine.is_deepspeed:
@@ -192,4 +187,4 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         placed = value.to(parameter.device)
         return distribute_tensor(placed, parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device, torch.float32 if value.is_floating_point() else value.dtype)
+    return value.to(parameter.device)

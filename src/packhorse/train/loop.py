@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,7 @@ def train(run: Run, state: TrainState) -> TrainState:
         The state at the end; a checkpoint of it is on disk.
 
     Raises:
-        UserError: The loss is not finite.
+        UserError: Loss or gradient norm is not finite.
     """
     plan, engine, recipe = run.plan, run.engine, run.plan.recipe
     assert plan.num_steps is not None
@@ -78,8 +79,9 @@ def train(run: Run, state: TrainState) -> TrainState:
         evaluating = run.evaluate and not stopping and _due(state.step, recipe.evaluation.every_steps, last)
         figures: Figures = {}
         if saving or evaluating or _due(state.step, recipe.track.every_steps, last):  # also proves the loss finite
-            loss = window.read(engine, state.step)
-            figures = run.meter.read(loss, learning_rate, float(grad_norm), _epoch(run, state), _peak(engine))
+            loss, norm = window.read(engine), float(grad_norm)
+            _refuse_unless_finite(loss, norm, state.step)
+            figures = run.meter.read(loss, learning_rate, norm, _epoch(run, state), _peak(engine))
         if run.evaluate and evaluating:
             with run.meter.other():
                 validation = run.evaluate()
@@ -93,6 +95,16 @@ def train(run: Run, state: TrainState) -> TrainState:
             with run.meter.other():
                 run.checkpoints.save(state)
     return state
+
+
+def _refuse_unless_finite(loss: float, grad_norm: float, step: int) -> None:
+    """A loss before the update can be finite while the gradient is not, and clipping spreads that to every weight."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"at step {step} the loss is {loss} and the gradient norm {grad_norm}.",
+            "weights that such a step has touched are no longer numbers; the last checkpoint stands.",
+            "lower optimizer.learning_rate or raise schedule.warmup_ratio, and train again under another name.",
+        )
 
 
 def _due(step: int, every: int | None, last: bool) -> bool:
@@ -121,15 +133,9 @@ class _LossWindow:
     def count(self, num_supervised_tokens: int) -> None:
         self._num_tokens += num_supervised_tokens
 
-    def read(self, engine: Engine, step: int) -> float:
+    def read(self, engine: Engine) -> float:
         """Nats per supervised token over all ranks since the last reading."""
         (total,) = engine.sum_over_ranks([float(torch.stack(self._sums).double().sum())])
         loss = total / self._num_tokens
         self._sums, self._num_tokens = [], 0
-        if loss - loss != 0:  # nan or infinite
-            raise UserError(
-                f"the loss is {loss} at step {step}.",
-                "weights that such a step has touched are no longer numbers; the last checkpoint stands.",
-                "lower optimizer.learning_rate or raise schedule.warmup_ratio, then train again or --resume.",
-            )
         return loss

@@ -41,7 +41,8 @@ def token_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
         part in the backward pass of every rank.
     """
     if labels.numel() == 0:
-        return hidden.sum().float() * 0.0 + weight.sum().float() * 0.0
+        reached = [hidden, weight] if bias is None else [hidden, weight, bias]
+        return torch.stack([tensor.sum().float() for tensor in reached]).sum() * 0.0
     options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS)
     # Autocast does not know this operator; it would run in fp32, the plain head's matmul in 16 bit.
     device = hidden.device.type

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from packhorse.durable import publish_folder
+from packhorse.durable import disk_error, publish_folder
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.engine import Engine
 
@@ -78,6 +80,11 @@ def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool)
     target = Path(plan.run_folder) / name
     temporary = target.with_name(f".{name}.tmp")
     dtype = torch.bfloat16 if plan.recipe.precision == "bf16" and name == "model" else None
-    save_weights(unwrapped(engine), weights, temporary, dtype)
-    tokenizer.save_pretrained(temporary)
-    publish_folder(temporary, target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save_weights(unwrapped(engine), weights, temporary, dtype)
+        tokenizer.save_pretrained(temporary)
+        publish_folder(temporary, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise disk_error(target, error) from error

@@ -45,7 +45,8 @@ def run_worker(plan_file: Path) -> int:
     What ends the process is also written to RUN/logs/attempt-N/rank-R.json: exit codes do not survive the agent that
     accelerate starts the ranks with.
     """
-    plan = read_plan(plan_file)
+    # A run folder that was moved or copied is the record of its own run, wherever the plan says it was made.
+    plan = read_plan(plan_file).model_copy(update={"run_folder": str(plan_file.absolute().parent)})
     stop = StopRequest()
     stop.install()
     attempt = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
