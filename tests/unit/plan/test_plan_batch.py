@@ -84,3 +84,8 @@ def test_more_than_the_machine_has_is_refused(ask: Ask, processes: int | str, fi
     with pytest.raises(UserError) as caught:
         check_machine(topology, LAPTOP)
     assert fix in str(caught.value)
+
+
+def test_nodes_without_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match="--nodes is 2 and --gpus is not given"):
+        choose_topology(ParallelSection(), Ask(nodes=2), LAPTOP)
