@@ -45,7 +45,7 @@ def recipes(action: str = "list", name: str = "", target: str = "") -> Action:
 
 
 def check(recipe: str, *overrides: str, **more: str) -> Action:
-    """Check a recipe, its data, template and mask; nothing is trained or written.
+    """Check a recipe, its data, template and mask; nothing is trained.
 
     packhorse check RECIPE [key=value …]
     """
@@ -168,7 +168,8 @@ def read_command(words: Sequence[str]) -> Action | str:
     if {"-h", "--help"} & set(words):
         return _help(verb)
     # Fire would take the word after a switch as its value.
-    given = [f"{word}=True" if word in SWITCHES else word for word in words if word != verb]
+    at = list(words).index(verb)  # the first one: a run may be called like a command
+    given = [f"{word}=True" if word in SWITCHES else word for word in (*words[:at], *words[at + 1 :])]
     parsed = {name: SetParseFn(str)(function) for name, function in VERBS.items()}
     said = io.StringIO()
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from packhorse.cli import main
+from packhorse.cli import main, read_command
 from tiny import TINY, write_tiny
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -159,3 +159,9 @@ def test_the_tiny_recipe_itself_is_right(here: Path) -> None:
     write_tiny(here)
     assert TINY["name"] == "tiny"
     assert main(["plan", "tiny.yaml"]) == 0
+
+
+def test_a_run_may_be_called_like_a_command() -> None:
+    action = read_command(["status", "status"])
+    assert not isinstance(action, str)
+    assert action.arguments == {"run": "status"}

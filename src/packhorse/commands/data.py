@@ -22,7 +22,7 @@ from packhorse.recipe.schema import Recipe
 
 
 def check(recipe: str, overrides: Sequence[str]) -> int:
-    """Shows what the recipe does and what the model would see; writes nothing that lasts."""
+    """Shows what the recipe does and what the model would see; prepares nothing."""
     console = Console()
     loaded = load_recipe(recipe, overrides)
     console.print(pairs(summary(loaded)))

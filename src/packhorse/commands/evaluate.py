@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from packhorse.commands.plan import relative, require_data
+from packhorse.commands.plan import require_data
 from packhorse.data.render import load_tokenizer
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
@@ -19,7 +19,7 @@ from packhorse.evaluate.chat import chat as run_chat
 from packhorse.evaluate.compare import Comparison, compare
 from packhorse.evaluate.models import Subject, load_tuned
 from packhorse.evaluate.show import render
-from packhorse.launching.run_folder import open_run
+from packhorse.launching.run_folder import open_run, relative
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.setup import base_request
 from packhorse.train.weights import weights_folder_name

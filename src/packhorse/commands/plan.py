@@ -14,7 +14,7 @@ from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import MANIFEST_FILE, DataManifest
 from packhorse.data.places import data_root
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.run_folder import open_run
+from packhorse.launching.run_folder import open_run, relative
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
@@ -133,9 +133,3 @@ def _figure(value: object) -> str:
 def shown(argv: Sequence[str]) -> str:
     """A command as it would be typed here."""
     return shlex.join(relative(word) for word in argv)
-
-
-def relative(path: str) -> str:
-    """Relative to the current directory where it lies below."""
-    here = f"{Path.cwd()}/"
-    return path.removeprefix(here)

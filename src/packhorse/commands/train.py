@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.commands.plan import data_facts, relative, require_data, shown
+from packhorse.commands.plan import data_facts, require_data, shown
 from packhorse.data.identity import find_prepared
 from packhorse.data.places import data_root
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.local import launch
 from packhorse.launching.preflight import check_base_model, check_writable
-from packhorse.launching.run_folder import check_free, create_run, open_run
+from packhorse.launching.run_folder import check_free, create_run, open_run, relative
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make import make_plan, run_folder_of
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
-from packhorse.launching.run_folder import next_attempt
+from packhorse.launching.run_folder import next_attempt, relative
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
 from packhorse.plan.status import Status, read_status, write_status
 
@@ -149,11 +149,8 @@ def _judge(folder: Path, logs: Path, attempt: int) -> Outcome:
 
 
 def _stopped(folder: Path, status: Status) -> str:
-    here = f"{Path.cwd()}/"
-    return (
-        f"stopped at step {status.step} of {status.num_steps};"
-        f" go on with: packhorse train {str(folder).removeprefix(here)} --resume"
-    )
+    go_on = f"packhorse train {relative(folder)} --resume"
+    return f"stopped at step {status.step} of {status.num_steps}; go on with: {go_on}"
 
 
 def _failure(head: str, lines: list[str], logs: Path) -> str:

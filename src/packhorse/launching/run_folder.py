@@ -27,9 +27,9 @@ def check_free(folder: Path) -> None:
         return
     state = f"a run that is {status.state} at step {status.step} of {status.num_steps}" if status else "files"
     goes_on = status is not None and status.state != "finished"
-    resume = f"go on with `packhorse train {_shown(folder)} --resume`, or " if goes_on else ""
+    resume = f"go on with `packhorse train {relative(folder)} --resume`, or " if goes_on else ""
     raise UserError(
-        f"{_shown(folder)} holds {state} already.",
+        f"{relative(folder)} holds {state} already.",
         "a run folder is the record of one run and is never written over.",
         f"{resume}give this one another name, for example name={folder.name}-2.",
     )
@@ -64,7 +64,7 @@ def create_run(plan: RunPlan, files: Mapping[str, str]) -> Path:
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise UserError(
-            f"{_shown(folder)} cannot be written: {error.strerror}.",
+            f"{relative(folder)} cannot be written: {error.strerror}.",
             "the run folder keeps all that a run leaves.",
             "set runs_folder to a folder that you may write, with free space.",
         ) from error
@@ -97,9 +97,6 @@ def next_attempt(folder: Path) -> tuple[int, Path]:
     return number, logs
 
 
-def _shown(folder: Path) -> str:
-    """Relative to the current directory where that is shorter."""
-    try:
-        return str(folder.relative_to(Path.cwd()))
-    except ValueError:
-        return str(folder)
+def relative(path: str | Path) -> str:
+    """A path as it would be typed here: relative to the current directory where it lies below."""
+    return str(path).removeprefix(f"{Path.cwd()}/")

@@ -49,9 +49,6 @@ class MetricsFile:
     """One JSON object a line, with its `step`; flushed at once, so that a killed run leaves all that it measured.
 
     JSON has no NaN and no infinity: they stand as the strings "nan", "inf" and "-inf".
-
-    Attributes:
-        last: The last line kept from earlier attempts, empty if there is none: what a resumed `Meter` starts from.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
@@ -66,7 +63,7 @@ class MetricsFile:
         """
         self._path = path
         try:
-            self.last = _keep_below(path, first_step)
+            _keep_below(path, first_step)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -124,23 +121,20 @@ def _parse(line: str) -> Figures | None:
     return figures if "step" in figures else None
 
 
-def _keep_below(path: Path, first_step: int) -> Figures:
-    """Rewrites the file with the lines below `first_step` and returns the last of them."""
+def _keep_below(path: Path, first_step: int) -> None:
+    """Rewrites the file with the lines below `first_step`."""
     if not path.is_file():
-        return {}
+        return
     kept: list[str] = []
-    last: Figures = {}
     num_unreadable = 0
     for line in path.read_text(encoding="utf-8").split("\n"):
         figures = _parse(line) if line else None
         num_unreadable += bool(line) and figures is None
         if figures is not None and figures["step"] < first_step:
             kept.append(line + "\n")
-            last = figures
     if num_unreadable:
         logger.warning("%s: %d unreadable lines were left out (a write was cut short).", path, num_unreadable)
     _replace(path, "".join(kept))
-    return last
 
 
 def _replace(path: Path, text: str) -> None:
