@@ -22,10 +22,10 @@ from torch.optim import AdamW
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from packhorse.data.batches import BatchPlan
-from packhorse.data.loader import IGNORED_LABEL, MicroBatch, make_micro_batch
-from packhorse.data.render import load_tokenizer
-from packhorse.data.store import open_store
+from packhorse.data.packs.batches import BatchPlan
+from packhorse.data.packs.loader import IGNORED_LABEL, MicroBatch, make_micro_batch
+from packhorse.data.packs.store import open_store
+from packhorse.data.rendering.render import load_tokenizer
 from packhorse.model.attention import Documents, register_attention
 from packhorse.model.load import load_model
 from packhorse.plan.run_plan import RunPlan, read_plan

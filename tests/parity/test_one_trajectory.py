@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from cli import curve, packhorse
-from packhorse.data.batches import BatchPlan
-from packhorse.data.store import open_store
+from packhorse.data.packs.batches import BatchPlan
+from packhorse.data.packs.store import open_store
 from tiny import TINY, write_tiny
 
 TOLERANCE = 1e-5

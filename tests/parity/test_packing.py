@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from packhorse.data.loader import MicroBatch
+from packhorse.data.packs.loader import MicroBatch
 from packhorse.errors import UserError
 from packhorse.model.attention import register_attention
 from packhorse.train.forward import micro_batch_loss, model_inputs

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from packhorse.commands.plan import require_data
-from packhorse.data.render import load_tokenizer
+from packhorse.data.rendering.render import load_tokenizer
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
 from packhorse.evaluate.chat import chat as run_chat

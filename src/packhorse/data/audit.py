@@ -11,7 +11,7 @@ import numpy as np
 
 from packhorse.data.lengths import LengthCounts, check_lengths, fit_row
 from packhorse.data.places import resolve_tokenizer, source_name
-from packhorse.data.render import Rendered, Renderer, load_tokenizer, make_renderer
+from packhorse.data.rendering.render import Rendered, Renderer, load_tokenizer, make_renderer
 from packhorse.data.survey import SPLITS, render_survey, survey_rows
 from packhorse.recipe.schema import Recipe
 

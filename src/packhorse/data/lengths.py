@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from packhorse.data.render import Rendered
+from packhorse.data.rendering.render import Rendered
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
 

@@ -16,7 +16,7 @@ from packhorse.recipe.locate import expand, locate
 from packhorse.recipe.schema import Recipe, Source
 
 BUILTIN: Final = "builtin:"
-TEMPLATES_FOLDER: Final = Path(__file__).parent / "templates"
+TEMPLATES_FOLDER: Final = Path(__file__).parent / "rendering" / "templates"
 TOKENIZER_FILES: Final = (
     "tokenizer*",
     "special_tokens_map.json",

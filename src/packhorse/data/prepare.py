@@ -11,14 +11,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from packhorse.data.formats import Example
+from packhorse.data.formats.rows import Example
 from packhorse.data.identity import content_key, find_prepared, source_hash
 from packhorse.data.ledger import Ledger
 from packhorse.data.lengths import LengthCounts, check_lengths, fit_row
 from packhorse.data.manifest import DataManifest, SourceFound, SplitCounts, read_manifest, write_manifest
+from packhorse.data.packs.store import SplitWriter
 from packhorse.data.places import data_root, resolve_tokenizer, source_name
-from packhorse.data.render import Renderer, load_tokenizer, make_renderer
-from packhorse.data.store import SplitWriter
+from packhorse.data.rendering.render import Renderer, load_tokenizer, make_renderer
 from packhorse.data.survey import SPLITS, Survey, render_survey, survey_rows
 from packhorse.durable import sync_to_disk
 from packhorse.errors import UserError

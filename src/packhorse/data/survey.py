@@ -14,11 +14,11 @@ from typing import Final, Literal
 
 import numpy as np
 
-from packhorse.data.formats import Example, RowFormat, convert_rows, resolve_format
-from packhorse.data.mistakes import RowMistakes
+from packhorse.data.formats.rows import Example, RowFormat, convert_rows, resolve_format
 from packhorse.data.places import source_name
-from packhorse.data.render import BATCH_ROWS, Rendered, Renderer, render_examples
-from packhorse.data.sources import Row, read_rows
+from packhorse.data.reading.mistakes import RowMistakes
+from packhorse.data.reading.sources import Row, read_rows
+from packhorse.data.rendering.render import BATCH_ROWS, Rendered, Renderer, render_examples
 from packhorse.data.split import Sides, assign, rank
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.locate import expand

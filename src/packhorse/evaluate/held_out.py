@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from packhorse.data.store import PackStore, open_store
+from packhorse.data.packs.store import PackStore, open_store
 from packhorse.evaluate.generate import Message
 
 NO_GROUP: Final = "(none)"

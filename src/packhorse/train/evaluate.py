@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from packhorse.data.loader import make_micro_batch
-from packhorse.data.store import PackStore
+from packhorse.data.packs.loader import make_micro_batch
+from packhorse.data.packs.store import PackStore
 from packhorse.train.engine import Engine
 from packhorse.train.forward import micro_batch_loss
 

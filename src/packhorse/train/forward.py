@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, device, nn
 
-from packhorse.data.loader import IGNORED_LABEL, MicroBatch
+from packhorse.data.packs.loader import IGNORED_LABEL, MicroBatch
 from packhorse.model.attention import Documents
 from packhorse.train.objective import loss_sum
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from packhorse.data.loader import PackLoader
+from packhorse.data.packs.loader import PackLoader
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan
 from packhorse.track.meter import Figures, Meter, evaluation_figures

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packhorse.data.loader import IGNORED_LABEL, MicroBatch
-from packhorse.data.store import PackStore
+from packhorse.data.packs.loader import IGNORED_LABEL, MicroBatch
+from packhorse.data.packs.store import PackStore
 from packhorse.errors import UserError
 from packhorse.train.engine import Engine
 from packhorse.train.forward import micro_batch_loss, model_inputs

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from packhorse.data.batches import BatchPlan
-from packhorse.data.loader import PackLoader
-from packhorse.data.render import load_tokenizer
-from packhorse.data.store import PackStore, open_store
+from packhorse.data.packs.batches import BatchPlan
+from packhorse.data.packs.loader import PackLoader
+from packhorse.data.packs.store import PackStore, open_store
+from packhorse.data.rendering.render import load_tokenizer
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from packhorse.model.adapters import count_parameters
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, DataFacts, RunPlan, read_plan

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packhorse.data.batches import BatchPlan
+from packhorse.data.packs.batches import BatchPlan
 
 PLANS = st.builds(
     lambda costs, size, seed: BatchPlan(np.array(costs), size, seed),

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from packhorse.data.formats import Example, convert_rows, detect_format, resolve_format
-from packhorse.data.mistakes import RowMistakes
-from packhorse.data.sources import Row
+from packhorse.data.formats.rows import Example, convert_rows, detect_format, resolve_format
+from packhorse.data.reading.mistakes import RowMistakes
+from packhorse.data.reading.sources import Row
 from packhorse.errors import UserError
 
 USER = {"role": "user", "content": "hi"}

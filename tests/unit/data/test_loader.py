@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packhorse.data.batches import BatchPlan
 from packhorse.data.ledger import Ledger
-from packhorse.data.loader import PackLoader, make_micro_batch
 from packhorse.data.manifest import DataManifest, write_manifest
-from packhorse.data.store import PackStore, SplitWriter, open_store
+from packhorse.data.packs.batches import BatchPlan
+from packhorse.data.packs.loader import PackLoader, make_micro_batch
+from packhorse.data.packs.store import PackStore, SplitWriter, open_store
 
 DOCUMENTS = [([5, 6, 7], [0, 1, 1]), ([8, 9], [1, 0]), ([10, 11, 12, 13], [1, 0, 1, 1]), ([14, 15], [1, 1])]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from packhorse.data.render import load_tokenizer
+from packhorse.data.rendering.render import load_tokenizer
 from packhorse.errors import UserError
 
 CHAT = [

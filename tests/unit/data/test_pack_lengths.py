@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packhorse.data.packing import pack_lengths, pack_mixed
+from packhorse.data.packs.packing import pack_lengths, pack_mixed
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:

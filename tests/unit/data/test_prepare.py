@@ -15,8 +15,8 @@ from conftest import MakeRecipe
 from packhorse.data import prepare as prepare_module
 from packhorse.data.audit import audit
 from packhorse.data.identity import content_key, find_prepared
+from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import prepare
-from packhorse.data.store import open_store
 from packhorse.errors import UserError
 from packhorse.recipe.locate import expand, locate
 

@@ -7,9 +7,9 @@ import pytest
 from data_cases import TEMPLATE, save_tiny_tokenizer, shared
 from transformers import PreTrainedTokenizerBase
 
-from packhorse.data.formats import Example, Message
-from packhorse.data.mistakes import RowMistakes
-from packhorse.data.render import Rendered, load_tokenizer, make_renderer, render_examples
+from packhorse.data.formats.rows import Example, Message
+from packhorse.data.reading.mistakes import RowMistakes
+from packhorse.data.rendering.render import Rendered, load_tokenizer, make_renderer, render_examples
 from packhorse.errors import UserError
 
 THREE_TURNS = (

@@ -8,8 +8,8 @@ import pytest
 from data_cases import write_lines
 from pyarrow import parquet
 
-from packhorse.data import sources
-from packhorse.data.sources import read_rows
+from packhorse.data.reading import sources
+from packhorse.data.reading.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 

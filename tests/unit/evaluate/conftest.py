@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from packhorse.data.ledger import Ledger
 from packhorse.data.manifest import DataManifest, write_manifest
-from packhorse.data.store import SplitWriter
+from packhorse.data.packs.store import SplitWriter
 from packhorse.model.load import ModelRequest
 from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
-from packhorse.data.store import open_store
+from packhorse.data.packs.store import open_store
 from packhorse.errors import UserError
 from packhorse.evaluate.compare import Comparison, Line, Sample, Score, _is_right, compare
 from packhorse.evaluate.generate import Answer, answers

@@ -20,9 +20,9 @@ from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from packhorse.data.formats import Example, Message
-from packhorse.data.mistakes import RowMistakes
+from packhorse.data.formats.rows import Example, Message
 from packhorse.data.places import NAMED_TEMPLATES, template_path
+from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.errors import Mistake, UserError
 
 BATCH_ROWS: Final = 1000

@@ -14,8 +14,8 @@ import datasets
 import pyarrow
 from pyarrow import parquet
 
-from packhorse.data.mistakes import RowMistakes
 from packhorse.data.places import source_name, source_path
+from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.schema import Source
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from packhorse.data.mistakes import RowMistakes
-from packhorse.data.sources import Row
+from packhorse.data.reading.mistakes import RowMistakes
+from packhorse.data.reading.sources import Row
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.schema import Format
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from packhorse.data.batches import NULL_PACK, BatchPlan
-from packhorse.data.store import PackStore
+from packhorse.data.packs.batches import NULL_PACK, BatchPlan
+from packhorse.data.packs.store import PackStore
 
 IGNORED_LABEL: Final = -100
 PAD_TOKEN: Final = 0

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.manifest import SplitCounts, read_manifest
-from packhorse.data.packing import Packing, pack_mixed
+from packhorse.data.packs.packing import Packing, pack_mixed
 
 Int64 = NDArray[np.int64]
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
