@@ -10,7 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PositiveInt
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"]
+Format = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "text_label",
+    "text",
+    "preference",
+    "kto",
+]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -84,7 +95,7 @@ class Source(Section):
     """Rows of one origin: exactly one of `path` and `id`."""
 
     path: str | None = None
-    """File (.jsonl, .json, .csv, .parquet) or `builtin:` name."""
+    """File, folder or glob (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also .gz and .zst) or `builtin:` name."""
     id: str | None = None
     """Data set on the Hugging Face hub."""
     revision: str | None = None
@@ -95,6 +106,14 @@ class Source(Section):
     """Split of `id`."""
     format: Format = "auto"
     """What the rows look like; `auto` finds it from the first rows' keys and says so."""
+    columns: dict[str, str] = {}
+    """Where a format's keys are called otherwise: `{messages: dialog, role: speaker, content: says}`."""
+    roles: dict[str, str] = {}
+    """Where roles are called otherwise: `{customer: user, agent: assistant}`."""
+    weight: PositiveFloat | None = None
+    """Share of this source in the rows that are used, relative to the other sources' weights; none is repeated."""
+    rows: PositiveInt | None = None
+    """Rows used of this source, drawn by their content; absent, all."""
 
 
 class RetainSource(Source):
@@ -107,16 +126,51 @@ class RetainSource(Source):
 class SplitSection(Section):
     """How rows are shared out: by a hash of their content, so the order of the file does not matter."""
 
-    train: Fraction = 0.70
-    """Share that is trained on."""
-    validation: Fraction = 0.15
+    train: Fraction | None = None
+    """Share that is trained on; without any share given, all three are chosen by the number of rows."""
+    validation: Fraction | None = None
     """Share for evaluation during training and by `packhorse evaluate`."""
-    test: Fraction = 0.15
-    """Share that is set aside, sealed: neither training nor validation reads it."""
+    test: Fraction | None = None
+    """Share that is set aside, sealed: only `packhorse evaluate --test` opens it, and each look is counted."""
     stratify: list[str] = []
-    """Row fields whose values keep the same shares on each side, e.g. `[language]`."""
+    """Row fields whose values keep the same shares on each side; `language` and `source` are known without a field."""
+    group_by: str | None = None
+    """Row field whose equal values stay on one side, e.g. `conversation_id`."""
     seed: int = 42
     """Another seed gives another sharing out."""
+
+
+class DuplicatesSection(Section):
+    """Rows that say the same. Whatever is chosen, copies never stand on two sides of the split."""
+
+    exact: Literal["keep", "drop"] = "keep"
+    """Rows of equal text: counted and kept, or all but one dropped."""
+    near: Literal["keep", "drop", "ignore"] = "keep"
+    """Rows of nearly equal text: counted and kept on one side, all but one dropped, or not looked for."""
+    threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
+    """Rows are near duplicates from this share of common 3-word shingles on (Jaccard, estimated by MinHash)."""
+
+
+class DecontaminationSection(Section):
+    """Rows that hold what an evaluation asks."""
+
+    against: Annotated[list[Source], Field(min_length=1)]
+    """Evaluation files."""
+    ngram: Annotated[int, Field(ge=3)] = 13
+    """A row is contaminated if it shares so many words in a row with one of theirs (Brown et al. 2020, app. C)."""
+    action: Literal["report", "drop"] = "report"
+    """Count these rows, or drop them."""
+
+
+class TrainOnSection(Section):
+    """Which part of a chat is trained on."""
+
+    roles: Annotated[list[Literal["assistant", "user", "system", "tool"]], Field(min_length=1)] = ["assistant"]
+    """Whose turns."""
+    turns: Literal["all", "last"] = "all"
+    """Every turn of these roles, or the last one."""
+    thinking: Literal["keep", "mask", "remove"] = "keep"
+    """What the assistant thinks (`<think>…</think>`, `reasoning_content`): trained on, only seen, or taken out."""
 
 
 class DataSection(Section):
@@ -131,9 +185,25 @@ class DataSection(Section):
     retain: list[RetainSource] = []
     """Old skills: their validation share is evaluated, to show what was forgotten, and `replay_rows` are trained on."""
     template: str = "tokenizer"
-    """`tokenizer` (its own chat template), `chatml`, `llama3`, or a Jinja file with generation markers."""
-    over_long: Literal["raise", "drop", "truncate"] = "raise"
+    """`tokenizer` (its own chat template), `chatml`, `llama3`, `gemma`, `mistral`, `alpaca`, or a Jinja file."""
+    train_on: TrainOnSection = TrainOnSection()
+    """Which part of a chat is trained on; of plain text, all is."""
+    control_tokens: Literal["raise", "escape", "keep"] = "raise"
+    """Control tokens typed inside a row's text, such as `</s>`: refused, broken up by a space, or meant as such."""
+    on_bad_row: Literal["raise", "drop"] = "raise"
+    """Rows that cannot be read as they were meant: refused, all at once, or dropped and counted."""
+    most_bad_rows: Fraction = 0.01
+    """Largest share of bad rows that `on_bad_row: drop` takes."""
+    fix_encoding: bool = False
+    """Mend text that was decoded wrongly, such as `Ã³` for `ó` (ftfy)."""
+    duplicates: DuplicatesSection = DuplicatesSection()
+    """Rows that say the same."""
+    decontaminate: DecontaminationSection | None = None
+    """Rows that hold what an evaluation asks."""
+    over_long: Literal["raise", "drop", "truncate", "split"] = "raise"
     """What happens to a row longer than `batch.length`; whatever happens is counted."""
+    packing: Literal["mixed", "best_fit", "in_order", "none"] = "mixed"
+    """`mixed`: a pack is a sample of the rows; `best_fit`: fewest packs; `in_order`: as in the files; `none`: a row each."""
 
 
 class BatchSection(Section):

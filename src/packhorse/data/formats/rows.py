@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from packhorse.data.formats.example import Example, Message
 from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.data.reading.sources import Row
 from packhorse.errors import Mistake, UserError
@@ -42,32 +42,6 @@ LATER: Final = {
     "chosen": "preference pairs",
     "rejected": "preference pairs",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat; `trained` is false for an assistant's turn that is only context."""
-
-    role: str
-    content: str
-    trained: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row to learn from: a chat or plain text.
-
-    Attributes:
-        messages: The turns; None for plain text.
-        text: Plain text; None for a chat.
-        fields: The row's other plain values, such as `language`.
-        where: `file:line`.
-    """
-
-    messages: tuple[Message, ...] | None
-    text: str | None
-    fields: dict[str, str | int | float | bool]
-    where: str
 
 
 class _BadRowError(Exception):
