@@ -27,6 +27,8 @@ test: lint
 bench: install
 	$(BIN)/python benchmarks/step_loop.py
 	$(BIN)/python benchmarks/loss_memory.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/loader.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

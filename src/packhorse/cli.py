@@ -60,6 +60,21 @@ def prepare(recipe: str, *overrides: str, **more: str) -> Action:
     return Action("data", "prepare", {"recipe": recipe, "overrides": _overrides(overrides, more)})
 
 
+def convert(
+    source: str,
+    target: str,
+    to: str = "",
+    format: str = "auto",  # noqa: A002
+    force: str = "False",
+) -> Action:
+    """Write rows in another form: messages, Alpaca, or OpenAI's for hosted fine-tuning, with what it would cost.
+
+    packhorse convert IN OUT --to messages|alpaca|openai [--format auto] [--force]
+    """
+    arguments = {"source": source, "target": target, "to": to, "row_format": format}
+    return Action("convert", "convert", {**arguments, "force": _switch("force", force)})
+
+
 def plan(recipe: str, *overrides: str, gpus: str = "", nodes: str = "", write: str = "False", **more: str) -> Action:
     """Show what would run, and why: topology, steps, command, files.
 
@@ -94,12 +109,21 @@ def status(run: str) -> Action:
     return Action("plan", "status", {"run": run})
 
 
-def evaluate(run: str) -> Action:
+def evaluate(run: str, *, test: str = "False", again: str = "False") -> Action:
     """Measure base beside tuned on held-out rows: loss, perplexity, exact match.
 
     packhorse evaluate RUN
+    packhorse evaluate RUN --test            opens the sealed test rows, once; the look is counted
+    packhorse evaluate RUN --test --again    opens them once more
     """
-    return Action("evaluate", "evaluate", {"run": run})
+    switches = {"test": _switch("test", test), "again": _switch("again", again)}
+    if switches["again"] and not switches["test"]:
+        raise UserError(
+            "--again is given without --test.",
+            "only the test rows are sealed; the others may be measured as often as you like.",
+            "write --test --again, or leave --again out.",
+        )
+    return Action("evaluate", "evaluate", {"run": run, **switches})
 
 
 def chat(run: str) -> Action:
@@ -119,9 +143,9 @@ def quickstart() -> Action:
 
 
 VERBS: dict[str, Callable[..., Action]] = {
-    verb.__name__: verb for verb in (recipes, check, prepare, plan, train, status, evaluate, chat, quickstart)
+    verb.__name__: verb for verb in (recipes, check, prepare, convert, plan, train, status, evaluate, chat, quickstart)
 }
-SWITCHES = ("--resume", "--write")
+SWITCHES = ("--resume", "--write", "--force", "--test", "--again")
 
 
 def run() -> None:
@@ -173,7 +197,8 @@ def read_command(words: Sequence[str]) -> Action | str:
     parsed = {name: SetParseFn(str)(function) for name, function in VERBS.items()}
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        # On stdout Fire prints the value's text, an empty line here.
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             action = fire.Fire(parsed, command=[verb, *given], name="packhorse", serialize=lambda _: "")
     except FireExit as error:
         raise UserError(

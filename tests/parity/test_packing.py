@@ -44,10 +44,12 @@ def packed() -> MicroBatch:
     ids = torch.cat(documents())
     labels = torch.cat([torch.cat([document[1:], torch.tensor([-100])]) for document in documents()])
     ends = np.cumsum(LENGTHS)
+    predicting = (labels != -100).nonzero().squeeze(1)
     return MicroBatch(
         input_ids=ids[None],
-        labels=labels[None],
         position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        predicting=predicting,
+        targets=labels[predicting],
         cu_seq_lens=torch.tensor([0, *ends], dtype=torch.int32),
         max_length=max(LENGTHS),
         document_lengths=LENGTHS,
@@ -105,7 +107,7 @@ def test_a_null_pack_gives_zero_loss_and_zero_gradient_to_every_parameter() -> N
     ours, _ = model_pair(CONFIGS["llama, tied"])
     install_loss_head(ours)
     batch = packed()
-    nothing = MicroBatch(**{**batch.__dict__, "labels": torch.full_like(batch.labels, -100)})
+    nothing = MicroBatch(**{**batch.__dict__, "predicting": batch.predicting[:0], "targets": batch.targets[:0]})
     loss = micro_batch_loss(ours, nothing, torch.device("cpu"))
     loss.backward()
     assert loss.item() == 0.0

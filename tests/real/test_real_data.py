@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,11 @@ def recipe_of(runs: Path, file: Path, tokenizer: str, length: int = 2048, **data
             "name": "real",
             "runs_folder": str(runs),
             "model": {"config": {"model_type": "llama"}, "tokenizer": str(shared(f"tokenizers/{tokenizer}"))},
-            "data": {"sources": [{"path": str(file)}], **data},
+            "data": {
+                "sources": [{"path": str(file)}],
+                "split": {"train": 0.7, "validation": 0.15, "test": 0.15},
+                **data,
+            },
             "batch": {"length": length},
             "optimizer": {"learning_rate": 1e-4},
             "steps": 1,
@@ -79,11 +84,11 @@ def test_every_token_of_every_row_is_in_the_packs(
 ) -> None:
     prepared = prepare(recipe_of(tmp_path / "runs", shared(f"data/{name}"), tokenizer))
     manifest = prepared.manifest
-    assert (manifest.ledger.rows_in, manifest.sources[0].format) == (rows, row_format)
+    assert (manifest.ledger.rows_in.rows, manifest.sources[0].format) == (rows, row_format)
     assert manifest.ledger.rows_kept == rows
-    assert manifest.ledger.train == round(0.7 * rows)
+    assert manifest.ledger.kept["train"].rows == round(0.7 * rows)
     for split, counts in manifest.splits.items():
-        store = open_store(prepared.folder, split)
+        store = open_store(prepared.folder, split, unsealed=True)
         assert np.array_equal(np.sort(store.packs), np.arange(counts.num_rows))
         assert store.pack_tokens.sum() == counts.num_tokens == len(store.tokens)
         assert store.pack_tokens.max() <= 2048
@@ -122,24 +127,35 @@ def test_fourteen_broken_lines_are_named(tmp_path: Path) -> None:
     assert f"{path}:2279: the line is no JSON: Expecting ',' delimiter at column 97; it begins {{" in message
     assert message.count("the line is no JSON") == 14
     assert message.count("the answer of an assistant turn is empty") == 20
-    assert "alpaca_libre_v2.jsonl has 65 mistakes; 34 are shown." in message
+    # Answers that begin with a line break, which one token of qwen2 joins with the template's own.
+    assert message.count("begins inside a token") == 20
+    assert "alpaca_libre_v2.jsonl has 99 mistakes; 54 are shown." in message
 
 
 def test_alpaca_rows_that_can_be_read(tmp_path: Path) -> None:
     path = good_rows(shared("data/alpaca_libre_v2.jsonl"), tmp_path)
     report = audit(recipe_of(tmp_path / "runs", path, MISTRAL))
     assert [(source.row_format, source.num_rows) for source in report.sources] == [("alpaca", 2280 - 51)]
-    text, supervised = report.rows[0].pieces[-1]
+    shown = report.rows[0]
+    row = json.loads(path.read_bytes().split(b"\n")[int(shown.where.rpartition(":")[2]) - 1])
+    text, supervised = shown.pieces[-1]
     assert supervised
-    assert text.startswith(" Leaves fall from the trees")
-    assert text.endswith("</s>")
+    assert text == f" {row['output']}</s>"
 
 
-def test_labelled_text_is_no_format_yet(tmp_path: Path) -> None:
+def test_labels_are_answers_and_strata(tmp_path: Path) -> None:
     path = shared("data/banking77_train.csv")
-    message = refusal(recipe_of(tmp_path / "runs", path, QWEN))
-    assert f"{path}:2: the row has the keys text, category, which is no known format" in message
-    assert "text with a label is not a format yet: rewrite it as prompt and completion" in message
+    split = {"train": 0.7, "validation": 0.15, "test": 0.15, "stratify": ["label"]}
+    prepared = prepare(recipe_of(tmp_path / "runs", path, QWEN, split=split))
+    assert prepared.manifest.sources[0].format == "text_label"
+    with path.open(newline="", encoding="utf-8") as file:
+        labels = Counter(row["category"] for row in csv.DictReader(file))
+    held_out = Counter(row["fields"]["label"] for row in open_store(prepared.folder, "validation").rows())
+    # Near copies stay together, so a label of 35 rows may be off by a group.
+    assert all(abs(held_out[label] - 0.15 * count) <= max(2, 0.02 * count) for label, count in labels.items())
+    assert abs(sum(held_out.values()) - 0.15 * 10003) < 10
+    row = next(open_store(prepared.folder, "validation").rows())
+    assert row["messages"][-1]["content"] == row["fields"]["label"]
 
 
 def test_csv_lines_are_exact() -> None:
@@ -158,11 +174,10 @@ def test_csv_lines_are_exact() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        pytest.param("lf_glaive_toolcall_en_demo.json", "has tools (tool definitions), which", id="tools"),
-        pytest.param("lf_dpo_en_demo.json", "has chosen (preference pairs), which cannot be trained on", id="dpo"),
-        pytest.param("lf_kto_en_demo.json", "boolean label (KTO), which cannot be trained on", id="kto"),
+        pytest.param("lf_dpo_en_demo.json", "has 300 rows of preference pairs, all of them sound", id="dpo"),
+        pytest.param("lf_kto_en_demo.json", "has 300 rows of answers with a verdict (KTO)", id="kto"),
         pytest.param("mt_bench_question.jsonl", "question_id, category, turns", id="prompts"),
-        pytest.param("mgsm_es.tsv", "ends in .tsv", id="tsv"),
+        pytest.param("mgsm_es.tsv", "which looks like a row's own value", id="tsv"),
     ],
 )  # fmt: skip
 def test_rows_that_arrive_later_are_refused_in_words(tmp_path: Path, name: str, told: str) -> None:

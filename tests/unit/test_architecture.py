@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "quickstart": {"errors"},
     "plan": {"errors", "durable", "version", "recipe"},
     "launching": {"errors", "durable", "recipe", "plan"},
-    "data": {"errors", "durable", "recipe", "quickstart"},
+    "data": {"errors", "durable", "version", "recipe", "quickstart"},
     "model": {"errors", "durable", "recipe"},
     "track": {"errors", "durable", "recipe"},
     "train": {"errors", "durable", "recipe", "plan", "data", "model", "track"},
     "evaluate": {"errors", "durable", "recipe", "plan", "data", "model", "track", "train"},
+    "report": {"errors", "durable", "recipe", "data"},
     "commands": {"*"},
     "cli": {"errors"},
 }

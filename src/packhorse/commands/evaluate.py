@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -12,19 +13,25 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from packhorse.commands.plan import require_data
+from packhorse.data.manifest import TestLook, read_manifest
+from packhorse.data.packs.store import SEALED_SPLIT
 from packhorse.data.rendering.render import load_tokenizer
+from packhorse.data.seal import open_test
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
 from packhorse.evaluate.chat import chat as run_chat
 from packhorse.evaluate.compare import Comparison, compare
+from packhorse.evaluate.held_out import HeldOut, held_out_of, read_sets
 from packhorse.evaluate.models import Subject, load_tuned
 from packhorse.evaluate.show import render
+from packhorse.evaluate.turns import trained_form
 from packhorse.launching.run_folder import open_run, relative
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.setup import base_request
 from packhorse.train.weights import weights_folder_name
 
 EVALUATION_FILE = "evaluation.json"
+TEST_FILE = "evaluation-test.json"
 
 
 def _quiet() -> None:
@@ -34,26 +41,63 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
-def evaluate(run: str) -> int:
-    """Compares base and tuned model on the run's held-out rows; keeps the result as RUN/evaluation.json."""
+def evaluate(run: str, test: bool = False, again: bool = False) -> int:
+    """Compares base and tuned model on the run's held-out rows; keeps the result in the run folder.
+
+    Args:
+        run: Name or folder of the run.
+        test: Measure the sealed test rows, into evaluation-test.json.
+        again: Open them although they were opened before.
+    """
     plan = open_run(run)
-    comparison = evaluate_run(plan)
+    comparison = evaluate_test(plan, again) if test else evaluate_run(plan)
     console = Console()
     console.print(render(comparison))
-    console.print(f"kept as {Path(plan.run_folder) / EVALUATION_FILE}", soft_wrap=True, highlight=False, style="dim")
+    kept = Path(plan.run_folder) / (TEST_FILE if test else EVALUATION_FILE)
+    console.print(f"kept as {kept}", soft_wrap=True, highlight=False, style="dim")
     return EXIT_OK
 
 
 def evaluate_run(plan: RunPlan) -> Comparison:
-    """The comparison, also written into the run folder.
+    """The comparison on validation and retain rows, also written into the run folder.
 
     Raises:
         UserError: The run has not finished, or there are no held-out rows.
     """
     subject, tokenizer = _subject(plan)
-    comparison = compare(subject, tokenizer, Path(require_data(plan).folder), plan.recipe.evaluation)
-    file = Path(plan.run_folder) / EVALUATION_FILE
-    file.write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    data_folder = Path(require_data(plan).folder)
+    manifest = read_manifest(data_folder)
+    sets = read_sets(data_folder, plan.recipe.evaluation, trained_form(tokenizer, plan.recipe.data))
+    return _compared(plan, subject, tokenizer, sets, manifest.test_looks if manifest else (), EVALUATION_FILE)
+
+
+def evaluate_test(plan: RunPlan, again: bool = False) -> Comparison:
+    """The comparison on the sealed test rows, also written into the run folder; the look counts before they are read.
+
+    Raises:
+        UserError: The run has not finished, there are no test rows, or they were opened before.
+    """
+    # First what can fail without a look: a run that has not finished does not open the test set.
+    subject, tokenizer = _subject(plan)
+    form = trained_form(tokenizer, plan.recipe.data)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    documents, looks = open_test(Path(require_data(plan).folder), Path(plan.run_folder).name, now, again)
+    held_out = held_out_of(documents, SEALED_SPLIT, plan.recipe.evaluation, form)
+    return _compared(plan, subject, tokenizer, [held_out], looks, TEST_FILE)
+
+
+def _compared(
+    plan: RunPlan,
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: list[HeldOut],
+    looks: tuple[TestLook, ...],
+    file: str,
+) -> Comparison:
+    found = compare(subject, tokenizer, sets, plan.recipe.evaluation)
+    comparison = found.model_copy(update={"test_looks": looks})
+    path = Path(plan.run_folder) / file
+    path.write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return comparison
 
 

@@ -46,11 +46,19 @@ class SplitAudit:
 
 @dataclass(frozen=True)
 class DuplicateGroup:
-    """Rows that say the same, or nearly: where they stand, the text of the first, and whether they are equal."""
+    """Rows that say the same, or nearly.
+
+    Attributes:
+        where: Where the first of them stand, `file:line`.
+        text: The beginning of the first.
+        equal: Whether all are equal.
+        num_rows: Rows in all.
+    """
 
     where: tuple[str, ...]
     text: str
     equal: bool
+    num_rows: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class AuditReport:
         sources: In the recipe's order.
         ledger: What would become of every row.
         splits: Name of the side to its figures.
+        shares: Asked for or chosen: train, validation, test.
         shares_reason: Why the shares are what they are.
         length_percentiles: Percentile (0, 50, 90, 99, 100) to tokens.
         length_histogram: (upper bound in tokens, rows) of each bin, in order.
@@ -73,7 +82,8 @@ class AuditReport:
         supervised_share: Supervised tokens ÷ tokens.
         cards: Score card of each source.
         duplicates: The largest groups.
-        contaminated: Rows that hold what an evaluation asks, as `file:line`, the first ones.
+        num_contaminated: Rows that hold what an evaluation asks.
+        contaminated: Where the first of them stand, `file:line`.
         notes: Findings in words: strata too small, lengths that pack badly, a row that was dropped.
         rows: The first rows.
     """
@@ -86,6 +96,7 @@ class AuditReport:
     sources: tuple[SourceAudit, ...]
     ledger: Ledger
     splits: dict[str, SplitAudit]
+    shares: tuple[float, float, float]
     shares_reason: str
     length_percentiles: dict[int, int]
     length_histogram: tuple[tuple[int, int], ...]
@@ -93,6 +104,7 @@ class AuditReport:
     supervised_share: float
     cards: tuple[ScoreCard, ...]
     duplicates: tuple[DuplicateGroup, ...]
+    num_contaminated: int
     contaminated: tuple[str, ...]
     notes: tuple[str, ...]
     rows: tuple[RowAudit, ...]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from packhorse.data.manifest import DataManifest, read_manifest
-from packhorse.data.places import data_root, resolve_tokenizer, source_path, template_path, tokenizer_files
+from packhorse.data.places import data_root, resolve_tokenizer, source_files, template_path, tokenizer_files
 from packhorse.recipe.schema import Recipe, Source
 
-DATA_VERSION: Final = 3
+DATA_VERSION: Final = 4
 """Raised when the same rows and settings would give other packs."""
 FILE_HASHES: Final = "files.json"
 
@@ -30,12 +30,12 @@ def content_key(recipe: Recipe) -> str:
         "version": DATA_VERSION,
         "sources": [_source_part(source, recipe) for source in recipe.data.sources],
         "validation": [_source_part(source, recipe) for source in recipe.data.validation],
-        "retain": [(_source_part(source, recipe), source.replay_rows) for source in recipe.data.retain],
+        "retain": [_source_part(source, recipe) for source in recipe.data.retain],
         "tokenizer": {file.name: file_hash(file, data_root(recipe)) for file in tokenizer},
         "template": file_hash(template, data_root(recipe)) if template else None,
         "length": recipe.batch.length,
-        "over_long": recipe.data.over_long,
-        "split": recipe.data.split.model_dump(),
+        "settings": recipe.data.model_dump(exclude={"sources", "validation", "retain", "decontaminate", "template"}),
+        "decontaminate": _decontaminate_part(recipe),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -52,7 +52,9 @@ def find_prepared(recipe: Recipe) -> DataManifest | None:
 def source_hash(source: Source, recipe: Recipe) -> str:
     """Return the SHA-256 of a source's bytes; of a hub data set, that of its name, revision, subset and split."""
     if source.path is not None:
-        return file_hash(source_path(source.path, data_root(recipe).parent), data_root(recipe))
+        files = source_files(source.path, data_root(recipe).parent)
+        hashes = [file_hash(file, data_root(recipe)) for file in files]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     named = json.dumps([source.id, source.revision, source.subset, source.split])
     return hashlib.sha256(named.encode()).hexdigest()
 
@@ -71,8 +73,17 @@ def file_hash(path: Path, root: Path) -> str:
     return digest
 
 
-def _source_part(source: Source, recipe: Recipe) -> list[str]:
-    return [source_hash(source, recipe), source.format]
+def _source_part(source: Source, recipe: Recipe) -> dict[str, Any]:
+    read_as = source.model_dump(exclude={"path", "id", "revision", "subset", "split"})
+    return {"sha256": source_hash(source, recipe), **read_as}
+
+
+def _decontaminate_part(recipe: Recipe) -> dict[str, Any] | None:
+    asked = recipe.data.decontaminate
+    if asked is None:
+        return None
+    against = [_source_part(source, recipe) for source in asked.against]
+    return {"against": against, "ngram": asked.ngram, "action": asked.action}
 
 
 def _remembered(root: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
@@ -40,10 +40,24 @@ class SourceFound(_Frozen):
     """Format of the rows, found or declared."""
     use: str
     """train, validation or retain."""
+    losses: dict[str, int] = {}
+    """Rows of this source that were left out, by the reasons of the ledger."""
+
+
+class TestLook(_Frozen):
+    """One opening of the sealed test set."""
+
+    run: str
+    """Name of the run."""
+    at: str
+    """Time in UTC, ISO 8601."""
 
 
 class DataManifest(_Frozen):
     """The whole of data.json."""
+
+    version: str
+    """Of Packhorse, which made it."""
 
     content_hash: str
     """16 hex digits over rows, tokenizer, template and settings; also the folder's name."""
@@ -57,12 +71,26 @@ class DataManifest(_Frozen):
     """Token that ends an answer."""
     length_tokens: int
     """Tokens in a pack (T)."""
+    packing: str = "mixed"
+    """`data.packing`."""
+    settings: dict[str, Any]
+    """The recipe's `data` section without sources: what decided beside rows, tokenizer and template."""
+    shares: tuple[float, float, float]
+    """Shares of train, validation and test that were asked for or chosen."""
+    shares_reason: str
+    """Why they are what they are."""
     sources: tuple[SourceFound, ...]
     splits: dict[str, SplitCounts]
     """train, and those of validation, test and retain that have rows."""
     fields: tuple[str, ...]
     """Fields that every row of validation and retain has beside its text, such as `language`."""
     ledger: Ledger
+    findings: dict[str, int] = {}
+    """Rows that are copies, nearly copies, contradictions, contaminated, whatever became of them."""
+    notes: tuple[str, ...] = ()
+    """What a person should know: strata too small, lengths that pack badly, frames taken for no copies."""
+    test_looks: tuple[TestLook, ...] = ()
+    """Each opening of the test set by `packhorse evaluate --test`."""
 
 
 def read_manifest(folder: Path) -> DataManifest | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import Final
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from packhorse.data.reading.listing import form_of, known_endings, list_folder, list_glob
 from packhorse.errors import UserError
 from packhorse.quickstart.files import BUILTIN_NAMES, CORPUS_VERSION, materialise
 from packhorse.recipe.locate import expand, locate
@@ -27,10 +29,13 @@ TOKENIZER_FILES: Final = (
     "chat_template*",
     "generation_config.json",
 )
-# The tokens that each template writes; the last ends a turn.
+# The tokens that each template must find; the last ends a turn. Alpaca's turns end with the tokenizer's own eos_token.
 NAMED_TEMPLATES: Final[Mapping[str, tuple[str, ...]]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "mistral": ("[INST]", "[/INST]", "</s>"),
+    "alpaca": (),
 }
 
 
@@ -44,22 +49,47 @@ def source_name(source: Source) -> str:
     return source.path or f"hub data set {source.id}"
 
 
-def source_path(text: str, runs_folder: Path) -> Path:
-    """Return the file that a source's `path` means.
+def source_files(text: str, runs_folder: Path) -> list[Path]:
+    """Return the files that a source's `path` means, in the order in which they are read.
+
+    A path is a file, a folder (all files with a known ending below it) or a glob, of which a file of that very name
+    comes first. Order is natural: `shard-2` before `shard-10`.
 
     Raises:
-        UserError: No such file, a folder, or an empty file.
+        UserError: There is no such file, one is empty or has no known ending, or nothing is left to read.
     """
     if text.startswith(BUILTIN):
-        return _builtin(text, runs_folder)
+        return [_builtin(text, runs_folder)]
     path = locate(text, runs_folder)
     if path.is_dir():
+        files = list_folder(path)
+    elif has_magic(str(path)) and not path.exists():
+        files = list_glob(str(path))
+    else:
+        files = [_of_known_form(present(path, "the data source"))]
+    return [_of_plain_name(present(file, "the data source")) for file in files]
+
+
+def _of_known_form(path: Path) -> Path:
+    if not form_of(path)[0]:
         raise UserError(
-            f"the data source {path} is a folder.",
-            "rows are read from one file for each source.",
-            f"name a file in it{_closest(path / 'rows.jsonl', listed=True)}.",
+            f"the data source {path} ends in {path.suffix or 'no extension'}.",
+            "the ending says how to read it.",
+            f"give it in one of the forms {known_endings()}.",
         )
-    return present(path, "the data source")
+    return path
+
+
+def _of_plain_name(path: Path) -> Path:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the name of the data source {str(path)!a} is no UTF-8.",
+            "messages and the ledger name the file of each row.",
+            "give the file another name.",
+        ) from error
+    return path
 
 
 def present(path: Path, what: str) -> Path:
@@ -184,12 +214,10 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _closest(path: Path, listed: bool = False) -> str:
+def _closest(path: Path) -> str:
     """Return `: the closest name there is X`, or where to look."""
     if not path.parent.is_dir():
         return f": the folder {path.parent} does not exist either"
     names = sorted(entry.name for entry in path.parent.iterdir())
-    if listed:
-        return f": it holds {', '.join(names[:5])}" if names else ": it is empty"
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f": the closest name in {path.parent} is {close[0]}" if close else f": {path.parent} has no name like it"

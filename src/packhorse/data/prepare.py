@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+import numpy as np
 from filelock import FileLock
 
-from packhorse.data.formats.rows import Example
+from packhorse.data.decide import KEPT, REASONS
+from packhorse.data.formats.example import Example
 from packhorse.data.identity import content_key, find_prepared, source_hash
-from packhorse.data.ledger import Ledger
-from packhorse.data.lengths import LengthCounts, check_lengths, fit_row
 from packhorse.data.manifest import DataManifest, SourceFound, SplitCounts, read_manifest, write_manifest
-from packhorse.data.packs.store import SplitWriter
-from packhorse.data.places import data_root, resolve_tokenizer, source_name
-from packhorse.data.rendering.render import Renderer, load_tokenizer, make_renderer
-from packhorse.data.survey import SPLITS, Survey, render_survey, survey_rows
+from packhorse.data.packs.store import write_split
+from packhorse.data.places import data_root, resolve_tokenizer
+from packhorse.data.rendering.render import Rendered
+from packhorse.data.settle import Settled, settle
+from packhorse.data.source_pass import SourceGathered
+from packhorse.data.spool import stretches
 from packhorse.durable import sync_to_disk
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
+from packhorse.version import VERSION
 
 __all__ = ["PreparedData", "Progress", "content_key", "find_prepared", "prepare"]
 
-Progress = Callable[[int, int], None]
-"""Called with rows done and rows in all."""
+DROPPED_FILE: Final = "dropped.jsonl"
+
+Progress = Callable[[int], None]
+"""Called with the rows done so far."""
 
 
 @dataclass(frozen=True)
@@ -103,93 +111,92 @@ def _make(recipe: Recipe, folder: Path, progress: Progress | None) -> DataManife
 
 
 def _fill(recipe: Recipe, draft: Path, progress: Progress | None) -> DataManifest:
-    tokenizer_folder = resolve_tokenizer(recipe)
-    survey = survey_rows(recipe)
-    tokenizer = load_tokenizer(tokenizer_folder, recipe.data.template, recipe.model.trust_remote_code)
-    renderer = make_renderer(tokenizer, tokenizer_folder, survey.has_chats)
-    counts = LengthCounts()
-    fields: set[str] | None = None
-    with ExitStack() as files:
-        writers = {
-            split: files.enter_context(SplitWriter(draft / split, renderer.vocab_size, keep_rows=split != "train"))
-            for split in SPLITS
-        }
-        for batch in render_survey(survey, renderer):
-            for split, example, row in batch:
-                kept = fit_row(row, recipe, counts)
-                if kept is None:
-                    continue
-                writers[split].append(kept.ids, kept.supervised, _row(example))
-                if split in ("validation", "retain"):
-                    fields = set(example.fields) if fields is None else fields & example.fields.keys()
-            if progress is not None:
-                progress(len(counts.lengths), survey.num_rows - survey.num_unused)
-        check_lengths(counts, recipe)
-        splits = _finish(writers, recipe)
-    _remove_empty(draft, splits)
-    return _manifest(recipe, survey, renderer, splits, counts, tuple(sorted(fields or ())))
+    num_done = 0
+
+    def watch(_: SourceGathered, examples: Sequence[Example], __: Sequence[Rendered]) -> None:
+        nonlocal num_done
+        num_done += len(examples)
+        if progress is not None:
+            progress(num_done)
+
+    spool_folder = draft / "spool"
+    settled = settle(recipe, spool_folder, watch)
+    splits = {side: _write_side(settled, side, draft, recipe) for side in settled.packings}
+    _write_dropped(settled, draft)
+    shutil.rmtree(spool_folder)
+    return _manifest(recipe, settled, splits)
 
 
-def _row(example: Example) -> dict[str, object]:
-    said: dict[str, object] = {"messages": None, "text": example.text}
-    if example.messages is not None:
-        said = {"messages": [{"role": turn.role, "content": turn.content} for turn in example.messages]}
-    return {**said, "fields": example.fields, "where": example.where}
+def _write_side(settled: Settled, side: str, draft: Path, recipe: Recipe) -> SplitCounts:
+    documents, spool = settled.side(side), settled.gathered.spool
+    rows = None if side == "train" else (_line(row) for row in spool.texts(documents.rows.tolist()))
+    return write_split(
+        draft / side,
+        ids=stretches(spool.tokens(), documents.starts, documents.lengths),
+        supervised=stretches(spool.supervised(), documents.starts, documents.lengths),
+        lengths=documents.lengths,
+        labels=documents.labels,
+        rows=rows,
+        vocab_size=settled.gathered.renderer.vocab_size,
+        length_tokens=recipe.batch.length,
+        packing=settled.packings[side],
+    )
 
 
-def _finish(writers: dict[str, SplitWriter], recipe: Recipe) -> dict[str, SplitCounts]:
-    if writers["train"].num_documents == 0:
-        raise UserError(
-            f"no row is left to train on: each is longer than batch.length, which is {recipe.batch.length}.",
-            "data.over_long leaves them out.",
-            "raise batch.length.",
-        )
-    return {split: writer.finish(recipe.batch.length) for split, writer in writers.items() if writer.num_documents > 0}
+def _write_dropped(settled: Settled, draft: Path) -> None:
+    """List every row that was left out, with the reason; no file where there is none."""
+    losses = settled.decision.losses
+    lost = np.flatnonzero(losses != KEPT)
+    bad = [mistake for found in settled.gathered.sources for mistake in found.mistakes.recorded]
+    if not bad and len(lost) == 0:
+        return
+    with (draft / DROPPED_FILE).open("wb") as file:
+        for mistake in bad:
+            file.write(_line({"where": mistake.where, "reason": "bad", "fact": mistake.fact}))
+        for loss, row in zip(losses[lost].tolist(), settled.gathered.spool.texts(lost.tolist())):
+            file.write(_line({"where": row["where"], "reason": REASONS[loss]}))
 
 
-def _remove_empty(draft: Path, splits: dict[str, SplitCounts]) -> None:
-    for split in SPLITS:
-        if split not in splits:
-            shutil.rmtree(draft / split)
+def _line(value: dict[str, object]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
-def _manifest(
-    recipe: Recipe,
-    survey: Survey,
-    renderer: Renderer,
-    splits: dict[str, SplitCounts],
-    counts: LengthCounts,
-    fields: tuple[str, ...],
-) -> DataManifest:
-    rows = {split: splits[split].num_rows if split in splits else 0 for split in SPLITS}
+def _manifest(recipe: Recipe, settled: Settled, splits: dict[str, SplitCounts]) -> DataManifest:
+    gathered, decision = settled.gathered, settled.decision
     return DataManifest(
+        version=VERSION,
         content_hash=content_key(recipe),
         tokenizer=str(resolve_tokenizer(recipe)),
-        vocab_size=renderer.vocab_size,
+        vocab_size=gathered.renderer.vocab_size,
         template=recipe.data.template,
-        stop_token=renderer.tokenizer.eos_token,
+        stop_token=gathered.renderer.tokenizer.eos_token,
         length_tokens=recipe.batch.length,
-        sources=tuple(
-            SourceFound(
-                path=source_name(found.source),
-                sha256=source_hash(found.source, recipe),
-                rows=len(found.keys),
-                format=found.row_format,
-                use=found.use,
-            )
-            for found in survey.sources
-        ),
+        packing=recipe.data.packing,
+        settings=recipe.data.model_dump(exclude={"sources", "validation", "retain", "decontaminate"}),
+        shares=decision.shares,
+        shares_reason=decision.shares_reason,
+        sources=tuple(_source_found(settled, number, recipe) for number in range(len(gathered.sources))),
         splits=splits,
-        fields=fields,
-        ledger=Ledger(
-            rows_in=survey.num_rows,
-            over_long_dropped=counts.num_dropped,
-            emptied_by_truncation=counts.num_emptied,
-            retain_unused=survey.num_unused,
-            truncated=counts.num_truncated,
-            tokens_cut=counts.tokens_cut,
-            **rows,
-        ),
+        fields=gathered.measured_fields,
+        ledger=settled.fitted.ledger,
+        findings=decision.findings,
+        notes=settled.notes,
+    )
+
+
+def _source_found(settled: Settled, number: int, recipe: Recipe) -> SourceFound:
+    found = settled.gathered.sources[number]
+    here = settled.gathered.spool.columns.source == number
+    losses = Counter(settled.decision.losses[here].tolist())
+    by_reason = {REASONS[loss]: count for loss, count in sorted(losses.items()) if loss != KEPT}
+    num_bad = found.mistakes.num_rows
+    return SourceFound(
+        path=found.name,
+        sha256=source_hash(found.source, recipe),
+        rows=int(np.count_nonzero(here)) + num_bad,
+        format=found.row_format,
+        use=found.use,
+        losses={"bad": num_bad, **by_reason} if num_bad else by_reason,
     )
 
 

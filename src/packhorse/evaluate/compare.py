@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict, computed_field
 from transformers import PreTrainedTokenizerBase
 
-from packhorse.errors import UserError
-from packhorse.evaluate.generate import Answer, answers
-from packhorse.evaluate.held_out import HeldOut, Question, read_held_out
+from packhorse.data.manifest import TestLook
+from packhorse.evaluate.generate import Answer, answers, said_by_template
+from packhorse.evaluate.held_out import HeldOut, Question
 from packhorse.evaluate.models import Model, Subject, measure_both
 from packhorse.evaluate.score import Loss, document_losses, is_exact, total_loss
 from packhorse.recipe.schema import EvaluationSection
 from packhorse.track.meter import perplexity
 
-SETS: Final = ("validation", "retain")
 NUM_SAMPLES: Final = 3
+END_OF_THINKING: Final = "</think>"
 
 
 class _Frozen(BaseModel):
@@ -91,6 +91,14 @@ class Comparison(_Frozen):
 
     lines: tuple[Line, ...]
     samples: tuple[Sample, ...]
+    test_looks: tuple[TestLook, ...] = ()
+    """Each opening of the sealed test rows so far, by any run on the same data."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def num_test_looks(self) -> int:
+        """How often the test rows were opened."""
+        return len(self.test_looks)
 
 
 @dataclass(frozen=True)
@@ -104,52 +112,60 @@ class _Measured:
 def compare(
     subject: Subject,
     tokenizer: PreTrainedTokenizerBase,
-    data_folder: Path,
+    sets: Sequence[HeldOut],
     settings: EvaluationSection,
     batch_size: int = 64,
 ) -> Comparison:
-    """Measures base and tuned model on the validation rows and, where there are any, on the retain rows.
+    """Measures base and tuned model on held-out rows.
 
     Args:
         subject: The two models.
         tokenizer: With the chat template that training used.
-        data_folder: Prepared data, with data.json.
-        settings: Of the recipe: what makes the lines, how many rows are answered, how long an answer may be.
+        sets: The rows, one set or more.
+        settings: Of the recipe: what makes the lines, and how long an answer may be.
         batch_size: Rows answered at once.
 
     Raises:
-        UserError: There are no held-out rows, or training has not left its result yet.
+        UserError: Training has not left its result yet.
     """
-    found = [read_held_out(data_folder, name, settings.group_by, settings.exact_match_rows) for name in SETS]
-    sets = [held_out for held_out in found if held_out is not None]
-    if not sets:
-        raise UserError(
-            f"{data_folder} has 0 validation rows and 0 retain rows.",
-            "a model is judged on rows that it was not trained on.",
-            "raise data.split.validation, or name rows in data.validation, and train again.",
-        )
+    asked = [_with_calls_written(held_out, tokenizer) for held_out in sets]
 
     def measure(model: Model) -> list[_Measured]:
-        return [_measure(model, tokenizer, held_out, settings.max_new_tokens, batch_size) for held_out in sets]
+        return [_measure(model, tokenizer, held_out, settings.max_new_tokens, batch_size) for held_out in asked]
 
     base, tuned = measure_both(subject, measure)
-    lines = [line for held_out, b, t in zip(sets, base, tuned) for line in _lines(held_out, b, t, settings.group_by)]
-    samples = [sample for held_out, b, t in zip(sets, base, tuned) for sample in _samples(held_out, b, t)]
+    lines = [line for held_out, b, t in zip(asked, base, tuned) for line in _lines(held_out, b, t, settings.group_by)]
+    samples = [sample for held_out, b, t in zip(asked, base, tuned) for sample in _samples(held_out, b, t)]
     return Comparison(lines=tuple(lines), samples=tuple(samples[:NUM_SAMPLES]))
+
+
+def _with_calls_written(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """Expects of a tool call the text that the template makes of it; leaves out what it makes nothing of."""
+    questions = []
+    for question in held_out.questions:
+        if not question.answer.get("tool_calls"):
+            questions.append(question)
+            continue
+        said = said_by_template(tokenizer, question.prompt, question.answer, question.tools)
+        if said is not None:
+            questions.append(replace(question, answer={**question.answer, "content": said}))
+    return replace(held_out, questions=tuple(questions))
 
 
 def _measure(
     model: Model, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, max_new_tokens: int, batch_size: int
 ) -> _Measured:
     prompts = [question.prompt for question in held_out.questions]
+    tools = [question.tools for question in held_out.questions]
     limits = [_limit(tokenizer, question, max_new_tokens) for question in held_out.questions]
-    said = answers(model, tokenizer, prompts, limits, batch_size)
+    said = answers(model, tokenizer, prompts, limits, batch_size, tools)
     return _Measured(document_losses(model, held_out.documents), said)
 
 
 def _limit(tokenizer: PreTrainedTokenizerBase, question: Question, max_new_tokens: int) -> int:
     """An untrained model never stops; twice the expected answer is enough to know that it is another one."""
-    num_tokens = len(tokenizer(question.expected, add_special_tokens=False)["input_ids"])
+    expected = (question.answer.get("reasoning_content") or "") + question.answer["content"]
+    num_tokens = len(tokenizer(expected, add_special_tokens=False)["input_ids"])
     return min(max_new_tokens, 2 * num_tokens + 16)
 
 
@@ -159,7 +175,7 @@ def _lines(held_out: HeldOut, base: _Measured, tuned: _Measured, group_by: str |
         Line(
             set=held_out.name,
             group=group,
-            num_rows=sum(group in (None, of_row) for of_row in held_out.groups),
+            num_rows=len({row for row, of_row in zip(held_out.rows, held_out.groups) if group in (None, of_row)}),
             base=_score(held_out, base, group),
             tuned=_score(held_out, tuned, group),
         )
@@ -183,7 +199,12 @@ def _score(held_out: HeldOut, measured: _Measured, group: str | None) -> Score:
 
 
 def _is_right(question: Question, answer: Answer) -> bool:
-    return answer.ended and is_exact(question.expected, answer.text)
+    return answer.ended and is_exact(_spoken(question.answer["content"]), _spoken(answer.text))
+
+
+def _spoken(text: str) -> str:
+    """Two ways of thinking may end in one answer."""
+    return text.rpartition(END_OF_THINKING)[2]
 
 
 def _samples(held_out: HeldOut, base: _Measured, tuned: _Measured) -> list[Sample]:
@@ -200,7 +221,7 @@ def _sample(held_out: HeldOut, question: Question, base: Answer, tuned: Answer) 
         set=held_out.name,
         group=held_out.groups[question.row],
         prompt=question.prompt[-1]["content"],
-        expected=question.expected,
+        expected=question.answer["content"],
         base=base.text,
         tuned=tuned.text,
     )

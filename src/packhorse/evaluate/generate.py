@@ -19,6 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from packhorse.evaluate.models import Model
 
 Message = dict[str, Any]
+"""A turn as templates take it: role, content, and where there are any tool_calls, reasoning_content, name."""
+Tools = Sequence[dict[str, Any]]
+"""Definitions of the tools that may be called, in OpenAI's form."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ def answers(
     prompts: Sequence[Sequence[Message]],
     limits: Sequence[int],
     batch_size: int = 64,
+    tools: Sequence[Tools] | None = None,
 ) -> list[Answer]:
     """Answers prompts greedily, in batches of like length.
 
@@ -49,11 +53,13 @@ def answers(
         prompts: Chats that end before the answer.
         limits: Most new tokens, per prompt.
         batch_size: Rows at once.
+        tools: What may be called, per prompt; None: nothing.
 
     Returns:
         One answer per prompt, in the same order.
     """
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    tools_of = tools or [()] * len(prompts)
+    ids = [prompt_ids(tokenizer, prompt, offered) for prompt, offered in zip(prompts, tools_of, strict=True)]
     order = sorted(range(len(ids)), key=lambda row: (limits[row], len(ids[row])))
     stop_ids = stop_tokens(model, tokenizer)
     found: dict[int, Answer] = {}
@@ -66,9 +72,49 @@ def answers(
     return [found[row] for row in range(len(ids))]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
     """Returns the token ids of a chat, up to where the assistant speaks."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return _ids(tokenizer, _drawn(tokenizer, messages, tools, add_generation_prompt=True))
+
+
+def said_by_template(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: Message, tools: Tools = ()
+) -> str | None:
+    """Returns what a model has to say for the answer: tool calls are written by the template, in each its own way.
+
+    Args:
+        tokenizer: With a chat template.
+        prompt: Messages before the answer.
+        answer: The assistant's turn.
+        tools: What may be called.
+
+    Returns:
+        Text without special tokens, up to the stop token; None where the template writes nothing for it, or something
+        before it that is not the prompt.
+    """
+    before = _drawn(tokenizer, prompt, tools, add_generation_prompt=True)
+    whole = _drawn(tokenizer, [*prompt, answer], tools, add_generation_prompt=False)
+    if not whole.startswith(before):
+        return None
+    ids = _ids(tokenizer, whole[len(before) :])
+    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+    text: str = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return text if text.strip() else None
+
+
+def _drawn(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool
+) -> str:
+    text: str = tokenizer.apply_chat_template(
+        list(messages),
+        tools=list(tools) or None,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return text
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
     return ids
 

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from packhorse.data.seal import describe_looks
 from packhorse.evaluate.compare import Comparison, Line, Sample
 from packhorse.track.progress import describe_count
 
@@ -16,8 +17,10 @@ MAX_SAMPLE_CHARACTERS: Final = 240
 
 
 def render(comparison: Comparison) -> RenderableType:
-    """Returns the table base → tuned, and below it the sample answers side by side."""
-    return Group(_table(comparison), *(_sample(number, sample) for number, sample in enumerate(comparison.samples, 1)))
+    """Returns the table base → tuned, how often the test set was opened, and the sample answers side by side."""
+    looks = [Text(f"  {describe_looks(comparison.test_looks)}\n")] if comparison.test_looks else []
+    samples = [_sample(number, sample) for number, sample in enumerate(comparison.samples, 1)]
+    return Group(_table(comparison), *looks, *samples)
 
 
 def _table(comparison: Comparison) -> Table:

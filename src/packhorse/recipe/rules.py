@@ -9,6 +9,8 @@ from packhorse.recipe.schema import BatchSection, FullMethod, ModelSection, Reci
 from packhorse.recipe.schema_view import KeyPath, join_words
 
 SHARES_TOLERANCE = 1e-6
+ROLES = ("system", "user", "assistant", "tool")
+SIDES = ("train", "validation", "test")
 LARGEST_LEARNING_RATE = 0.1
 
 
@@ -19,6 +21,7 @@ def rule_findings(recipe: Recipe) -> list[Finding]:
         *_fresh_model_rules(recipe),
         *_method_rules(recipe),
         *_source_rules(recipe),
+        *_source_mix_rules(recipe),
         *_split_rules(recipe),
         *_batch_rules(recipe.batch),
         *_optimizer_rules(recipe),
@@ -104,6 +107,8 @@ def _source_rules(recipe: Recipe) -> Iterator[Finding]:
         (("data", "validation"), recipe.data.validation),
         (("data", "retain"), recipe.data.retain),
     ]
+    if recipe.data.decontaminate is not None:
+        places.append((("data", "decontaminate", "against"), recipe.data.decontaminate.against))
     for path, sources in places:
         for index, source in enumerate(sources):
             yield from _one_source_rules(source, (*path, index))
@@ -111,6 +116,21 @@ def _source_rules(recipe: Recipe) -> Iterator[Finding]:
 
 def _one_source_rules(source: Source, path: KeyPath) -> Iterator[Finding]:
     name = ".".join(map(str, path))
+    for theirs, ours in source.roles.items():
+        if ours not in ROLES:
+            yield Finding(
+                ((*path, "roles", theirs),),
+                f"{name}.roles.{theirs} is {ours}.",
+                f"the roles are {join_words(list(ROLES))}.",
+                f"set {name}.roles.{theirs} to one of them",
+            )
+    if source.rows is not None and source.weight is not None:
+        yield Finding(
+            ((*path, "rows"), (*path, "weight")),
+            f"{name} gives rows ({source.rows}) and weight ({source.weight:g}) at once.",
+            "both say how many of its rows are used.",
+            "keep one of them",
+        )
     both: tuple[KeyPath, ...] = ((*path, "path"), (*path, "id"))
     if (source.path is None) == (source.id is None):
         fact = "gives neither path nor id." if source.path is None else "gives path and id at once."
@@ -131,23 +151,56 @@ def _one_source_rules(source: Source, path: KeyPath) -> Iterator[Finding]:
             )
 
 
+def _source_mix_rules(recipe: Recipe) -> Iterator[Finding]:
+    weighted = [source.weight is not None for source in recipe.data.sources]
+    if any(weighted) and not all(weighted):
+        missing = join_words([f"data.sources.{at}" for at, given in enumerate(weighted) if not given])
+        yield Finding(
+            (("data", "sources", weighted.index(False)),),
+            f"{sum(weighted)} of {len(weighted)} sources have a weight; {missing} has none.",
+            "weights are relative to each other: a source without one has no share.",
+            f"give {missing} a weight too, or none to any",
+        )
+    elsewhere: list[tuple[str, Sequence[Source]]] = [
+        ("validation", recipe.data.validation),
+        ("retain", recipe.data.retain),
+    ]
+    for name, sources in elsewhere:
+        for index, source in enumerate(sources):
+            if source.weight is not None:
+                yield Finding(
+                    (("data", name, index, "weight"),),
+                    f"data.{name}.{index}.weight is {source.weight:g}.",
+                    "weights mix the rows that are trained on.",
+                    f"remove data.{name}.{index}.weight; rows limits how many are used",
+                )
+
+
 def _split_rules(recipe: Recipe) -> Iterator[Finding]:
     split = recipe.data.split
-    if recipe.data.validation:
+    given = {name: share for name in SIDES if (share := getattr(split, name)) is not None}
+    if recipe.data.validation or not given:
         return
-    parts: tuple[KeyPath, ...] = tuple(("data", "split", name) for name in ("train", "validation", "test"))
-    total = split.train + split.validation + split.test
-    if abs(total - 1) > SHARES_TOLERANCE:
-        shares = f"{split.train:g} + {split.validation:g} + {split.test:g}"
+    total = sum(given.values())
+    absent = [name for name in SIDES if name not in given]
+    # One share that is absent is the rest.
+    if total > 1 + SHARES_TOLERANCE or (total < 1 - SHARES_TOLERANCE and len(absent) != 1):
+        shares = " + ".join(f"{share:g}" for share in given.values())
+        mended = absent[0] if len(absent) == 1 else "train"
+        others = sum(share for name, share in given.items() if name != mended)
+        fix = f"set data.split.{mended} to {round(1 - others, 6):g}, or mend the others" if others <= 1 else "mend them"
         yield Finding(
-            parts,
-            f"the shares of data.split are {shares} = {total:g}.",
+            tuple(("data", "split", name) for name in given),
+            f"the shares of data.split are {shares} = {round(total, 6):g}.",
             "they share out all rows: their sum is 1.",
-            f"set data.split.train to {1 - split.validation - split.test:g}, or mend the others",
+            fix,
         )
-    elif split.train <= 0:
+    elif given.get("train", 1 - total) <= SHARES_TOLERANCE:
         yield Finding(
-            parts[:1], "data.split.train is 0.", "no row would be trained on.", "set data.split.train above 0"
+            (("data", "split", "train"),),
+            "data.split.train is 0.",
+            "no row would be trained on.",
+            "set data.split.train above 0",
         )
 
 

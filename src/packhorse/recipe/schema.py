@@ -203,7 +203,7 @@ class DataSection(Section):
     over_long: Literal["raise", "drop", "truncate", "split"] = "raise"
     """What happens to a row longer than `batch.length`; whatever happens is counted."""
     packing: Literal["mixed", "best_fit", "in_order", "none"] = "mixed"
-    """`mixed`: a pack is a sample of the rows; `best_fit`: fewest packs; `in_order`: as in the files; `none`: a row each."""
+    """`mixed`: packs are samples of the rows; `best_fit`: fewest packs; `in_order`: as in files; `none`: a row each."""
 
 
 class BatchSection(Section):

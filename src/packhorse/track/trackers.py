@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from accelerate.state import is_initialized
@@ -63,13 +63,16 @@ class GuardedTracker:
             logger.warning("%s is off for this run (%s); figures go on to metrics.jsonl.", self._name, reason)
 
 
-def open_trackers(recipe: Recipe, run_folder: Path, first_step: int) -> list[GuardedTracker]:
+def open_trackers(
+    recipe: Recipe, run_folder: Path, first_step: int, facts: Mapping[str, Any] | None = None
+) -> list[GuardedTracker]:
     """Starts what the recipe asks for; call it on rank 0 only, after the Accelerator was made.
 
     Args:
         recipe: Its `track` section decides; the whole of it, with `${env:NAME}` unexpanded, is W&B's config.
         run_folder: RUN; W&B writes to RUN/wandb and RUN/wandb_id.txt, TensorBoard to RUN/tensorboard.
         first_step: First step that this attempt will log.
+        facts: What W&B's config shows beside the recipe, such as the data's ledger.
     """
     # accelerate's trackers log through its state; without one each would fail, and be taken for a missing network.
     if not is_initialized():
@@ -77,7 +80,7 @@ def open_trackers(recipe: Recipe, run_folder: Path, first_step: int) -> list[Gua
     trackers = []
     mode = wandb_mode(recipe.track.wandb, os.environ, Path.home() / ".netrc")
     if mode is not None:
-        trackers.append(open_wandb(recipe, run_folder, mode))
+        trackers.append(open_wandb(recipe, run_folder, mode, facts))
     if recipe.track.tensorboard:
         trackers.append(open_tensorboard(run_folder, first_step))
     return [tracker for tracker in trackers if tracker.alive]
@@ -105,7 +108,11 @@ def wandb_mode(
 
 
 def open_wandb(
-    recipe: Recipe, run_folder: Path, mode: Literal["online", "offline"], timeout_seconds: float = TIMEOUT_SECONDS
+    recipe: Recipe,
+    run_folder: Path,
+    mode: Literal["online", "offline"],
+    facts: Mapping[str, Any] | None = None,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> GuardedTracker:
     """Starts or resumes the W&B run of a run folder.
 
@@ -113,6 +120,7 @@ def open_wandb(
         recipe: Gives project, name and config.
         run_folder: RUN.
         mode: Upload, or keep in RUN/wandb for `wandb sync`.
+        facts: What the config shows beside the recipe.
         timeout_seconds: How long the service may take to answer at the start, and to take the rest at the end.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read once, when wandb is imported
@@ -131,7 +139,7 @@ def open_wandb(
         resume="allow",
         mode=mode,
         dir=str(run_folder),  # wandb makes its folder `wandb` inside
-        config=recipe.model_dump(mode="json"),
+        config={**recipe.model_dump(mode="json"), **(facts or {})},
         settings=settings,
     )
     guarded = GuardedTracker("W&B", tracker)

@@ -26,7 +26,9 @@ def validation_loss(
     with torch.no_grad():
         for first in range(0, store.num_packs, per_pass):
             mine = np.arange(first + rank * micro_packs, first + (rank + 1) * micro_packs)
-            micro_batch = make_micro_batch(store, mine[mine < store.num_packs])
+            packs = mine[mine < store.num_packs]
+            store.fetch(packs)
+            micro_batch = make_micro_batch(store, packs)
             total += float(micro_batch_loss(model, micro_batch, engine.device))
     model.train()
     (summed,) = engine.sum_over_ranks([total])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, device, nn
 
-from packhorse.data.packs.loader import IGNORED_LABEL, MicroBatch
+from packhorse.data.packs.loader import MicroBatch
 from packhorse.model.attention import Documents
 from packhorse.train.objective import loss_sum
 
@@ -12,10 +12,8 @@ from packhorse.train.objective import loss_sum
 def micro_batch_loss(model: nn.Module, micro_batch: MicroBatch, where: device) -> Tensor:
     """Sum of token losses over the micro-batch's supervised tokens, nats, scalar fp32."""
     inputs = model_inputs(micro_batch, where)
-    # Chosen on the host, where it costs no wait for the device.
-    positions = (micro_batch.labels[0] != IGNORED_LABEL).nonzero().squeeze(1)
-    labels = micro_batch.labels[0].index_select(0, positions)
-    return loss_sum(model, inputs, positions.to(where, non_blocking=True), labels.to(where, non_blocking=True))
+    predicting = micro_batch.predicting.to(where, non_blocking=True)
+    return loss_sum(model, inputs, predicting, micro_batch.targets.to(where, non_blocking=True))
 
 
 def model_inputs(micro_batch: MicroBatch, where: device) -> dict[str, Tensor | Documents]:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packhorse.data.packs.loader import IGNORED_LABEL, MicroBatch
-from packhorse.data.packs.store import PackStore
+from packhorse.data.packs.loader import IGNORED_LABEL, MicroBatch, lay_out
+from packhorse.data.packs.store import Ids, PackStore
 from packhorse.errors import UserError
 from packhorse.train.engine import Engine
 from packhorse.train.forward import micro_batch_loss, model_inputs
@@ -57,10 +57,8 @@ def probe(engine: Engine, model: nn.Module, store: PackStore, precision: str) ->
     return report
 
 
-def _measure(
-    engine: Engine, model: nn.Module, documents: list[np.ndarray[tuple[int], np.dtype[np.int64]]]
-) -> ProbeReport:
-    def loss(pack: list[np.ndarray[tuple[int], np.dtype[np.int64]]], first_counted: int = 0) -> float:
+def _measure(engine: Engine, model: nn.Module, documents: list[Ids]) -> ProbeReport:
+    def loss(pack: list[Ids], first_counted: int = 0) -> float:
         return float(micro_batch_loss(model, _pack(pack, first_counted), engine.device))
 
     together = loss(documents)
@@ -82,27 +80,15 @@ def _plain_loss(model: nn.Module, micro_batch: MicroBatch, engine: Engine) -> Te
     return F.cross_entropy(logits[0].float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
-def _document(store: PackStore, index: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _document(store: PackStore, index: int) -> Ids:
     ids, _ = store.document(index)
-    return np.asarray(ids[:PROBE_TOKENS], np.int64)
+    return ids[:PROBE_TOKENS]
 
 
-def _pack(documents: list[np.ndarray[tuple[int], np.dtype[np.int64]]], first_counted: int) -> MicroBatch:
-    """A pack of whole documents; every token counts, from document `first_counted` on."""
-    lengths = [len(document) for document in documents]
-    ends = np.cumsum(lengths)
-    ids = np.concatenate(documents)
-    labels = np.roll(ids, -1)
-    labels[ends - 1] = IGNORED_LABEL
-    labels[: ends[first_counted - 1] if first_counted else 0] = IGNORED_LABEL
-    return MicroBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        labels=torch.from_numpy(labels)[None],
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        cu_seq_lens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        max_length=max(lengths),
-        document_lengths=tuple(lengths),
-    )
+def _pack(documents: list[Ids], first_counted: int) -> MicroBatch:
+    """A pack of whole documents, laid out as training's are; every token counts, from document `first_counted` on."""
+    masks = [np.full(len(ids), number >= first_counted, np.uint8) for number, ids in enumerate(documents)]
+    return lay_out(documents, masks)
 
 
 def _relative(one: float, other: float) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from packhorse.data.manifest import read_manifest
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.status import State, Status, write_status
 from packhorse.track.meter import Figures
@@ -24,7 +26,8 @@ class Reporter:
             return
         folder = Path(plan.run_folder)
         first = state.step + 1 if state.step else 0
-        self._sinks = Sinks([MetricsFile(folder / "metrics.jsonl", first), *open_trackers(plan.recipe, folder, first)])
+        trackers = open_trackers(plan.recipe, folder, first, _data_facts(folder))
+        self._sinks = Sinks([MetricsFile(folder / "metrics.jsonl", first), *trackers])
         self._progress = open_progress(Console(), plan.num_steps or 0, state.step)
 
     def begin(self, state: TrainState, figures: Figures) -> None:
@@ -56,3 +59,11 @@ def tell(plan: RunPlan, what: State, state: TrainState, attempt: int, message: s
     """Writes the status file of a run."""
     status = Status(state=what, step=state.step, num_steps=plan.num_steps or 0, attempt=attempt, message=message)
     write_status(Path(plan.run_folder), status)
+
+
+def _data_facts(run_folder: Path) -> dict[str, Any]:
+    """What W&B shows of the data: what became of every row, and what was found in them."""
+    manifest = read_manifest(run_folder)
+    if manifest is None:
+        return {}
+    return {"data_ledger": manifest.ledger.model_dump(), "data_findings": manifest.findings}

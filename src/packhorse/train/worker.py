@@ -119,7 +119,7 @@ def _assemble(
     store = open_store(Path(_data(plan).folder), "train")
     loader = PackLoader(
         store=store,
-        batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed),
+        batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed, store.in_order),
         rank=rank,
         world_size=world,
         accumulation_steps=plan.batch.accumulation_steps,

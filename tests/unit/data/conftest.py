@@ -29,6 +29,7 @@ def make_recipe(tmp_path: Path, tiny: Path) -> MakeRecipe:
                 "model": {"config": {"model_type": "llama"}, "tokenizer": str(tiny), **sections.get("model", {})},
                 "data": {
                     "sources": [path if isinstance(path, dict) else {"path": str(path)} for path in paths],
+                    "split": {"train": 0.7, "validation": 0.15, "test": 0.15},
                     **sections.get("data", {}),
                 },
                 "batch": {"length": 64, "packs": 2, **sections.get("batch", {})},

@@ -18,7 +18,7 @@ TEMPLATE = (
     "<bot>{% generation %}{{ message['content'] }}<end>{% endgeneration %}"
     "{% elif message['role'] == 'system' %}<sys>{{ message['content'] }}<end>"
     "{% else %}<user>{{ message['content'] }}<end>{% endif %}"
-    "{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 )
 
 

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from evaluate_cases import ROWS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from packhorse.data.ledger import Ledger
-from packhorse.data.manifest import DataManifest, write_manifest
-from packhorse.data.packs.store import SplitWriter
+from packhorse.evaluate.turns import trained_form
 from packhorse.model.load import ModelRequest
 from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
+from packhorse.recipe.schema import DataSection, Source
+from prepared import write_prepared
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,34 +72,23 @@ def request_of():
 
 
 @pytest.fixture
+def form(tokenizer):
+    return trained_form(tokenizer, DataSection(sources=[Source(path="rows.jsonl")]))
+
+
+@pytest.fixture
 def write_data(tmp_path, tokenizer):
     """Writes prepared data: name of a split to its rows. Supervised: the answer and its stop token."""
 
+    def documents(rows):
+        for row in rows:
+            encoded = tokenizer.apply_chat_template(
+                row["messages"], return_dict=True, return_assistant_tokens_mask=True
+            )
+            yield encoded["input_ids"], encoded["assistant_masks"], row
+
     def write(**splits) -> Path:
-        folder = tmp_path / "data"
-        counts = {}
-        for name, rows in splits.items():
-            with SplitWriter(folder / name, len(tokenizer), keep_rows=True) as writer:
-                for row in rows:
-                    encoded = tokenizer.apply_chat_template(
-                        row["messages"], return_dict=True, return_assistant_tokens_mask=True
-                    )
-                    writer.append(encoded["input_ids"], np.array(encoded["assistant_masks"], np.uint8), row)
-                counts[name] = writer.finish(64)
-        sizes = {name: len(rows) for name, rows in splits.items()}
-        manifest = DataManifest(
-            content_hash="0" * 16,
-            tokenizer="tokenizer",
-            vocab_size=len(tokenizer),
-            template="tokenizer",
-            stop_token=tokenizer.eos_token,
-            length_tokens=64,
-            sources=(),
-            splits=counts,
-            fields=("language",),
-            ledger=Ledger(rows_in=sum(sizes.values()), **sizes),
-        )
-        write_manifest(manifest, folder)
-        return folder
+        made = {name: list(documents(rows)) for name, rows in splits.items()}
+        return write_prepared(tmp_path / "data", made, len(tokenizer), fields=("language",))
 
     return write

@@ -9,6 +9,6 @@ def chat_of(question, answer):
 
 
 ROWS = [
-    *({"messages": chat_of(f"say {x}", f"{x}!"), "fields": {"language": "en"}, "where": "f:1"} for x in FRUITS),
-    *({"messages": chat_of(f"di {x}", f"¡{x}!"), "fields": {"language": "es"}, "where": "f:2"} for x in FRUTAS),
+    *({"messages": chat_of(f"say {x}", f"{x}!"), "fields": {"language": "en"}, "where": f"f:{x}"} for x in FRUITS),
+    *({"messages": chat_of(f"di {x}", f"¡{x}!"), "fields": {"language": "es"}, "where": f"f:{x}"} for x in FRUTAS),
 ]

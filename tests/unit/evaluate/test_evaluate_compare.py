@@ -18,7 +18,7 @@ from packhorse.data.packs.store import open_store
 from packhorse.errors import UserError
 from packhorse.evaluate.compare import Comparison, Line, Sample, Score, _is_right, compare
 from packhorse.evaluate.generate import Answer, answers
-from packhorse.evaluate.held_out import Question, choose, read_held_out
+from packhorse.evaluate.held_out import Question, choose, read_held_out, read_sets
 from packhorse.evaluate.models import Subject, load_base, load_tuned, measure_both
 from packhorse.evaluate.score import document_losses
 from packhorse.evaluate.show import render
@@ -48,12 +48,13 @@ def learn(model, store, steps=60):
     return model.eval()
 
 
-def test_the_table_tells_what_was_learnt(tiny, saved, tokenizer, write_data, request_of):
+def test_the_table_tells_what_was_learnt(tiny, saved, tokenizer, write_data, request_of, form):
     known, retain = [*ROWS[:2], *ROWS[8:10]], ROWS[4:6]
     data = write_data(validation=known, retain=retain)
     learn(tiny, open_store(data, "validation")).save_pretrained(saved.with_name("model"))
     subject = Subject(request_of(saved), saved.with_name("model"), len(tokenizer))
-    comparison = compare(subject, tokenizer, data, EvaluationSection(group_by="language", max_new_tokens=32))
+    settings = EvaluationSection(group_by="language", max_new_tokens=32)
+    comparison = compare(subject, tokenizer, read_sets(data, settings, form), settings)
     found = {(line.set, line.group): line for line in comparison.lines}
     assert list(found) == [
         ("validation", None),
@@ -129,20 +130,24 @@ def test_a_run_that_left_nothing_says_so(tmp_path, request_of, saved):
         load_tuned(Subject(request_of(saved), tmp_path / "model", 1))
 
 
-def test_no_held_out_rows_is_a_users_mistake(tmp_path, request_of, saved, tokenizer, write_data):
-    data = write_data(train=ROWS[:2])
+def test_no_held_out_rows_is_a_users_mistake(write_data, form):
+    data = write_data(train=ROWS[:2], test=ROWS[2:4])
     with pytest.raises(UserError, match="0 validation rows"):
-        compare(Subject(request_of(saved), saved, len(tokenizer)), tokenizer, data, EvaluationSection())
+        read_sets(data, EvaluationSection(), form)
 
 
-def test_chosen_rows_are_balanced_and_do_not_depend_on_the_files_order(write_data, tmp_path):
+def by_language(num_questions):
+    return EvaluationSection(group_by="language", exact_match_rows=num_questions)
+
+
+def test_chosen_rows_are_balanced_and_do_not_depend_on_the_files_order(write_data, form):
     data = write_data(validation=ROWS)
-    first = read_held_out(data, "validation", "language", 6)
+    first = read_held_out(data, "validation", by_language(6), form)
     assert [first.groups[question.row] for question in first.questions].count("en") == 3
     turned = write_data_again(write_data, data, ROWS[::-1])
-    second = read_held_out(turned, "validation", "language", 6)
-    assert [question.expected for question in first.questions] == [question.expected for question in second.questions]
-    everything = read_held_out(turned, "validation", "language", 100)
+    second = read_held_out(turned, "validation", by_language(6), form)
+    assert [question.answer for question in first.questions] == [question.answer for question in second.questions]
+    everything = read_held_out(turned, "validation", by_language(100), form)
     assert sorted(question.row for question in everything.questions) == list(range(16))
     assert choose(everything.questions, everything.groups, 0) == ()
 
@@ -152,25 +157,29 @@ def write_data_again(write_data, data, rows):
     return write_data(validation=rows)
 
 
-def test_the_last_assistant_turn_is_asked_with_the_true_history(write_data):
+def test_the_last_assistant_turn_is_asked_with_the_true_history(write_data, form):
     messages = [*chat_of("say fig", "fig!"), *chat_of("say plum", "plum!"), {"role": "user", "content": "thanks"}]
     data = write_data(validation=[{"messages": messages, "fields": {}, "where": "f:1"}])
-    (question,) = read_held_out(data, "validation", None, 10).questions
+    (question,) = read_held_out(data, "validation", EvaluationSection(), form).questions
     assert list(question.prompt) == messages[:3]
-    assert question.expected == "plum!"
+    assert question.answer == {"role": "assistant", "content": "plum!"}
 
 
-def test_plain_text_has_a_loss_and_no_question(write_data):
+def test_plain_text_has_a_loss_and_no_question(write_data, form):
     data = write_data(validation=ROWS[:1])
     file = data / "validation" / "rows.jsonl"
     file.write_text(json.dumps({"text": "say", "fields": {}, "where": "f:1"}) + "\n")
-    held_out = read_held_out(data, "validation", "language", 10)
+    held_out = read_held_out(data, "validation", by_language(10), form)
     assert held_out.questions == ()
     assert held_out.groups == ("(none)",)
 
 
+def question_of(content):
+    return Question(row=0, prompt=(), answer={"role": "assistant", "content": content}, key="")
+
+
 def test_the_right_words_without_an_end_are_no_match():
-    question = Question(row=0, prompt=(), expected="fig!", key="")
+    question = question_of("fig!")
     assert _is_right(question, Answer(" fig!", ended=True))
     assert not _is_right(question, Answer("fig!", ended=False))
 

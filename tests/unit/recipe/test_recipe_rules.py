@@ -35,7 +35,30 @@ REFUSED = {
         ["data.sources.0.subset=en"],
         "data.sources.0.subset is en, but data.sources.0 is a file.",
     ),
-    "shares": (["data.split.train=0.6"], "the shares of data.split are 0.6 + 0.15 + 0.15 = 0.9."),
+    "shares": (
+        ["data.split={train: 0.6, validation: 0.15, test: 0.15}"],
+        "the shares of data.split are 0.6 + 0.15 + 0.15 = 0.9.",
+    ),
+    "one-share-of-three": (["data.split.train=0.6"], "the shares of data.split are 0.6 = 0.6."),
+    "shares-above-one": (["data.split={train: 0.9, test: 0.3}"], "the shares of data.split are 0.9 + 0.3 = 1.2."),
+    "no-rest-to-train-on": (["data.split={validation: 0.5, test: 0.5}"], "data.split.train is 0."),
+    "half-weighted": (
+        ["data.sources=[{path: a, weight: 1}, {path: b}]"],
+        "1 of 2 sources have a weight; data.sources.1 has none.",
+    ),
+    "weight-and-rows": (
+        ["data.sources=[{path: a, weight: 1, rows: 3}]"],
+        "data.sources.0 gives rows (3) and weight (1) at once.",
+    ),
+    "weight-of-validation": (
+        ["data.validation=[{path: a, weight: 2}]"],
+        "data.validation.0.weight is 2.",
+    ),
+    "role": (["data.sources=[{path: a, roles: {agent: bot}}]"], "data.sources.0.roles.agent is bot."),
+    "decontaminate-source": (
+        ["data.decontaminate={against: [{}]}"],
+        "data.decontaminate.against.0 gives neither path nor id.",
+    ),
     "no-training-share": (
         ["data.split={train: 0, validation: 0.5, test: 0.5}"],
         "data.split.train is 0.",
@@ -65,6 +88,11 @@ def test_refused(good, mistakes_of, overrides, fact):
         ["precision=fp32"],
         ["model.dtype=float32"],
         ["data.split={train: 0.1, validation: 0.2, test: 0.7}"],
+        ["data.split={train: 0.8, validation: 0.2}"],
+        ["data.split={train: 0.8, validation: 0.1}"],
+        ["data.split={validation: 0.1, test: 0.1}"],
+        ["data.sources=[{path: a, weight: 1}, {path: b, weight: 0.5}]"],
+        ["data.sources=[{path: a, rows: 10, roles: {agent: assistant}}]"],
         ["data.split={train: 1, validation: 0, test: 0}"],
         ["data.validation=[{path: v}]", "data.split.train=0"],
         ["data.sources=[{id: a, subset: b, revision: c}]"],

@@ -101,11 +101,12 @@ def test_offline_wandb_keeps_one_id_over_attempts_and_shows_the_recipe_without_s
     run = tmp_path / "run"
     run.mkdir()
     for step in (1, 2):
-        (tracker,) = open_trackers(make_recipe(wandb="auto"), run, first_step=step)
+        (tracker,) = open_trackers(make_recipe(wandb="auto"), run, step, {"data_ledger": {"losses": {"bad": 3}}})
         assert tracker._tracker.run.id == wandb_id(run)
         assert tracker._tracker.run.offline
         assert tracker._tracker.run.config["data"]["sources"][0]["path"] == "${env:SECRET_PLACE}/rows.jsonl"
         assert tracker._tracker.run.config["track"]["wandb_project"] == "project"
+        assert tracker._tracker.run.config["data_ledger"]["losses"]["bad"] == 3
         tracker.log(step, {"train/loss": 1.0})
         tracker.close()
     files = list((run / "wandb").glob(f"offline-run-*/run-{wandb_id(run)}.wandb"))

@@ -18,8 +18,9 @@ class Message:
         trained: False for a turn that is only context, whatever its role.
         thinking: What the assistant thinks before it speaks, where the row keeps it apart (`reasoning_content`).
         tool_calls: Calls in OpenAI's form: `{"type": "function", "function": {"name": …, "arguments": {…}}}`, arguments
-            as an object.
+            as an object, and the call's `id` before them where the row has it.
         name: Of the tool that answers, where the row has it.
+        call_id: Of the call that a tool answers (`tool_call_id`), where the row has it.
     """
 
     role: str
@@ -28,6 +29,7 @@ class Message:
     thinking: str | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     name: str | None = None
+    call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Which packs each optimizer step consumes: a pure function of (pack costs, packs per step, seed, step)."""
+"""Which packs each optimizer step consumes: a pure function of (pack costs, packs per step, seed, order, step)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from packhorse.data.packs.order import random_order
 
 Int64 = NDArray[np.int64]
 
@@ -21,17 +23,20 @@ class BatchPlan:
 
     Each epoch the packs are shuffled, sorted by cost within windows of 32 steps and cut into steps, and the
     steps are shuffled: packs of like cost share a step, so no device waits for another. Packs that do not
-    fill a step come last in the epoch, beside null packs.
+    fill a step come last in the epoch, beside null packs. Packs in order are not shuffled: every epoch takes them as
+    they come, and only within a step are they dealt by cost.
 
     Attributes:
         pack_costs: int64 [P], sum of squared document lengths of each pack.
         packs_per_step: Packs in one optimizer step, over all devices.
         seed: Another seed gives another order.
+        in_order: Whether the order of steps is the order of packs.
     """
 
     pack_costs: Int64
     packs_per_step: int
     seed: int
+    in_order: bool = False
     _epochs: dict[int, tuple[Int64, Int64]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -51,11 +56,12 @@ class BatchPlan:
     def packs(self, step: int) -> Int64:
         """Return int64 [packs_per_step]: the packs of a step counted from the start of training, -1 for null packs."""
         epoch, step_of_epoch = divmod(step, self.num_steps_per_epoch)
-        shuffled, shuffled_steps = self._shuffled(epoch)
         size = self.packs_per_step
+        if self.in_order:
+            return _filled_up(np.arange(step_of_epoch * size, min((step_of_epoch + 1) * size, self.num_packs)), size)
+        shuffled, shuffled_steps = self._shuffled(epoch)
         if step_of_epoch == len(shuffled_steps):
-            rest = shuffled[len(shuffled_steps) * size :]
-            return np.concatenate([rest, np.full(size - len(rest), NULL_PACK, np.int64)])
+            return _filled_up(shuffled[len(shuffled_steps) * size :], size)
         window, step_of_window = divmod(int(shuffled_steps[step_of_epoch]), WINDOW_STEPS)
         end = min((window + 1) * WINDOW_STEPS, len(shuffled_steps)) * size
         packs = shuffled[window * WINDOW_STEPS * size : end]
@@ -104,8 +110,10 @@ class BatchPlan:
         return [packs[dealt[hand]] for hand in sorted(range(hands), key=lambda hand: (-totals[hand], hand))]
 
 
+def _filled_up(packs: Int64, size: int) -> Int64:
+    return np.concatenate([packs, np.full(size - len(packs), NULL_PACK, np.int64)])
+
+
 def _shuffles(seed: int, epoch: int, num_packs: int, num_steps: int) -> tuple[Int64, Int64]:
-    # Raw draws sorted, not Generator.permutation: numpy keeps raw streams equal between its versions, and only those.
     stream = np.random.Philox(np.random.SeedSequence([seed, epoch]))
-    packs, steps = (np.argsort(stream.random_raw(size), kind="stable") for size in (num_packs, num_steps))
-    return packs, steps
+    return random_order(stream.random_raw(num_packs)), random_order(stream.random_raw(num_steps))

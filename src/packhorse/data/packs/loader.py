@@ -1,10 +1,11 @@
-"""Packs to tensors: the micro-batches of one optimizer step for one rank, the next step made ready meanwhile.
+"""Packs to tensors: the micro-batches of one optimizer step for one rank, the next steps made ready meanwhile.
 
-Shapes: N tokens of a micro-batch, D its documents.
+Shapes: N tokens of a micro-batch, D its documents, S its supervised tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -14,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from packhorse.data.packs.batches import NULL_PACK, BatchPlan
-from packhorse.data.packs.store import PackStore
+from packhorse.data.packs.store import Ids, Mask, PackStore
 
 IGNORED_LABEL: Final = -100
 PAD_TOKEN: Final = 0
 PAD_LENGTH: Final = 2
+# Two, so that one step whose rows come from a slow disk is made up for while the one before it trains.
+STEPS_AHEAD: Final = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,16 +30,18 @@ class MicroBatch:
 
     Attributes:
         input_ids: int64 [1, N].
-        labels: int64 [1, N], already shifted: the label of a token is the next token of its document, or -100.
         position_ids: int64 [1, N], from 0 in each document.
+        predicting: int64 [S], rising: the tokens whose next token, in the same document, is trained on.
+        targets: int64 [S], those next tokens.
         cu_seq_lens: int32 [D + 1], where documents start and end.
         max_length: Length of the longest document.
         document_lengths: D lengths on the host, so that attention on the CPU asks no tensor.
     """
 
     input_ids: torch.Tensor
-    labels: torch.Tensor
     position_ids: torch.Tensor
+    predicting: torch.Tensor
+    targets: torch.Tensor
     cu_seq_lens: torch.Tensor
     max_length: int
     document_lengths: tuple[int, ...]
@@ -45,6 +50,13 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """N."""
         return self.input_ids.shape[1]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 [1, N], already shifted: the next token where it is trained on, else -100; made on each call."""
+        labels = torch.full_like(self.input_ids, IGNORED_LABEL)
+        labels[0, self.predicting] = self.targets
+        return labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +77,11 @@ class StepBatch:
 
 
 class PackLoader:
-    """Gives any step's batch; while it is used, a thread makes the next step's."""
+    """Gives any step's batch; while it is used, a thread makes the next two.
+
+    One thread: it lays out tens of millions of tokens a second (`benchmarks/loader.py`), and a GPU trains on some ten
+    thousand. Worker processes would have to send what a thread hands over as it is.
+    """
 
     def __init__(
         self,
@@ -83,13 +99,18 @@ class PackLoader:
         self._accumulation_steps = accumulation_steps
         self._device_pin = device_pin
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-loader")
-        self._next: tuple[int, Future[StepBatch]] | None = None
+        self._ahead: dict[int, Future[StepBatch]] = {}
 
     def step(self, k: int) -> StepBatch:
         """Return the batch of step k, counted from the start of training."""
-        ready = self._next
-        batch = ready[1].result() if ready is not None and ready[0] == k else self._load(k)
-        self._next = (k + 1, self._thread.submit(self._load, k + 1))
+        ready = self._ahead.get(k)
+        batch = self._load(k) if ready is None else ready.result()
+        ahead = range(k + 1, k + 1 + STEPS_AHEAD)
+        for no_more in self._ahead.keys() - set(ahead):
+            self._ahead.pop(no_more).cancel()
+        for step in ahead:
+            if step not in self._ahead:
+                self._ahead[step] = self._thread.submit(self._load, step)
         return batch
 
     def close(self) -> None:
@@ -99,48 +120,57 @@ class PackLoader:
     def _load(self, k: int) -> StepBatch:
         shares = self._batch_plan.share(k, self._world_size, self._accumulation_steps)
         packs = shares[shares != NULL_PACK]
+        mine = shares[self._rank]
+        self._store.fetch(mine[mine != NULL_PACK])
         return StepBatch(
-            micro_batches=[self._micro_batch(packs_of) for packs_of in shares[self._rank]],
+            micro_batches=[self._micro_batch(packs_of) for packs_of in mine],
             num_supervised_tokens=int(self._store.pack_labels[packs].sum()),
             num_tokens=int(self._store.pack_tokens[packs].sum()),
             num_slots=len(packs) * self._store.length_tokens,
         )
 
     def _micro_batch(self, packs: NDArray[np.int64]) -> MicroBatch:
-        micro_batch = make_micro_batch(self._store, packs[packs != NULL_PACK])
-        return _pinned(micro_batch) if self._device_pin else micro_batch
+        return make_micro_batch(self._store, packs[packs != NULL_PACK], self._device_pin)
 
 
-def make_micro_batch(store: PackStore, packs: NDArray[np.int64]) -> MicroBatch:
+def make_micro_batch(store: PackStore, packs: NDArray[np.int64], pinned: bool = False) -> MicroBatch:
     """Lay the documents of these packs end to end; without packs, two tokens that train nothing."""
     documents = [store.document(index) for pack in packs.tolist() for index in store.documents_of(pack).tolist()]
     if not documents:
         documents = [(np.full(PAD_LENGTH, PAD_TOKEN, np.uint16), np.zeros(PAD_LENGTH, np.uint8))]
-    lengths = np.array([len(ids) for ids, _ in documents])
-    ends = np.cumsum(lengths)
-    ids = np.concatenate([ids for ids, _ in documents]).astype(np.int64)
-    supervised = np.concatenate([mask for _, mask in documents])
-    labels = np.full(len(ids), IGNORED_LABEL, np.int64)
-    labels[:-1] = np.where(supervised[1:], ids[1:], IGNORED_LABEL)
-    # The last token of one document must not predict the first of the next.
-    labels[ends - 1] = IGNORED_LABEL
-    positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    return lay_out([ids for ids, _ in documents], [mask for _, mask in documents], pinned)
+
+
+def lay_out(ids: Sequence[Ids], supervised: Sequence[Mask], pinned: bool = False) -> MicroBatch:
+    """Lay documents end to end.
+
+    Args:
+        ids: D documents, each [length].
+        supervised: D masks, each [length], 1 where the token is trained on.
+        pinned: Into memory that the GPU fetches from by itself.
+    """
+    lengths = np.array([len(each) for each in ids])
+    cu_seq_lens = torch.zeros(len(ids) + 1, dtype=torch.int32, pin_memory=pinned)
+    np.cumsum(lengths, out=cu_seq_lens.numpy()[1:])
+    starts = cu_seq_lens.numpy()[:-1]
+    trained = np.concatenate(supervised)
+    # Nothing before a document's first token may predict it, least of all the document before.
+    trained[starts] = 0
+    chosen = np.flatnonzero(trained)
+    # One buffer for all that goes to the device, written in place: the only copy of a token between file and device.
+    buffer = torch.empty(2 * (len(trained) + len(chosen)), dtype=torch.int64, pin_memory=pinned)
+    parts = torch.split(buffer, [len(trained), len(trained), len(chosen), len(chosen)])
+    input_ids, position_ids, predicting, targets = (part.numpy() for part in parts)
+    np.concatenate(ids, out=input_ids)
+    np.subtract(np.arange(len(trained)), np.repeat(starts, lengths), out=position_ids)
+    np.subtract(chosen, 1, out=predicting)
+    np.take(input_ids, chosen, out=targets, mode="clip")
     return MicroBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        labels=torch.from_numpy(labels)[None],
-        position_ids=torch.from_numpy(positions)[None],
-        cu_seq_lens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        input_ids=parts[0][None],
+        position_ids=parts[1][None],
+        predicting=parts[2],
+        targets=parts[3],
+        cu_seq_lens=cu_seq_lens,
         max_length=int(lengths.max()),
         document_lengths=tuple(lengths.tolist()),
-    )
-
-
-def _pinned(micro_batch: MicroBatch) -> MicroBatch:
-    return MicroBatch(
-        input_ids=micro_batch.input_ids.pin_memory(),
-        labels=micro_batch.labels.pin_memory(),
-        position_ids=micro_batch.position_ids.pin_memory(),
-        cu_seq_lens=micro_batch.cu_seq_lens.pin_memory(),
-        max_length=micro_batch.max_length,
-        document_lengths=micro_batch.document_lengths,
     )

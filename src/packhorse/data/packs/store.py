@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from mmap import ACCESS_READ, MADV_WILLNEED, PAGESIZE, mmap
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.manifest import SplitCounts, read_manifest
-from packhorse.data.packs.packing import Packing, pack_mixed
+from packhorse.data.packs.packing import Packing
 
 Int64 = NDArray[np.int64]
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
@@ -30,8 +30,8 @@ PACKS_FILE: Final = "packs.npy"
 PACK_OFFSETS_FILE: Final = "pack_offsets.npy"
 PACK_FIGURES_FILE: Final = "pack_figures.npy"
 ROWS_FILE: Final = "rows.jsonl"
-# The packs are part of the prepared data, whatever seed a run has.
-PACKING_SEED: Final = 0
+SEALED_SPLIT: Final = "test"
+BUFFER_BYTES: Final = 1 << 20
 
 
 def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -39,72 +39,54 @@ def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size < 65536 else np.uint32
 
 
-class SplitWriter:
-    """Appends documents to a split's folder; `finish` packs them and makes the files last."""
+def write_split(
+    folder: Path,
+    *,
+    ids: Iterable[NDArray[np.integer[Any]]],
+    supervised: Iterable[NDArray[Any]],
+    lengths: Int64,
+    labels: Int64,
+    rows: Iterable[bytes] | None,
+    vocab_size: int,
+    length_tokens: int,
+    packing: Packing,
+) -> SplitCounts:
+    """Write a split into a new folder; all of it is on disk when this returns. Memory grows with D, not with N.
 
-    def __init__(self, folder: Path, vocab_size: int, keep_rows: bool) -> None:
-        folder.mkdir(parents=True)
-        self._folder = folder
-        self._type = token_type(vocab_size)
-        self._tokens = (folder / TOKENS_FILE).open("wb")
-        self._supervised = (folder / SUPERVISED_FILE).open("wb")
-        self._rows = (folder / ROWS_FILE).open("wb") if keep_rows else None
-        self._lengths: list[int] = []
-        self._labels: list[int] = []
+    Args:
+        folder: Made here, its parents too.
+        ids: Token ids of the documents end to end, in pieces of any size.
+        supervised: 0 or 1 (or bool) for each token, in pieces of any size.
+        lengths: int64 [D], tokens of each document.
+        labels: int64 [D], labels of each document: its supervised tokens but the first.
+        rows: JSON lines, each with its line end, in pieces of any size; None: rows are not kept.
+        vocab_size: Highest id + 1.
+        length_tokens: T.
+        packing: Of these lengths.
 
-    def __enter__(self) -> SplitWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files():
-            file.close()
-
-    @property
-    def num_documents(self) -> int:
-        """D so far."""
-        return len(self._lengths)
-
-    def append(self, ids: Sequence[int], supervised: Mask, row: dict[str, Any]) -> None:
-        """Add a document: ids [length], supervised [length] of 0 and 1, and the row that it was made from."""
-        # Not ndarray.tofile: it goes past the file's buffer, three system calls for each document.
-        self._tokens.write(np.asarray(ids, self._type).tobytes())
-        self._supervised.write(supervised.tobytes())
-        if self._rows is not None:
-            self._rows.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._lengths.append(len(ids))
-        self._labels.append(int(np.count_nonzero(supervised[1:])))
-
-    def finish(self, length_tokens: int) -> SplitCounts:
-        """Pack what was appended, write the index and wait until all of it is on disk."""
-        lengths = np.array(self._lengths, np.int64)
-        labels = np.array(self._labels, np.int64)
-        packing = pack_mixed(lengths, length_tokens, PACKING_SEED)
-        self._save(DOCUMENTS_FILE, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
-        self._save(PACKS_FILE, packing.order)
-        self._save(PACK_OFFSETS_FILE, packing.offsets)
-        self._save(PACK_FIGURES_FILE, _figures(packing, lengths, labels))
-        for file in self._files():
-            file.flush()
-            os.fsync(file.fileno())
-        return SplitCounts(
-            num_rows=len(lengths),
-            num_tokens=int(lengths.sum()),
-            num_supervised_tokens=int(labels.sum()),
-            num_packs=packing.num_packs,
-            fill=float(lengths.sum() / (packing.num_packs * length_tokens)) if packing.num_packs else 0.0,
-        )
-
-    def _files(self) -> list[BinaryIO]:
-        files: list[BinaryIO] = [self._tokens, self._supervised]
-        return files if self._rows is None else [*files, self._rows]
-
-    def _save(self, name: str, values: Int64) -> None:
-        with (self._folder / name).open("wb") as file:
-            np.save(file, values)
-            file.flush()
-            os.fsync(file.fileno())
+    Raises:
+        ValueError: There are more or fewer ids or masks than the lengths say.
+    """
+    folder.mkdir(parents=True)
+    kind = token_type(vocab_size)
+    num_tokens = int(lengths.sum())
+    num_bytes = _write(folder / TOKENS_FILE, (piece.astype(kind, copy=False) for piece in ids))
+    num_masks = _write(folder / SUPERVISED_FILE, (piece.astype(np.uint8, copy=False) for piece in supervised))
+    if (num_bytes, num_masks) != (num_tokens * np.dtype(kind).itemsize, num_tokens):
+        raise ValueError(f"{num_tokens} tokens by length, {num_bytes} bytes of ids, {num_masks} masks")
+    if rows is not None:
+        _write(folder / ROWS_FILE, rows)
+    _save(folder / DOCUMENTS_FILE, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+    _save(folder / PACKS_FILE, packing.order)
+    _save(folder / PACK_OFFSETS_FILE, packing.offsets)
+    _save(folder / PACK_FIGURES_FILE, _figures(packing, lengths, labels))
+    return SplitCounts(
+        num_rows=len(lengths),
+        num_tokens=num_tokens,
+        num_supervised_tokens=int(labels.sum()),
+        num_packs=packing.num_packs,
+        fill=num_tokens / (packing.num_packs * length_tokens) if packing.num_packs else 0.0,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +101,8 @@ class PackStore:
         pack_offsets: int64 [P + 1] offsets into `packs`.
         pack_figures: int64 [3, P]: tokens, labels that are not -100, sum of squared document lengths.
         length_tokens: T.
+        in_order: Whether packs are to be trained on in their order, for a curriculum.
+        pages: The mappings behind `tokens` and `supervised`.
     """
 
     folder: Path
@@ -129,6 +113,8 @@ class PackStore:
     pack_offsets: Int64
     pack_figures: Int64 = field(repr=False)
     length_tokens: int
+    in_order: bool
+    pages: tuple[mmap, mmap] = field(repr=False)
 
     @property
     def num_packs(self) -> int:
@@ -164,36 +150,92 @@ class PackStore:
         here = slice(int(self.documents[index]), int(self.documents[index + 1]))
         return self.tokens[here], self.supervised[here]
 
+    def fetch(self, packs: Int64) -> None:
+        """Ask the disk for the documents of these packs, all at once, and do not wait (madvise(2)).
+
+        They lie all over the file: read as they are touched, 64 packs would wait for the disk a thousand times.
+        """
+        documents = np.concatenate([self.packs[:0], *(self.documents_of(pack) for pack in packs.tolist())])
+        starts, ends = self.documents[documents], self.documents[documents + 1]
+        for pages, width in zip(self.pages, (self.tokens.itemsize, self.supervised.itemsize), strict=True):
+            first = starts * width // PAGESIZE * PAGESIZE
+            for start, size in zip(first.tolist(), (ends * width - first).tolist(), strict=True):
+                pages.madvise(MADV_WILLNEED, start, size)
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield each document's row (messages or text, fields, where) in their order; not kept for train."""
         with (self.folder / ROWS_FILE).open("rb") as file:
             yield from map(json.loads, file)
 
 
-def open_store(folder: Path, split: str) -> PackStore:
+def open_store(folder: Path, split: str, unsealed: bool = False) -> PackStore:
     """Map a split of a prepared data folder.
+
+    Args:
+        folder: With data.json.
+        split: train, validation, test or retain.
+        unsealed: Said only where the look at the test split has been counted (`data.seal`).
 
     Raises:
         FileNotFoundError: The folder is not complete, or has no such split.
+        ValueError: The test split, which stays sealed.
     """
+    if split == SEALED_SPLIT and not unsealed:
+        raise ValueError(f"the {split} split in {folder} is sealed; data.seal opens it, and counts that")
     manifest = read_manifest(folder)
     if manifest is None or split not in manifest.splits:
         raise FileNotFoundError(f"{folder} has no prepared split {split}")
     here = folder / split
+    tokens, supervised = _pages(here / TOKENS_FILE), _pages(here / SUPERVISED_FILE)
     return PackStore(
         folder=here,
-        tokens=np.memmap(here / TOKENS_FILE, token_type(manifest.vocab_size), mode="r"),
-        supervised=np.memmap(here / SUPERVISED_FILE, np.uint8, mode="r"),
-        documents=np.load(here / DOCUMENTS_FILE, mmap_mode="r"),
-        packs=np.load(here / PACKS_FILE, mmap_mode="r"),
-        pack_offsets=np.load(here / PACK_OFFSETS_FILE, mmap_mode="r"),
-        pack_figures=np.load(here / PACK_FIGURES_FILE, mmap_mode="r"),
+        tokens=_ids(tokens, manifest.vocab_size),
+        supervised=np.frombuffer(supervised, np.uint8),
+        documents=_mapped(here / DOCUMENTS_FILE),
+        packs=_mapped(here / PACKS_FILE),
+        pack_offsets=_mapped(here / PACK_OFFSETS_FILE),
+        pack_figures=_mapped(here / PACK_FIGURES_FILE),
         length_tokens=manifest.length_tokens,
+        in_order=split == "train" and manifest.packing == "in_order",
+        pages=(tokens, supervised),
     )
 
 
+def _pages(file: Path) -> mmap:
+    with file.open("rb") as opened:
+        return mmap(opened.fileno(), 0, access=ACCESS_READ)
+
+
+def _ids(pages: mmap, vocab_size: int) -> Ids:
+    return np.frombuffer(pages, np.uint16) if token_type(vocab_size) is np.uint16 else np.frombuffer(pages, np.uint32)
+
+
+def _mapped(file: Path) -> Int64:
+    # A plain array over the same pages: numpy's memmap class makes every slice ten times slower.
+    return np.asarray(np.load(file, mmap_mode="r"))
+
+
+def _write(file: Path, pieces: Iterable[NDArray[Any] | bytes]) -> int:
+    """Write the pieces one after another, wait until they are on disk, and return their bytes."""
+    num_bytes = 0
+    with file.open("wb", buffering=BUFFER_BYTES) as out:
+        for piece in pieces:
+            num_bytes += out.write(np.ascontiguousarray(piece).data if isinstance(piece, np.ndarray) else piece)
+        out.flush()
+        os.fsync(out.fileno())
+    return num_bytes
+
+
+def _save(file: Path, values: Int64) -> None:
+    with file.open("wb") as out:
+        np.save(out, values)
+        out.flush()
+        os.fsync(out.fileno())
+
+
 def _figures(packing: Packing, lengths: Int64, labels: Int64) -> Int64:
-    if packing.num_packs == 0:
-        return np.zeros((3, 0), np.int64)
-    per_document = np.stack([lengths, labels, lengths * lengths])[:, packing.order]
-    return np.add.reduceat(per_document, packing.offsets[:-1], axis=1)
+    figures = np.zeros((3, packing.num_packs), np.int64)
+    if packing.num_packs:
+        for figure, of_document in zip(figures, (lengths, labels, lengths * lengths), strict=True):
+            np.add.reduceat(of_document[packing.order], packing.offsets[:-1], out=figure)
+    return figures

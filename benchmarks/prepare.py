@@ -1,0 +1,161 @@
+"""How dear is preparing rows? One batched tokenizer call is the ceiling, TRL's preparation of the same rows the peer.
+
+    python benchmarks/prepare.py --rows FILE --tokenizer FOLDER [--rounds 3] [--log]
+
+FILE holds question and answer rows (JSONL), FOLDER a tokenizer with a chat template. All run in one process, in turn,
+round by round; CPU seconds of the whole process, threads included, best of the rounds. The tokenizer call gets text
+that is rendered already; ours starts from the file and ends with packs on disk: duplicates, split, proofs and ledger
+included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import lab_log
+from packhorse.data.prepare import prepare
+from packhorse.recipe.schema import Recipe
+
+Chat = list[dict[str, str]]
+ROWS_A_CALL = 1000
+
+
+def main() -> None:
+    """Measures and prints."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--rows", type=Path, required=True)
+    words.add_argument("--tokenizer", type=Path, required=True)
+    words.add_argument("--rounds", type=int, default=3)
+    words.add_argument("--log", action="store_true", help="append the table to docs/lab-log.md")
+    given = words.parse_args()
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    logging.disable(logging.WARNING)
+
+    with tempfile.TemporaryDirectory() as folder:
+        contestants = _contestants(given.rows, given.tokenizer, Path(folder))
+        best: dict[str, tuple[float, float, int]] = {}
+        for _ in range(given.rounds):
+            for name, run in contestants.items():
+                cpu, wall, num_tokens = _timed(run)
+                best[name] = min(best.get(name, (cpu, wall, num_tokens)), (cpu, wall, num_tokens))
+    table = _table(best)
+    num_rows = sum(1 for _ in given.rows.open("rb"))
+    text = (
+        f"{given.rows.name}, {num_rows:,} rows, tokenizer {given.tokenizer.name}, best of {given.rounds} rounds;"
+        f" {lab_log.machine(2, ('tokenizers', 'transformers', 'trl'))}\n\n{table}"
+    )
+    print(text)
+    if given.log:
+        lab_log.append("Preparing rows", text)
+
+
+def _contestants(rows: Path, tokenizer_folder: Path, folder: Path) -> dict[str, Callable[[], int]]:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    chats = [_chat(json.loads(line)) for line in rows.read_bytes().split(b"\n") if line.strip()]
+    rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    recipe = _recipe(rows, tokenizer_folder, folder)
+    return {
+        "one batched tokenizer call": lambda: _call(tokenizer, rendered),
+        "packhorse prepare, cold": lambda: _prepare_cold(recipe, folder),
+        "packhorse prepare, warm": lambda: _num_tokens(recipe),
+        "TRL SFTTrainer's preparation": _trl(rows, tokenizer),
+    }
+
+
+def _timed(run: Callable[[], int]) -> tuple[float, float, int]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    num_tokens = run()
+    return time.process_time() - cpu, time.perf_counter() - wall, num_tokens
+
+
+def _chat(row: dict[str, str]) -> Chat:
+    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+
+
+def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> int:
+    starts = range(0, len(texts), ROWS_A_CALL)
+    calls = [tokenizer(texts[at : at + ROWS_A_CALL], add_special_tokens=False)["input_ids"] for at in starts]
+    return sum(len(ids) for call in calls for ids in call)
+
+
+def _recipe(rows: Path, tokenizer: Path, folder: Path) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "prepare",
+            "runs_folder": str(folder / "runs"),
+            "model": {"config": {"model_type": "llama"}, "tokenizer": str(tokenizer)},
+            "data": {"sources": [{"path": str(rows)}]},
+            "optimizer": {"learning_rate": 1e-4},
+            "epochs": 1,
+        }
+    )
+
+
+def _prepare_cold(recipe: Recipe, folder: Path) -> int:
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    return _num_tokens(recipe)
+
+
+def _num_tokens(recipe: Recipe) -> int:
+    return prepare(recipe).manifest.ledger.rows_in.tokens
+
+
+def _trl(rows: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[[], int]:
+    # Only here: its import costs 10 s of CPU.
+    from trl import SFTConfig, SFTTrainer
+
+    def messages(row: dict[str, str]) -> dict[str, Chat]:
+        return {"messages": _chat(row)}
+
+    settings = SFTConfig(
+        output_dir=tempfile.gettempdir(),
+        packing=True,
+        max_length=2048,
+        assistant_only_loss=True,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    # What `_prepare_dataset` asks of the trainer; a whole one would need a model.
+    trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=tokenizer.chat_template, completion_only_loss=False)
+
+    def run() -> int:
+        loaded = datasets.load_dataset("json", data_files=str(rows), split="train")
+        chats = loaded.map(messages, remove_columns=loaded.column_names)
+        packed = SFTTrainer._prepare_dataset(trainer, chats, tokenizer, settings, True, None, "train")
+        return sum(map(sum, packed["seq_lengths"]))
+
+    return run
+
+
+def _table(best: dict[str, tuple[float, float, int]]) -> str:
+    ceiling = best["one batched tokenizer call"]
+    rate = ceiling[2] / ceiling[0]
+    rows = [
+        [
+            name,
+            f"{cpu:.2f}",
+            f"{wall:.2f}",
+            f"{num_tokens / cpu:,.0f}",
+            f"{num_tokens / cpu / rate:.2f}",
+        ]
+        for name, (cpu, wall, num_tokens) in best.items()
+    ]
+    header = ["what", "CPU s", "wall s", "tokens per CPU-s", "of the ceiling"]
+    return lab_log.markdown_table(header, rows)
+
+
+if __name__ == "__main__":
+    main()

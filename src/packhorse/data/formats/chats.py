@@ -1,0 +1,121 @@
+"""Chats: `messages` in OpenAI's form and `conversations` in ShareGPT's."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from packhorse.data.formats.bad_row import BadRowError
+from packhorse.data.formats.content import other_fields, text_of
+from packhorse.data.formats.example import Example, Message
+from packhorse.data.formats.tools import TOOL_KEYS, check_tool_use, tools_of
+from packhorse.data.formats.turns import messages_of
+from packhorse.data.reading.sources import Row
+
+MESSAGES_KEYS: Final = frozenset(("messages", "system", *TOOL_KEYS))
+SHAREGPT_KEYS: Final = frozenset(("conversations", "system", *TOOL_KEYS))
+
+
+def from_messages(row: Row) -> Example:
+    """Return the example of a row with `messages`."""
+    return _from_chat(row, "messages", MESSAGES_KEYS)
+
+
+def from_sharegpt(row: Row) -> Example:
+    """Return the example of a row with `conversations`."""
+    return _from_chat(row, "conversations", SHAREGPT_KEYS)
+
+
+def _from_chat(row: Row, key: str, keys: frozenset[str]) -> Example:
+    values = row.values
+    messages = messages_of(values[key], key)
+    # Most rows have nothing beside the chat: neither tools nor fields to look for.
+    if len(values) == 1:
+        check_chat(messages, ())
+        return Example(tuple(messages), None, {}, row.where)
+    messages = with_system(values, messages)
+    tools = tools_of(values)
+    check_chat(messages, tools)
+    return Example(tuple(messages), None, other_fields(values, keys), row.where, tools)
+
+
+def with_system(values: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """Return the turns, after the row's `system` where it stands beside them.
+
+    Raises:
+        BadRowError: The chat begins with another system turn.
+    """
+    if not values.get("system"):
+        return messages
+    system = text_of(values["system"], "system")
+    if not messages or messages[0].role != "system":
+        return [Message("system", system), *messages]
+    # Some exports write it in both places.
+    if messages[0].content == system:
+        return messages
+    raise BadRowError(
+        "the row has system, and its chat begins with another system turn.",
+        "a chat has one system text.",
+        "leave one of the two.",
+    )
+
+
+def check_chat(messages: list[Message], tools: tuple[dict[str, Any], ...]) -> None:
+    """Refuse a chat that teaches nothing, or in an order that no template knows.
+
+    Raises:
+        BadRowError: No assistant turn or none trained on, an empty answer, a late system turn, or a tool misused.
+    """
+    answered = learnt = uses_tools = False
+    for number, message in enumerate(messages, 1):
+        role = message.role
+        if role == "assistant":
+            answered = True
+            uses_tools = uses_tools or bool(message.tool_calls)
+            if message.trained:
+                learnt = True
+                if not message.tool_calls and is_blank(message.content):
+                    raise empty_answer()
+        elif role == "tool":
+            uses_tools = True
+        elif role == "system" and number > 1:
+            raise _late_system(number)
+    if not learnt:
+        raise _nothing_learnt(answered)
+    if uses_tools:
+        check_tool_use(messages, tools)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text is empty or white space; does not copy it."""
+    return not text or text.isspace()
+
+
+def empty_answer() -> BadRowError:
+    """Return what is said of an answer without words."""
+    return BadRowError(
+        "the answer of an assistant turn is empty.",
+        "the model would learn to say nothing.",
+        "fill it in, mark the turn train: false, or remove the row.",
+    )
+
+
+def _late_system(number: int) -> BadRowError:
+    return BadRowError(
+        f"turn {number} is a system turn; only the first turn can be one.",
+        "templates write the system text at the beginning, or refuse it elsewhere.",
+        "move it to the beginning, or make it a user turn.",
+    )
+
+
+def _nothing_learnt(answered: bool) -> BadRowError:
+    if not answered:
+        return BadRowError(
+            "the chat has no assistant turn.",
+            "what the assistant says is what is learnt.",
+            "add the answer, or remove the row.",
+        )
+    return BadRowError(
+        "no assistant turn of the chat is trained on: each has loss weight 0 or train: false.",
+        "the row would teach nothing.",
+        "let one turn be trained on, or remove the row.",
+    )

@@ -1,0 +1,93 @@
+"""Which format a row's keys show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal
+
+from packhorse.data.formats.bad_row import SHOWN_NAMES, closest, names
+
+RowFormat = Literal[
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "text_label",
+    "text",
+    "preference",
+    "kto",
+]
+
+KEYS_OF: Final[Mapping[RowFormat, tuple[str, ...]]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "question_answer": ("question", "answer"),
+    "text_label": ("text", "label"),
+    "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "kto": ("prompt", "completion", "label"),
+}
+OPTIONAL_KEYS: Final = ("input", "system", "tools", "functions", "history", "kto_tag")
+LABEL_KEYS: Final = ("label", "category", "class", "intent")
+VERDICT_KEYS: Final = ("label", "kto_tag")
+KNOWN_KEYS: Final = frozenset((*OPTIONAL_KEYS, *LABEL_KEYS, *(key for keys in KEYS_OF.values() for key in keys)))
+# A row with one of these beside the keys of its format may be of another one.
+RIVALS_OF: Final[Mapping[RowFormat, frozenset[str]]] = {
+    "messages": frozenset(("chosen", "rejected", *VERDICT_KEYS)),
+    "sharegpt": frozenset(("chosen", "rejected", *VERDICT_KEYS)),
+    "alpaca": frozenset(("chosen", "rejected")),
+    "prompt_completion": frozenset(("chosen", "rejected", *VERDICT_KEYS)),
+    "text": frozenset(LABEL_KEYS),
+}
+
+
+def detect_format(values: Mapping[str, Any]) -> RowFormat | None:
+    """Return the format that a row's keys show; None where they show none that is known."""
+    # First what judges an answer: read as a plain chat, the bad answer would be learnt.
+    if "chosen" in values and "rejected" in values:
+        return "preference"
+    if _has_verdict(values):
+        return "kto"
+    if "text" in values and any(key in values for key in LABEL_KEYS):
+        # A chat with a summary in `text` stays a chat.
+        simple: Iterable[RowFormat] = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer")
+        return next((name for name in simple if _has_keys(values, name)), "text_label")
+    return next((name for name in KEYS_OF if name not in ("preference", "kto") and _has_keys(values, name)), None)
+
+
+def missing_keys(values: Mapping[str, Any], row_format: RowFormat) -> list[str]:
+    """Return the keys that a row lacks to be of a format."""
+    if row_format == "text_label":
+        present = "text" in values, any(key in values for key in LABEL_KEYS)
+        return [name for name, there in zip(("text", f"{' or '.join(LABEL_KEYS)}"), present) if not there]
+    if row_format == "kto":
+        chat = any(key in values for key in ("messages", "conversations")) or _has_keys(values, "prompt_completion")
+        verdict = any(key in values for key in VERDICT_KEYS)
+        return [*([] if chat else ["messages or prompt and completion"]), *([] if verdict else ["label"])]
+    return [key for key in KEYS_OF[row_format] if key not in values]
+
+
+def known_formats() -> str:
+    """Return all formats with their keys, for a message."""
+    return "; ".join(f"{name} ({', '.join(keys)})" for name, keys in KEYS_OF.items())
+
+
+def resembles(values: Mapping[str, Any]) -> str:
+    """Return which of a row's keys are near to known ones, in brackets; empty where none is."""
+    first = [key for key, _ in zip(values, range(SHOWN_NAMES))]
+    pairs = [(key, closest(str(key), KNOWN_KEYS, cutoff=0.75)) for key in first if key not in KNOWN_KEYS]
+    near = [f"{names([key])} is near {close}" for key, close in pairs if close]
+    return f" ({'; '.join(near)})" if near else ""
+
+
+def _has_keys(values: Mapping[str, Any], row_format: RowFormat) -> bool:
+    return all(key in values for key in KEYS_OF[row_format])
+
+
+def _has_verdict(values: Mapping[str, Any]) -> bool:
+    if not any(isinstance(values.get(key), bool) for key in VERDICT_KEYS):
+        return False
+    return "messages" in values or "conversations" in values or _has_keys(values, "prompt_completion")

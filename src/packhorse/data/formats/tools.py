@@ -1,0 +1,154 @@
+"""Tools that an assistant may call, and its calls, in the forms that rows have them, to OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+from packhorse.data.formats.bad_row import BadRowError, closest, names, shown
+from packhorse.data.formats.example import Message
+
+TOOL_KEYS: Final = ("tools", "functions")
+NOTHING: Final[tuple[object, ...]] = (None, "", [], {}, "[]", "{}")  # some tools write JSON inside JSON
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+# NaN and Infinity are no JSON; Python's decoder would take them.
+STRICT: Final = json.JSONDecoder(parse_constant=_no_number)
+HOW_TO_DEFINE: Final = 'write it as {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}.'
+HOW_TO_CALL: Final = 'write it as {"name": "…", "arguments": {…}}.'
+
+
+def tools_of(values: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the row's tool definitions, from a list or JSON text under `tools` or `functions`.
+
+    Raises:
+        BadRowError: They cannot be read as definitions.
+    """
+    for key in TOOL_KEYS:
+        if key in values and values[key] not in NOTHING:
+            listed = _loaded(values[key], key, HOW_TO_DEFINE)
+            if not isinstance(listed, list):
+                raise BadRowError(
+                    f"{key} is {type(listed).__name__}, not a list.",
+                    "it says what the assistant may call.",
+                    f"write a list; {HOW_TO_DEFINE}",
+                )
+            return tuple(_definition(tool, f"tool {number} of {key}") for number, tool in enumerate(listed, 1))
+    return ()
+
+
+def calls_of(value: object, name: str) -> tuple[dict[str, Any], ...]:
+    """Return an assistant's calls, from a list, one object or JSON text, their arguments as objects.
+
+    Args:
+        value: `tool_calls`, a `function_call`, or the value of a ShareGPT turn from `function_call`.
+        name: What a message calls it.
+
+    Raises:
+        BadRowError: It is no call, or its arguments are no JSON object.
+    """
+    listed = _loaded(value, name, HOW_TO_CALL)
+    calls = listed if isinstance(listed, list) else [listed]
+    if not calls:
+        raise BadRowError(f"{name} is an empty list.", "the assistant calls something there.", HOW_TO_CALL)
+    return tuple(_call(call, name) for call in calls)
+
+
+def check_tool_use(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
+    """Refuse a call of a tool that the row does not define, and an answer to a call that nobody made.
+
+    Raises:
+        BadRowError: Either is so.
+    """
+    # No definitions at all is common, as the system text may hold them; only a list that lacks the tool is a slip.
+    defined = {tool["function"]["name"] for tool in tools}
+    calls: Sequence[dict[str, Any]] = ()
+    for number, message in enumerate(messages, 1):
+        if message.role == "tool":
+            _check_answer(message, number, calls)
+            continue
+        calls = message.tool_calls
+        for call in calls:
+            called = call["function"]["name"]
+            if defined and called not in defined:
+                raise _undefined(called, number, defined)
+
+
+def _check_answer(message: Message, number: int, calls: Sequence[dict[str, Any]]) -> None:
+    if not calls:
+        raise BadRowError(
+            f"turn {number} is a tool's answer, and the turn before it calls no tool.",
+            "an answer without its call teaches the assistant nothing of when to call.",
+            "put the assistant's call before it, or take the turn out.",
+        )
+    # Rows of one call at a time often have no ids; then order is all there is.
+    ids = [call["id"] for call in calls if "id" in call]
+    if message.call_id is not None and ids and message.call_id not in ids:
+        raise BadRowError(
+            f"turn {number} answers the call {shown(message.call_id)}; the calls before it are {names(ids)}.",
+            "templates put answer and call together by this id.",
+            "write the id of the call as tool_call_id.",
+        )
+
+
+def _undefined(called: str, number: int, defined: set[str]) -> BadRowError:
+    near = closest(called, defined)
+    return BadRowError(
+        f"turn {number} calls {names([called])}; the row's tools are {names(sorted(defined))}.",
+        "the model would learn to call tools that it was not given.",
+        f"write {near}, or add the tool to tools." if near else "add the tool to tools, or take the row out.",
+    )
+
+
+def _definition(tool: object, name: str) -> dict[str, Any]:
+    inner = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(tool, dict) or not isinstance(inner, dict) or not _is_name(inner.get("name")):
+        raise BadRowError(f"{name} has no name.", "the assistant calls it by that.", HOW_TO_DEFINE)
+    # Whole as it stands: templates print keys that we do not know, such as `strict`.
+    return tool if inner is not tool and "type" in tool else {"type": "function", "function": inner}
+
+
+def _call(call: object, name: str) -> dict[str, Any]:
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(inner, dict) or not _is_name(inner.get("name")):
+        raise BadRowError(
+            f"{name} holds a call without the name of a tool: {shown(call)}.", "it says what is called.", HOW_TO_CALL
+        )
+    given = inner.get("arguments")
+    arguments = {} if given is None else _loaded(given, f"arguments in {name}", HOW_TO_CALL)
+    if not isinstance(arguments, dict):
+        raise BadRowError(
+            f"the arguments in {name} are {type(arguments).__name__}, not an object.",
+            "a tool takes its arguments by name.",
+            HOW_TO_CALL,
+        )
+    identity = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return {**identity, "type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _loaded(value: object, name: str, fix: str) -> Any:  # noqa: ANN401
+    """Return what JSON text holds, or the value itself; either can be written as JSON in UTF-8."""
+    try:
+        loaded = STRICT.decode(value) if isinstance(value, str) else value
+        # ASCII without escapes holds no half of a pair, and what was JSON can be written as JSON.
+        if not (isinstance(value, str) and value.isascii() and "\\u" not in value):
+            json.dumps(loaded, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(
+            f"{name} has half a surrogate pair.", "it is no character, and no tokenizer takes it.", "remove it."
+        ) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise BadRowError(
+            f"{name} is no JSON ({reason}): {shown(value)}.", "templates write calls and tools as JSON.", fix
+        ) from error
+    return loaded

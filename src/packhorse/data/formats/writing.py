@@ -1,0 +1,140 @@
+"""From an `Example` back to a row: OpenAI's messages, or Alpaca; what the form has no place for is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from packhorse.data.formats.bad_row import BadRowError, names, shown
+from packhorse.data.formats.chats import MESSAGES_KEYS, SHAREGPT_KEYS
+from packhorse.data.formats.detect import RowFormat, detect_format
+from packhorse.data.formats.example import Example, Message
+from packhorse.data.formats.preference import KTO_KEYS, PREFERENCE_KEYS
+from packhorse.data.formats.single_turn import ALPACA_KEYS, PROMPT_KEYS, QUESTION_KEYS, TEXT_KEYS
+from packhorse.data.formats.tools import NOTHING
+
+# Keys that a format turns into messages, tools or text; the row's others are kept as they are.
+KEYS_READ: Final[Mapping[RowFormat, frozenset[str]]] = {
+    "messages": MESSAGES_KEYS,
+    "sharegpt": SHAREGPT_KEYS,
+    "alpaca": ALPACA_KEYS,
+    "prompt_completion": PROMPT_KEYS,
+    "question_answer": QUESTION_KEYS,
+    "text_label": TEXT_KEYS,
+    "text": TEXT_KEYS,
+    "preference": PREFERENCE_KEYS,
+    "kto": KTO_KEYS,
+}
+
+
+def chat_of(example: Example) -> tuple[Message, ...]:
+    """Return the turns of a row that is one chat.
+
+    Raises:
+        BadRowError: It is plain text, or has a verdict, which no chat form has a place for.
+    """
+    if example.messages is None:
+        raise BadRowError(
+            "the row is plain text.", "a chat form has turns.", "take it out; plain text is trained on as it is."
+        )
+    if example.rejected is not None or example.desirable is not None:
+        what = "a rejected answer" if example.rejected is not None else "a verdict on its answer"
+        raise BadRowError(
+            f"the row has {what}.",
+            "a chat form has no place for it, and without it a bad answer would be learnt like a good one.",
+            "take it out, or write its good answer as a chat.",
+        )
+    return example.messages
+
+
+def to_messages(example: Example, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row as `messages`, with tools and its other fields.
+
+    Args:
+        example: The row as it was understood.
+        others: Its fields beside the chat, of whatever type.
+
+    Raises:
+        BadRowError: It is no chat, or a field would be read as part of one.
+    """
+    row: dict[str, Any] = {"messages": [_turn(message) for message in chat_of(example)]}
+    if example.tools:
+        row["tools"] = list(example.tools)
+    return _with_others(row, others, "messages", MESSAGES_KEYS)
+
+
+def to_alpaca(example: Example, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row as `instruction`, `input`, `output`, `system` and `history`, with its other fields.
+
+    Raises:
+        BadRowError: It is no chat, not in the order [system] user assistant …, or has what Alpaca has no place for.
+    """
+    turns = list(chat_of(example))
+    system = turns.pop(0).content if turns[0].role == "system" else None
+    _check_alpaca(example, turns, system)
+    pairs = [[question.content, answer.content] for question, answer in zip(turns[::2], turns[1::2])]
+    row: dict[str, Any] = {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}
+    if system is not None:
+        row["system"] = system
+    if len(pairs) > 1:
+        row["history"] = pairs[:-1]
+    return _with_others(row, others, "alpaca", ALPACA_KEYS)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    optional = {
+        "reasoning_content": message.thinking,
+        "tool_calls": list(message.tool_calls) or None,
+        "name": message.name,
+        "tool_call_id": message.call_id,
+        "train": None if message.trained else False,
+    }
+    return turn | {key: value for key, value in optional.items() if value is not None}
+
+
+def _check_alpaca(example: Example, turns: list[Message], system: str | None) -> None:
+    wanted = ["user", "assistant"] * (len(turns) // 2)
+    roles = [message.role for message in turns]
+    why = "an Alpaca row is an instruction and an output, after a system text and earlier pairs."
+    if not turns or roles != wanted:
+        order = " ".join(message.role for message in example.messages or ())
+        raise BadRowError(
+            f"the turns are {shown(order)}, not [system] user assistant …",
+            why,
+            "take the row out, or write the file with --to messages.",
+        )
+    # Read again, an empty one is taken for none.
+    if system == "":
+        raise BadRowError("the system turn is empty.", why, "remove the turn.")
+    extra = [
+        ("tools", bool(example.tools)),
+        ("tool calls", any(turn.tool_calls for turn in turns)),
+        ("reasoning_content", any(turn.thinking is not None for turn in turns)),
+        ("names of speakers", any(turn.name is not None for turn in turns)),
+        ("an answer with train: false", any(turn.role == "assistant" and not turn.trained for turn in turns)),
+    ]
+    found = [name for name, there in extra if there]
+    if found:
+        raise BadRowError(
+            f"the row has {' and '.join(found)}, which Alpaca has no place for.",
+            "left out, it would change silently what the row teaches.",
+            "take the row out, or write the file with --to messages.",
+        )
+
+
+def _with_others(
+    row: dict[str, Any], others: Mapping[str, Any], form: RowFormat, keys: frozenset[str]
+) -> dict[str, Any]:
+    # A field called `input` would become part of an Alpaca prompt, one called `label` may make a chat a KTO row.
+    clash = [key for key in others if key in keys and others[key] not in NOTHING]
+    whole = row | {key: value for key, value in others.items() if key not in keys}
+    if not clash and detect_format(whole) != form:
+        clash = [key for key in others if detect_format({**row, key: others[key]}) != form] or list(others)
+    if clash:
+        raise BadRowError(
+            f"the row's other fields {names(clash)} would be read as part of the chat in the {form} form.",
+            "what is written must be read again as the same.",
+            "rename these fields, or take them out.",
+        )
+    return whole

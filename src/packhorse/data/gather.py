@@ -1,0 +1,179 @@
+"""The one pass over all sources: rows are read, rendered, proven and hashed, and wait in the spool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packhorse.data.formats.example import Example
+from packhorse.data.formats.rows import convert_rows, resolve_format
+from packhorse.data.places import resolve_tokenizer, source_name
+from packhorse.data.quality.contamination import EvaluationIndex
+from packhorse.data.quality.texts import prompt_text
+from packhorse.data.reading.mistakes import RowMistakes
+from packhorse.data.reading.sources import read_rows
+from packhorse.data.rendering.render import Renderer, load_tokenizer, make_renderer
+from packhorse.data.source_pass import UNTRAINABLE, SourceGathered, SourcePass, Strata, Use, Watch
+from packhorse.data.spool import Spool, SpoolWriter
+from packhorse.errors import Mistake, UserError
+from packhorse.recipe.locate import expand
+from packhorse.recipe.schema import DataSection, Recipe, Source
+
+Opened = tuple[SourceGathered, Iterator[Example]]
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """All rows that can be trained on, and what they were rendered with.
+
+    Attributes:
+        sources: In the order train, validation, retain.
+        renderer: The proven tokenizer.
+        spool: The rows.
+        strata: Name of each stratum; a row's code is its place here.
+        fields: Plain fields that every row of a source has, for each source.
+    """
+
+    sources: tuple[SourceGathered, ...]
+    renderer: Renderer
+    spool: Spool
+    strata: tuple[str, ...]
+    fields: tuple[frozenset[str], ...]
+
+    @property
+    def measured_fields(self) -> tuple[str, ...]:
+        """Fields that every row has which may be held out, so that figures can be told apart by them."""
+        uses = {found.use for found in self.sources}
+        held_out = {"validation", "retain"} if "validation" in uses else {"train", "retain"}
+        shared = [fields for found, fields in zip(self.sources, self.fields) if found.use in held_out]
+        return tuple(sorted(frozenset.intersection(*shared)))
+
+    @property
+    def is_chat(self) -> NDArray[np.bool_]:
+        """bool [R], whether a row is a chat."""
+        chats = np.array([found.row_format != "text" for found in self.sources])
+        return np.asarray(chats[self.spool.columns.source])
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that could not be read or rendered as they were meant."""
+        return sum(found.mistakes.num_rows for found in self.sources)
+
+
+def gather(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Gathered:
+    """Read every row of every source once, into a spool in `folder`.
+
+    Raises:
+        UserError: All rows that are not as they should be; under `data.on_bad_row: drop`, too many of them.
+    """
+    tokenizer_folder = resolve_tokenizer(recipe)
+    opened = _open_all(recipe)
+    tokenizer = load_tokenizer(tokenizer_folder, recipe.data.template, recipe.model.trust_remote_code)
+    has_chats = any(found.row_format != "text" for found, _ in opened)
+    renderer = make_renderer(tokenizer, tokenizer_folder, recipe.data, has_chats)
+    evaluated = _evaluation_index(recipe)
+    strata = Strata()
+    fields: list[frozenset[str]] = []
+    mistakes: list[Mistake] = []
+    with SpoolWriter(folder, renderer.vocab_size) as spool:
+        for number, (found, examples) in enumerate(opened):
+            one = SourcePass(recipe.data, found, number, renderer, evaluated, strata)
+            shared, num_rows = one.run(examples, spool, watch)
+            fields.append(shared)
+            mistakes += _not_taken(found, recipe.data, num_rows)
+            if found.row_format in UNTRAINABLE and not mistakes:
+                mistakes.append(_untrainable(found, num_rows))
+        if mistakes:
+            raise UserError.of(mistakes)
+        done = spool.finish()
+    columns = replace(done.columns, stratum=strata.sorted_codes(done.columns.stratum))
+    sources = tuple(found for found, _ in opened)
+    return Gathered(sources, renderer, replace(done, columns=columns), strata.names(), tuple(fields))
+
+
+def _open_all(recipe: Recipe) -> list[Opened]:
+    """Find the format of every source by its first row, and raise what is wrong with any of them at once."""
+    runs_folder = runs_folder_of(recipe)
+    uses: list[tuple[Use, Sequence[Source]]] = [
+        ("train", recipe.data.sources),
+        ("validation", recipe.data.validation),
+        ("retain", recipe.data.retain),
+    ]
+    mistakes: list[Mistake] = []
+    opened: list[Opened] = []
+    for use, sources in uses:
+        for source in sources:
+            try:
+                opened.append(_open(source, use, runs_folder))
+            except UserError as error:
+                mistakes += error.mistakes
+    if mistakes:
+        raise UserError.of(mistakes)
+    return opened
+
+
+def runs_folder_of(recipe: Recipe) -> Path:
+    """Return the folder of runs, expanded."""
+    return Path(expand(recipe.runs_folder)).expanduser()
+
+
+def _open(source: Source, use: Use, runs_folder: Path) -> Opened:
+    mistakes = RowMistakes(source_name(source))
+    rows = read_rows(source, runs_folder, mistakes)
+    first = next(rows, None)
+    if first is None:
+        raise UserError.of(mistakes.told())
+    row_format = resolve_format(source.format, first, source)
+    found = SourceGathered(source, use, row_format, mistakes)
+    return found, convert_rows(chain([first], rows), row_format, mistakes, source)
+
+
+def read_examples(source: Source, runs_folder: Path) -> Iterator[Example]:
+    """Yield the rows of a source alone; what is wrong with any is raised at its end.
+
+    Raises:
+        UserError: All rows that are not as they should be.
+    """
+    found, examples = _open(source, "train", runs_folder)
+    yield from examples
+    found.mistakes.raise_if_any()
+
+
+def _evaluation_index(recipe: Recipe) -> EvaluationIndex | None:
+    asked = recipe.data.decontaminate
+    if asked is None:
+        return None
+    runs_folder = runs_folder_of(recipe)
+    texts = [prompt_text(row) for source in asked.against for row in read_examples(source, runs_folder)]
+    return EvaluationIndex(texts, asked.ngram)
+
+
+def _not_taken(found: SourceGathered, data: DataSection, num_good: int) -> list[Mistake]:
+    """Return what is raised of a source's bad rows: all, or, where they may be dropped, that they are too many."""
+    num_bad = found.mistakes.num_rows
+    if data.on_bad_row == "raise" or num_good == 0:
+        return found.mistakes.told()
+    share = num_bad / (num_bad + num_good)
+    if share <= data.most_bad_rows:
+        return []
+    too_many = Mistake(
+        f"{found.name} has {num_bad} bad rows of {num_bad + num_good}, {share:.1%}; data.most_bad_rows is "
+        f"{data.most_bad_rows:.1%}.",
+        "so many bad rows are seldom an accident: the format may be another than it seems.",
+        f"mend them, or set data.most_bad_rows to {math.ceil(share * 1000) / 1000:g}.",
+    )
+    return [*found.mistakes.told(), too_many]
+
+
+def _untrainable(found: SourceGathered, num_rows: int) -> Mistake:
+    return Mistake(
+        f"{found.name} has {num_rows} rows of {UNTRAINABLE[found.row_format]}, all of them sound.",
+        "this version trains on answers, not yet on verdicts about them.",
+        "name a source of another format for training.",
+    )

@@ -1,0 +1,93 @@
+"""Words of a whole batch as 64-bit numbers, and runs of words as one number: text to compare without a string in sight.
+
+As Python strings, shingles cost more than all that is done with them; here a batch is one buffer of bytes.
+
+Shapes: B rows, W words of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Hashes = NDArray[np.uint64]
+Offsets = NDArray[np.int64]
+
+LONGEST_WORD: Final = 64
+"""Bytes of a word that count, besides its length: of a longer one, the first ones stand for it."""
+
+# Odd constants of xxHash64 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md): they spread well in multiplication.
+_PRIMES: Final = (np.uint64(0x9E3779B185EBCA87), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))
+_FIRST_BYTES: Final = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
+
+
+def word_hashes(encoded: Sequence[bytes]) -> tuple[Hashes, Offsets]:
+    """Hash the words of each row; words stand between ASCII white space or control characters, ASCII case aside.
+
+    Returns:
+        uint64 [W], and int64 [B + 1], where each row's words begin.
+    """
+    # A line break before and after makes every word end within the buffer; the zeros let the last be read by eights.
+    joined = b"\n".join([b"", *encoded, b""]).lower() + bytes(8)
+    is_space = np.frombuffer(joined, np.uint8, len(joined) - 8) <= 32
+    edges = np.flatnonzero(is_space[1:] != is_space[:-1])
+    starts = edges[0::2] + 1
+    lengths = edges[1::2] + 1 - starts
+    row_starts = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1, out=row_starts[1:])
+    eights = np.ndarray((len(joined) - 7,), "<u8", joined, strides=(1,))
+    return _hashed(eights, starts, lengths), np.searchsorted(starts, row_starts)
+
+
+def character_hashes(texts: Sequence[str]) -> tuple[Hashes, Offsets]:
+    """Return the same as `word_hashes` with each character for a word; white space does not count."""
+    bare = ["".join(text.lower().split()) for text in texts]
+    points = np.frombuffer("".join(bare).encode("utf-32-le", "surrogatepass"), "<u4")
+    offsets = np.zeros(len(bare) + 1, np.int64)
+    np.cumsum([len(text) for text in bare], out=offsets[1:])
+    return mixed((points.astype(np.uint64) + np.uint64(1)) * _PRIMES[0]), offsets
+
+
+def runs(hashes: Hashes, offsets: Offsets, num_words: int) -> tuple[Hashes, Offsets]:
+    """Hash each run of `num_words` words; a row of fewer words is one run, a row of none has none.
+
+    Returns:
+        uint64 [runs], and int64 [B + 1], where each row's runs begin.
+    """
+    row_words = np.diff(offsets)
+    out, after = mixed(hashes), hashes.copy()
+    is_whole = np.ones(len(hashes), np.bool_)
+    last = offsets[1:][row_words > 0] - 1
+    for step in range(1, num_words):
+        # What is beyond the end of a row counts as 0: so a short row is no beginning of a longer one.
+        after[:-1] = after[1:]
+        after[last] = 0
+        out *= _PRIMES[1]
+        out += after
+        is_whole[offsets[1:][row_words > step] - step] = False
+    kept = np.zeros(len(offsets), np.int64)
+    np.cumsum(np.minimum(row_words, np.maximum(row_words - num_words + 1, 1)), out=kept[1:])
+    return mixed(out[is_whole] * _PRIMES[2]), kept
+
+
+def mixed(hashes: Hashes) -> Hashes:
+    """Bring the high bits, which multiplication has spread best, to the low ones."""
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+def _hashed(eights: Hashes, starts: Offsets, lengths: Offsets) -> Hashes:
+    """Hash the bytes of each word, eight at a time; `eights` is the buffer's 8-byte number at each of its bytes."""
+    hashes = eights[starts]
+    hashes &= _FIRST_BYTES[np.minimum(lengths, 8)]
+    hashes *= _PRIMES[0]
+    done, longer = 8, np.flatnonzero(lengths > 8)
+    while len(longer) and done < LONGEST_WORD:
+        rest = eights[starts[longer] + done] & _FIRST_BYTES[np.minimum(lengths[longer] - done, 8)]
+        hashes[longer] = (mixed(hashes[longer]) + rest) * _PRIMES[1]
+        done += 8
+        longer = longer[lengths[longer] > done]
+    hashes[longer] += lengths[longer].astype(np.uint64) * _PRIMES[2]
+    return mixed(hashes)

@@ -1,0 +1,147 @@
+"""How many groups of each kind go to each side: whole numbers that keep the shares in every stratum and over all.
+
+Rounding each stratum alone would give every odd row to the same side; so what a stratum gets too much of, the next
+strata get less of (controlled rounding, Cox 1987, JASA 82; here greedy, with the sum of errors carried along).
+
+Shapes: C classes, groups of one stratum and one size; K sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+# Shares as whole numbers of billionths: sums are exact, and equal on every machine.
+PARTS: Final = 10**9
+# Multiplier and increment of Knuth's MMIX (The Art of Computer Programming 2, 3.3.4).
+LCG: Final = (6364136223846793005, 1442695040888963407)
+LCG_MASK: Final = 2**64 - 1
+
+
+class GroupClass(NamedTuple):
+    """Groups of one stratum and one size.
+
+    Attributes:
+        size: Rows of each group.
+        number: How many groups.
+        chance: 64 random bits, for the groups that no rounding places.
+    """
+
+    size: int
+    number: int
+    chance: int
+
+
+def share_parts(shares: Sequence[float]) -> list[int]:
+    """Return shares in billionths that sum to `PARTS`.
+
+    Raises:
+        ValueError: They do not sum to 1, or one is negative.
+    """
+    if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+        raise ValueError(f"shares {tuple(shares)}, which sum to {sum(shares)}")
+    parts = [round(share * PARTS) for share in shares]
+    parts[parts.index(max(parts))] += PARTS - sum(parts)
+    return parts
+
+
+def largest_remainder(total: int, weights: Sequence[int]) -> list[int]:
+    """Share out `total` by weights in whole numbers, each within 1 of its exact share (Hamilton's method)."""
+    whole = sum(weights)
+    counts = [total * weight // whole for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda side: -(total * weights[side] % whole))
+    for side in by_remainder[: total - sum(counts)]:
+        counts[side] += 1
+    return counts
+
+
+def class_counts(strata: Iterable[Sequence[GroupClass]], parts: Sequence[int]) -> list[list[list[int]]]:
+    """Return how many groups of each class go to each side.
+
+    Args:
+        strata: The classes of each stratum, from the largest groups to the smallest.
+        parts: Shares of the K sides, in billionths.
+
+    Returns:
+        [stratum][class][side].
+    """
+    rounding = _Rounding(parts)
+    return [rounding.stratum(classes) for classes in strata]
+
+
+@dataclass
+class _Sides:
+    """One stratum while it is shared out, in billionths of a row: `exact` wanted and `placed` of each side."""
+
+    exact: list[int]
+    placed: list[int]
+
+
+class _Rounding:
+    """Shares strata out, one after the other."""
+
+    def __init__(self, parts: Sequence[int]) -> None:
+        self._parts = parts
+        self._sides = [side for side, part in enumerate(parts) if part > 0]
+        # Of each side, how much the strata so far got too little of it.
+        self._owed = [0] * len(parts)
+
+    def stratum(self, classes: Sequence[GroupClass]) -> list[list[int]]:
+        """Return [class][side] and carry along what was rounded."""
+        num_rows = sum(size * number for size, number, _ in classes)
+        here = _Sides([num_rows * part for part in self._parts], [0] * len(self._parts))
+        counts = []
+        for found in classes:
+            counts.append(self._groups(found, here) if found.size > 1 else self._rows(found.number, here))
+            here.placed = [done + n * found.size * PARTS for done, n in zip(here.placed, counts[-1])]
+        self._owed = [owed + e - p for owed, e, p in zip(self._owed, here.exact, here.placed)]
+        return counts
+
+    def _rows(self, number: int, here: _Sides) -> list[int]:
+        """Single rows fill what groups left, so that each side ends within one row of its exact share."""
+        counts = [max(0, (exact - placed) // PARTS) for exact, placed in zip(here.exact, here.placed)]
+        if sum(counts) > number:
+            return largest_remainder(number, counts)
+        for _ in range(number - sum(counts)):
+            wanted = [e - p - n * PARTS for e, p, n in zip(here.exact, here.placed, counts)]
+            below = [side for side in self._sides if wanted[side] > 0] or self._sides
+            counts[max(below, key=lambda side: wanted[side] + self._owed[side])] += 1
+        return counts
+
+    def _groups(self, found: GroupClass, here: _Sides) -> list[int]:
+        """Groups of rows in proportion to the room of each side; those left over by chance, where they fit."""
+        size = found.size * PARTS
+        room = [self._room(side, size, here) for side in range(len(self._parts))]
+        if not any(room):
+            room = list(self._parts)
+        whole = sum(room)
+        counts = [found.number * here_room // whole for here_room in room]
+        over = [found.number * here_room % whole for here_room in room]
+        chance = found.chance
+        for _ in range(found.number - sum(counts)):
+            chance = (chance * LCG[0] + LCG[1]) & LCG_MASK
+            # Half a row too much is no reason to bar a side: single rows are rounded up too.
+            fits = [over[side] if (counts[side] + 1) * size < room[side] + PARTS else 0 for side in range(len(room))]
+            if any(fits):
+                side = _drawn(fits, chance)
+            else:
+                side = max(self._sides, key=lambda side: room[side] - counts[side] * size)
+            counts[side] += 1
+            over[side] = 0
+        return counts
+
+    def _room(self, side: int, size: int, here: _Sides) -> int:
+        # What other strata owe may move one group, not upset the shares of this stratum.
+        owed = min(max(self._owed[side], -size), size)
+        return max(0, here.exact[side] - here.placed[side] + owed)
+
+
+def _drawn(weights: Sequence[int], chance: int) -> int:
+    """Return a side with a probability in proportion to its weight."""
+    left = chance * sum(weights) >> 64
+    for side, weight in enumerate(weights):
+        left -= weight
+        if left < 0:
+            return side
+    raise AssertionError("the weights are those that were summed")

@@ -1,0 +1,205 @@
+"""The pass over one source: batches of its rows are rendered, proven, hashed and appended to the spool."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packhorse.data.formats.example import Example
+from packhorse.data.formats.rows import RowFormat
+from packhorse.data.places import source_name
+from packhorse.data.quality.contamination import EvaluationIndex
+from packhorse.data.quality.encoding import mend
+from packhorse.data.quality.keys import answer_keys, content_keys, prompt_keys
+from packhorse.data.quality.language import languages
+from packhorse.data.quality.signatures import signatures
+from packhorse.data.quality.texts import answer_text, prompt_text, row_text
+from packhorse.data.reading.mistakes import RowMistakes
+from packhorse.data.rendering.render import Rendered, Renderer, render_examples
+from packhorse.data.rendering.serving import check_serving
+from packhorse.data.spool import SpoolWriter
+from packhorse.errors import Mistake
+from packhorse.recipe.schema import DataSection, Source
+
+Use = Literal["train", "validation", "retain"]
+Watch = Callable[["SourceGathered", Sequence[Example], Sequence[Rendered]], None]
+"""Called with each batch of rows that can be trained on."""
+
+BATCH_ROWS: Final = 1000
+SERVED_ROWS: Final = 20
+KNOWN_WITHOUT_FIELD: Final = ("language", "source")
+# A number before a name, which puts names in order and is not shown.
+ORDER_END: Final = "\0"
+ORDER: Final = re.compile(r"\d{3,}\0")
+UNTRAINABLE: Final = {"preference": "preference pairs", "kto": "answers with a verdict (KTO)"}
+
+
+@dataclass(frozen=True, eq=False)
+class SourceGathered:
+    """One source.
+
+    Attributes:
+        source: As the recipe has it.
+        use: What its rows are for.
+        row_format: Found or declared.
+        mistakes: Its bad rows.
+    """
+
+    source: Source
+    use: Use
+    row_format: RowFormat
+    mistakes: RowMistakes
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return source_name(self.source)
+
+
+@dataclass
+class Strata:
+    """Codes of strata in the order of their first row; `sorted_codes` then makes them independent of it."""
+
+    codes: dict[str, int] = field(default_factory=dict)
+
+    def code(self, name: str) -> int:
+        """Return the code of a stratum, a new one where it is new."""
+        return self.codes.setdefault(name, len(self.codes))
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names as a person reads them, in the order of `sorted_codes`."""
+        return tuple(ORDER.sub("", name) for name in sorted(self.codes))
+
+    def sorted_codes(self, codes: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return int32 [R] places in the sorted names, for codes int32 [R]."""
+        place = {name: at for at, name in enumerate(sorted(self.codes))}
+        return np.array([place[name] for name in self.codes], np.int32)[codes] if len(codes) else codes
+
+
+@dataclass(frozen=True)
+class SourcePass:
+    """The pass over one source."""
+
+    data: DataSection
+    found: SourceGathered
+    number: int
+    renderer: Renderer
+    evaluated: EvaluationIndex | None
+    strata: Strata
+
+    def run(self, examples: Iterator[Example], spool: SpoolWriter, watch: Watch | None) -> tuple[frozenset[str], int]:
+        """Render and append all rows; return the fields that every one of them has, and how many there are."""
+        shared: set[str] | None = None
+        num_rows = 0
+        for number, batch in enumerate(_batches(examples)):
+            kept, rendered = self._render(batch, is_first=number == 0)
+            num_rows += len(batch) if self.found.row_format in UNTRAINABLE else len(kept)
+            if not kept:
+                continue
+            texts = [row_text(example) for example in kept]
+            spool.append(kept, rendered, self._signatures(kept, texts), self._columns(kept, texts))
+            for example in kept:
+                shared = set(example.fields) if shared is None else shared & example.fields.keys()
+            if watch is not None:
+                watch(self.found, kept, rendered)
+        return frozenset(shared or ()), num_rows
+
+    def _render(self, batch: list[Example], is_first: bool) -> tuple[list[Example], list[Rendered]]:
+        if self.found.row_format in UNTRAINABLE:
+            return [], []
+        if self.needed:
+            batch = [example for example in batch if self._has_fields(example)]
+        if self.data.fix_encoding:
+            batch = [_mended(example) for example in batch]
+        rendered = render_examples(self.renderer, batch, self.found.mistakes)
+        pairs = [(example, row) for example, row in zip(batch, rendered) if row is not None]
+        if is_first and self.found.row_format != "text":
+            check_serving(self.renderer, pairs[:SERVED_ROWS])
+        return [example for example, _ in pairs], [row for _, row in pairs]
+
+    @cached_property
+    def needed(self) -> list[str]:
+        """Fields that every row must have for the split."""
+        split = self.data.split
+        named = [name for name in split.stratify if name not in KNOWN_WITHOUT_FIELD]
+        return named + ([split.group_by] if split.group_by else [])
+
+    def _has_fields(self, example: Example) -> bool:
+        missing = [name for name in self.needed if name not in example.fields]
+        if missing:
+            self.found.mistakes.add(
+                Mistake(
+                    f"the row has no {' and no '.join(missing)}; its other fields are "
+                    f"{', '.join(example.fields) or 'none'}.",
+                    "data.split.stratify keeps the shares of a field equal on each side, data.split.group_by its "
+                    "values on one side.",
+                    "add the field to the row, or take it out of data.split.",
+                    example.where,
+                )
+            )
+        return not missing
+
+    def _signatures(self, examples: list[Example], texts: list[str]) -> dict[str, NDArray[np.uint32]]:
+        near = self.data.duplicates.near
+        answers = {"answers": signatures([answer_text(example) for example in examples])} if near == "drop" else {}
+        return {} if near == "ignore" else {"rows": signatures(texts), **answers}
+
+    def _columns(self, examples: list[Example], texts: list[str]) -> dict[str, NDArray[Any]]:
+        num_rows = len(examples)
+        if self.evaluated is None:
+            hits = [False] * num_rows
+        else:
+            hits = self.evaluated.hits(texts, [prompt_text(example) for example in examples])
+        return {
+            "keys": content_keys(examples),
+            "prompt_keys": prompt_keys(examples),
+            "answer_keys": answer_keys(examples),
+            "source": np.full(num_rows, self.number, np.int16),
+            "stratum": self._stratum_codes(examples, texts),
+            "conversation": self._conversations(examples),
+            "contaminated": np.array(hits, np.bool_),
+        }
+
+    def _stratum_codes(self, examples: list[Example], texts: list[str]) -> NDArray[np.int32]:
+        wanted = self.data.split.stratify
+        values = [self._values(name, examples, texts) for name in wanted]
+        names = [" · ".join(parts) for parts in zip(*values)] if wanted else [""] * len(examples)
+        return np.array([self.strata.code(name) for name in names], np.int32)
+
+    def _values(self, name: str, examples: list[Example], texts: list[str]) -> list[str]:
+        if name == "source":
+            # By its number first: what a file is called must not decide on which side a row stands.
+            return [f"{self.number:03}{ORDER_END}{self.found.name}"] * len(examples)
+        if name == "language" and not all(name in example.fields for example in examples):
+            return [str(example.fields.get(name) or code) for example, code in zip(examples, languages(texts))]
+        return [str(example.fields[name]) for example in examples]
+
+    def _conversations(self, examples: list[Example]) -> NDArray[np.uint64]:
+        name = self.data.split.group_by
+        if name is None:
+            return np.zeros(len(examples), np.uint64)
+        digests = [hashlib.blake2b(str(example.fields[name]).encode(), digest_size=8) for example in examples]
+        return np.frombuffer(b"".join(digest.digest() for digest in digests), np.uint64)
+
+
+def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == BATCH_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _mended(example: Example) -> Example:
+    turns = example.messages and tuple(replace(turn, content=mend(turn.content)) for turn in example.messages)
+    return replace(example, messages=turns, text=example.text and mend(example.text))

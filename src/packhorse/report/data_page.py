@@ -1,0 +1,186 @@
+"""data.html: one self-contained page of what an audit found, without scripts and without a request to anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, SourceAudit
+from packhorse.data.ledger import SIDES, Entry
+from packhorse.data.quality.scorecard import ScoreCard
+from packhorse.durable import sync_to_disk
+from packhorse.errors import UserError
+from packhorse.report.balance import balance
+from packhorse.report.findings import Finding, findings, measures
+from packhorse.report.histogram import PLOT_HEIGHT, histogram
+from packhorse.report.ledger_lines import ledger_lines
+from packhorse.report.readable import clipped, readable
+
+TEMPLATE: Final = "data_page.html.jinja"
+# A page of long rows still opens at once.
+LONGEST_PIECE_CHARACTERS: Final = 6_000
+LONGEST_COPY_CHARACTERS: Final = 600
+SHOWN_PLACES: Final = 8
+SHOWN_LABELS: Final = 12
+_NEWLINE: Final = Markup('<span class="newline" aria-hidden="true"></span>\n')
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at a glance: what, how much, and a line below it."""
+
+    label: str
+    value: str
+    below: str
+
+
+@dataclass(frozen=True)
+class Count:
+    """A label or a language: rows, and the length of its bar in percent of the longest."""
+
+    name: str
+    rows: int
+    share: float
+    bar: float
+
+
+@dataclass(frozen=True)
+class CardView:
+    """A score card as the page shows it."""
+
+    card: ScoreCard
+    source: SourceAudit | None
+    measures: tuple[Finding, ...]
+    languages: tuple[Count, ...]
+    labels: tuple[Count, ...]
+
+
+def render_data_page(report: AuditReport) -> str:
+    """Return the page as HTML; whatever stands in rows and names appears as text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_readable_text,
+    )
+    environment.filters.update(num="{:,}".format, pct=_percent, points=_points, lines=_lines)
+    return environment.get_template(TEMPLATE).render(
+        report=report,
+        tiles=_tiles(report),
+        lines=ledger_lines(report.ledger),
+        sides=[(side, report.splits[side]) for side in SIDES if side in report.splits],
+        balance=balance(report.splits, report.shares),
+        asked=_asked(report),
+        rows=[_clipped_row(row) for row in report.rows],
+        groups=[_clipped_group(group) for group in report.duplicates],
+        histogram=histogram(report.length_histogram, report.length_tokens),
+        plot_height=PLOT_HEIGHT,
+        cards=_cards(report),
+        shown_places=SHOWN_PLACES,
+        shown_labels=SHOWN_LABELS,
+    )
+
+
+def write_data_page(report: AuditReport, path: Path) -> None:
+    """Write the page under its name, whole or not at all; what stood there before is replaced.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    page = render_data_page(report)
+    draft = path.with_name(f"{path.name}.draft-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(page, encoding="utf-8")
+        sync_to_disk(draft)
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}.",
+            "it shows what was found in the data.",
+            "free space there, or set runs_folder to a folder that you may write.",
+        ) from error
+
+
+def _readable_text(value: object) -> object:
+    """Make hidden characters visible; text that is HTML already is of a class of its own and stays."""
+    return readable(value) if type(value) is str else value
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _lines(text: str) -> Markup:
+    """Return text with a sign before each newline, which could not be seen to be trained on otherwise."""
+    return _NEWLINE.join(readable(line) for line in text.split("\n"))
+
+
+def _points(deviation: float) -> str:
+    """Return a difference of shares in percentage points, with its sign."""
+    shown = f"{abs(deviation) * 100:.1f}"
+    if shown == "0.0":
+        return "±0.0"
+    return f"{'+' if deviation > 0 else '−'}{shown}"
+
+
+def _tiles(report: AuditReport) -> Iterator[Tile]:
+    ledger, at = report.ledger, report.length_percentiles
+    train = report.splits.get("train")
+    out = ledger.rows_in.rows - ledger.rows_kept
+    lost = f"{out:,} left out" if out else "none left out"
+    yield Tile("Rows read", f"{ledger.rows_in.rows:,}", f"{ledger.rows_kept:,} kept, {lost}")
+    if train is not None:
+        yield Tile(
+            "Trained on", f"{train.num_rows:,}", f"rows, in {train.num_packs:,} packs, {100 * train.fill:.2f} % full"
+        )
+    yield Tile("Supervised", f"{_percent(report.supervised_share)}", f"of {report.num_tokens:,} tokens")
+    if at:
+        yield Tile("Median row", f"{at[50]:,}", f"tokens; 99 % up to {at[99]:,}, longest {at[100]:,}")
+    # Whatever data.over_long does with such a row, one of these three counts it.
+    over = ledger.losses.get("over_long", Entry()).rows + ledger.truncated + ledger.split_rows
+    yield Tile("Longer than T", f"{over:,}", f"rows above {report.length_tokens:,} tokens")
+    found = sum(finding.rows for card in report.cards for finding in findings(card, ledger))
+    yield Tile("Findings", f"{found:,}", "in the score cards below" if found else "nothing in the score cards")
+
+
+def _asked(report: AuditReport) -> str:
+    return ", ".join(f"{side} {100 * share:g} %" for side, share in zip(SIDES, report.shares) if share > 0)
+
+
+def _clipped_row(row: RowAudit) -> RowAudit:
+    pieces = tuple((clipped(text, LONGEST_PIECE_CHARACTERS), supervised) for text, supervised in row.pieces)
+    return replace(row, pieces=pieces)
+
+
+def _clipped_group(group: DuplicateGroup) -> DuplicateGroup:
+    return replace(group, text=clipped(group.text, LONGEST_COPY_CHARACTERS))
+
+
+def _cards(report: AuditReport) -> Iterator[CardView]:
+    by_name = {source.name: source for source in report.sources}
+    for card in report.cards:
+        yield CardView(
+            card,
+            by_name.get(card.source),
+            measures(card, report.ledger),
+            tuple(_counts(card.languages)),
+            tuple(_counts(card.labels)),
+        )
+
+
+def _counts(rows_by_name: dict[str, int]) -> Iterator[Count]:
+    total, most = sum(rows_by_name.values()), max(rows_by_name.values(), default=0)
+    for name, rows in rows_by_name.items():
+        yield Count(name, rows, rows / total if total else 0.0, 100 * rows / most if most else 0.0)

@@ -1,0 +1,34 @@
+"""Rows through the formats as a source's rows go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packhorse.data.formats.example import Example
+from packhorse.data.formats.rows import convert_rows, resolve_format
+from packhorse.data.reading.mistakes import RowMistakes
+from packhorse.data.reading.sources import Row
+from packhorse.recipe.schema import Source
+
+USER = {"role": "user", "content": "hi"}
+BOT = {"role": "assistant", "content": "fine"}
+HUMAN = {"from": "human", "value": "hi"}
+GPT = {"from": "gpt", "value": "fine"}
+
+
+def convert(values: dict[str, Any], declared: Any = "auto", **source: Any) -> Example:
+    """The example of one row; raises the row's mistake."""
+    row = Row("rows.jsonl:7", values)
+    mistakes = RowMistakes("rows.jsonl")
+    given = Source.model_validate({"path": "rows.jsonl", "format": declared, **source})
+    examples = list(convert_rows([row], resolve_format(declared, row, given), mistakes, given))
+    mistakes.raise_if_any()
+    return examples[0]
+
+
+def turns(messages: Any) -> list[tuple[str, str, bool]]:
+    return [(turn.role, turn.content, turn.trained) for turn in messages or ()]
+
+
+def said(messages: Any) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content) for turn in messages or ()]

@@ -1,0 +1,115 @@
+"""`packhorse evaluate RUN --test`: opens the sealed rows once, and every report tells how often that was done."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from evaluate_cases import ROWS
+
+from packhorse.commands import evaluate as command
+from packhorse.errors import UserError
+from packhorse.evaluate.models import Subject
+from packhorse.recipe.schema import DataSection, EvaluationSection, Source
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny, tokenizer, request_of, monkeypatch):
+    """Finished runs on one prepared data folder; all that a plan is asked for here."""
+    tiny.save_pretrained(tmp_path / "weights")
+    plans = {}
+
+    def make(name, data):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        recipe = SimpleNamespace(
+            data=DataSection(sources=[Source(path="x")]),
+            evaluation=EvaluationSection(group_by="language", exact_match_rows=2, max_new_tokens=4),
+        )
+        plans[name] = SimpleNamespace(run_folder=str(folder), recipe=recipe, data=SimpleNamespace(folder=str(data)))
+        return folder
+
+    subject = Subject(request_of(tmp_path / "weights"), tmp_path / "weights", len(tokenizer))
+    monkeypatch.setattr(command, "open_run", plans.__getitem__)
+    monkeypatch.setattr(command, "require_data", lambda plan: plan.data)
+    monkeypatch.setattr(command, "_subject", lambda plan: (subject, tokenizer))
+    return make
+
+
+def kept(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def shown(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_test_rows_are_measured_once_and_every_report_says_so(make_run, write_data, capsys):
+    data = write_data(validation=ROWS[:4], test=ROWS[4:6])
+    first, second = make_run("first", data), make_run("second", data)
+    assert command.evaluate("first") == 0
+    assert "the test set was opened" not in shown(capsys)
+    assert kept(first, "evaluation.json")["num_test_looks"] == 0
+    assert not (first / "evaluation-test.json").exists()
+
+    assert command.evaluate("first", test=True) == 0
+    text = shown(capsys)
+    assert "the test set was opened once: first (" in text
+    assert "first/evaluation-test.json" in text
+    found = kept(first, "evaluation-test.json")
+    assert {line["set"] for line in found["lines"]} == {"test"}
+    assert [line["num_rows"] for line in found["lines"]] == [2, 2]
+    assert found["num_test_looks"] == 1
+
+    with pytest.raises(UserError, match="opened once: first"):
+        command.evaluate("second", test=True)
+    assert not (second / "evaluation-test.json").exists()
+
+    assert command.evaluate("second", test=True, again=True) == 0
+    assert "opened 2 times: first (" in shown(capsys)
+    assert [look["run"] for look in kept(second, "evaluation-test.json")["test_looks"]] == ["first", "second"]
+    assert command.evaluate("first") == 0
+    assert "opened 2 times" in shown(capsys)
+    assert kept(first, "evaluation.json")["num_test_looks"] == 2
+    assert {line["set"] for line in kept(first, "evaluation.json")["lines"]} == {"validation"}
+
+
+def test_a_killed_evaluation_has_looked(make_run, write_data, monkeypatch):
+    make_run("first", write_data(validation=ROWS[:2], test=ROWS[4:6]))
+    real = command.compare
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command.evaluate("first", test=True)
+    monkeypatch.setattr(command, "compare", real)
+    with pytest.raises(UserError, match="opened once"):
+        command.evaluate("first", test=True)
+
+
+def test_a_run_that_has_not_finished_does_not_look(make_run, write_data, monkeypatch):
+    data = write_data(validation=ROWS[:2], test=ROWS[4:6])
+    make_run("first", data)
+
+    def unfinished(_):
+        raise UserError("runs/first has no model folder.", "training writes it.", "let it finish.")
+
+    monkeypatch.setattr(command, "_subject", unfinished)
+    with pytest.raises(UserError, match="no model folder"):
+        command.evaluate("first", test=True)
+    assert kept(data, "data.json")["test_looks"] == []
+
+
+def test_no_test_rows_is_a_users_mistake(make_run, write_data):
+    make_run("first", write_data(validation=ROWS[:2]))
+    with pytest.raises(UserError, match="has no test rows"):
+        command.evaluate("first", test=True)
+
+
+def test_validation_is_measured_without_the_test_rows(make_run, write_data):
+    data = write_data(validation=ROWS[:2], test=ROWS[4:6])
+    (data / "test").rename(data / "elsewhere")
+    folder = make_run("first", data)
+    assert command.evaluate("first") == 0
+    assert kept(folder, "evaluation.json")["lines"][0]["num_rows"] == 2
