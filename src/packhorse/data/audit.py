@@ -44,7 +44,7 @@ def audit(recipe: Recipe) -> AuditReport:
     """
     watch = _Watch()
     with TemporaryDirectory(prefix="packhorse-check-") as folder:
-        settled = settle(recipe, Path(folder) / "spool", watch)
+        settled = settle(recipe, Path(folder) / "spool", watch, with_prompts=True)
         return _report(recipe, settled, watch)
 
 

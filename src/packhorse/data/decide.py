@@ -42,7 +42,7 @@ class Decision:
         losses: int8 [R], index into `REASONS`; -1 for a row that is kept.
         equal: int64 [R], rows of one label say the same; a label is the index of a row.
         alike: int64 [R], rows of one label say the same or nearly.
-        contradicting: bool [R], whether the row's prompt has another answer elsewhere.
+        contradicting: bool [R], whether the row's prompt has another answer elsewhere; none where it was not asked for.
         shares: Of train, validation and test.
         shares_reason: Why they are what they are.
         findings: Rows by what was seen, whatever became of them.
@@ -178,12 +178,13 @@ class _Pending:
     def decision(self) -> Decision:
         """Return the whole."""
         columns = self._columns
-        opposed = contradictions(columns.prompt_keys, columns.answer_keys)
+        opposed = np.zeros(len(columns), np.bool_)
+        if len(columns.prompt_keys):
+            opposed = contradictions(columns.prompt_keys, columns.answer_keys)
         copies, alike = (len(labels) - len(np.unique(labels)) for labels in (self._equal, self._alike))
         findings = {
             "exact_duplicates": copies,
             "near_duplicates": alike - copies,
-            "contradictions": int(np.count_nonzero(opposed)),
             "contaminated": int(np.count_nonzero(columns.contaminated)),
         }
         return Decision(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,6 +21,7 @@ from packhorse.data.quality.texts import prompt_text
 from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.data.reading.sources import read_rows
 from packhorse.data.rendering.render import Renderer, load_tokenizer, make_renderer
+from packhorse.data.rendering.serving import saved_form
 from packhorse.data.source_pass import UNTRAINABLE, SourceGathered, SourcePass, Strata, Use, Watch
 from packhorse.data.spool import Spool, SpoolWriter
 from packhorse.errors import Mistake, UserError
@@ -66,24 +69,54 @@ class Gathered:
         return sum(found.mistakes.num_rows for found in self.sources)
 
 
-def gather(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Gathered:
+def gather(recipe: Recipe, folder: Path, watch: Watch | None = None, with_prompts: bool = False) -> Gathered:
     """Read every row of every source once, into a spool in `folder`.
+
+    Args:
+        recipe: Names the sources, the tokenizer and what is done with rows.
+        folder: Made here.
+        watch: Sees each batch of rows that can be trained on.
+        with_prompts: Hash prompts and answers too, so that contradictions can be found.
 
     Raises:
         UserError: All rows that are not as they should be; under `data.on_bad_row: drop`, too many of them.
     """
+    with _collector_paused():
+        return _gather(recipe, folder, watch, with_prompts)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Let no pass of Python's cycle collector go over a tokenizer's vocabulary again and again: it took a third of all.
+
+    The pass over the sources collects after each batch what that batch left.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def _gather(recipe: Recipe, folder: Path, watch: Watch | None, with_prompts: bool) -> Gathered:
     tokenizer_folder = resolve_tokenizer(recipe)
     opened = _open_all(recipe)
     tokenizer = load_tokenizer(tokenizer_folder, recipe.data.template, recipe.model.trust_remote_code)
     has_chats = any(found.row_format != "text" for found, _ in opened)
     renderer = make_renderer(tokenizer, tokenizer_folder, recipe.data, has_chats)
+    served = saved_form(tokenizer, recipe.model.trust_remote_code)
     evaluated = _evaluation_index(recipe)
     strata = Strata()
     fields: list[frozenset[str]] = []
     mistakes: list[Mistake] = []
+    # The vocabularies are not looked at again.
+    gc.freeze()
     with SpoolWriter(folder, renderer.vocab_size) as spool:
         for number, (found, examples) in enumerate(opened):
-            one = SourcePass(recipe.data, found, number, renderer, evaluated, strata)
+            one = SourcePass(recipe.data, found, number, renderer, served, evaluated, strata, with_prompts)
             shared, num_rows = one.run(examples, spool, watch)
             fields.append(shared)
             mistakes += _not_taken(found, recipe.data, num_rows)

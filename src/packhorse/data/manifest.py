@@ -86,7 +86,7 @@ class DataManifest(_Frozen):
     """Fields that every row of validation and retain has beside its text, such as `language`."""
     ledger: Ledger
     findings: dict[str, int] = {}
-    """Rows that are copies, nearly copies, contradictions, contaminated, whatever became of them."""
+    """Rows that are copies, nearly copies or contaminated, whatever became of them."""
     notes: tuple[str, ...] = ()
     """What a person should know: strata too small, lengths that pack badly, frames taken for no copies."""
     test_looks: tuple[TestLook, ...] = ()

@@ -44,13 +44,13 @@ class Settled:
         return self.fitted.side(name)
 
 
-def settle(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Settled:
-    """Read all rows into a spool in `folder`, decide over each and pack the lengths.
+def settle(recipe: Recipe, folder: Path, watch: Watch | None = None, with_prompts: bool = False) -> Settled:
+    """Read all rows into a spool in `folder`, decide over each and pack the lengths; arguments as of `gather`.
 
     Raises:
         UserError: Anything about rows, tokenizer, template or lengths that the user can mend.
     """
-    gathered = gather(recipe, folder, watch)
+    gathered = gather(recipe, folder, watch, with_prompts)
     decision = decide(gathered, recipe)
     fitted = fit_lengths(gathered.spool, decision, recipe, gathered.num_bad, gathered.is_chat)
     packings = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import RowFormat
@@ -38,6 +40,7 @@ KNOWN_WITHOUT_FIELD: Final = ("language", "source")
 # A number before a name, which puts names in order and is not shown.
 ORDER_END: Final = "\0"
 ORDER: Final = re.compile(r"\d{3,}\0")
+NO_KEYS: Final = np.empty((0, 2), np.uint64)
 UNTRAINABLE: Final = {"preference": "preference pairs", "kto": "answers with a verdict (KTO)"}
 
 
@@ -91,8 +94,10 @@ class SourcePass:
     found: SourceGathered
     number: int
     renderer: Renderer
+    served: PreTrainedTokenizerBase
     evaluated: EvaluationIndex | None
     strata: Strata
+    with_prompts: bool
 
     def run(self, examples: Iterator[Example], spool: SpoolWriter, watch: Watch | None) -> tuple[frozenset[str], int]:
         """Render and append all rows; return the fields that every one of them has, and how many there are."""
@@ -109,6 +114,7 @@ class SourcePass:
                 shared = set(example.fields) if shared is None else shared & example.fields.keys()
             if watch is not None:
                 watch(self.found, kept, rendered)
+            gc.collect(0)
         return frozenset(shared or ()), num_rows
 
     def _render(self, batch: list[Example], is_first: bool) -> tuple[list[Example], list[Rendered]]:
@@ -120,8 +126,8 @@ class SourcePass:
             batch = [_mended(example) for example in batch]
         rendered = render_examples(self.renderer, batch, self.found.mistakes)
         pairs = [(example, row) for example, row in zip(batch, rendered) if row is not None]
-        if is_first and self.found.row_format != "text":
-            check_serving(self.renderer, pairs[:SERVED_ROWS])
+        if is_first:
+            check_serving(self.renderer, pairs[:SERVED_ROWS], self.served)
         return [example for example, _ in pairs], [row for _, row in pairs]
 
     @cached_property
@@ -159,8 +165,8 @@ class SourcePass:
             hits = self.evaluated.hits(texts, [prompt_text(example) for example in examples])
         return {
             "keys": content_keys(examples),
-            "prompt_keys": prompt_keys(examples),
-            "answer_keys": answer_keys(examples),
+            "prompt_keys": prompt_keys(examples) if self.with_prompts else NO_KEYS,
+            "answer_keys": answer_keys(examples) if self.with_prompts else NO_KEYS,
             "source": np.full(num_rows, self.number, np.int16),
             "stratum": self._stratum_codes(examples, texts),
             "conversation": self._conversations(examples),

@@ -39,14 +39,15 @@ class Columns:
 
     Attributes:
         keys: uint64 [R, 2], 128-bit hash of what a row says.
-        prompt_keys: uint64 [R, 2], of what comes before the last answer.
-        answer_keys: uint64 [R, 2], of the last answer.
+        prompt_keys: uint64 [R, 2], of what comes before the last answer; [0, 2] where it was not asked for.
+        answer_keys: uint64 [R, 2], of the last answer; likewise.
         source: int16 [R], index of the source.
         stratum: int32 [R], code of the values to stratify by.
         conversation: uint64 [R], hash of `data.split.group_by`'s value; 0 without it.
         contaminated: bool [R].
         tokens: int64 [R], length of the rendered row.
         labels: int64 [R], supervised tokens of the row but its first token.
+        text_bytes: int64 [R], size of the row in the file of texts.
     """
 
     keys: UInt64
@@ -58,6 +59,7 @@ class Columns:
     contaminated: NDArray[np.bool_]
     tokens: Int64
     labels: Int64
+    text_bytes: Int64
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -109,8 +111,10 @@ class SpoolWriter:
             if name not in self._signatures:
                 self._signatures[name] = (self.folder / SIGNATURES_FILE.format(name)).open("wb")
             self._signatures[name].write(values.tobytes())
-        marshal.dump([_plain(example) for example in examples], self._texts)
-        for name, values in {**columns, "tokens": lengths, "labels": labels}.items():
+        texts = [marshal.dumps(_plain(example)) for example in examples]
+        self._texts.writelines(texts)
+        text_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
+        for name, values in {**columns, "tokens": lengths, "labels": labels, "text_bytes": text_bytes}.items():
             self._columns[name].append(values)
 
     def finish(self) -> Spool:
@@ -146,13 +150,12 @@ class Spool:
         return np.memmap(file, np.uint32, mode="r", shape=(num_rows, file.stat().st_size // 4 // num_rows))
 
     def texts(self, wanted: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """Yield the rows of these indices, which rise: messages or text, fields, where."""
+        """Yield the rows of these indices: messages or text, fields, where."""
+        ends = np.cumsum(self.columns.text_bytes)
         with (self.folder / TEXTS_FILE).open("rb") as file:
-            first, batch = 0, marshal.load(file)  # noqa: S302  # written by this process, a moment ago
             for index in wanted:
-                while index >= first + len(batch):
-                    first, batch = first + len(batch), marshal.load(file)  # noqa: S302
-                yield _row(batch[index - first])
+                file.seek(int(ends[index] - self.columns.text_bytes[index]))
+                yield _row(marshal.load(file))  # noqa: S302  # written by this process, a moment ago
 
 
 def stretches(values: Mapped, starts: Int64, lengths: Int64) -> Iterator[Mapped]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from data_cases import TEMPLATE, save_tiny_tokenizer
-from rendering_cases import CHAT, byte_tokenizer, chat_of, refusal, render, text_of
+from rendering_cases import CHAT, byte_tokenizer, chat_of, loaded, pieces, refusal, render, text_of
 from tokenizers import Tokenizer, processors
 
 from packhorse.data.formats.example import Example, Message
@@ -95,6 +95,12 @@ def test_templates_that_would_train_wrongly(tmp_path: Path, template: str | None
             id="rewrites",
         ),
         pytest.param(
+            "{{ m.content | replace('hello', 'HELLO') }}",
+            chat_of(*CHAT),
+            "leaves out or rewrites what turn 3 (assistant) says: 'hello'",
+            id="rewrites an answer",
+        ),
+        pytest.param(
             "{{ m.content if m.role != 'system' }}",
             chat_of(*CHAT),
             "leaves out or rewrites what turn 1 (system) says: 'be kind'",
@@ -143,6 +149,19 @@ def test_rows_of_which_the_template_loses_something(
     message = refusal(folder, row)
     assert message.startswith("rows.jsonl:7: ")
     assert told in message
+
+
+def test_template_that_writes_the_answer_of_a_tool_as_json(tmp_path: Path) -> None:
+    content = "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+    folder = byte_tokenizer(tmp_path / "json", "<t>", "<e>", template=SAYS.replace("SAID", content))
+    chat = chat_of(CHAT[1], CHAT[2], Message("tool", 'says "31"\n'), CHAT[4])
+    (row,) = render(folder, chat)
+    assert pieces(loaded(folder, "tokenizer"), row) == [
+        ("<t>user:hi<e><t>assistant:", 0),
+        ("hello<e>", 1),
+        ('<t>tool:"says \\"31\\"\\n"<e><t>assistant:', 0),
+        ("fine<e>", 1),
+    ]
 
 
 def test_user_text_inside_the_markers_of_one_row_only(tmp_path: Path) -> None:

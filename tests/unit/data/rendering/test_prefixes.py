@@ -108,3 +108,12 @@ def test_chat_that_begins_with_an_answer() -> None:
     folder = shared("tokenizers/minimind-6k")
     message = refusal(folder, chat_of(CHAT[2]))
     assert message.startswith("rows.jsonl:7: the chat template refuses the chat (roles: assistant): ")
+
+
+def test_template_that_only_writes_the_last_answer_as_it_is_served(tmp_path: Path) -> None:
+    """Even the probe is refused, unless only the last turn is asked for."""
+    template = FORGETS.replace("<t>{{ m.role }}:", "<t>{{ m.role if loop.last or m.role != 'assistant' else 'old' }}:")
+    folder = byte_tokenizer(tmp_path / "old", "<t>", "<e>", template=template)
+    assert "set data.train_on.turns to last" in refusal(folder, chat_of(*CHAT))
+    (row,) = render(folder, chat_of(*CHAT), train_on={"turns": "last"})
+    assert pieces(loaded(folder, "tokenizer"), row)[1:] == [("fine<e>", 1)]
