@@ -1,6 +1,6 @@
 """How dear is preparing rows? One batched tokenizer call is the ceiling, TRL's preparation of the same rows the peer.
 
-    python benchmarks/prepare.py --rows FILE --tokenizer FOLDER [--rounds 3] [--log]
+    python benchmarks/prepare.py --rows FILE --tokenizer FOLDER [--rounds 3] [--write]
 
 FILE holds question and answer rows (JSONL), FOLDER a tokenizer with a chat template. All run in one process, in turn,
 round by round; CPU seconds of the whole process, threads included, medians of the rounds. The tokenizer call gets text
@@ -47,7 +47,7 @@ def main() -> None:
     words.add_argument("--rows", type=Path, required=True)
     words.add_argument("--tokenizer", type=Path, required=True)
     words.add_argument("--rounds", type=int, default=3)
-    words.add_argument("--log", action="store_true", help="append the table to docs/lab-log.md")
+    words.add_argument("--write", action="store_true", help="append the table to docs/lab-log.md")
     given = words.parse_args()
     datasets.disable_progress_bars()
     datasets.disable_caching()
@@ -63,7 +63,7 @@ def main() -> None:
         f" {lab_log.machine(2, ('tokenizers', 'transformers', 'trl'))}\n\n{table}"
     )
     print(text)
-    if given.log:
+    if given.write:
         lab_log.append("Preparing rows", text)
 
 

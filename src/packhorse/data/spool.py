@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.formats.example import Example
+from packhorse.data.mapped import release
 from packhorse.data.packs.store import token_type
 from packhorse.data.rendering.render import Rendered
 
@@ -170,6 +171,7 @@ def stretches(values: Mapped, starts: Int64, lengths: Int64) -> Iterator[Mapped]
         np.add.at(border, starts[first:last] - begin, 1)
         np.add.at(border, ends[first:last] - begin, -1)
         yield values[begin:end][np.cumsum(border[:-1], dtype=np.int8).view(np.bool_)]
+        release(values)
         first = last
 
 

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from packhorse.data.mapped import release
 from packhorse.data.quality.keys import Keys, distinct_rows
 
 Labels = NDArray[np.int64]
@@ -125,6 +126,7 @@ def _band_hashes(signatures: Signatures, band: slice) -> NDArray[np.uint64]:
             part ^= slot
             part *= _FOLD
             part ^= part >> np.uint64(29)
+        release(signatures)
     return hashes
 
 
