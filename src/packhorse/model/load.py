@@ -139,7 +139,22 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
             "it is neither in the local cache nor reachable, or its files are not complete.",
             "check the name and your access, fetch it once with `hf download`, or set model.path to a local folder.",
         ) from error
-    return model if quantized else model.to(request.device)
+    if not quantized:
+        return model.to(request.device)
+    _keep_as_stored(model)
+    return model
+
+
+def _keep_as_stored(model: PreTrainedModel) -> None:
+    """Let no forward pass repack the frozen weights.
+
+    On a CPU with AVX-512 BF16, bitsandbytes rewrites them at the first pass that takes no gradient, such as validation,
+    with scales rounded to bfloat16: what is trained on then changes midway, and widths that are no multiple of the
+    block end in an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _bits_and_bytes(request: ModelRequest) -> BitsAndBytesConfig:

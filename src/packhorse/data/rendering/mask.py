@@ -190,8 +190,8 @@ def _inside_a_token(text: str, span: TurnSpan) -> RowRefusedError:
     return RowRefusedError(
         f"turn {span.place + 1} begins inside a token: {excerpt(text, span.start)}",
         "a served prompt ends before the turn and is cut into other tokens than these, which the model never saw.",
-        "take the white space off the start of the turn, or mend the template so that a turn begins after a special "
-        "token.",
+        "take the white space off the start of the turn; or mend the template so that an answer begins after a special "
+        "token, or the white space before it stands inside its generation markers.",
     )
 
 
