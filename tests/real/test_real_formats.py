@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from packhorse.data.convert import Target, convert_file
+from packhorse.data.converting.convert import Target, convert_file
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
 from packhorse.data.reading.mistakes import RowMistakes

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from packhorse.commands.plan import pairs
-from packhorse.data.convert import Conversion, Target, convert_file
+from packhorse.data.converting.convert import Conversion, Target, convert_file
+from packhorse.data.converting.prices import RULE, TokenCount, default_epochs, read_prices
 from packhorse.data.formats.bad_row import closest
-from packhorse.data.prices import RULE, TokenCount, default_epochs, read_prices
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.recipe.schema import Format, Source
 

@@ -11,14 +11,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from packhorse.data.draw import draw
 from packhorse.data.gather import Gathered
 from packhorse.data.ledger import LOSSES, SIDES
 from packhorse.data.quality.contradictions import contradictions
 from packhorse.data.quality.duplicates import equal_groups, near_groups
-from packhorse.data.shares import resolve_shares
 from packhorse.data.source_pass import Use
-from packhorse.data.split import assign, replayed, too_small
+from packhorse.data.splitting.draw import draw
+from packhorse.data.splitting.shares import resolve_shares
+from packhorse.data.splitting.split import assign, replayed, too_small
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe, RetainSource
 
@@ -58,10 +58,6 @@ class Decision:
     shares_reason: str
     findings: dict[str, int]
     notes: tuple[str, ...]
-
-    def lost(self, reason: str) -> NDArray[np.bool_]:
-        """Return bool [R]: the rows left out for this reason."""
-        return np.asarray(self.losses == REASONS.index(reason))
 
 
 def decide(gathered: Gathered, recipe: Recipe) -> Decision:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from packhorse.data.decide import Decision, decide
 from packhorse.data.gather import Gathered, gather
@@ -14,8 +15,8 @@ from packhorse.data.source_pass import Watch
 from packhorse.recipe.schema import Recipe
 
 # The packs are part of the prepared data, whatever seed a run has.
-PACKING_SEED = 0
-HOW_TO_PACK_HELD_OUT = "best_fit"
+PACKING_SEED: Final = 0
+HOW_TO_PACK_HELD_OUT: Final = "best_fit"
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from packhorse.cli import main
-from packhorse.data.convert import CONTEXT_MARK, Target, convert_file
+from packhorse.data.converting.convert import CONTEXT_MARK, Target, convert_file
+from packhorse.data.converting.prices import default_epochs, estimated_tokens, read_prices
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.rows import convert_rows
-from packhorse.data.prices import default_epochs, estimated_tokens, read_prices
 from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.data.reading.sources import read_rows
 from packhorse.errors import UserError

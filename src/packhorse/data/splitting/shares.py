@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from packhorse.data.quotas import PARTS, largest_remainder, share_parts
+from packhorse.data.splitting.quotas import PARTS, largest_remainder, share_parts
 from packhorse.errors import UserError
 from packhorse.recipe.schema import SplitSection
 

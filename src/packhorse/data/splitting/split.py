@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from packhorse.data.quotas import GroupClass, class_counts, share_parts
-from packhorse.data.ranks import UInt64, mix, mixed_seed, ranks
+from packhorse.data.splitting.quotas import GroupClass, class_counts, share_parts
+from packhorse.data.splitting.ranks import UInt64, mix, mixed_seed, ranks
 
 Sides = NDArray[np.int8]
 Int64 = NDArray[np.int64]

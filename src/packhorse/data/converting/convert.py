@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from packhorse.data.converting.prices import TokenCount
 from packhorse.data.formats.bad_row import BadRowError, names
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.openai import LARGEST_FILE_BYTES, LEAST_EXAMPLES, to_openai
@@ -18,7 +19,6 @@ from packhorse.data.formats.rows import RowFormat, renamed_rows, resolve_format,
 from packhorse.data.formats.tools import TOOL_KEYS
 from packhorse.data.formats.writing import KEYS_READ, to_alpaca, to_messages
 from packhorse.data.places import source_name
-from packhorse.data.prices import TokenCount
 from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.data.reading.sources import Row, read_rows
 from packhorse.durable import sync_to_disk

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.places import source_name
-from packhorse.data.ranks import UInt64
-from packhorse.data.split import lowest
+from packhorse.data.splitting.ranks import UInt64
+from packhorse.data.splitting.split import lowest
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.schema import Source
 
