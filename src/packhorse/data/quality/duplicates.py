@@ -114,7 +114,10 @@ def _linked(signatures: Signatures, answers: Signatures | None, distinct: Labels
 def _alike(signatures: Signatures, first: Labels, second: Labels, threshold: float) -> NDArray[np.bool_]:
     """Return bool [pairs]: whether the share of equal slots, which estimates Jaccard, reaches the threshold."""
     least_equal = math.ceil(threshold * signatures.shape[1] - 1e-9)
-    return np.asarray((signatures[first] == signatures[second]).sum(axis=1) >= least_equal)
+    num_equal = (signatures[first] == signatures[second]).sum(axis=1)
+    # Pairs lie all over the file: a few of each page's rows would keep the whole of it in memory.
+    release(signatures)
+    return np.asarray(num_equal >= least_equal)
 
 
 def _band_hashes(signatures: Signatures, band: slice) -> NDArray[np.uint64]:
