@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from packhorse.commands.plan import require_data
-from packhorse.data.manifest import TestLook, read_manifest
+from packhorse.data.manifest import TestLook
 from packhorse.data.packs.store import SEALED_SPLIT
 from packhorse.data.rendering.render import load_tokenizer
-from packhorse.data.seal import open_test
+from packhorse.data.seal import looks_at, open_test
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
 from packhorse.evaluate.chat import chat as run_chat
@@ -66,9 +66,8 @@ def evaluate_run(plan: RunPlan) -> Comparison:
     """
     subject, tokenizer = _subject(plan)
     data_folder = Path(require_data(plan).folder)
-    manifest = read_manifest(data_folder)
     sets = read_sets(data_folder, plan.recipe.evaluation, trained_form(tokenizer, plan.recipe.data))
-    return _compared(plan, subject, tokenizer, sets, manifest.test_looks if manifest else (), EVALUATION_FILE)
+    return _compared(plan, subject, tokenizer, sets, looks_at(data_folder), EVALUATION_FILE)
 
 
 def evaluate_test(plan: RunPlan, again: bool = False) -> Comparison:

@@ -89,8 +89,10 @@ class DataManifest(_Frozen):
     """Rows that are copies, nearly copies or contaminated, whatever became of them."""
     notes: tuple[str, ...] = ()
     """What a person should know: strata too small, lengths that pack badly, frames taken for no copies."""
+    test_rows: str = ""
+    """16 hex digits over what the test rows say: the same rows are the same test set, whatever T is."""
     test_looks: tuple[TestLook, ...] = ()
-    """Each opening of the test set by `packhorse evaluate --test`."""
+    """Each opening of the test set by `packhorse evaluate --test`, here; rows prepared anew carry on the count."""
 
 
 def read_manifest(folder: Path) -> DataManifest | None:

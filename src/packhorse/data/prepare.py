@@ -181,6 +181,7 @@ def _manifest(recipe: Recipe, settled: Settled, splits: dict[str, SplitCounts]) 
         ledger=settled.fitted.ledger,
         findings=decision.findings,
         notes=settled.notes,
+        test_rows=settled.test_rows,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from filelock import FileLock
+from pydantic import ValidationError
 
 from packhorse.data.manifest import MANIFEST_FILE, DataManifest, TestLook, read_manifest
 from packhorse.data.packs.store import SEALED_SPLIT, PackStore, open_store
@@ -58,19 +59,42 @@ def record_look(data_folder: Path, run_name: str, when: str, again: bool = False
     _with_test(data_folder)
     try:
         # Two that look at once: one of them is the second.
-        with FileLock(data_folder / LOCK_FILE):
-            manifest = _with_test(data_folder)
-            if manifest.test_looks and not again:
-                raise _opened_before(data_folder, manifest.test_looks)
-            looks = (*manifest.test_looks, TestLook(run=run_name, at=when))
-            _rewrite(data_folder, manifest.model_copy(update={"test_looks": looks}))
+        with FileLock(data_folder.parent / LOCK_FILE):
+            manifest, before, look = _with_test(data_folder), looks_at(data_folder), TestLook(run=run_name, at=when)
+            if before and not again:
+                raise _opened_before(data_folder, before)
+            _rewrite(data_folder, manifest.model_copy(update={"test_looks": (*manifest.test_looks, look)}))
     except OSError as error:
         raise UserError(
             f"{data_folder / MANIFEST_FILE} cannot be written: {error.strerror or error}.",
             "a look at the test set is written down there before a row is read.",
             "free space there, or ask for the right to write in this folder.",
         ) from error
-    return looks
+    return (*before, look)
+
+
+def looks_at(data_folder: Path) -> tuple[TestLook, ...]:
+    """Return all looks at these test rows in the order of time, those at them under another T among them.
+
+    Prepared data beside this one that holds the same test rows counts: another `batch.length` breaks no seal.
+    """
+    mine = read_manifest(data_folder)
+    if mine is None:
+        return ()
+    looks = list(mine.test_looks)
+    for file in sorted(data_folder.parent.glob(f"*/{MANIFEST_FILE}")):
+        other = _manifest_of_today(file.parent)
+        if other is not None and other.content_hash != mine.content_hash and other.test_rows == mine.test_rows != "":
+            looks += other.test_looks
+    return tuple(sorted(looks, key=lambda look: look.at))
+
+
+def _manifest_of_today(folder: Path) -> DataManifest | None:
+    """What an earlier version of Packhorse prepared is split otherwise, and its manifest may have other fields."""
+    try:
+        return read_manifest(folder)
+    except ValidationError:
+        return None
 
 
 def describe_looks(looks: Sequence[TestLook]) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from packhorse.data.decide import Decision, decide
+import numpy as np
+
+from packhorse.data.decide import TEST, Decision, decide
 from packhorse.data.gather import Gathered, gather
 from packhorse.data.ledger import SIDES
 from packhorse.data.lengths import Documents, Fitted, fit_lengths
 from packhorse.data.packs.packing import Packing, pack, suggest_length
 from packhorse.data.source_pass import Watch
+from packhorse.data.spool import Spool
 from packhorse.recipe.schema import Recipe
 
 # The packs are part of the prepared data, whatever seed a run has.
@@ -28,12 +32,14 @@ class Settled:
         fitted: What becomes of each.
         packings: Side of the split to its packs.
         notes: What a person should know, in sentences.
+        test_rows: 16 hex digits over what the test rows say, whatever T is; empty where there are none.
     """
 
     gathered: Gathered
     fitted: Fitted
     packings: dict[str, Packing]
     notes: tuple[str, ...]
+    test_rows: str
 
     @property
     def decision(self) -> Decision:
@@ -60,7 +66,15 @@ def settle(recipe: Recipe, folder: Path, watch: Watch | None = None, with_prompt
         if len(lengths := fitted.side(side).lengths)
     }
     notes = (*decision.notes, *_packing_note(fitted.side("train"), packings["train"], recipe))
-    return Settled(gathered, fitted, packings, notes)
+    return Settled(gathered, fitted, packings, notes, _test_rows(gathered.spool, decision))
+
+
+def _test_rows(spool: Spool, decision: Decision) -> str:
+    keys = spool.columns.keys[decision.sides == TEST]
+    if len(keys) == 0:
+        return ""
+    in_order = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
+    return hashlib.sha256(in_order.astype("<u8").tobytes()).hexdigest()[:16]
 
 
 def fill(documents: Documents, packing: Packing, length_tokens: int) -> float:

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import save_tiny_tokenizer
+from data_cases import MakeRecipe, save_tiny_tokenizer
 
 from packhorse.recipe.schema import Recipe
-
-MakeRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from packhorse.recipe.schema import Recipe
+
+MakeRecipe = Callable[..., Recipe]
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 WORDS = ["<pad>", "<user>", "<bot>", "<sys>", "<end>", "[UNK]", "hi", "there", "how", "are", "you", "fine", "bye", "x"]
 TEMPLATE = (

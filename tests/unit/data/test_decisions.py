@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_cases import chat, write_lines
+from data_cases import MakeRecipe, chat, write_lines
 
-from conftest import MakeRecipe
 from packhorse.data.decide import joined
 from packhorse.data.ledger import Entry, Ledger
 from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import PreparedData, prepare
+from packhorse.data.seal import looks_at, record_look
 from packhorse.errors import UserError
 
 WORDS = ["hi", "there", "how", "are", "you", "fine", "bye", "x"]
@@ -272,3 +272,17 @@ def test_control_token_typed_by_a_user(make_recipe: MakeRecipe, tmp_path: Path) 
     assert "<end>" in refusal(make_recipe(path))
     prepared = prepare(make_recipe(path, data={**ALL_TRAINED, "control_tokens": "escape"}))
     assert all(ids.count(4) == 2 for ids in documents(prepared))
+
+
+def test_another_length_of_packs_breaks_no_seal(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", *rows(60))
+    short, long = (prepare(make_recipe(path, batch={"length": length})) for length in (32, 64))
+    (short.folder.parent / "older").mkdir()
+    (short.folder.parent / "older" / "data.json").write_text("{}")
+    other = prepare(make_recipe(path, data={"split": {"train": 0.7, "validation": 0.15, "test": 0.15, "seed": 7}}))
+    record_look(short.folder, "first", "2026-01-01T00:00:00+00:00")
+    with pytest.raises(UserError, match=r"opened once: first \(2026-01-01"):
+        record_look(long.folder, "second", "2026-01-02T00:00:00+00:00")
+    record_look(long.folder, "second", "2026-01-02T00:00:00+00:00", again=True)
+    assert [look.run for look in looks_at(short.folder)] == ["first", "second"]
+    assert looks_at(other.folder) == ()

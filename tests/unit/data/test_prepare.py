@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import chat, save_tiny_tokenizer, write_lines
+from data_cases import MakeRecipe, chat, save_tiny_tokenizer, write_lines
 
-from conftest import MakeRecipe
 from packhorse.data import prepare as prepare_module
 from packhorse.data.audit import audit
 from packhorse.data.identity import content_key, find_prepared
