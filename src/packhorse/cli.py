@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import inspect
 import io
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -150,6 +151,8 @@ SWITCHES = ("--resume", "--write", "--force", "--test", "--again")
 
 def run() -> None:
     """Entry point of the `packhorse` command."""
+    # peft imports bitsandbytes, which says on some processors that an optional kernel is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     sys.exit(main(sys.argv[1:]))
 
 
