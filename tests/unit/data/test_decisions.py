@@ -174,6 +174,8 @@ def test_long_text_is_parted_without_losing_a_token(make_recipe: MakeRecipe, tmp
     assert documents(prepared) == [[hi] * 9, [hi] * 9, [hi] * 7 + [stop], [bye, stop]]
     ledger = prepared.manifest.ledger
     assert (ledger.split_rows, ledger.kept["train"]) == (1, Entry(rows=2, tokens=28))
+    # The first token of each of the four documents has nothing before it that could predict it.
+    assert prepared.manifest.splits["train"].num_supervised_tokens == 28 - 4
 
 
 def test_long_chats_are_not_parted(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -186,9 +188,10 @@ def test_strata_by_source_and_language_need_no_field(make_recipe: MakeRecipe, tm
     one = write_lines(tmp_path / "one.jsonl", *rows(60, of="one"))
     two = write_lines(tmp_path / "two.jsonl", *rows(20, 100, of="two"))
     split = {"train": 0.8, "validation": 0.2, "test": 0.0, "stratify": ["source", "language"]}
-    prepared = prepare(make_recipe(str(one), str(two), data={"split": split}))
-    stores = open_store(prepared.folder, "validation").rows()
-    assert Counter(row["fields"]["of"] for row in stores) == {"one": 12, "two": 4}
+    for seed in (1, 2, 3):
+        prepared = prepare(make_recipe(str(one), str(two), data={"split": {**split, "seed": seed}}))
+        stored = open_store(prepared.folder, "validation").rows()
+        assert Counter(row["fields"]["of"] for row in stored) == {"one": 12, "two": 4}
 
 
 @pytest.mark.parametrize(
@@ -258,13 +261,29 @@ def test_joined_labels_follow_chains() -> None:
 
 
 def test_wrongly_decoded_text_is_mended_where_asked(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "rows.jsonl", *rows(20), chat("u:hi", "a:adiÃ³s mañana"))
-    data = {"fix_encoding": True, "split": {"train": 0.5, "validation": 0.5, "test": 0.0}}
-    prepared = prepare(make_recipe(path, data=data))
-    as_was = prepare(make_recipe(path, data={**data, "fix_encoding": False}))
-    answers = set(held_out(prepared, "validation")) | {"adiós mañana"}
-    assert "adiÃ³s mañana" not in answers
-    assert as_was.folder != prepared.folder
+    path = write_lines(
+        tmp_path / "rows.jsonl", *rows(20), chat("u:hi", "a:adiÃ³s mañana"), chat("u:hi", "a:adiós mañana")
+    )
+    as_was, mended = (prepare(make_recipe(path, data={"fix_encoding": fix})) for fix in (False, True))
+    assert [done.manifest.findings["exact_duplicates"] for done in (as_was, mended)] == [0, 1]
+
+
+def test_row_is_counted_where_it_is_first_lost(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    asked = "x hi how you bye there are fine x hi bye you there"
+    path = write_lines(tmp_path / "rows.jsonl", *rows(40), *([chat(f"u:{asked}", "a:fine")] * 3))
+    evaluation = write_lines(tmp_path / "evaluation.jsonl", {"prompt": asked, "completion": "fine"})
+    data = {
+        "decontaminate": {"against": [{"path": str(evaluation)}], "action": "drop"},
+        "duplicates": {"exact": "drop"},
+    }
+    assert losses(prepare(make_recipe(path, data=data))) == {"duplicate": 2, "contaminated": 1}
+
+
+def test_the_test_rows_have_one_name_whatever_the_order_of_the_file(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    one = prepare(make_recipe(write_lines(tmp_path / "one.jsonl", *rows(60))))
+    two = prepare(make_recipe(write_lines(tmp_path / "two.jsonl", *reversed(rows(60)))))
+    assert one.folder != two.folder
+    assert one.manifest.test_rows == two.manifest.test_rows != ""
 
 
 def test_control_token_typed_by_a_user(make_recipe: MakeRecipe, tmp_path: Path) -> None:
