@@ -13,13 +13,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 from packhorse.commands.plan import pairs
 from packhorse.data.audit import audit
 from packhorse.data.audit_report import AuditReport
+from packhorse.data.places import runs_folder_of
 from packhorse.data.prepare import PreparedData
 from packhorse.data.prepare import prepare as prepare_data
 from packhorse.errors import EXIT_OK
 from packhorse.launching.run_folder import relative
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
-from packhorse.recipe.locate import expand
 from packhorse.recipe.schema import Recipe
 from packhorse.report.data_page import write_data_page
 from packhorse.report.readable import readable
@@ -73,7 +73,7 @@ def prepare_with_progress(recipe: Recipe, console: Console) -> PreparedData:
 
 def page_path(recipe: Recipe) -> Path:
     """Where `packhorse check` writes its page."""
-    return Path(expand(recipe.runs_folder)).expanduser() / ".check" / recipe.name / "data.html"
+    return runs_folder_of(recipe) / ".check" / recipe.name / "data.html"
 
 
 @contextmanager

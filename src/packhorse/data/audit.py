@@ -52,16 +52,18 @@ class _Watch:
     """Looks at rows as they pass: keeps the score of each source, and the first rows of all."""
 
     def __init__(self) -> None:
-        self.keepers: dict[str, ScoreKeeper] = {}
+        # By the source itself: two may be called alike, such as subsets of one hub data set.
+        self.keepers: dict[SourceGathered, ScoreKeeper] = {}
         self.rows: list[tuple[int, Example, Rendered]] = []
         self._num_seen = 0
-        self._source, self._num_wanted = "", 0
+        self._source: SourceGathered | None = None
+        self._num_wanted = 0
 
     def __call__(self, found: SourceGathered, examples: Sequence[Example], rendered: Sequence[Rendered]) -> None:
-        keeper = self.keepers.setdefault(found.name, ScoreKeeper(found.name))
+        keeper = self.keepers.setdefault(found, ScoreKeeper(found.name))
         keeper.add(examples, [len(row.ids) for row in rendered])
-        if found.name != self._source:
-            self._source, self._num_wanted = found.name, SHOWN_ROWS_OF_A_SOURCE
+        if found is not self._source:
+            self._source, self._num_wanted = found, SHOWN_ROWS_OF_A_SOURCE
         wanted = min(self._num_wanted, SHOWN_ROWS - len(self.rows))
         self._num_wanted -= min(wanted, len(examples))
         self.rows += [
@@ -132,7 +134,7 @@ def _card(settled: Settled, number: int, watch: _Watch) -> ScoreCard:
     here = columns.source == number
     copies, alike = _later_rows(decision.equal), _later_rows(decision.alike)
     found = settled.gathered.sources[number]
-    keeper = watch.keepers.get(found.name) or ScoreKeeper(found.name)
+    keeper = watch.keepers.get(found) or ScoreKeeper(found.name)
     return keeper.card(
         exact_duplicates=int(np.count_nonzero(copies & here)),
         near_duplicates=int(np.count_nonzero(alike & ~copies & here)),
@@ -154,8 +156,8 @@ def _later_rows(labels: Int64) -> NDArray[np.bool_]:
 def _largest_groups(settled: Settled) -> tuple[DuplicateGroup, ...]:
     labels = settled.decision.alike
     found, counts = np.unique(labels, return_counts=True)
-    largest = found[np.argsort(-counts, kind="stable")][:SHOWN_GROUPS]
-    return tuple(_group(settled, int(label)) for label in largest if np.count_nonzero(labels == label) > 1)
+    largest = np.argsort(-counts, kind="stable")[:SHOWN_GROUPS]
+    return tuple(_group(settled, int(found[at])) for at in largest if counts[at] > 1)
 
 
 def _group(settled: Settled, label: int) -> DuplicateGroup:

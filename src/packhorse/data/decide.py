@@ -67,7 +67,7 @@ def decide(gathered: Gathered, recipe: Recipe) -> Decision:
         UserError: Fewer rows than asked for, rows of validation among those of training, or a side without a row.
     """
     pending = _Pending(gathered, recipe)
-    for use in ("train", "validation", "retain"):
+    for use in USES:
         pending.group(use)
     pending.draw_rows()
     pending.drop_duplicates()

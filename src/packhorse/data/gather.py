@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
-from packhorse.data.places import resolve_tokenizer, source_name
+from packhorse.data.places import resolve_tokenizer, runs_folder_of, source_name
 from packhorse.data.quality.contamination import EvaluationIndex
 from packhorse.data.quality.texts import prompt_text
 from packhorse.data.reading.mistakes import RowMistakes
@@ -25,7 +25,6 @@ from packhorse.data.rendering.serving import saved_form
 from packhorse.data.source_pass import UNTRAINABLE, SourceGathered, SourcePass, Strata, Use, Watch
 from packhorse.data.spool import Spool, SpoolWriter
 from packhorse.errors import Mistake, UserError
-from packhorse.recipe.locate import expand
 from packhorse.recipe.schema import DataSection, Recipe, Source
 
 Opened = tuple[SourceGathered, Iterator[Example]]
@@ -149,11 +148,6 @@ def _open_all(recipe: Recipe) -> list[Opened]:
     if mistakes:
         raise UserError.of(mistakes)
     return opened
-
-
-def runs_folder_of(recipe: Recipe) -> Path:
-    """Return the folder of runs, expanded."""
-    return Path(expand(recipe.runs_folder)).expanduser()
 
 
 def _open(source: Source, use: Use, runs_folder: Path) -> Opened:

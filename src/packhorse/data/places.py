@@ -41,7 +41,12 @@ NAMED_TEMPLATES: Final[Mapping[str, tuple[str, ...]]] = {
 
 def data_root(recipe: Recipe) -> Path:
     """Return the folder of prepared data."""
-    return Path(expand(recipe.runs_folder)).expanduser() / ".data"
+    return runs_folder_of(recipe) / ".data"
+
+
+def runs_folder_of(recipe: Recipe) -> Path:
+    """Return the folder of runs, with `${env:NAME}` and `~` expanded."""
+    return Path(expand(recipe.runs_folder)).expanduser()
 
 
 def source_name(source: Source) -> str:
@@ -143,7 +148,7 @@ def resolve_tokenizer(recipe: Recipe) -> Path:
             "a model made from model.config has no tokenizer of its own.",
             "set model.tokenizer to a folder, a hub name or builtin:tokenizer.",
         )
-    runs_folder = Path(expand(recipe.runs_folder)).expanduser()
+    runs_folder = runs_folder_of(recipe)
     if text.startswith(BUILTIN):
         return _builtin(text, runs_folder).absolute()
     folder = locate(text, runs_folder)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from data_cases import MakeRecipe, chat, write_lines
 
+from packhorse.data.audit import audit
 from packhorse.data.decide import joined
 from packhorse.data.ledger import Entry, Ledger
 from packhorse.data.packs.store import open_store
@@ -305,3 +306,10 @@ def test_another_length_of_packs_breaks_no_seal(make_recipe: MakeRecipe, tmp_pat
     record_look(long.folder, "second", "2026-01-02T00:00:00+00:00", again=True)
     assert [look.run for look in looks_at(short.folder)] == ["first", "second"]
     assert looks_at(other.folder) == ()
+
+
+def test_sources_of_one_name_have_score_cards_of_their_own(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", *rows(60))
+    report = audit(make_recipe({"path": str(path), "rows": 30}, data={"retain": [{"path": str(path)}]}))
+    assert [card.num_rows for card in report.cards] == [60, 60]
+    assert len({row.where for row in report.rows}) < len(report.rows) <= 8
