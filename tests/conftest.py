@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+import shared_folder
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
 
@@ -15,12 +15,7 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLEL
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real rows, tokenizers and a real small model beside the checkout."""
-    folder = ROOT.parent / "shared"
-    if folder.is_dir():
-        return folder
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{folder} is absent; under CI real data must be there")
-    pytest.skip(f"{folder} is absent: real rows and models are not part of a clone")
+    return shared_folder.shared()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

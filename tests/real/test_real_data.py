@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,9 @@ from packhorse.data.prepare import prepare
 from packhorse.data.reading.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe, Source
+from shared_folder import shared
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 QWEN, MISTRAL, GPT2 = "qwen2-151k", "mistral-v3-32768", "gpt2-50k"
-
-
-def shared(name: str) -> Path:
-    path = SHARED / name
-    if not path.exists():
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{path} is missing")
-        pytest.skip(f"{path} is absent, as in a user's clone")
-    return path
 
 
 def recipe_of(runs: Path, file: Path, tokenizer: str, length: int = 2048, **data: Any) -> Recipe:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from packhorse.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
-SHARED = Path(__file__).resolve().parents[4] / "shared"
 WORDS = ["<pad>", "<user>", "<bot>", "<sys>", "<end>", "[UNK]", "hi", "there", "how", "are", "you", "fine", "bye", "x"]
 TEMPLATE = (
     "{% for message in messages %}"
@@ -24,16 +21,6 @@ TEMPLATE = (
     "{% else %}<user>{{ message['content'] }}<end>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 )
-
-
-def shared(name: str) -> Path:
-    """A real file or folder beside the checkout."""
-    path = SHARED / name
-    if not path.exists():
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{path} is missing")
-        pytest.skip(f"{path} is absent, as in a user's clone")
-    return path
 
 
 def save_tiny_tokenizer(folder: Path, template: str | None = TEMPLATE, **config: Any) -> Path:

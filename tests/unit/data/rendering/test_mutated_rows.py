@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from data_cases import shared
 from rendering_cases import chat_of, loaded, renderer_of
 
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.data.rendering.render import render_examples
+from shared_folder import shared
 
 PIECES = [
     *(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_cases import shared
 from rendering_cases import CHAT, byte_tokenizer, chat_of, loaded, pieces, refusal, render
 
 from packhorse.data.formats.example import Message
+from shared_folder import shared
 
 # Removes what was thought before the last question, as Qwen 3 does.
 FORGETS = (

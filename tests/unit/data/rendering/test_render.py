@@ -3,13 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_cases import TEMPLATE, save_tiny_tokenizer, shared
+from data_cases import TEMPLATE, save_tiny_tokenizer
 from rendering_cases import byte_tokenizer, chat_of, data_section, loaded, pieces, refusal, render, renderer_of, text_of
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Message
 from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.data.rendering.render import load_tokenizer, make_renderer, render_examples
+from shared_folder import shared
 
 THREE_TURNS = (
     Message("system", "you are there"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_cases import shared
 from rendering_cases import CHAT, byte_tokenizer, chat_of, renderer_of, text_of
 from tokenizers import normalizers, processors
 
@@ -14,6 +13,7 @@ from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.data.rendering.render import Rendered, Renderer, check_serving, load_tokenizer, render_examples
 from packhorse.data.rendering.serving import saved_form
 from packhorse.errors import UserError
+from shared_folder import shared
 
 ROWS = [chat_of(*CHAT), text_of("plain"), chat_of(Message("user", "Ünïcode \n"), Message("assistant", "fine"))]
 
