@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from packhorse.errors import UserError
-from packhorse.recipe.schema import LoraMethod, QloraMethod
+from packhorse.recipe.methods import LoraMethod, QloraMethod
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch
 class Quantization:
     """4-bit storage of frozen weights (Dettmers et al. 2023, arXiv 2305.14314)."""
 
-    kind: Literal["nf4", "fp4"]
+    kind: Literal["nf4", "fp4", "int8"]
     double: bool
     compute_dtype: torch.dtype
 

@@ -34,7 +34,7 @@ def make_plan(recipe: Recipe, ask: Ask, here: Hardware, data: DataFacts | None) 
         UserError: The processes cannot share the batch, or the nodes the processes.
     """
     topology, processes = choose_topology(recipe.parallel, ask, here)
-    batch, micro = choose_batch(recipe.batch, topology.world_size)
+    batch, micro = choose_batch(recipe.batch, topology.data_ranks)
     folder = run_folder_of(recipe)
     steps_per_epoch = math.ceil(data.num_packs / batch.packs_per_step) if data else None
     num_steps, steps = _count_steps(recipe, steps_per_epoch)
@@ -102,6 +102,6 @@ def _dtype(recipe: Recipe) -> Decision:
         return Decision(name="model.dtype", value=asked, reason="model.dtype of the recipe")
     if recipe.precision == "fp32":
         return Decision(name="model.dtype", value="float32", reason="precision is fp32")
-    if recipe.method.kind == "full":
+    if recipe.method.trains_base:
         return Decision(name="model.dtype", value="float32", reason="trained weights keep fp32 masters under bf16")
     return Decision(name="model.dtype", value="bfloat16", reason="frozen weights need no fp32 masters")

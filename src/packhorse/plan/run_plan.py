@@ -34,15 +34,24 @@ class Topology(PlanPart):
     processes_per_node: int
     threads_per_process: int
     """CPU threads of each process."""
+    sequence: int = 1
+    """Processes that share each pack, a part of its tokens each; neighbours in rank."""
+    shard_group: int | None = None
+    """Processes that hold one copy of the weights together under hsdp."""
 
     @property
     def world_size(self) -> int:
         """Processes in all."""
         return self.num_nodes * self.processes_per_node
 
+    @property
+    def data_ranks(self) -> int:
+        """Shares that each step's packs are dealt into."""
+        return self.world_size // self.sequence
+
 
 class BatchSplit(PlanPart):
-    """How one optimizer step is shared: packs = world size x accumulation steps x micro packs."""
+    """How one optimizer step is shared: packs = data ranks x accumulation steps x micro packs."""
 
     length_tokens: int
     packs_per_step: int

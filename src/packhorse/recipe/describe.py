@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from packhorse.recipe.schema import LoraMethod, Recipe
+from packhorse.recipe.methods import LoraMethod
+from packhorse.recipe.schema import Recipe
 from packhorse.recipe.schema_view import JsonSchema, fields_of, recipe_schema, resolve, words_for
 
 TABLE_HEAD = "| field | takes | default | meaning |\n|---|---|---|---|"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from packhorse.recipe.findings import Finding
-from packhorse.recipe.schema import BatchSection, FullMethod, ModelSection, Recipe, Source
+from packhorse.recipe.methods import LoraMethod
+from packhorse.recipe.schema import BatchSection, ModelSection, Recipe, Source
 from packhorse.recipe.schema_view import KeyPath, join_words
 
 SHARES_TOLERANCE = 1e-6
@@ -74,7 +75,7 @@ def _fresh_model_rules(recipe: Recipe) -> Iterator[Finding]:
             "a fresh model has no tokenizer of its own.",
             "add model.tokenizer: a folder, a hub name, or builtin:tokenizer",
         )
-    if not isinstance(recipe.method, FullMethod):
+    if not recipe.method.trains_base:
         yield Finding(
             (("method",), ("model", "config")),
             f"method is {recipe.method.kind}, but model.config starts from random weights.",
@@ -85,7 +86,7 @@ def _fresh_model_rules(recipe: Recipe) -> Iterator[Finding]:
 
 def _method_rules(recipe: Recipe) -> Iterator[Finding]:
     method = recipe.method
-    if not isinstance(method, FullMethod) and method.target == []:
+    if isinstance(method, LoraMethod) and method.target == []:
         yield Finding(
             (("method", "target"),),
             "method.target is an empty list.",

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
-Engine = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
+from packhorse.recipe.methods import LoraMethod, Method
+from packhorse.recipe.section import Fraction, Name, PositiveFloat, Section
+
+Engine = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "fsdp2", "hsdp"]
+OptimizerName = Literal[
+    "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "lion_8bit", "muon"
+]
 Format = Literal[
     "auto",
     "messages",
@@ -22,15 +28,6 @@ Format = Literal[
     "preference",
     "kto",
 ]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-
-
-class Section(BaseModel):
-    """A part of the recipe: immutable, and without room for a key that nobody reads."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
 
 
 class ModelSection(Section):
@@ -50,45 +47,10 @@ class ModelSection(Section):
     """How weights are stored. `auto`: float32 where they are trained, bfloat16 where frozen and `precision` is bf16."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     """Attention kernel that keeps packed documents apart. `auto`: varlen on CUDA, else SDPA per document."""
+    new_tokens: list[str] = []
+    """Tokens that the tokenizer lacks, added to it; beside an adapter, only their own rows of the embedding train."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
-
-
-class FullMethod(Section):
-    """Train every weight."""
-
-    kind: Literal["full"] = "full"
-
-
-class LoraMethod(Section):
-    """Train low-rank adapters beside frozen weights (Hu et al. 2021, arXiv 2106.09685)."""
-
-    kind: Literal["lora"] = "lora"
-    rank: PositiveInt = 32
-    """Rank r of the adapters."""
-    alpha: PositiveFloat = 64.0
-    """Scale: the adapter's output is multiplied by alpha / rank."""
-    dropout: Fraction = 0.05
-    """Dropout on the adapter's input."""
-    target: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules that get an adapter: all linear layers but the output head, or names."""
-
-
-class QloraMethod(LoraMethod):
-    """LoRA beside weights stored in 4 bits (Dettmers et al. 2023, arXiv 2305.14314)."""
-
-    kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
-    quantization: Literal["nf4", "fp4"] = "nf4"
-    """4-bit type of the frozen weights."""
-    double_quantization: bool = True
-    """Quantise the quantisation constants too: about 0.4 bits less per weight."""
-
-
-def _kind_alone(value: object) -> object:
-    return {"kind": value} if isinstance(value, str) else value
-
-
-Method = Annotated[FullMethod | LoraMethod | QloraMethod, Discriminator("kind"), BeforeValidator(_kind_alone)]
 
 
 class Source(Section):
@@ -218,10 +180,10 @@ class BatchSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); no decay on biases and norms."""
+    """How gradients become steps; no decay on biases and norms."""
 
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: OptimizerName = "adamw"
+    """AdamW (arXiv 1711.05101), its states in 8 bits or paged, Adafactor (1804.04235), Lion (2302.06675) or Muon."""
     learning_rate: PositiveFloat
     """Peak learning rate, reached after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
@@ -230,15 +192,21 @@ class OptimizerSection(Section):
     """Decay of the running mean of the gradient and of its square."""
     epsilon: PositiveFloat = 1e-8
     """Added to the denominator."""
-    clip_norm: PositiveFloat = 1.0
-    """The gradient's global norm is scaled down to this."""
+    momentum: Fraction = 0.95
+    """Muon's, for the matrices of the layers; all other weights take AdamW's steps beside it."""
+    clip_norm: PositiveFloat | None = 1.0
+    """The gradient's global norm is scaled down to this; null: it is not."""
+    in_backward: bool = False
+    """Step each weight as soon as its gradient is there, so that no two gradients exist at once."""
 
 
 class ScheduleSection(Section):
     """Learning rate over the steps."""
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course after the warm-up."""
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Course after the warm-up; `wsd`: constant, then down to the end (warmup-stable-decay, arXiv 2404.06395)."""
+    decay_ratio: Fraction = 0.1
+    """Share of all steps over which `wsd` goes down."""
     warmup_ratio: Fraction = 0.03
     """Share of all steps over which the learning rate rises linearly from 0."""
     warmup_steps: PositiveInt | None = None
@@ -251,11 +219,19 @@ class ParallelSection(Section):
     """How devices share the work."""
 
     engine: Engine = "ddp"
-    """What is sharded: nothing (ddp), optimizer (zero1), gradients too (zero2), weights too (zero3, fsdp2)."""
+    """What is sharded: nothing (single, ddp), optimizer (zero1), gradients too (zero2), weights too (zero3, fsdp2)."""
     processes: PositiveInt | Literal["auto"] = "auto"
     """Processes in all, one a GPU. `auto`: every GPU of this machine, or one process on the CPU."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more compute, far less memory."""
+    sequence: PositiveInt = 1
+    """Processes that share each pack, a part of its tokens each (Ulysses, arXiv 2309.14509): for a long T."""
+    shard_group: PositiveInt | None = None
+    """Processes that shard one copy of the weights under `hsdp`; absent, those of one node."""
+    nvme: str | None = None
+    """Folder on a fast local disk for what `zero3_nvme` keeps there."""
+    checkpointing: bool | PositiveInt = False
+    """Recompute activations in the backward pass: a third more compute, far less memory; n: of every n-th layer."""
+    offload_activations: bool = False
+    """Keep what is stored for the backward pass in host memory."""
 
 
 class EvaluationSection(Section):
@@ -287,6 +263,8 @@ class TrackSection(Section):
 
     every_steps: PositiveInt = 1
     """A line of figures each so many steps."""
+    noise_scale: bool = False
+    """Measure the gradient noise scale, which says how large a batch still helps (arXiv 1812.06162)."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """Weights & Biases; `auto`: online where a key is set, else offline in the run folder."""
     wandb_project: str = "packhorse"
@@ -306,7 +284,7 @@ class Recipe(Section):
     """Folder of run folders and prepared data; on a cluster, one that all nodes see."""
     model: ModelSection
     method: Method = LoraMethod()
-    """`full`, `lora` or `qlora`, with its fields."""
+    """What is trained: `full`, `partial`, `lora`, `qlora`, `ia3`, `prompt_tuning`, `prefix_tuning`, and its fields."""
     data: DataSection
     batch: BatchSection = BatchSection()
     optimizer: OptimizerSection
@@ -315,8 +293,10 @@ class Recipe(Section):
     """Optimizer steps; or give `epochs`."""
     epochs: PositiveInt | None = None
     """Passes over the training rows; or give `steps`."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the forward and backward pass."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Arithmetic of the forward and backward pass; fp16 with a loss scaler."""
+    tf32: bool = False
+    """Let fp32 matrix products of NVIDIA GPUs round their inputs to 10 bits (TF32): faster, not exact."""
     parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()

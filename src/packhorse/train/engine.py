@@ -41,7 +41,7 @@ class Engine:
     model: nn.Module
     optimizer: Optimizer
     gradient_factor: float
-    clip_norm: float
+    clip_norm: float | None
     control: dist.ProcessGroup | None
 
     @property
@@ -75,7 +75,7 @@ class Engine:
         if self.is_deepspeed:
             whole: Tensor | float = self.model.get_global_grad_norm()  # type: ignore[operator]
             return whole
-        norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm

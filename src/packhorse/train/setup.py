@@ -15,7 +15,7 @@ from packhorse.model.attention import register_attention
 from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
-from packhorse.recipe.schema import QloraMethod
+from packhorse.recipe.methods import LoraMethod, QloraMethod
 from packhorse.train.objective import install_loss_head
 
 
@@ -66,7 +66,7 @@ def training_model(
         return adapted.train()
     # Adapters are drawn at random: every rank must draw the same.
     torch.manual_seed(plan.recipe.seed)
-    assert plan.recipe.method.kind != "full"
+    assert isinstance(plan.recipe.method, LoraMethod)
     return add_lora(model, plan.recipe.method).train()
 
 

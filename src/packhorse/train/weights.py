@@ -19,8 +19,8 @@ from packhorse.train.engine import Engine
 
 
 def weights_folder_name(plan: RunPlan) -> str:
-    """`model` for full fine-tuning, else `adapter`."""
-    return "model" if plan.recipe.method.kind == "full" else "adapter"
+    """`model` where its own weights are trained, else `adapter`."""
+    return "model" if plan.recipe.method.trains_base else "adapter"
 
 
 def gather_trainable(engine: Engine, is_main: bool) -> dict[str, Tensor]:

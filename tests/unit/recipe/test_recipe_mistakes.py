@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from packhorse.errors import UserError
 from packhorse.recipe.load import load_recipe
 
+KINDS = "full, ia3, lora, partial, prefix_tuning, prompt_tuning or qlora"
 GOOD = (Path(__file__).parent / "conftest.py").read_text().split('GOOD = """\\\n')[1].split('"""')[0]
 A_NAME = "a name of letters, digits, `.`, `_`, `-`, a letter or digit first, at most 100"
 
@@ -54,7 +55,7 @@ def test_a_good_recipe_loads(good):
             ("epochs: 1", "epochs: 1\ntrack: {zzz: 1}"),
             10,
             "track.zzz is not a field of track.",
-            "remove it, or use one of every_steps, wandb, wandb_project, tensorboard.",
+            "remove it, or use one of every_steps, noise_scale, wandb, wandb_project, tensorboard.",
         ),
         (
             ("epochs: 1", "epochs: 1\nmethod: {kind: full, rank: 3}"),
@@ -65,20 +66,20 @@ def test_a_good_recipe_loads(good):
         (
             ("epochs: 1", "epochs: 1\nmethod: lore"),
             10,
-            "method.kind is lore (text); it takes one of full, lora, qlora.",
+            "method.kind is lore (text); it takes one of full, ia3, lora, partial, prefix_tuning, prompt_tuning, qlora.",
             "write `method.kind: lora`.",
         ),
         (
             ("epochs: 1", "epochs: 1\nmethod: {rank: 3}"),
             10,
             "method.kind is missing.",
-            "add method.kind: one of full, lora, qlora.",
+            "add method.kind: one of full, ia3, lora, partial, prefix_tuning, prompt_tuning, qlora.",
         ),
         (
             ("epochs: 1", "epochs: 1\nmethod: 3"),
             10,
-            "method is 3 (a whole number); it takes full, lora or qlora, or a section with `kind`.",
-            "write method as full, lora or qlora, or a section with `kind`.",
+            f"method is 3 (a whole number); it takes {KINDS}, or a section with `kind`.",
+            f"write method as {KINDS}, or a section with `kind`.",
         ),
         (
             ("epochs: 1", "epochs: 1\nmethod: {kind: lora, target: [q, 3]}"),

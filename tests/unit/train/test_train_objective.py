@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from packhorse.errors import UserError
 from packhorse.model.adapters import add_lora
-from packhorse.recipe.schema import LoraMethod
+from packhorse.recipe.methods import LoraMethod
 from packhorse.train.loop import _refuse_unless_finite
 from packhorse.train.objective import token_loss_sum
 
