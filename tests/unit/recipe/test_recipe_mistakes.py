@@ -66,7 +66,7 @@ def test_a_good_recipe_loads(good):
         (
             ("epochs: 1", "epochs: 1\nmethod: lore"),
             10,
-            "method.kind is lore (text); it takes one of full, ia3, lora, partial, prefix_tuning, prompt_tuning, qlora.",
+            "method.kind is lore (text); it takes one of full, ia3, lora, partial, prefix_tuning, prompt_tuning, qlora.",  # noqa: E501
             "write `method.kind: lora`.",
         ),
         (
