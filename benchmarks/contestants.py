@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ class Reading:
         return self.num_tokens / self.cpu_seconds
 
 
+AtStep = Callable[[int, int, float], None]
+"""Takes tokens, supervised tokens and loss of a finished step."""
+
+
 class Gate:
     """Holds a contestant after its warm-up step and after every round."""
 
@@ -81,15 +86,16 @@ class Gate:
 
 
 class Workload:
-    """The steps that the batch plan fixes, as the loader's own tensors, one pack a pass."""
+    """The steps that the batch plan fixes, as the loader's own tensors, one pack a pass; of this rank's packs alone."""
 
-    def __init__(self, plan: RunPlan) -> None:
+    def __init__(self, plan: RunPlan, rank: int = 0) -> None:
         assert plan.data is not None
         assert plan.num_steps is not None
         self.num_steps = plan.num_steps
         self._store = open_store(Path(plan.data.folder), "train")
-        self._packs_per_step = plan.batch.packs_per_step
-        self._batch_plan = BatchPlan(self._store.pack_costs, self._packs_per_step, plan.recipe.seed)
+        self.packs_per_step = plan.batch.packs_per_step
+        self._rank, self.world_size = rank, plan.topology.world_size
+        self._batch_plan = BatchPlan(self._store.pack_costs, self.packs_per_step, plan.recipe.seed)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, in the order in which our loader gives them."""
@@ -99,6 +105,11 @@ class Workload:
         """Tokens and supervised tokens of a step."""
         packs = self._shares(step).ravel()
         return int(self._store.pack_tokens[packs].sum()), int(self._store.pack_labels[packs].sum())
+
+    def supervised_of_all_ranks(self, step: int) -> int:
+        """Supervised tokens of the whole step."""
+        packs = self._batch_plan.packs(step)
+        return int(self._store.pack_labels[packs].sum())
 
     def documents(self) -> Iterator[dict[str, list[int]]]:
         """Ids and unshifted labels of each document of all steps."""
@@ -110,29 +121,29 @@ class Workload:
                     yield {"input_ids": ids.tolist(), "labels": labels}
 
     def _shares(self, step: int) -> Any:  # noqa: ANN401
-        return self._batch_plan.share(step, 1, self._packs_per_step)[0]
+        return self._batch_plan.share(step, self.world_size, self.packs_per_step // self.world_size)[self._rank]
 
 
 def run_contestant(name: str, run_folder: Path, pipe: Connection, steps_per_round: int) -> None:
     """Trains as contestant `name` until the gate ends the process."""
     assert torch.get_num_threads() == 1
     plan = read_plan(run_folder)
-    CONTESTANTS[name](plan, Workload(plan), Gate(pipe, steps_per_round))
+    CONTESTANTS[name](plan, Workload(plan), Gate(pipe, steps_per_round).step)
 
 
-def train_ours(plan: RunPlan, workload: Workload, gate: Gate) -> None:
+def train_ours(plan: RunPlan, workload: Workload, gate: AtStep) -> None:
     """The worker itself, whole: engine, probe, meter, loader, metrics file, status file, stop agreement."""
 
     class GatedReporter(Reporter):
         def step(self, state: TrainState, figures: Figures) -> None:
             super().step(state, figures)
-            gate.step(*workload.counts(state.step - 1), figures["train/loss"])
+            gate(*workload.counts(state.step - 1), figures["train/loss"])
 
     worker.Reporter = GatedReporter  # type: ignore[attr-defined]
     worker.run_worker(Path(plan.run_folder) / "plan.json")
 
 
-def train_bare_plain(plan: RunPlan, workload: Workload, gate: Gate) -> None:
+def train_bare_plain(plan: RunPlan, workload: Workload, gate: AtStep) -> None:
     """A bare torch loop: the model's own loss, SDPA, documents kept apart by position_ids."""
     model = _fresh_model(plan, "sdpa")
 
@@ -143,7 +154,7 @@ def train_bare_plain(plan: RunPlan, workload: Workload, gate: Gate) -> None:
     _bare_loop(model, loss_of, workload, gate)
 
 
-def train_bare_chunked(plan: RunPlan, workload: Workload, gate: Gate) -> None:
+def train_bare_chunked(plan: RunPlan, workload: Workload, gate: AtStep) -> None:
     """A bare torch loop with our attention and torch's chunked loss on the supervised positions."""
     model: Any = _fresh_model(plan, register_attention("sdpa"))
     options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS)
@@ -160,7 +171,7 @@ def train_bare_chunked(plan: RunPlan, workload: Workload, gate: Gate) -> None:
     _bare_loop(model, loss_of, workload, gate)
 
 
-def train_hf_trainer(plan: RunPlan, workload: Workload, gate: Gate) -> None:
+def train_hf_trainer(plan: RunPlan, workload: Workload, gate: AtStep) -> None:
     """Hugging Face's Trainer on the packs."""
     steps = range(workload.num_steps)
     packs = [_as_transformers(micro_batch) for step in steps for micro_batch in workload.micro_batches(step)]
@@ -174,7 +185,7 @@ def train_hf_trainer(plan: RunPlan, workload: Workload, gate: Gate) -> None:
     trainer.train()
 
 
-def train_trl(plan: RunPlan, workload: Workload, gate: Gate) -> None:
+def train_trl(plan: RunPlan, workload: Workload, gate: AtStep) -> None:
     """TRL's SFTTrainer on the rows of the packs, which it packs itself: best fit, flattened, no padding."""
     # Only here: its import costs 10 s of CPU and 500 MB that the others need not carry.
     from trl import SFTConfig, SFTTrainer
@@ -200,7 +211,7 @@ def train_trl(plan: RunPlan, workload: Workload, gate: Gate) -> None:
     trainer.train()
 
 
-CONTESTANTS: dict[str, Callable[[RunPlan, Workload, Gate], None]] = {
+CONTESTANTS: dict[str, Callable[[RunPlan, Workload, AtStep], None]] = {
     "ours": train_ours,
     "bare": train_bare_plain,
     "bare-chunked": train_bare_chunked,
@@ -209,23 +220,31 @@ CONTESTANTS: dict[str, Callable[[RunPlan, Workload, Gate], None]] = {
 }
 
 
-def _bare_loop(model: nn.Module, loss_of: Callable[[MicroBatch, int], Tensor], workload: Workload, gate: Gate) -> None:
+def _bare_loop(
+    model: nn.Module, loss_of: Callable[[MicroBatch, int], Tensor], workload: Workload, gate: AtStep
+) -> None:
     """Nothing but forward, backward, clip and step; every tensor is made beforehand."""
-    steps = [(workload.micro_batches(step), workload.counts(step)) for step in range(workload.num_steps)]
+    steps = [
+        (workload.micro_batches(step), workload.counts(step), workload.supervised_of_all_ranks(step))
+        for step in range(workload.num_steps)
+    ]
     parameters = list(model.parameters())
     matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = AdamW(groups, lr=1e-4, weight_decay=0.01, fused=True)
-    for micro_batches, (num_tokens, num_supervised_tokens) in steps:
+    for micro_batches, (num_tokens, num_supervised_tokens), num_of_all in steps:
         total = 0.0
         for micro_batch in micro_batches:
-            loss = loss_of(micro_batch, num_supervised_tokens)
+            loss = loss_of(micro_batch, num_of_all)
             loss.backward()
             total += loss.item()
+        if dist.is_initialized():
+            for parameter in parameters:
+                dist.all_reduce(parameter.grad)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        gate.step(num_tokens, num_supervised_tokens, total)
+        gate(num_tokens, num_supervised_tokens, total)
 
 
 def _fresh_model(plan: RunPlan, attention: str) -> nn.Module:
@@ -291,7 +310,7 @@ class _GatedTrainer(_Counting, Trainer):  # type: ignore[misc]
 
 
 class _AtGate(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, trainer: Any, gate: Gate) -> None:  # noqa: ANN401
+    def __init__(self, trainer: Any, gate: AtStep) -> None:  # noqa: ANN401
         self._trainer, self._gate = trainer, gate
 
     def on_step_end(self, *_: object, **__: object) -> None:
@@ -299,4 +318,4 @@ class _AtGate(TrainerCallback):  # type: ignore[misc]
         counted = trainer.num_tokens, trainer.num_supervised_tokens, trainer.step_loss
         trainer.num_tokens = trainer.num_supervised_tokens = 0
         trainer.step_loss = 0.0
-        self._gate.step(*counted)
+        self._gate(*counted)

@@ -2,7 +2,7 @@
 
     python benchmarks/loss_memory.py [--write]
 
-2,048 tokens of width 256, all supervised, fp32, one thread. Each measurement has a process of its own, so that none
+4,096 tokens of width 256, all supervised, fp32, one thread. Each measurement has a process of its own, so that none
 finds memory that another has left. Extra peak is how far the loss raises the process's peak of resident memory;
 the gradients of weight and hidden states are in it for all.
 """
@@ -25,7 +25,7 @@ from packhorse.track.meter import resident_peak_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDTH, NUM_TOKENS = 256, 2048
+WIDTH, NUM_TOKENS = 256, 4096
 VOCABULARIES = (128_256, 151_936)
 # What SFTTrainer asks of its fused head on every step.
 TRL_OUTPUTS = ("log_probs", "entropy", "is_top1")

@@ -86,7 +86,9 @@ def main() -> int:
 
 def make_run(folder: Path, rows: str, num_steps: int) -> RunPlan:
     """Prepares the rows and makes the run folder of one process."""
-    recipe = load_recipe(str(HERE / "step_loop.yaml"), [f"runs_folder={folder}", f"steps={num_steps}", *_real(rows)])
+    recipe = load_recipe(
+        str(HERE / "step_loop.yaml"), [f"runs_folder={folder}", f"steps={num_steps}", *real_rows(rows)]
+    )
     prepared = prepare(recipe)
     split = prepared.manifest.splits["train"]
     facts = DataFacts(
@@ -103,8 +105,8 @@ def make_run(folder: Path, rows: str, num_steps: int) -> RunPlan:
     return plan
 
 
-def _real(rows: str) -> list[str]:
-    """Real rows and a real tokenizer where they are; a user's clone has what the quickstart makes."""
+def real_rows(rows: str) -> list[str]:
+    """Overrides: real rows and a real tokenizer where they are; a user's clone has what the quickstart makes."""
     if not SHARED.is_dir():
         return []
     path, kind = ROWS[rows]
