@@ -12,6 +12,7 @@ from packhorse.data.identity import find_prepared
 from packhorse.data.places import data_root
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.local import launch
+from packhorse.launching.lock import only_launcher
 from packhorse.launching.preflight import check_base_model, check_writable
 from packhorse.launching.run_folder import check_free, create_run, open_run, relative
 from packhorse.plan.hardware import detect_hardware
@@ -30,8 +31,9 @@ def train(recipe: str, overrides: Sequence[str], gpus: int | None, resume: bool)
     """
     console = Console()
     made = _resumed(recipe, overrides, gpus) if resume else _new_run(recipe, overrides, Ask(gpus), console, local=True)
-    console.print(f"running {shown(made.argv)}", soft_wrap=True, highlight=False, style="dim")
-    outcome = launch(made)
+    with only_launcher(Path(made.run_folder)):
+        console.print(f"running {shown(made.argv)}", soft_wrap=True, highlight=False, style="dim")
+        outcome = launch(made)
     if outcome.message:
         Console(stderr=True).print(outcome.message, markup=False, highlight=False, soft_wrap=True)
     if outcome.exit_code == EXIT_OK:

@@ -1,0 +1,136 @@
+"""manifest.json: what a checkpoint holds, written last. A folder without one, or that does not fit it, is none.
+
+step-000100/
+    model/ or adapter/  ...      every file, on disk (fsync)
+    manifest.json                size and sha256 of each, and what the run was; on disk, then renamed to its name
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from packhorse.durable import sync_to_disk
+
+MANIFEST_FILE = "manifest.json"
+MANIFEST_VERSION = 1
+CHUNK_BYTES = 1 << 22
+
+
+class Part(BaseModel):
+    """A part of the manifest: immutable, and without room for a key that nobody reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(Part):
+    """One file, by size and content."""
+
+    bytes: int
+    sha256: str
+
+
+class RunFacts(Part):
+    """What the run was when it was saved.
+
+    Attributes:
+        step: Optimizer steps done.
+        engine: Engine that wrote the checkpoint.
+        world_size: Number of processes that wrote it.
+        plan: sha256 of RUN/plan.json.
+        data: Content hash of the prepared data.
+        wandb_id: Id of the W&B run, None where there is none.
+    """
+
+    step: int
+    engine: str
+    world_size: int
+    plan: str
+    data: str
+    wandb_id: str | None = None
+
+
+class CheckpointManifest(Part):
+    """A checkpoint, file by file; paths are relative to its folder, with `/`."""
+
+    version: int = MANIFEST_VERSION
+    run: RunFacts
+    files: dict[str, FileRecord]
+
+
+def write_manifest(folder: Path, run: RunFacts) -> CheckpointManifest:
+    """Hashes every file below `folder`, waits until each is on disk, and writes the manifest last.
+
+    Raises:
+        OSError: A file cannot be read or the manifest not be written; there is no manifest then.
+    """
+    files = {}
+    for path in files_below(folder):
+        files[path.relative_to(folder).as_posix()] = FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
+        sync_to_disk(path)
+    for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        sync_to_disk(inner)
+    manifest = CheckpointManifest(run=run, files=files)
+    draft = folder / f".{MANIFEST_FILE}"
+    draft.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    sync_to_disk(draft)
+    draft.rename(folder / MANIFEST_FILE)
+    sync_to_disk(folder)
+    return manifest
+
+
+def read_manifest(folder: Path) -> CheckpointManifest | None:
+    """The manifest of a checkpoint; None where there is none, or none that can be read."""
+    try:
+        return CheckpointManifest.model_validate_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+
+
+def faults_of(folder: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint, one sentence a file; nothing where it is as it was written.
+
+    Sizes and names are looked at first, so that what is cut or missing is told before gigabytes are read.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        yield f"{folder.name} has no {MANIFEST_FILE} that can be read: it was not written to its end."
+        return
+    present = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
+    sound = []
+    for name, record in manifest.files.items():
+        path = present.pop(name, None)
+        if path is None:
+            yield f"{folder.name}/{name} is missing."
+        elif (size := path.stat().st_size) != record.bytes:
+            yield f"{folder.name}/{name} has {size:,} bytes, and {record.bytes:,} were written."
+        else:
+            sound.append((name, path, record))
+    for name in present:
+        yield f"{folder.name}/{name} was not written by the run."
+    for name, path, record in sound:
+        if sha256_of(path) != record.sha256:
+            yield f"{folder.name}/{name} has another content than was written (sha256)."
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder but the manifest, sorted; a link counts as a file, and is never followed."""
+    found = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
+    links = [path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()]
+    return sorted(path for path in (*found, *links) if path != folder / MANIFEST_FILE)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes; of a link, of where it points to, so that it can never fit."""
+    if path.is_symlink():
+        return f"link to {path.readlink()}"
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,65 @@
+"""The checkpoints of a run, in order: which are complete, which is the newest that is sound, which may go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packhorse.checkpoints.manifest import MANIFEST_FILE, faults_of, read_manifest
+
+STEP_FOLDER = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest sound checkpoint, and why newer ones were passed over.
+
+    Attributes:
+        checkpoint: Its folder; None where no checkpoint is sound.
+        passed_over: A sentence for each newer one.
+    """
+
+    checkpoint: Path | None
+    passed_over: tuple[str, ...]
+
+
+def folder_name(step: int) -> str:
+    """Name of a step's folder."""
+    return f"step-{step:06d}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, oldest first, complete or not; links are none."""
+    named = [(match, path) for path in folder.glob("step-*") if (match := STEP_FOLDER.fullmatch(path.name))]
+    plain = [(int(match[1]), path) for match, path in named if path.is_dir() and not path.is_symlink()]
+    return [path for _, path in sorted(plain)]
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Those whose manifest can be read, oldest first; their files are not read."""
+    return [path for path in checkpoints_in(folder) if read_manifest(path) is not None]
+
+
+def newest_sound(folder: Path) -> Found:
+    """Reads the newest checkpoint whole; where it is not as it was written, the one before, and so on."""
+    passed_over = []
+    for checkpoint in reversed(checkpoints_in(folder)):
+        fault = next(faults_of(checkpoint), None)
+        if fault is None:
+            return Found(checkpoint, tuple(passed_over))
+        passed_over.append(fault)
+    return Found(None, tuple(passed_over))
+
+
+def superseded(checkpoints: Sequence[Path], keep_last: int, best: str | None) -> list[Path]:
+    """Of the complete checkpoints, oldest first, those that are neither among the newest nor the best."""
+    return [path for path in checkpoints[: max(0, len(checkpoints) - keep_last)] if path.name != best]
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint, its manifest first: what is half removed must not look complete."""
+    (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
