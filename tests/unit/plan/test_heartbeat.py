@@ -1,0 +1,85 @@
+"""A rank's last phase is readable after its death, and the rank that others wait for is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from packhorse.plan.heartbeat import Heartbeat, Pulse, hung, read_heartbeats
+
+BEATING = """
+import sys, time
+from pathlib import Path
+from packhorse.plan.heartbeat import Pulse
+pulse = Pulse(Path(sys.argv[1]), 3)
+pulse.phase("backward", 7)
+print("named", flush=True)
+time.sleep(60)
+"""
+NOW = 1000.0
+
+
+def beat(rank: int, **changes: object) -> Heartbeat:
+    return replace(Heartbeat(rank, 1, "host", "forward", 5, NOW - 1, NOW - 1), **changes)
+
+
+def started(folder: Path) -> subprocess.Popen[str]:
+    child = subprocess.Popen([sys.executable, "-c", BEATING, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "named\n"
+    return child
+
+
+def test_the_phase_of_a_killed_process_stays_readable(tmp_path: Path) -> None:
+    with started(tmp_path) as child:
+        child.kill()
+    (last,) = read_heartbeats(tmp_path)
+    assert (last.rank, last.pid, last.phase, last.step) == (3, child.pid, "backward", 7)
+
+
+def test_a_stopped_process_falls_silent_and_a_living_one_does_not(tmp_path: Path) -> None:
+    with started(tmp_path) as child:
+        try:
+            time.sleep(2.2)
+            (living,) = read_heartbeats(tmp_path)
+            assert time.time() - living.at < 1.8
+            os.kill(child.pid, signal.SIGSTOP)
+            time.sleep(2.2)
+            (stopped,) = read_heartbeats(tmp_path)
+            assert hung([stopped], time.time(), 2.0) == stopped
+        finally:
+            child.kill()
+
+
+def test_a_pulse_that_is_closed_is_no_hang(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, 0)
+    pulse.phase("save", 2)
+    pulse.close()
+    pulse.close()
+    (last,) = read_heartbeats(tmp_path)
+    assert last.phase == "end"
+    assert hung([last], time.time() + 1e6, 60) is None
+
+
+def test_all_in_time_is_no_hang() -> None:
+    assert hung([beat(0), beat(1, since=NOW - 500)], NOW, 60) is None
+
+
+def test_the_silent_rank_is_named_before_those_that_wait_for_it() -> None:
+    silent = beat(1, at=NOW - 61, since=NOW - 62)
+    assert hung([beat(0, since=NOW - 61), silent], NOW, 60) == silent
+
+
+def test_where_all_wait_the_rank_that_is_furthest_behind_is_named() -> None:
+    behind = beat(1, phase="data", step=4, since=NOW - 70)
+    assert hung([beat(0, phase="backward", since=NOW - 69), behind], NOW, 60) == behind
+
+
+def test_a_record_that_is_half_written_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "heartbeat-0.json").write_bytes(b'{"rank": 0')
+    assert read_heartbeats(tmp_path) == []
