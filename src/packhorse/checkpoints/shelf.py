@@ -45,7 +45,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def newest_sound(folder: Path) -> Found:
     """Reads the newest checkpoint whole; where it is not as it was written, the one before, and so on."""
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in reversed(checkpoints_in(folder)):
         fault = next(faults_of(checkpoint), None)
         if fault is None:
