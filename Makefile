@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install quickstart test lint bench clean
+.PHONY: install quickstart test lint bench parity clean
 
 install: .venv/installed
 
@@ -29,6 +29,10 @@ bench: install
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/loader.py
+
+# Every method under every engine: some two hundred launches of ten seconds and more; the table goes to docs/lab-log.md.
+parity: install
+	$(BIN)/python benchmarks/parity.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

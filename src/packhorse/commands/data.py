@@ -10,7 +10,8 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from packhorse.commands.plan import pairs
+from packhorse.commands.parameters import parameter_lines, show_parameters
+from packhorse.commands.plan import manifest_if_prepared, pairs
 from packhorse.data.audit import audit
 from packhorse.data.audit_report import AuditReport
 from packhorse.data.places import runs_folder_of
@@ -33,7 +34,10 @@ def check(recipe: str, overrides: Sequence[str]) -> int:
     """Shows what the recipe does and what the model would see, and writes data.html; prepares nothing."""
     console = Console()
     loaded = load_recipe(recipe, overrides)
-    console.print(pairs(summary(loaded)))
+    manifest = manifest_if_prepared(loaded)
+    vocab_size = manifest.vocab_size if manifest else None
+    console.print(pairs([*summary(loaded), *parameter_lines(loaded, vocab_size)]))
+    show_parameters(console, loaded, vocab_size)
     with console.status("reading rows") if console.is_terminal else nullcontext():
         report = audit(loaded)
     _show(console, report)

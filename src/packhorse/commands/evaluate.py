@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from packhorse.commands.plan import require_data
 from packhorse.data.manifest import TestLook
 from packhorse.data.packs.store import SEALED_SPLIT
-from packhorse.data.rendering.render import load_tokenizer
+from packhorse.data.rendering.tokenizer import tokenizer_of
 from packhorse.data.seal import looks_at, open_test
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
@@ -122,7 +122,7 @@ def _subject(plan: RunPlan) -> tuple[Subject, PreTrainedTokenizerBase]:
             "training writes its result there when it ends.",
             f"let the run finish: packhorse train {relative(plan.run_folder)} --resume.",
         )
-    tokenizer = load_tokenizer(Path(data.tokenizer), plan.recipe.data.template, plan.recipe.model.trust_remote_code)
+    tokenizer = tokenizer_of(plan.recipe, Path(data.tokenizer))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(
         base=base_request(plan, device, tokenizer, attention="sdpa"),

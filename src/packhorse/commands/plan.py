@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from packhorse.commands.parameters import parameter_lines, show_parameters
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import MANIFEST_FILE, DataManifest
 from packhorse.data.places import data_root
@@ -29,8 +30,11 @@ from packhorse.track.sinks import read_metrics
 def plan(recipe: str, overrides: Sequence[str], gpus: int | None, nodes: int | None) -> int:
     """Shows what would run; prepares nothing, writes nothing."""
     loaded = load_recipe(recipe, overrides, check_environment=False)
-    made = make_plan(loaded, Ask(gpus, nodes), detect_hardware(), _facts_if_prepared(loaded))
-    _show(Console(), made)
+    manifest = manifest_if_prepared(loaded)
+    facts = data_facts(data_root(loaded) / manifest.content_hash, manifest) if manifest else None
+    made = make_plan(loaded, Ask(gpus, nodes), detect_hardware(), facts)
+    vocab_size = manifest.vocab_size if manifest else None
+    _show(Console(), made, vocab_size)
     return EXIT_OK
 
 
@@ -54,15 +58,14 @@ def status(run: str) -> int:
     return EXIT_OK
 
 
-def _facts_if_prepared(recipe: Recipe) -> DataFacts | None:
-    """Counts of the prepared data; None where a plan is made far from it."""
+def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
+    """What is said of the prepared data; None where there is none, or it is far from here."""
     if not data_root(recipe).is_dir():
         return None
     try:
-        manifest = find_prepared(recipe)
+        return find_prepared(recipe)
     except UserError:
         return None
-    return data_facts(data_root(recipe) / manifest.content_hash, manifest) if manifest else None
 
 
 def require_data(plan: RunPlan) -> DataFacts:
@@ -96,10 +99,10 @@ def data_facts(folder: Path, manifest: DataManifest) -> DataFacts:
     )
 
 
-def _show(console: Console, made: RunPlan) -> None:
+def _show(console: Console, made: RunPlan, vocab_size: int | None) -> None:
     topology, batch = made.topology, made.batch
     tokens = batch.packs_per_step * batch.length_tokens
-    lines = summary(made.recipe)
+    lines = [*summary(made.recipe), *parameter_lines(made.recipe, vocab_size)]
     lines += [
         ("topology", f"{topology.num_nodes} x {topology.processes_per_node} {topology.device}, {topology.engine}"),
         (
@@ -114,6 +117,7 @@ def _show(console: Console, made: RunPlan) -> None:
     lines += [(decision.name, f"{decision.value}: {decision.reason}") for decision in made.decisions]
     lines += [("run folder", made.run_folder), ("command", shown(made.argv))]
     console.print(pairs(lines))
+    show_parameters(console, made.recipe, vocab_size)
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> Table:

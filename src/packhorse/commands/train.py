@@ -13,7 +13,7 @@ from packhorse.data.places import data_root
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.local import launch
 from packhorse.launching.lock import only_launcher
-from packhorse.launching.preflight import check_base_model, check_writable
+from packhorse.launching.preflight import check_base_model, check_nvme, check_resumable, check_writable
 from packhorse.launching.run_folder import check_free, create_run, open_run, relative
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make import make_plan, run_folder_of
@@ -66,6 +66,8 @@ def _new_run(recipe: str, overrides: Sequence[str], ask: Ask, console: Console, 
     check_free(run_folder_of(loaded))
     check_writable(Path(draft.run_folder).parent)
     check_base_model(draft)
+    if local:
+        check_nvme(draft)
     manifest = find_prepared(loaded)
     if manifest is None:
         # Only here: a warm start needs neither tokenizers nor torch in this process.
@@ -92,6 +94,7 @@ def _resumed(run: str, overrides: Sequence[str], gpus: int | None) -> RunPlan:
             "there is nothing left to train.",
             f"see `packhorse evaluate {relative(made.run_folder)}`, or train longer under another name.",
         )
+    check_resumable(made)
     check_machine(made.topology, detect_hardware())
     require_data(made)
     return made

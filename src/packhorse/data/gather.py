@@ -20,8 +20,9 @@ from packhorse.data.quality.contamination import EvaluationIndex
 from packhorse.data.quality.texts import prompt_text
 from packhorse.data.reading.mistakes import RowMistakes
 from packhorse.data.reading.sources import read_rows
-from packhorse.data.rendering.render import Renderer, load_tokenizer, make_renderer
+from packhorse.data.rendering.render import Renderer, make_renderer
 from packhorse.data.rendering.serving import saved_form
+from packhorse.data.rendering.tokenizer import tokenizer_of
 from packhorse.data.source_pass import UNTRAINABLE, SourceGathered, SourcePass, Strata, Use, Watch
 from packhorse.data.spool import Spool, SpoolWriter
 from packhorse.errors import Mistake, UserError
@@ -103,7 +104,7 @@ def _collector_paused() -> Iterator[None]:
 def _gather(recipe: Recipe, folder: Path, watch: Watch | None, with_prompts: bool) -> Gathered:
     tokenizer_folder = resolve_tokenizer(recipe)
     opened = _open_all(recipe)
-    tokenizer = load_tokenizer(tokenizer_folder, recipe.data.template, recipe.model.trust_remote_code)
+    tokenizer = tokenizer_of(recipe, tokenizer_folder)
     has_chats = any(found.row_format != "text" for found, _ in opened)
     renderer = make_renderer(tokenizer, tokenizer_folder, recipe.data, has_chats)
     served = saved_form(tokenizer, recipe.model.trust_remote_code)

@@ -37,6 +37,8 @@ def content_key(recipe: Recipe) -> str:
         "settings": recipe.data.model_dump(exclude={"sources", "validation", "retain", "decontaminate", "template"}),
         "decontaminate": _decontaminate_part(recipe),
     }
+    if recipe.model.new_tokens:
+        parts["new_tokens"] = recipe.model.new_tokens
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

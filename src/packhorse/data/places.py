@@ -32,9 +32,12 @@ TOKENIZER_FILES: Final = (
 # The tokens that each template must find; the last ends a turn. Alpaca's turns end with the tokenizer's own eos_token.
 NAMED_TEMPLATES: Final[Mapping[str, tuple[str, ...]]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    "qwen3": ("<think>", "</think>", "<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "mistral": ("[INST]", "[/INST]", "</s>"),
+    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
+    "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
     "alpaca": (),
 }
 

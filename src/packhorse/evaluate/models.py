@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from packhorse.errors import UserError
 from packhorse.model.load import ModelRequest, load_model
+from packhorse.model.methods.attach import with_adapter
 
-Model: TypeAlias = PreTrainedModel | PeftModel
+if TYPE_CHECKING:  # it takes seconds to import, and a whole model needs none of it
+    from peft import PeftModel
+
+Model: TypeAlias = Union[PreTrainedModel, "PeftModel"]
 Measured = TypeVar("Measured")
 
 
@@ -50,14 +53,16 @@ def load_tuned(subject: Subject) -> Model:
         UserError: Training has not left its result yet.
     """
     if subject.is_adapter:
-        return PeftModel.from_pretrained(load_base(subject), str(subject.tuned)).eval()
+        return with_adapter(load_base(subject), subject.tuned).eval()
     if not (subject.tuned / "config.json").is_file():
         raise UserError(
             f"{subject.tuned} holds neither config.json nor adapter_config.json.",
             "training writes its result there when it ends.",
             "let the run finish: `packhorse train RUN --resume`.",
         )
-    tuned = replace(subject.base, source=str(subject.tuned), revision=None, config=None, attention="sdpa")
+    tuned = replace(
+        subject.base, source=str(subject.tuned), revision=None, config=None, attention="sdpa", new_tokens={}
+    )
     return load_model(tuned, subject.vocab_size).eval()
 
 
@@ -73,7 +78,7 @@ def measure_both(subject: Subject, measure: Callable[[Model], Measured]) -> tupl
     """
     if not subject.is_adapter:
         return measure(load_base(subject)), measure(load_tuned(subject))
-    model = load_tuned(subject)
+    model: Any = load_tuned(subject)
     with model.disable_adapter():
         base = measure(model)
     return base, measure(model)

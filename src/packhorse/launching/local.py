@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
+from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.launching.run_folder import next_attempt, relative
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
 from packhorse.plan.status import Status, read_status, write_status
@@ -39,6 +40,7 @@ def launch(plan: RunPlan) -> Outcome:
     """Runs the plan to its end. Ctrl-C and SIGTERM ask the ranks to save and stop; a second one ends them at once."""
     folder = Path(plan.run_folder)
     attempt, logs = next_attempt(folder)
+    remove_abandoned_locks(extensions_folder())
     with (logs / "stderr.log").open("wb") as log:
         child = subprocess.Popen(  # noqa: S603
             _local_argv(plan),
@@ -59,6 +61,7 @@ def _environment(plan: RunPlan, attempt: int) -> dict[str, str]:
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "OMP_NUM_THREADS": str(plan.topology.threads_per_process),
+        FOLDER_VARIABLE: str(extensions_folder()),
         ATTEMPT_VARIABLE: str(attempt),
         # Else torch's agent kills the ranks 30 s after a SIGTERM, in the middle of a long save.
         "PET_SIGNALS_TO_HANDLE": "SIGINT",

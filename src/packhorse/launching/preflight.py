@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
 from packhorse.errors import UserError
+from packhorse.plan.command import nvme_folder
+from packhorse.plan.pairs import NO_RESUME_FROM_NVME
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.recipe.locate import expand
 
@@ -54,3 +60,63 @@ def check_base_model(plan: RunPlan) -> None:
         "a model folder in Hugging Face form has config.json beside its weights.",
         "name such a folder or a finished run (train that one first), or set model.id to a hub name.",
     )
+
+
+def check_nvme(plan: RunPlan) -> None:
+    """Refuses `zero3_nvme` where its files cannot be written, or DeepSpeed's asynchronous I/O cannot be built.
+
+    Raises:
+        UserError: The folder cannot be written, libaio is absent, or too little memory may be locked.
+    """
+    folder = nvme_folder(plan)
+    if folder is None or plan.deepspeed is None:
+        return
+    weights = plan.deepspeed["zero_optimization"]["offload_param"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"parallel.nvme is {plan.recipe.parallel.nvme}, and {folder} cannot be written: {error.strerror}.",
+            "zero3_nvme keeps weights and optimizer states there.",
+            "set parallel.nvme to a folder on a local disk that you may write.",
+        ) from error
+    if not _compiles("#include <libaio.h>\nint main() { return io_queue_init(1, nullptr); }\n", "-laio"):
+        raise UserError(
+            "parallel.engine is zero3_nvme, and a program that uses libaio cannot be built here.",
+            "DeepSpeed builds its asynchronous I/O with a C++ compiler and libaio.",
+            "install g++ and libaio-dev (apt) or libaio-devel (dnf), or point CPATH and LIBRARY_PATH to them; "
+            "parallel.engine zero3_offload needs neither.",
+        )
+    needed = weights["buffer_count"] * weights["buffer_size"] * (4 if plan.recipe.precision == "fp32" else 2)
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if os.geteuid() != 0 and limit != resource.RLIM_INFINITY and limit < needed:
+        raise UserError(
+            f"parallel.engine is zero3_nvme, with buffers of {needed:,} bytes a process; {limit:,} may be locked.",
+            "DeepSpeed locks its buffers in memory, and fails without a reason where it may not.",
+            "run `ulimit -l unlimited` first, or set parallel.engine to zero3_offload.",
+        )
+
+
+def check_resumable(plan: RunPlan) -> None:
+    """Refuses to go on with a run that would not be the same.
+
+    Raises:
+        UserError: Its engine is `zero3_nvme`.
+    """
+    if plan.topology.engine == "zero3_nvme":
+        raise UserError(
+            f"{plan.recipe.name} ran with parallel.engine zero3_nvme.",
+            NO_RESUME_FROM_NVME,
+            "train under another name from what was learned (model.path=RUN/checkpoints/STEP/model), or with "
+            "parallel.engine zero3_offload.",
+        )
+
+
+def _compiles(program: str, *words: str) -> bool:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        return False
+    command = [compiler, "-x", "c++", "-", "-o", os.devnull, *words]
+    return subprocess.run(command, input=program.encode(), capture_output=True, check=False).returncode == 0  # noqa: S603

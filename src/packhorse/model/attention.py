@@ -13,8 +13,10 @@ A flattened row holds D documents one after another. Each attends to itself alon
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from packhorse.errors import UserError
+from packhorse.model.sequence import SequenceGroup, to_own_tokens, to_whole_documents
 
 Kernel = Literal["sdpa", "varlen"]
 
@@ -35,18 +38,73 @@ class Documents:
         lengths: Tokens of each document, on the host: the SDPA path slices without asking the device.
         cu_seq_lens: Cumulative lengths, int32 [D + 1], on the device.
         max_length: Longest document in tokens.
+        sequence: The ranks that share the row, whose documents these are; None where this rank has all of it.
+        prefixes: Of prefix tuning: keys and values, each [1, K, P, E], that stand before every document, by layer.
     """
 
     lengths: tuple[int, ...]
     cu_seq_lens: Tensor
     max_length: int
+    sequence: SequenceGroup | None = None
+    prefixes: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def prefix_length(self) -> int:
+        """P, keys and values before each document that no query stands for."""
+        return self.prefixes[0][0].shape[2] if self.prefixes else 0
+
+
+class _Attention(Protocol):
+    """query [1, H, T, E], key and value [1, K, T + D P, E] -> [1, T, H, E], within each document and its prefix."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: Documents,
+        dropout: float,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor: ...
 
 
 def register_attention(kernel: Kernel) -> str:
     """Registers the attention function with transformers; the returned name goes into `attn_implementation`."""
     name = f"packhorse_{kernel}"
-    AttentionInterface.register(name, _per_document_sdpa if kernel == "sdpa" else _varlen)
+    AttentionInterface.register(name, partial(_attend, _KERNELS[kernel]))
     return name
+
+
+def _attend(
+    kernel: _Attention,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **other: Any,  # noqa: ANN401
+) -> tuple[Tensor, None]:
+    """query [1, H, t, E], key and value [1, K, t, E] -> ([1, t, H, E], None); t is this rank's part of the row."""
+    documents = _check(attention_mask, other)
+    sequence = documents.sequence
+    if documents.prefixes:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        prefix = documents.prefixes[layer]
+        key, value = (_before_each(part, tensor, documents) for part, tensor in zip(prefix, (key, value), strict=True))
+    if sequence is None:
+        return kernel(query, key, value, documents, dropout, scaling, sliding_window), None
+    whole = to_whole_documents(query, key, value, sequence)
+    return to_own_tokens(kernel(*whole, documents, dropout, scaling, sliding_window), sequence), None
+
+
+def _before_each(prefix: Tensor, tensor: Tensor, documents: Documents) -> Tensor:
+    """prefix [1, K, P, E], tensor [1, K, T, E] -> [1, K, T + D P, E]."""
+    own = prefix.to(tensor.dtype)
+    return torch.cat([part for each in torch.split(tensor, list(documents.lengths), 2) for part in (own, each)], 2)
 
 
 def _check(attention_mask: Tensor | None, unsupported: dict[str, Any]) -> Documents:
@@ -71,54 +129,51 @@ def _check(attention_mask: Tensor | None, unsupported: dict[str, Any]) -> Docume
 
 
 def _per_document_sdpa(
-    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **other: Any,  # noqa: ANN401
-) -> tuple[Tensor, None]:
-    """query [1, H, T, E], key and value [1, K, T, E] -> ([1, T, H, E], None); exact on any device."""
-    documents = _check(attention_mask, other)
+    documents: Documents,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Exact on any device."""
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    lengths = list(documents.lengths)
-    by_document = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
+    lengths, before = list(documents.lengths), documents.prefix_length
+    key_lengths = [length + before for length in lengths]
+    by_document = (
+        torch.split(tensor, each, 2) for tensor, each in ((query, lengths), (key, key_lengths), (value, key_lengths))
+    )
     for q, k, v in zip(*by_document, strict=True):
-        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        mask = _window_mask(q.shape[2], before, window, q.device)
         parts.append(
             F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a query may look, [T, T]; None where plain causal attention is the same."""
-    if window is None or length <= window:
+def _window_mask(length: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
+    """True where a query may look, [T, P + T]; None where plain causal attention is the same."""
+    if before == 0 and (window is None or length <= window):
         return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
+    query = torch.arange(before, before + length, device=device)
+    distance = query[:, None] - torch.arange(before + length, device=device)[None, :]
+    return (distance >= 0) & (distance < (window or before + length))
 
 
 def _varlen(
-    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **other: Any,  # noqa: ANN401
-) -> tuple[Tensor, None]:
-    """As above through torch's varlen kernel (CUDA, 16 bit): one launch for all documents."""
-    documents = _check(attention_mask, other)
+    documents: Documents,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Through torch's varlen kernel (CUDA, 16 bit): one launch for all documents."""
     if dropout:
         raise UserError(
             f"the model's attention_dropout is {dropout}, which the varlen kernel does not have.",
@@ -127,18 +182,23 @@ def _varlen(
         )
     # Under autocast rotary embeddings lift q and k to fp32, and this kernel is not one that autocast knows.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    ends = documents.cu_seq_lens
+    ends, before = documents.cu_seq_lens, documents.prefix_length
+    # Where keys are more than queries, the kernel's causal mask lets the last query see the last key.
+    key_ends = ends + before * torch.arange(len(ends), device=ends.device, dtype=ends.dtype) if before else ends
     out = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         ends,
-        ends,
+        key_ends,
         documents.max_length,
-        documents.max_length,
+        documents.max_length + before,
         scale=scaling,
-        window_size=((sliding_window or 0) - 1, 0),
+        window_size=((window or 0) - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.unsqueeze(0), None
+    return out.unsqueeze(0)
+
+
+_KERNELS: Mapping[Kernel, _Attention] = {"sdpa": _per_document_sdpa, "varlen": _varlen}

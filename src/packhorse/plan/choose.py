@@ -10,22 +10,28 @@ from packhorse.recipe.schema import BatchSection
 TOKENS_PER_PASS = 4096
 
 
-def choose_batch(batch: BatchSection, world_size: int) -> tuple[BatchSplit, Decision]:
-    """Splits `batch.packs` into ranks x accumulation steps x micro packs.
+def choose_batch(batch: BatchSection, data_ranks: int, sequence: int = 1) -> tuple[BatchSplit, Decision]:
+    """Splits `batch.packs` into data ranks x accumulation steps x micro packs.
+
+    Args:
+        batch: Of the recipe.
+        data_ranks: Shares that the packs of a step are dealt into.
+        sequence: Processes that work on one share together.
 
     Raises:
-        UserError: The ranks cannot share the packs equally, or `batch.micro` does not divide a rank's share.
+        UserError: The packs cannot be shared equally, or `batch.micro` does not divide a share.
     """
-    if batch.packs % world_size:
-        below, above = batch.packs // world_size * world_size, -(-batch.packs // world_size) * world_size
+    if batch.packs % data_ranks:
+        below, above = batch.packs // data_ranks * data_ranks, -(-batch.packs // data_ranks) * data_ranks
         values = f"{below} or {above}" if below else str(above)
+        who = f"{data_ranks} processes" if sequence == 1 else f"{data_ranks} groups of {sequence} processes"
         raise UserError(
-            f"batch.packs is {batch.packs}, which {world_size} processes cannot share equally.",
+            f"batch.packs is {batch.packs}, which {who} cannot share equally.",
             "every optimizer step gives each process the same number of packs.",
             f"set batch.packs to {values}, or run fewer processes.",
         )
-    share = batch.packs // world_size
-    micro, reason = _choose_micro(batch, share)
+    share = batch.packs // data_ranks
+    micro, reason = _choose_micro(batch, share, sequence)
     split = BatchSplit(
         length_tokens=batch.length,
         packs_per_step=batch.packs,
@@ -36,11 +42,12 @@ def choose_batch(batch: BatchSection, world_size: int) -> tuple[BatchSplit, Deci
     return split, Decision(name="batch.micro", value=value, reason=reason)
 
 
-def _choose_micro(batch: BatchSection, share: int) -> tuple[int, str]:
+def _choose_micro(batch: BatchSection, share: int, sequence: int) -> tuple[int, str]:
     if batch.micro == "auto":
-        most = max(1, TOKENS_PER_PASS // batch.length)
+        most = max(1, TOKENS_PER_PASS * sequence // batch.length)
         micro = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
-        return micro, f"{micro} x {batch.length} tokens keep a device busy (about {TOKENS_PER_PASS} do)"
+        shared = f" shared by {sequence}" * (sequence > 1)
+        return micro, f"{micro} x {batch.length} tokens{shared} keep a device busy (about {TOKENS_PER_PASS} do)"
     if share % batch.micro:
         fits = [n for n in range(1, share + 1) if share % n == 0]
         nearest = min(fits, key=lambda n: abs(n - int(batch.micro)))

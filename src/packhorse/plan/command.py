@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
-from packhorse.plan.run_plan import BatchSplit, Topology
+from packhorse.plan.architectures import find_configuration
+from packhorse.plan.parameters import list_parameters, read_shape
+from packhorse.plan.run_plan import BatchSplit, RunPlan, Topology
+from packhorse.recipe.locate import expand
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.shipped import shipped_path
+
+ALIGNMENT = 2**16
+# Elements; what is tried on a CPU is small, and five buffers of the shipped size are not.
+TRIAL_BUFFER = 2**22
 
 
 def launch_argv(topology: Topology, run_folder: Path) -> tuple[str, ...]:
@@ -24,8 +32,21 @@ def launch_argv(topology: Topology, run_folder: Path) -> tuple[str, ...]:
         str(topology.world_size),
         "--num_machines",
         str(topology.num_nodes),
+        *_mesh_words(topology),
         str(script),
         str(run_folder / "plan.json"),
+    )
+
+
+def _mesh_words(topology: Topology) -> tuple[str, ...]:
+    """Accelerate's words for hsdp, in place of those in its file."""
+    if topology.shard_group is None:
+        return ()
+    return (
+        "--parallelism_config_dp_replicate_size",
+        str(topology.world_size // topology.shard_group),
+        "--parallelism_config_dp_shard_size",
+        str(topology.shard_group),
     )
 
 
@@ -52,7 +73,56 @@ def deepspeed_config(recipe: Recipe, topology: Topology, batch: BatchSplit) -> d
     config: dict[str, Any] = json.loads(shipped.read_text(encoding="utf-8"))
     config["train_micro_batch_size_per_gpu"] = 1
     config["gradient_accumulation_steps"] = batch.accumulation_steps
-    config["gradient_clipping"] = recipe.optimizer.clip_norm
+    # 0: not clipped; the norm is computed all the same.
+    config["gradient_clipping"] = recipe.optimizer.clip_norm or 0.0
     config["bf16"] = {"enabled": recipe.precision == "bf16"}
-    config["fp16"] = {"enabled": False}
+    # DeepSpeed scales the loss by itself, from 2^16 down and up again.
+    config["fp16"] = {"enabled": recipe.precision == "fp16"}
+    if recipe.precision == "bf16" and config["zero_optimization"]["stage"] > 1:
+        # By default it adds up passes in bf16, whose eight bits lose what a sum of many passes still gains. Under
+        # stage 1 the same words would choose another optimizer wrapper of DeepSpeed's.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if topology.device == "cpu" and config["zero_optimization"]["stage"] == 3:
+        # A trial: by default weights this small would stay whole on every rank, and nothing would be tried.
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if topology.engine == "zero3_nvme":
+        _complete_nvme(config["zero_optimization"], recipe, topology)
     return config
+
+
+def nvme_folder(plan: RunPlan) -> Path | None:
+    """Where this machine keeps what `zero3_nvme` offloads; None under other engines.
+
+    Raises:
+        UserError: `parallel.nvme` names an environment variable that is not set here.
+    """
+    if plan.topology.engine != "zero3_nvme":
+        return None
+    assert plan.deepspeed is not None
+    return Path(expand(plan.deepspeed["zero_optimization"]["offload_param"]["nvme_path"])).expanduser()
+
+
+def on_this_machine(plan: RunPlan) -> RunPlan:
+    """The plan with the folder of `zero3_nvme` as this machine has it: a plan may name `${env:SLURM_TMPDIR}`."""
+    folder = nvme_folder(plan)
+    if folder is None:
+        return plan
+    config = copy.deepcopy(plan.deepspeed)
+    assert config is not None
+    for part in ("offload_optimizer", "offload_param"):
+        config["zero_optimization"][part]["nvme_path"] = str(folder)
+    return plan.model_copy(update={"deepspeed": config})
+
+
+def _complete_nvme(zero: dict[str, Any], recipe: Recipe, topology: Topology) -> None:
+    """Where ZeRO-Infinity keeps its files, and how large a rank's part of one weight may be."""
+    for part in ("offload_optimizer", "offload_param"):
+        # DeepSpeed empties what it finds below this at the start: two runs must not share it.
+        zero[part]["nvme_path"] = f"{recipe.parallel.nvme}/packhorse-{recipe.name}"
+    shape = read_shape(find_configuration(recipe))
+    if shape is not None:
+        largest = max(parameter.size for parameter in list_parameters(shape))
+        # As many elements as a rank's part of the largest weight, which must fit one buffer, and what alignment adds.
+        zero["offload_param"]["buffer_size"] = -(-largest // topology.world_size) + ALIGNMENT
+    elif topology.device == "cpu":
+        zero["offload_param"]["buffer_size"] = TRIAL_BUFFER

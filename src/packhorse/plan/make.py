@@ -9,7 +9,11 @@ from packhorse.errors import UserError
 from packhorse.plan.choose import choose_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.run_plan import PLAN_FILE, DataFacts, Decision, RunPlan
+from packhorse.plan.optimizer_pairs import check_stepping
+from packhorse.plan.pairs import check_pair
+from packhorse.plan.run_plan import PLAN_FILE, DataFacts, Decision, RunPlan, Topology
+from packhorse.plan.sequence import check_heads
+from packhorse.plan.supported import check_model
 from packhorse.plan.topology import Ask, choose_topology
 from packhorse.recipe.locate import expand
 from packhorse.recipe.schema import Recipe
@@ -31,13 +35,18 @@ def make_plan(recipe: Recipe, ask: Ask, here: Hardware, data: DataFacts | None) 
         data: The prepared data; None to plan before it is prepared, when epochs cannot be turned into steps.
 
     Raises:
-        UserError: The processes cannot share the batch, or the nodes the processes.
+        UserError: The model cannot be trained here; the processes cannot share the batch or the heads, or the nodes
+            the processes.
     """
+    check_model(recipe)
     topology, processes = choose_topology(recipe.parallel, ask, here)
-    batch, micro = choose_batch(recipe.batch, topology.data_ranks)
+    check_pair(recipe, topology)
+    check_heads(recipe, topology)
+    batch, micro = choose_batch(recipe.batch, topology.data_ranks, topology.sequence)
     folder = run_folder_of(recipe)
     steps_per_epoch = math.ceil(data.num_packs / batch.packs_per_step) if data else None
     num_steps, steps = _count_steps(recipe, steps_per_epoch)
+    check_stepping(recipe, topology, batch, num_steps)
     return RunPlan(
         packhorse_version=VERSION,
         recipe=recipe,
@@ -51,8 +60,23 @@ def make_plan(recipe: Recipe, ask: Ask, here: Hardware, data: DataFacts | None) 
         deepspeed=deepspeed_config(recipe, topology, batch),
         argv=launch_argv(topology, folder),
         env=worker_env(topology),
-        decisions=(processes, micro, steps, _attention(recipe, topology.device), _dtype(recipe)),
+        decisions=(processes, *_mesh(topology), micro, steps, _attention(recipe, topology.device), _dtype(recipe)),
     )
+
+
+def _mesh(topology: Topology) -> list[Decision]:
+    """Groups of processes, where there are any."""
+    decisions = []
+    if topology.shard_group is not None:
+        copies = topology.world_size // topology.shard_group
+        reason = (
+            f"{copies} whole {'copies' if copies > 1 else 'copy'} of the weights, each on {topology.shard_group} ranks"
+        )
+        decisions.append(Decision(name="parallel.shard_group", value=str(topology.shard_group), reason=reason))
+    if topology.sequence > 1:
+        reason = f"each pack is shared by {topology.sequence} ranks; {topology.data_ranks} packs are worked on at once"
+        decisions.append(Decision(name="parallel.sequence", value=str(topology.sequence), reason=reason))
+    return decisions
 
 
 def _base_model(recipe: Recipe) -> str | None:
@@ -89,7 +113,7 @@ def _attention(recipe: Recipe, device: str) -> Decision:
         )
     if asked != "auto":
         return Decision(name="model.attention", value=asked, reason="model.attention of the recipe")
-    if device == "cuda" and recipe.precision == "bf16":
+    if device == "cuda" and recipe.precision != "fp32":
         return Decision(
             name="model.attention", value="varlen", reason="torch's varlen kernel keeps documents apart on CUDA"
         )
@@ -103,5 +127,9 @@ def _dtype(recipe: Recipe) -> Decision:
     if recipe.precision == "fp32":
         return Decision(name="model.dtype", value="float32", reason="precision is fp32")
     if recipe.method.trains_base:
-        return Decision(name="model.dtype", value="float32", reason="trained weights keep fp32 masters under bf16")
-    return Decision(name="model.dtype", value="bfloat16", reason="frozen weights need no fp32 masters")
+        reason = f"trained weights keep fp32 masters under {recipe.precision}"
+        if recipe.parallel.engine.startswith("zero"):
+            reason += f"; DeepSpeed computes with {recipe.precision} copies of them"
+        return Decision(name="model.dtype", value="float32", reason=reason)
+    value = "bfloat16" if recipe.precision == "bf16" else "float16"
+    return Decision(name="model.dtype", value=value, reason="frozen weights need no fp32 masters")

@@ -71,7 +71,7 @@ class QloraMethod(LoraMethod):
 
     kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
-    """Type of the frozen weights; `int8` is LLM.int8() (arXiv 2208.07339)."""
+    """Type of the frozen weights; `int8` is LLM.int8() (arXiv 2208.07339) without its outlier columns."""
     double_quantization: bool = True
     """Quantise the quantisation constants too: about 0.4 bits less per weight; of 4-bit types only."""
 

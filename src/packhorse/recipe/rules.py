@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from packhorse.recipe.findings import Finding
-from packhorse.recipe.methods import LoraMethod
+from packhorse.recipe.method_rules import method_rules
+from packhorse.recipe.parallel_rules import parallel_rules
 from packhorse.recipe.schema import BatchSection, ModelSection, Recipe, Source
 from packhorse.recipe.schema_view import KeyPath, join_words
+from packhorse.recipe.sequence_rules import sequence_rules
+from packhorse.recipe.training_rules import training_rules
 
 SHARES_TOLERANCE = 1e-6
 ROLES = ("system", "user", "assistant", "tool")
 SIDES = ("train", "validation", "test")
-LARGEST_LEARNING_RATE = 0.1
 
 
 def rule_findings(recipe: Recipe) -> list[Finding]:
@@ -20,13 +22,15 @@ def rule_findings(recipe: Recipe) -> list[Finding]:
     return [
         *_model_rules(recipe.model),
         *_fresh_model_rules(recipe),
-        *_method_rules(recipe),
+        *method_rules(recipe),
+        *_dtype_rules(recipe),
         *_source_rules(recipe),
         *_source_mix_rules(recipe),
         *_split_rules(recipe),
         *_batch_rules(recipe.batch),
-        *_optimizer_rules(recipe),
-        *_length_rules(recipe),
+        *parallel_rules(recipe.parallel),
+        *sequence_rules(recipe),
+        *training_rules(recipe),
     ]
 
 
@@ -84,15 +88,7 @@ def _fresh_model_rules(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
-def _method_rules(recipe: Recipe) -> Iterator[Finding]:
-    method = recipe.method
-    if isinstance(method, LoraMethod) and method.target == []:
-        yield Finding(
-            (("method", "target"),),
-            "method.target is an empty list.",
-            "without adapted modules there is nothing to train.",
-            "remove method.target: it is all-linear then",
-        )
+def _dtype_rules(recipe: Recipe) -> Iterator[Finding]:
     if recipe.precision == "fp32" and recipe.model.dtype == "bfloat16":
         yield Finding(
             (("precision",), ("model", "dtype")),
@@ -215,50 +211,4 @@ def _batch_rules(batch: BatchSection) -> Iterator[Finding]:
             f"batch.micro is {batch.micro}, which does not divide batch.packs {batch.packs}.",
             "a step is made of whole forward passes of equal size.",
             f"set batch.micro to {join_words([str(n) for n in sorted({below, above})])}",
-        )
-
-
-def _optimizer_rules(recipe: Recipe) -> Iterator[Finding]:
-    rate, betas = recipe.optimizer.learning_rate, recipe.optimizer.betas
-    if rate > LARGEST_LEARNING_RATE:
-        yield Finding(
-            (("optimizer", "learning_rate"),),
-            f"optimizer.learning_rate is {rate:g}, above {LARGEST_LEARNING_RATE:g}.",
-            "AdamW moves each weight by about the learning rate in a step, and weights are near 0.02: "
-            "one step would wipe out the model.",
-            "use 1e-5 to 2e-5 (full), 1e-4 to 2e-4 (lora, qlora), up to 5e-3 (small fresh models)",
-        )
-    for index, beta in enumerate(betas):
-        if beta >= 1:
-            yield Finding(
-                (("optimizer", "betas", index),),
-                f"optimizer.betas.{index} is {beta:g}.",
-                "at 1 the running mean never takes up a gradient, and its correction divides by 0.",
-                "use [0.9, 0.999]",
-            )
-
-
-def _length_rules(recipe: Recipe) -> Iterator[Finding]:
-    steps, schedule = recipe.steps, recipe.schedule
-    both: tuple[KeyPath, ...] = (("steps",), ("epochs",))
-    if (steps is None) == (recipe.epochs is None):
-        fact = (
-            "neither steps nor epochs is given."
-            if steps is None
-            else f"steps is {steps} and epochs is {recipe.epochs}."
-        )
-        yield Finding(both, fact, "one of the two says how long to train.", "keep one of them, e.g. epochs: 1")
-    if steps is not None and schedule.warmup_steps is not None and schedule.warmup_steps >= steps:
-        yield Finding(
-            (("schedule", "warmup_steps"), ("steps",)),
-            f"schedule.warmup_steps is {schedule.warmup_steps}, of {steps} steps.",
-            "the learning rate would never reach its peak.",
-            f"set schedule.warmup_steps below {steps}, or use schedule.warmup_ratio: 0.03",
-        )
-    if schedule.warmup_steps is None and schedule.warmup_ratio >= 1:
-        yield Finding(
-            (("schedule", "warmup_ratio"),),
-            "schedule.warmup_ratio is 1.",
-            "the learning rate would only reach its peak after the last step.",
-            "use 0.03 to 0.05",
         )

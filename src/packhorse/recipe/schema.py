@@ -147,7 +147,7 @@ class DataSection(Section):
     retain: list[RetainSource] = []
     """Old skills: their validation share is evaluated, to show what was forgotten, and `replay_rows` are trained on."""
     template: str = "tokenizer"
-    """`tokenizer` (its own chat template), `chatml`, `llama3`, `gemma`, `mistral`, `alpaca`, or a Jinja file."""
+    """`tokenizer` (its own), a file, or `chatml`, `qwen3`, `llama3`, `gemma`, `mistral`, `phi3`, `phi4`, `alpaca`."""
     train_on: TrainOnSection = TrainOnSection()
     """Which part of a chat is trained on; of plain text, all is."""
     control_tokens: Literal["raise", "escape", "keep"] = "raise"

@@ -2,7 +2,8 @@
 
 RUN/checkpoints/step-000100/
     model/ or adapter/       weights in Hugging Face form
-    optimizer.safetensors    AdamW's moments by parameter name        (ddp, fsdp2)
+    optimizer-*.safetensors  the optimizer's states by parameter name (single, ddp, fsdp2, hsdp)
+    optimizer.json           those that are no tensors
     deepspeed/               DeepSpeed's own sharded files            (zero*)
     state.json               step, counters, world size, content hash of the data
     COMPLETE                 written last
@@ -17,21 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from packhorse.durable import disk_error, publish_folder, sync_to_disk
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.engine import Engine
+from packhorse.train.optimizer_state import load_optimizer, save_optimizer
 from packhorse.train.state import TrainState
-from packhorse.train.weights import gather_trainable, save_weights, unwrapped, weights_folder_name
+from packhorse.train.weights import gather_kept, save_weights, unwrapped, weights_folder_name
 
 MARKER = "COMPLETE"
 STATE_FILE = "state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
 DEEPSPEED_FOLDER = "deepspeed"
 
 
@@ -58,16 +58,16 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self._wait()
-        self._write_sharded(temporary)
-        weights = gather_trainable(self._engine, self._is_main)
-        moments = _gather_moments(self._engine, self._is_main)
-        if self._is_main:
-            try:
-                self._write(temporary, state, weights, moments)
+        weights = gather_kept(self._engine, self._is_main)
+        try:
+            self._write_optimizer(temporary)
+            if self._is_main:
+                self._write(temporary, state, weights)
                 _publish(temporary, target)
-            except (OSError, SafetensorError) as error:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise disk_error(target, error) from error
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise disk_error(target, error) from error
+        if self._is_main:
             self._remove_old(state)
         self._wait()
         return target
@@ -86,7 +86,7 @@ class Checkpoints:
                 f"resume with parallel.engine {written['engine']}.",
             )
         if not self._engine.is_deepspeed:
-            _load_moments(self._engine, checkpoint / OPTIMIZER_FILE)
+            load_optimizer(*self._stepped(), checkpoint)
             return
         if written["world_size"] != self._plan.topology.world_size:
             raise UserError(
@@ -103,19 +103,22 @@ class Checkpoints:
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint / DEEPSPEED_FOLDER}")
 
-    def _write_sharded(self, temporary: Path) -> None:
-        if self._engine.is_deepspeed:
-            model: Any = self._engine.model
-            model.save_checkpoint(
-                str(temporary / DEEPSPEED_FOLDER), tag="state", save_latest=False, exclude_frozen_parameters=True
-            )
+    def _write_optimizer(self, temporary: Path) -> None:
+        if not self._engine.is_deepspeed:
+            save_optimizer(*self._stepped(), temporary, self._is_main)
+            return
+        model: Any = self._engine.model
+        model.save_checkpoint(
+            str(temporary / DEEPSPEED_FOLDER), tag="state", save_latest=False, exclude_frozen_parameters=True
+        )
 
-    def _write(
-        self, temporary: Path, state: TrainState, weights: dict[str, Tensor], moments: dict[str, Tensor]
-    ) -> None:
+    def _stepped(self) -> tuple[Optimizer, nn.Module, Any]:
+        """The optimizer below accelerate's wrapper, the model whose parameters it steps, the loss scaler."""
+        optimizer: Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        return optimizer, unwrapped(self._engine), self._engine.accelerator.scaler
+
+    def _write(self, temporary: Path, state: TrainState, weights: dict[str, Tensor]) -> None:
         save_weights(unwrapped(self._engine), weights, temporary / weights_folder_name(self._plan), None)
-        if moments:
-            save_file(moments, temporary / OPTIMIZER_FILE)
         assert self._plan.data is not None
         record = {
             **asdict(state),
@@ -157,34 +160,3 @@ def _publish(temporary: Path, target: Path) -> None:
     marker.touch()
     sync_to_disk(marker)
     sync_to_disk(target)
-
-
-def _gather_moments(engine: Engine, is_main: bool) -> dict[str, Tensor]:
-    """AdamW's state as `parameter name/slot`; a collective under FSDP2, nothing under DeepSpeed."""
-    if engine.is_deepspeed:
-        return {}
-    gathered = {}
-    for name, parameter in unwrapped(engine).named_parameters():
-        for slot, value in engine.optimizer.state.get(parameter, {}).items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if is_main:
-                gathered[f"{name}/{slot}"] = whole.detach().to("cpu", copy=True)
-    return gathered
-
-
-def _load_moments(engine: Engine, file: Path) -> None:
-    parameters = dict(unwrapped(engine).named_parameters())
-    with safe_open(file, framework="pt") as stored:
-        for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
-            name, slot = key.rsplit("/", 1)
-            parameter = parameters[name]
-            engine.optimizer.state[parameter][slot] = _like(stored.get_tensor(key), parameter)
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    if value.dim() == 0:  # the step counter, which fused AdamW keeps beside the parameter
-        return value.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        placed = value.to(parameter.device)
-        return distribute_tensor(placed, parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device)

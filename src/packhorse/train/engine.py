@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, PartialState
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan
+from packhorse.train.gradient_norm import clip_gradients, gradient_norm
+from packhorse.train.joint_optimizer import InBackwardOptimizer
+from packhorse.train.planned import assert_launched_as_planned, assert_sharded_as_planned
+from packhorse.train.precision import mixed_precision, refuse_small_loss_scale, scale_on_cpu
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 
@@ -35,6 +37,7 @@ class Engine:
         optimizer: The optimizer whose learning rate counts.
         gradient_factor: What the loss is multiplied by to undo the engine's averaging.
         control: Process group on the CPU, for flags and figures that must not wait for a GPU.
+        step_was_skipped: Whether the last step was left out because its gradient overflowed fp16.
     """
 
     accelerator: Accelerator
@@ -43,6 +46,7 @@ class Engine:
     gradient_factor: float
     clip_norm: float | None
     control: dist.ProcessGroup | None
+    step_was_skipped: bool = False
 
     @property
     def is_deepspeed(self) -> bool:
@@ -70,15 +74,41 @@ class Engine:
         else:
             self.accelerator.backward(loss)
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What fp16's losses are multiplied by, None under other precisions; waits for the device."""
+        if not self.is_deepspeed:
+            return self.accelerator.scaler.get_scale() if self.accelerator.scaler else None
+        scaled = self.model.fp16_enabled()  # type: ignore[operator]
+        return float(self.model.optimizer.loss_scale) if scaled else None  # type: ignore[union-attr, arg-type]
+
     def step(self) -> Tensor | float:
-        """Clips, steps, zeroes; returns the gradient norm before clipping."""
+        """Clips, steps, zeroes; returns the gradient norm before clipping.
+
+        Raises:
+            UserError: Gradients overflow fp16 at any loss scale.
+        """
         if self.is_deepspeed:
+            self.step_was_skipped = self.loss_scale is not None and not self.model.was_step_applied()  # type: ignore[operator]
             whole: Tensor | float = self.model.get_global_grad_norm()  # type: ignore[operator]
             return whole
-        norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm or float("inf"))
+        plain = getattr(self.optimizer, "optimizer", self.optimizer)  # below accelerate's wrapper
+        if isinstance(plain, InBackwardOptimizer):
+            return plain.take_norm()
+        self.accelerator.unscale_gradients()
+        norm = gradient_norm(self.model.parameters())
+        if self.clip_norm is not None:
+            clip_gradients(self.model.parameters(), self.clip_norm, norm)
+        scale = self.loss_scale
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if scale is not None:
+            # Fused optimizers skip by themselves, unseen by accelerate; the scaler goes down in just these steps.
+            after = self.loss_scale
+            assert after is not None
+            self.step_was_skipped = after < scale
+            refuse_small_loss_scale(after)
+        return norm
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums each figure over all ranks, in fp64 on the CPU."""
@@ -107,16 +137,20 @@ def start_accelerator(plan: RunPlan) -> Accelerator:
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         plugin["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=dict(plan.deepspeed))
     on_cpu = plan.topology.device == "cpu"
-    if on_cpu and plan.topology.engine == "fsdp2":
+    if on_cpu and plan.topology.engine in ("fsdp2", "hsdp"):
         _allow_fsdp_on_cpu()
     accelerator = Accelerator(
         # `cpu=True` makes Accelerate take DDP in place of DeepSpeed; there DS_ACCELERATOR=cpu says it.
         cpu=on_cpu and plan.deepspeed is None,
-        mixed_precision="bf16" if plan.recipe.precision == "bf16" else "no",
+        mixed_precision=mixed_precision(plan),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
         **plugin,
     )
-    _assert_as_planned(accelerator, plan)
+    if on_cpu and plan.recipe.precision == "fp16":
+        scale_on_cpu(accelerator)
+    # Else transformers would shard what it loads, or refuse to load it, where the worker shards unit by unit.
+    unset_hf_deepspeed_config()
+    assert_launched_as_planned(accelerator, plan)
     return accelerator
 
 
@@ -129,36 +163,20 @@ def _allow_fsdp_on_cpu() -> None:
     state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def _assert_as_planned(accelerator: Accelerator, plan: RunPlan) -> None:
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    wanted = plan.topology.world_size
-    if world != wanted:
-        raise UserError(
-            f"the plan is for {wanted} processes and {world} were started.",
-            "each process trains on its share of the packs; with another number some would be used twice or never.",
-            f"add --num_processes {wanted} to accelerate launch, or use `packhorse train`, which does.",
-        )
-    family = {"d": "ddp", "z": "deepspeed", "f": "fsdp"}[plan.topology.engine[0]]
-    runs = str(accelerator.distributed_type.value).lower()
-    actual = "deepspeed" if "deepspeed" in runs else "fsdp" if "fsdp" in runs else "ddp"
-    if actual != family:
-        raise UserError(
-            f"the plan's engine is {plan.topology.engine} and Accelerate started {runs}.",
-            "a launch that looks right can take another engine without a word, and then shards nothing.",
-            f"launch with --config_file accelerate_configs/{plan.topology.engine}.yaml, or use `packhorse train`.",
-        )
-
-
 def start_engine(accelerator: Accelerator, plan: RunPlan, model: nn.Module, optimizer: Optimizer) -> Engine:
-    """Shards model and optimizer as planned, and checks the stage that really runs.
+    """Shards model and optimizer as planned, and proves it.
 
     Raises:
-        UserError: DeepSpeed runs another ZeRO stage than planned.
+        UserError: Another stage, offload or mesh runs than planned.
     """
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if plan.topology.engine in ("fsdp2", "hsdp"):
+        # Sharded while it was loaded, and the optimizer holds the shards already.
+        prepared_model, prepared_optimizer = model, accelerator.prepare_optimizer(optimizer)
+    else:
+        prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    assert_sharded_as_planned(prepared_model, plan)
     factor = float(plan.topology.world_size)
     if plan.deepspeed is not None:
-        _assert_stage(prepared_model, plan)
         factor *= plan.batch.accumulation_steps
     return Engine(
         accelerator=accelerator,
@@ -168,17 +186,6 @@ def start_engine(accelerator: Accelerator, plan: RunPlan, model: nn.Module, opti
         clip_norm=plan.recipe.optimizer.clip_norm,
         control=_control_group(),
     )
-
-
-def _assert_stage(model: Any, plan: RunPlan) -> None:  # noqa: ANN401
-    assert plan.deepspeed is not None
-    wanted, actual = plan.deepspeed["zero_optimization"]["stage"], model.zero_optimization_stage()
-    if wanted != actual:
-        raise UserError(
-            f"the plan's engine is {plan.topology.engine} (ZeRO-{wanted}) and DeepSpeed runs ZeRO-{actual}.",
-            "another stage holds other memory than planned.",
-            f"launch with --config_file accelerate_configs/{plan.topology.engine}.yaml, or use `packhorse train`.",
-        )
 
 
 def _control_group() -> dist.ProcessGroup | None:

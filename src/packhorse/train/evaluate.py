@@ -8,17 +8,33 @@ from torch import nn
 
 from packhorse.data.packs.loader import make_micro_batch
 from packhorse.data.packs.store import PackStore
+from packhorse.model.sequence import SequenceGroup
 from packhorse.train.engine import Engine
 from packhorse.train.forward import micro_batch_loss
 
 
 def validation_loss(
-    engine: Engine, model: nn.Module, store: PackStore, micro_packs: int, rank: int, world: int
+    engine: Engine,
+    model: nn.Module,
+    store: PackStore,
+    micro_packs: int,
+    rank: int,
+    world: int,
+    sequence: SequenceGroup | None,
 ) -> float:
     """Nats per supervised token over the whole store.
 
     Packs are dealt to the ranks in turn; ranks that run out take empty micro-batches, because a sharded model needs
     all ranks in every forward pass.
+
+    Args:
+        engine: Adds up over all processes.
+        model: The wrapped model.
+        store: Validation packs.
+        micro_packs: Packs in one forward pass.
+        rank: This process's number among those that take other packs than it does.
+        world: How many such there are.
+        sequence: The processes that share its packs.
     """
     per_pass = world * micro_packs
     total = 0.0
@@ -29,7 +45,7 @@ def validation_loss(
             packs = mine[mine < store.num_packs]
             store.fetch(packs)
             micro_batch = make_micro_batch(store, packs)
-            total += float(micro_batch_loss(model, micro_batch, engine.device))
+            total += float(micro_batch_loss(model, micro_batch, engine.device, sequence))
     model.train()
     (summed,) = engine.sum_over_ranks([total])
     return summed / int(store.pack_labels.sum())

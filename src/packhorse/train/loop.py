@@ -11,13 +11,16 @@ from torch import Tensor
 
 from packhorse.data.packs.loader import PackLoader
 from packhorse.errors import UserError
+from packhorse.model.sequence import SequenceGroup
 from packhorse.plan.run_plan import RunPlan
 from packhorse.track.meter import Figures, Meter, evaluation_figures
 from packhorse.train.checkpoint import Checkpoints
 from packhorse.train.engine import Engine
 from packhorse.train.forward import micro_batch_loss
-from packhorse.train.optimizer import learning_rate_at, set_learning_rate
+from packhorse.train.noise import NoiseScale
+from packhorse.train.optimizer import set_learning_rate
 from packhorse.train.report import Reporter
+from packhorse.train.schedule import learning_rate_at
 from packhorse.train.signals import StopRequest
 from packhorse.train.state import TrainState, seed_step
 
@@ -27,12 +30,14 @@ class Run:
     """What the loop works with.
 
     Attributes:
+        sequence: The ranks that share each pack with this one, None where packs are not cut.
         evaluate: Measures the validation loss on all ranks, None where there are no validation rows.
     """
 
     plan: RunPlan
     engine: Engine
     loader: PackLoader
+    sequence: SequenceGroup | None
     meter: Meter
     checkpoints: Checkpoints
     stop: StopRequest
@@ -54,6 +59,7 @@ def train(run: Run, state: TrainState) -> TrainState:
     assert plan.num_steps is not None
     peak, schedule = recipe.optimizer.learning_rate, recipe.schedule
     window = _LossWindow()
+    noise = NoiseScale(engine, plan.batch.packs_per_step) if recipe.track.noise_scale else None
     stopping = False
     while state.step < plan.num_steps and not stopping:
         with run.meter.data():
@@ -65,12 +71,16 @@ def train(run: Run, state: TrainState) -> TrainState:
         factor = engine.gradient_factor / batch.num_supervised_tokens
         for index, micro_batch in enumerate(batch.micro_batches, start=1):
             with engine.micro_step(is_last=index == len(batch.micro_batches)):
-                loss_sum = micro_batch_loss(engine.model, micro_batch, engine.device)
+                loss_sum = micro_batch_loss(engine.model, micro_batch, engine.device, run.sequence)
                 engine.backward(loss_sum * factor)
             window.add(loss_sum)
+            if noise and index == 1:
+                noise.after_first_pass(micro_batch, factor)
         grad_norm = engine.step()
         # --- bookkeeping -------------------------------------------------------------------------
-        state = state.advanced(batch.num_supervised_tokens)
+        state = state.advanced(batch.num_supervised_tokens, engine.step_was_skipped)
+        if noise:
+            noise.after_step(float(grad_norm), batch.num_supervised_tokens)
         window.count(batch.num_supervised_tokens)
         run.meter.count_step(batch.num_tokens, batch.num_supervised_tokens, batch.num_slots)
         stopping = run.stop.agreed(engine)
@@ -80,8 +90,9 @@ def train(run: Run, state: TrainState) -> TrainState:
         figures: Figures = {}
         if saving or evaluating or _due(state.step, recipe.track.every_steps, last):  # also proves the loss finite
             loss, norm = window.read(engine), float(grad_norm)
-            _refuse_unless_finite(loss, norm, state.step)
+            _refuse_unless_finite(loss, 0.0 if engine.step_was_skipped else norm, state.step)
             figures = run.meter.read(loss, learning_rate, norm, _epoch(run, state), _peak(engine))
+            figures |= _scale_figures(engine, state) | (noise.figures() if noise else {})
         if run.evaluate and evaluating:
             with run.meter.other():
                 validation = run.evaluate()
@@ -105,6 +116,12 @@ def _refuse_unless_finite(loss: float, grad_norm: float, step: int) -> None:
             "weights that such a step has touched are no longer numbers; the last checkpoint stands.",
             "lower optimizer.learning_rate or raise schedule.warmup_ratio, and train again under another name.",
         )
+
+
+def _scale_figures(engine: Engine, state: TrainState) -> Figures:
+    """What fp16 did to keep its gradients in range; nothing under other precisions."""
+    scale = engine.loss_scale
+    return {} if scale is None else {"train/loss_scale": scale, "train/skipped_steps": state.num_skipped_steps}
 
 
 def _due(step: int, every: int | None, last: bool) -> bool:

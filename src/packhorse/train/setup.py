@@ -1,22 +1,27 @@
-"""From a plan to the model that trains: which weights, which adapter, which kernel."""
+"""From a plan to the model that trains: which weights, which method, which kernel."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from packhorse.model.adapters import add_lora
+from packhorse.data.rendering.tokenizer import pieces_before
 from packhorse.model.attention import register_attention
-from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model
+from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model, open_model
+from packhorse.model.methods.attach import Start, attach, load_adapter
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
-from packhorse.recipe.methods import LoraMethod, QloraMethod
+from packhorse.recipe.methods import QloraMethod
+from packhorse.train.assembly import can_stream, place_streamed, place_whole
+from packhorse.train.memory import apply_checkpointing
 from packhorse.train.objective import install_loss_head
+from packhorse.train.precision import COMPUTE_DTYPES
+from packhorse.train.sharding import placement_of
 
 
 def base_request(
@@ -27,7 +32,7 @@ def base_request(
     dtype = DTYPES[plan.chosen("model.dtype")]
     quantization = None
     if isinstance(method, QloraMethod):
-        compute = torch.bfloat16 if plan.recipe.precision == "bf16" else torch.float32
+        compute = COMPUTE_DTYPES[plan.recipe.precision]
         quantization = Quantization(method.quantization, method.double_quantization, compute)
     return ModelRequest(
         source=expand(plan.base_model) if plan.base_model is not None else None,
@@ -39,40 +44,67 @@ def base_request(
         quantization=quantization,
         trust_remote_code=model.trust_remote_code,
         device=device,
+        new_tokens=_new_tokens(plan, tokenizer) if model.config is None else {},
     )
 
 
 def training_model(
     plan: RunPlan, tokenizer: PreTrainedTokenizerBase, device: torch.device, checkpoint: Path | None
 ) -> nn.Module:
-    """Loads the base, or the checkpoint's weights, and makes it ready to train.
+    """Loads the base, or the checkpoint's weights, makes it ready to train and puts it where the engine wants it.
 
     Raises:
         UserError: The model cannot be loaded, or does not fit the tokenizer or the method.
     """
     request = base_request(plan, device, tokenizer, register_attention(_kernel(plan)))
-    full = plan.recipe.method.kind == "full"
-    if full and checkpoint is not None:
-        request = _from_folder(request, checkpoint / "model")
-    model: Any = load_model(request, len(tokenizer))
-    _stop_at(model, tokenizer)
-    install_loss_head(model)
-    if plan.recipe.parallel.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if full:
-        return model.train()  # type: ignore[no-any-return]
-    if checkpoint is not None:
-        adapted: nn.Module = PeftModel.from_pretrained(model, checkpoint / "adapter", is_trainable=True)
-        return adapted.train()
-    # Adapters are drawn at random: every rank must draw the same.
-    torch.manual_seed(plan.recipe.seed)
-    assert isinstance(plan.recipe.method, LoraMethod)
-    return add_lora(model, plan.recipe.method).train()
+    method = plan.recipe.method
+    if method.trains_base and checkpoint is not None:
+        request = from_folder(request, checkpoint / "model")
+    start = method_start(plan, tokenizer, resumed=checkpoint is not None)
+
+    def attached(base: PreTrainedModel) -> nn.Module:
+        _stop_at(base, tokenizer)
+        model: Any = attach(base, method, start)
+        install_loss_head(model)
+        apply_checkpointing(model, plan.recipe.parallel)
+        return model  # type: ignore[no-any-return]
+
+    placement = placement_of(plan, device)
+    weights = open_model(request, len(tokenizer)) if can_stream(method) else None
+    if weights is not None:
+        model = place_streamed(weights, attached, placement, method, start.seed, device)
+    else:
+        model = place_whole(load_model(placement.whole_first(request), len(tokenizer)), attached, placement)
+    if not method.trains_base and checkpoint is not None:
+        load_adapter(model, checkpoint / "adapter")
+    return model.train()
 
 
-def _from_folder(request: ModelRequest, folder: Path) -> ModelRequest:
-    fields = {name: getattr(request, name) for name in ModelRequest.__dataclass_fields__}
-    return ModelRequest(**{**fields, "source": str(folder), "revision": None, "config": None})
+def method_start(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, resumed: bool) -> Start:
+    """What the method starts from beside the base."""
+    assert plan.data is not None
+    source = expand(plan.base_model) if plan.base_model is not None else None
+    return Start(
+        seed=plan.recipe.seed,
+        tokenizer=Path(plan.data.tokenizer),
+        new_token_ids=tuple(tokenizer.convert_tokens_to_ids(token) for token in plan.recipe.model.new_tokens),
+        source=Path(source) if source is not None else None,
+        resumed=resumed,
+    )
+
+
+def from_folder(request: ModelRequest, folder: Path) -> ModelRequest:
+    """The same of weights that training wrote, which have all rows."""
+    return replace(request, source=str(folder), revision=None, config=None, new_tokens={})
+
+
+def _new_tokens(plan: RunPlan, tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[int, ...]]:
+    model = plan.recipe.model
+    if not model.new_tokens:
+        return {}
+    assert plan.data is not None
+    pieces = pieces_before(Path(plan.data.tokenizer), model.new_tokens, model.trust_remote_code)
+    return {tokenizer.convert_tokens_to_ids(token): pieces[token] for token in model.new_tokens}
 
 
 def _kernel(plan: RunPlan) -> Any:  # noqa: ANN401

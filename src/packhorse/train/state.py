@@ -15,6 +15,7 @@ class TrainState:
     Attributes:
         step: Optimizer steps done.
         num_supervised_tokens: Tokens learnt from so far, over all ranks.
+        num_skipped_steps: Of these steps, those left out because their gradient overflowed fp16.
         elapsed_seconds: Over all attempts.
         best_step: Step of the lowest validation loss, None before the first evaluation.
         best_loss: That loss, nats per supervised token.
@@ -22,14 +23,18 @@ class TrainState:
 
     step: int = 0
     num_supervised_tokens: int = 0
+    num_skipped_steps: int = 0
     elapsed_seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
 
-    def advanced(self, num_supervised_tokens: int) -> TrainState:
+    def advanced(self, num_supervised_tokens: int, skipped: bool = False) -> TrainState:
         """One step further."""
         return replace(
-            self, step=self.step + 1, num_supervised_tokens=self.num_supervised_tokens + num_supervised_tokens
+            self,
+            step=self.step + 1,
+            num_supervised_tokens=self.num_supervised_tokens + num_supervised_tokens,
+            num_skipped_steps=self.num_skipped_steps + skipped,
         )
 
     def evaluated(self, loss: float) -> TrainState:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from packhorse.durable import disk_error, publish_folder
+from packhorse.model.methods.attach import is_adapted, save_adapter
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.engine import Engine
+from packhorse.train.precision import COMPUTE_DTYPES
+from packhorse.train.written import check_written
 
 
 def weights_folder_name(plan: RunPlan) -> str:
@@ -23,20 +26,33 @@ def weights_folder_name(plan: RunPlan) -> str:
     return "model" if plan.recipe.method.trains_base else "adapter"
 
 
-def gather_trainable(engine: Engine, is_main: bool) -> dict[str, Tensor]:
-    """Whole tensors of the trainable parameters by name, on the CPU of rank 0; empty on other ranks.
+def gather_kept(engine: Engine, is_main: bool) -> dict[str, Tensor]:
+    """Whole tensors of what is kept, by name, on the CPU of rank 0; empty on other ranks.
 
-    A collective: every rank calls it.
+    Of an adapter its trained parameters; of a model all parameters, the frozen ones too, and the buffers that belong
+    to its files. A collective: every rank calls it.
     """
+    model = unwrapped(engine)
+    adapted = is_adapted(model)
     gathered = {}
-    for name, parameter in unwrapped(engine).named_parameters():
-        if not parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if adapted and not parameter.requires_grad:
             continue
         with _whole(parameter):
             value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
             if is_main:
                 gathered[name] = value.detach().to("cpu", copy=True)
+    if is_main and not adapted:
+        gathered |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in _kept_buffers(model)}
     return gathered
+
+
+def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Such as the routing biases of some mixtures of experts; no engine shards them."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def unwrapped(engine: Engine) -> nn.Module:
@@ -58,31 +74,47 @@ def _whole(parameter: Any) -> Iterator[None]:  # noqa: ANN401
         parameter.partition()
 
 
-def save_weights(model: Any, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:  # noqa: ANN401
-    """Writes the adapter or the model as safetensors with its configuration.
+def save_weights(
+    model: Any,  # noqa: ANN401
+    weights: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype | None,
+    is_result: bool = False,
+) -> None:
+    """Writes the adapter or the model as safetensors with its configuration, and reads it again.
 
     Args:
         model: The unwrapped transformers or peft model.
-        weights: What `gather_trainable` gave.
+        weights: What `gather_kept` gave.
         folder: Where to; made if absent.
         dtype: Type to store, None to keep what training held.
+        is_result: To be used, not to be trained on: an adapter then stands on the base as it is on disk.
+
+    Raises:
+        UserError: What was written is not what was to be written.
     """
-    chosen = {name: value if dtype is None else value.to(dtype) for name, value in weights.items()}
-    model.save_pretrained(folder, state_dict=chosen, safe_serialization=True)
+    if is_adapted(model):
+        save_adapter(model, weights, folder, for_base=is_result)
+    else:
+        floating = {name: value for name, value in weights.items() if dtype is not None and value.is_floating_point()}
+        # A dictionary of its own: transformers empties it as it writes.
+        chosen = weights | {name: value.to(dtype) for name, value in floating.items()}
+        model.save_pretrained(folder, state_dict=chosen, safe_serialization=True)
+    check_written(folder, weights, model, dtype)
 
 
 def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool) -> None:  # noqa: ANN401
     """Writes RUN/model or RUN/adapter with its tokenizer, in the type that training computed in; a collective."""
-    weights = gather_trainable(engine, is_main)
+    weights = gather_kept(engine, is_main)
     if not is_main:
         return
     name = weights_folder_name(plan)
     target = Path(plan.run_folder) / name
     temporary = target.with_name(f".{name}.tmp")
-    dtype = torch.bfloat16 if plan.recipe.precision == "bf16" and name == "model" else None
+    dtype = COMPUTE_DTYPES[plan.recipe.precision] if name == "model" else None
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_weights(unwrapped(engine), weights, temporary, dtype)
+        save_weights(unwrapped(engine), weights, temporary, dtype, is_result=True)
         tokenizer.save_pretrained(temporary)
         publish_folder(temporary, target)
     except (OSError, SafetensorError) as error:

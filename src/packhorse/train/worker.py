@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -21,16 +22,20 @@ from transformers.utils import logging as transformers_logging
 from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import PackStore, open_store
-from packhorse.data.rendering.render import load_tokenizer
+from packhorse.data.rendering.tokenizer import tokenizer_of
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from packhorse.model.adapters import count_parameters
+from packhorse.model.parameters import count_parameters, trained_kinds
+from packhorse.model.sequence import SequenceGroup, join_sequence_group
+from packhorse.plan.command import nvme_folder, on_this_machine
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, DataFacts, RunPlan, read_plan
 from packhorse.track.meter import Figures, Meter, evaluation_figures
 from packhorse.train.checkpoint import Checkpoints, complete_checkpoints, read_state
-from packhorse.train.engine import Engine, start_accelerator, start_engine
+from packhorse.train.engine import GROUP_TIMEOUT, Engine, start_accelerator, start_engine
 from packhorse.train.evaluate import validation_loss
+from packhorse.train.joint_optimizer import InBackwardOptimizer
 from packhorse.train.loop import Run, train
 from packhorse.train.optimizer import make_optimizer
+from packhorse.train.precision import set_matmul_precision
 from packhorse.train.probe import probe
 from packhorse.train.report import Reporter, tell
 from packhorse.train.setup import training_model
@@ -87,22 +92,28 @@ def _record(plan: RunPlan, attempt: int, code: int, message: str) -> None:
 
 
 def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
+    plan = on_this_machine(plan)
     torch.set_num_threads(plan.topology.threads_per_process)
+    set_matmul_precision(plan.recipe.tf32)
     accelerator = start_accelerator(plan)
-    rank, world = _rank_and_world()
+    rank = _rank()
     _quiet(is_main=rank == 0)
     data = _data(plan)
     checkpoint, state = _newest(plan)
     if rank == 0:
         tell(plan, "starting", state, attempt)
-    tokenizer = load_tokenizer(Path(data.tokenizer), plan.recipe.data.template, plan.recipe.model.trust_remote_code)
+    tokenizer = tokenizer_of(plan.recipe, Path(data.tokenizer))
     model = training_model(plan, tokenizer, accelerator.device, checkpoint)
     count = count_parameters(model)
-    engine = start_engine(accelerator, plan, model, make_optimizer(model, plan.recipe.optimizer))
+    logging.info("trained: %s", "; ".join(str(kind) for kind in trained_kinds(model)))
+    optimizer = make_optimizer(model, plan.recipe)
+    engine = start_engine(accelerator, plan, model, optimizer)
+    if isinstance(optimizer, InBackwardOptimizer):
+        optimizer.step_in_backward()
     with ExitStack() as lifetimes:
         reporter = Reporter(plan, state, attempt, is_main=rank == 0)
         lifetimes.callback(reporter.close)
-        run = _assemble(plan, engine, state, stop, reporter, rank, world)
+        run = _assemble(plan, engine, state, stop, reporter, rank)
         lifetimes.callback(run.loader.close)
         if checkpoint:
             run.checkpoints.load_optimizer(checkpoint)
@@ -114,14 +125,16 @@ def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
 
 
 def _assemble(
-    plan: RunPlan, engine: Engine, state: TrainState, stop: StopRequest, reporter: Reporter, rank: int, world: int
+    plan: RunPlan, engine: Engine, state: TrainState, stop: StopRequest, reporter: Reporter, rank: int
 ) -> Run:
     store = open_store(Path(_data(plan).folder), "train")
+    sequence = join_sequence_group(plan.topology.sequence, GROUP_TIMEOUT)
+    data_rank = rank // plan.topology.sequence  # neighbours share their packs
     loader = PackLoader(
         store=store,
         batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed, store.in_order),
-        rank=rank,
-        world_size=world,
+        rank=data_rank,
+        world_size=plan.topology.data_ranks,
         accumulation_steps=plan.batch.accumulation_steps,
         device_pin=engine.device.type == "cuda",
     )
@@ -129,27 +142,31 @@ def _assemble(
         plan=plan,
         engine=engine,
         loader=loader,
+        sequence=sequence,
         meter=Meter(state.num_supervised_tokens, state.elapsed_seconds),
         checkpoints=Checkpoints(plan, engine, is_main=rank == 0),
         stop=stop,
-        evaluate=_evaluation(plan, engine, rank, world),
+        evaluate=_evaluation(plan, engine, data_rank, sequence),
         reporter=reporter,
         rank=rank,
     )
 
 
-def _evaluation(plan: RunPlan, engine: Engine, rank: int, world: int) -> Callable[[], float] | None:
+def _evaluation(
+    plan: RunPlan, engine: Engine, data_rank: int, sequence: SequenceGroup | None
+) -> Callable[[], float] | None:
     try:
         store: PackStore = open_store(Path(_data(plan).folder), "validation")
     except FileNotFoundError:
         return None
-    return partial(validation_loss, engine, engine.model, store, plan.batch.micro_packs, rank, world)
+    ranks = plan.topology.data_ranks
+    return partial(validation_loss, engine, engine.model, store, plan.batch.micro_packs, data_rank, ranks, sequence)
 
 
 def _look_before(run: Run, state: TrainState, sizes: Figures) -> None:
     """Proves that packing changes nothing, and measures where training starts from."""
     store = open_store(Path(_data(run.plan).folder), "train")
-    figures = sizes | probe(run.engine, run.engine.model, store, run.plan.recipe.precision).figures()
+    figures = sizes | probe(run.engine, run.engine.model, store, run.plan.recipe.precision, run.sequence).figures()
     if state.step == 0 and run.evaluate:
         figures |= evaluation_figures(run.evaluate())
     run.reporter.begin(state, figures)
@@ -161,6 +178,10 @@ def _end(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerBase) -> int
         publish_result(run.plan, run.engine, tokenizer, is_main=run.rank == 0)
     run.reporter.tell("finished" if finished else "stopped", state)
     run.engine.close()
+    offloaded = nvme_folder(run.plan)
+    if offloaded is not None:
+        # Every rank of a node tries; none reads it any more.
+        shutil.rmtree(offloaded, ignore_errors=True)
     return EXIT_OK if finished else EXIT_STOPPED
 
 
@@ -175,13 +196,13 @@ def _data(plan: RunPlan) -> DataFacts:
     return plan.data
 
 
-def _rank_and_world() -> tuple[int, int]:
+def _rank() -> int:
     # Not from the Accelerator: under DeepSpeed on the CPU it may be wrong on every rank.
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _quiet(is_main: bool) -> None:
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "DeepSpeed", "accelerate", "wandb", "filelock"):
+    for name in ("httpx", "DeepSpeed", "accelerate", "wandb", "filelock", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()

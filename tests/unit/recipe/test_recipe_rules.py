@@ -23,6 +23,56 @@ REFUSED = {
     "fresh-lora": ([FRESH], "method is lora, but model.config starts from random weights."),
     "fresh-qlora": ([FRESH, "method=qlora"], "method is qlora, but model.config starts from random weights."),
     "no-targets": (["method={kind: lora, target: []}"], "method.target is an empty list."),
+    "partial-of-nothing": (["method=partial"], "method is partial, and gives none of last_layers, train and freeze."),
+    "trained-twice": (
+        ["method={kind: lora, target: [q_proj], train_also: [q_proj]}"],
+        "method.target and method.train_also both name q_proj.",
+    ),
+    "odd-orthogonal": (
+        ["method={kind: lora, rank: 7, initialization: orthogonal}"],
+        "method.initialization is orthogonal, and method.rank is 7.",
+    ),
+    "loftq-of-nothing": (
+        ["method={kind: lora, initialization: loftq}"],
+        "method.initialization is loftq, and method is lora.",
+    ),
+    "dora-loftq": (
+        ["method={kind: qlora, dora: true, initialization: loftq}"],
+        "method.dora is true, and method.initialization is loftq.",
+    ),
+    "quantised-pissa": (
+        ["method={kind: qlora, initialization: pissa}"],
+        "method.initialization is pissa, and method is qlora.",
+    ),
+    "int8-loftq": (
+        ["method={kind: qlora, quantization: int8, initialization: loftq}"],
+        "method.initialization is loftq, and method.quantization is int8.",
+    ),
+    "int8-dora": (
+        ["method={kind: qlora, quantization: int8, dora: true}"],
+        "method.dora is true, and method.quantization is int8.",
+    ),
+    "experts-dropout": (["method={kind: lora, experts: true}"], "method.experts is true, and method.dropout is 0.05."),
+    "experts-pissa": (
+        ["method={kind: lora, experts: true, dropout: 0, initialization: pissa}"],
+        "method.experts is true, and method.initialization is pissa.",
+    ),
+    "ia3-of-nothing": (["method={kind: ia3, target: []}"], "method.target is an empty list."),
+    "ia3-auto": (
+        ["method={kind: ia3, feedforward: [down_proj]}"],
+        "method.feedforward names down_proj, and method.target is auto.",
+    ),
+    "ia3-feedforward": (
+        ["method={kind: ia3, target: [k_proj], feedforward: [down_proj]}"],
+        "method.feedforward has down_proj, which method.target lacks.",
+    ),
+    "prompt-of-no-text": (["method={kind: prompt_tuning, text: ' '}"], "method.text is empty."),
+    "empty-token": (["model.new_tokens=['']"], "model.new_tokens has an empty token."),
+    "token-twice": (["model.new_tokens=[a, b, a]"], "model.new_tokens has a twice."),
+    "new-tokens-of-a-prompt": (
+        ["model.new_tokens=[a]", "method=prefix_tuning"],
+        "model.new_tokens adds 1 tokens, and method is prefix_tuning.",
+    ),
     "bf16-weights-fp32-arithmetic": (
         ["precision=fp32", "model.dtype=bfloat16"],
         "precision is fp32, but model.dtype is bfloat16.",

@@ -11,17 +11,38 @@ from packhorse.recipe.schema import Recipe
 from packhorse.recipe.shipped import copy_recipe, list_recipes, shipped_path
 
 NAMES = [
+    "gemma3-1b/full",
+    "gemma3-1b/lora",
     "llama3.1-8b/full",
     "llama3.1-8b/lora",
     "llama3.1-8b/qlora",
+    "llama3.2-1b/full",
+    "llama3.2-1b/lora",
+    "llama3.2-3b/lora",
     "llama3.3-70b/lora",
     "llama3.3-70b/qlora",
+    "mistral-7b/lora",
+    "mixtral-8x7b/lora",
+    "phi3.5-mini/lora",
+    "phi4/lora",
     "quickstart/full",
     "quickstart/lora",
     "quickstart/qlora",
+    "qwen2.5-0.5b/full",
+    "qwen2.5-1.5b/lora",
+    "qwen2.5-14b/lora",
+    "qwen2.5-32b/qlora",
+    "qwen2.5-72b/qlora",
     "qwen2.5-7b/full",
     "qwen2.5-7b/lora",
+    "qwen3-0.6b/full",
+    "qwen3-30b-a3b/lora",
+    "qwen3-32b/qlora",
+    "qwen3-4b/lora",
+    "qwen3-8b/lora",
 ]
+# From 30 billion parameters on, half the learning rate (QLoRA paper).
+LARGE = ("70b", "72b", "32b", "30b", "8x7b")
 
 
 def test_the_shipped_recipes_are_these():
@@ -57,7 +78,7 @@ def test_large_recipes_follow_good_practice(name):
     else:
         assert (recipe.method.rank, recipe.method.alpha, recipe.method.dropout) == (32, 64.0, 0.05)
         assert recipe.method.target == "all-linear"
-        assert recipe.optimizer.learning_rate == (1e-4 if "70b" in name else 2e-4)
+        assert recipe.optimizer.learning_rate == (1e-4 if any(size in name for size in LARGE) else 2e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

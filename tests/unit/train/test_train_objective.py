@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from packhorse.errors import UserError
-from packhorse.model.adapters import add_lora
+from packhorse.model.methods.attach import Start, attach
 from packhorse.recipe.methods import LoraMethod
 from packhorse.train.loop import _refuse_unless_finite
 from packhorse.train.objective import token_loss_sum
@@ -45,4 +45,4 @@ def test_an_adapter_on_the_output_head_is_refused() -> None:
     )
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match="method.target names lm_head"):
-        add_lora(model, LoraMethod(target=["q_proj", "lm_head"]))
+        attach(model, LoraMethod(target=["q_proj", "lm_head"]), Start())

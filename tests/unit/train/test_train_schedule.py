@@ -8,12 +8,13 @@ from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_wsd_schedule,
 )
 
-from packhorse.recipe.schema import OptimizerSection, ScheduleSection
-from packhorse.train.optimizer import learning_rate_at, make_optimizer
+from packhorse.recipe.schema import ScheduleSection
+from packhorse.train.schedule import learning_rate_at
 
-STEPS, WARMUP, PEAK = 50, 7, 3e-4
+STEPS, WARMUP, DECAY, PEAK = 50, 7, 12, 3e-4
 
 
 def theirs(name: str) -> list[float]:
@@ -24,6 +25,7 @@ def theirs(name: str) -> list[float]:
         "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS),
         "linear": lambda: get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS),
         "constant": lambda: get_constant_schedule_with_warmup(optimizer, WARMUP),
+        "wsd": lambda: get_wsd_schedule(optimizer, WARMUP, DECAY, STEPS, decay_type="linear"),
     }[name]()
     values = []
     for _ in range(STEPS):
@@ -33,9 +35,9 @@ def theirs(name: str) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
 def test_the_course_is_that_of_transformers(name: str) -> None:
-    schedule = ScheduleSection(name=name, warmup_steps=WARMUP)
+    schedule = ScheduleSection(name=name, warmup_steps=WARMUP, decay_ratio=DECAY / STEPS)
     ours = [learning_rate_at(step, STEPS, PEAK, schedule) for step in range(STEPS)]
     assert ours[:WARMUP] == pytest.approx(theirs(name)[1 : WARMUP + 1])
     assert ours[WARMUP:] == pytest.approx(theirs(name)[WARMUP:])
@@ -48,9 +50,7 @@ def test_the_floor_is_a_share_of_the_peak() -> None:
     assert learning_rate_at(0, 10**6, PEAK, schedule) == pytest.approx(PEAK)
 
 
-def test_norms_and_biases_do_not_decay_and_frozen_weights_are_left_out() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 1))
-    model[2].weight.requires_grad_(False)
-    optimizer = make_optimizer(model, OptimizerSection(learning_rate=1e-3, weight_decay=0.1))
-    by_decay = {group["weight_decay"]: [tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups}
-    assert by_decay == {0.1: [(3, 2)], 0.0: [(3,), (3,), (3,), (1,)]}
+def test_wsd_stays_at_the_peak_and_goes_down_to_the_floor() -> None:
+    schedule = ScheduleSection(name="wsd", warmup_ratio=0.1, decay_ratio=0.2, final_ratio=0.5)
+    shares = [learning_rate_at(step, 10, 1.0, schedule) for step in range(11)]
+    assert shares == pytest.approx([1, 1, 1, 1, 1, 1, 1, 1, 1, 0.75, 0.5])

@@ -3,30 +3,62 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from packhorse.data.places import NAMED_TEMPLATES, template_path
 from packhorse.errors import UserError
+from packhorse.recipe.schema import Recipe
 
 HOW_TO_MARK: Final = """put the markers around what the assistant says and its stop token:
   before: {{ message['content'] + eos_token }}
   after:  {% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"""
 
 
-def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def tokenizer_of(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """Load the recipe's tokenizer from a local folder, as `load_tokenizer` does."""
+    model = recipe.model
+    return load_tokenizer(folder, recipe.data.template, model.trust_remote_code, model.new_tokens)
+
+
+def load_tokenizer(
+    folder: Path, template: str, trust_remote_code: bool = False, new_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer and set the template that rows are trained with; so it is saved with the model.
 
     Args:
         folder: Local folder in Hugging Face form.
         template: `data.template` of the recipe.
         trust_remote_code: Run Python code that comes with the tokenizer.
+        new_tokens: `model.new_tokens`: added as they are written, with no meaning of their own.
 
     Raises:
-        UserError: The folder holds no usable tokenizer, or the named template needs tokens that it lacks.
+        UserError: The folder holds no usable tokenizer, the named template needs tokens that it lacks, or a new token
+            is none.
     """
+    tokenizer = _load(folder, trust_remote_code)
+    _add_tokens(tokenizer, new_tokens, folder)
+    path = template_path(template)
+    if path is not None:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if template in NAMED_TEMPLATES:
+        _set_stop_token(tokenizer, template, folder)
+    return tokenizer
+
+
+def pieces_before(
+    folder: Path, new_tokens: Sequence[str], trust_remote_code: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Return the ids that each text is cut into by the tokenizer as it stands in the folder."""
+    tokenizer = _load(folder, trust_remote_code)
+    return {token: tuple(tokenizer(token, add_special_tokens=False)["input_ids"]) for token in new_tokens}
+
+
+def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken tokenizer.json raises exactly this type
@@ -42,12 +74,20 @@ def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False)
             "only a fast one knows which characters a token stands for, which the mask needs.",
             "convert it to tokenizer.json (tokenizers library) and name that folder in model.tokenizer.",
         )
-    path = template_path(template)
-    if path is not None:
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    if template in NAMED_TEMPLATES:
-        _set_stop_token(tokenizer, template, folder)
     return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str], folder: Path) -> None:
+    vocabulary = tokenizer.get_vocab() if new_tokens else {}
+    for token in new_tokens:
+        if token in vocabulary:
+            raise UserError(
+                f"model.new_tokens has {token!r}, which is token {vocabulary[token]} of the tokenizer in {folder}.",
+                "it is not new, and its row would lose what it has learnt.",
+                f"take {token!r} out of model.new_tokens.",
+            )
+    # Not special: what is written in rows is what they are for, and answers keep them.
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
 
 
 def require_stop_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

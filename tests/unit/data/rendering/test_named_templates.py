@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from packhorse.errors import UserError
 
 SPECIAL = {
     "chatml": ["<|im_start|>", "<|im_end|>"],
+    "qwen3": ["<think>", "</think>", "<|im_start|>", "<|im_end|>"],
     "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "gemma": ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
     "mistral": ["<s>", "[INST]", "[/INST]", "</s>"],
+    "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    "phi4": ["<|im_start|>", "<|im_sep|>", "<|im_end|>"],
     "alpaca": ["<s>", "</s>"],
 }
 BOS = {"llama3": "<|begin_of_text|>", "gemma": "<bos>", "mistral": "<s>", "alpaca": "<s>"}
@@ -29,6 +33,16 @@ PUBLISHED = {
         ("hello<|im_end|>", 1),
         ("\n<|im_start|>user\nhow are you<|im_end|>\n<|im_start|>assistant\n", 0),
         ("fine<|im_end|>", 1),
+        ("\n", 0),
+    ],
+    "qwen3": [
+        (
+            "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+            0,
+        ),
+        ("<think>\n\n</think>\n\nhello<|im_end|>", 1),
+        ("\n<|im_start|>user\nhow are you<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("<think>\n\n</think>\n\nfine<|im_end|>", 1),
         ("\n", 0),
     ],
     "llama3": [
@@ -59,12 +73,39 @@ PUBLISHED = {
         ("[INST] how are you[/INST]", 0),
         (" fine</s>", 1),
     ],
+    "phi3": [
+        ("<|system|>\nbe kind<|end|>\n<|user|>\nhi<|end|>\n<|assistant|>\n", 0),
+        ("hello<|end|>", 1),
+        ("\n<|user|>\nhow are you<|end|>\n<|assistant|>\n", 0),
+        ("fine<|end|>", 1),
+        ("\n", 0),
+    ],
+    "phi4": [
+        (
+            "<|im_start|>system<|im_sep|>be kind<|im_end|><|im_start|>user<|im_sep|>hi<|im_end|>"
+            "<|im_start|>assistant<|im_sep|>",
+            0,
+        ),
+        ("hello<|im_end|>", 1),
+        ("<|im_start|>user<|im_sep|>how are you<|im_end|><|im_start|>assistant<|im_sep|>", 0),
+        ("fine<|im_end|>", 1),
+    ],
     "alpaca": [
         ("<s>be kind\n\n### Instruction:\nhi\n\n### Response:\n", 0),
         ("hello</s>", 1),
         ("\n\n### Instruction:\nhow are you\n\n### Response:\n", 0),
         ("fine</s>", 1),
     ],
+}
+TRL = Path(str(importlib.util.find_spec("trl").submodule_search_locations[0])) / "chat_templates"
+# Copy of the published form -> our name for it, and what it writes behind the last turn, which is never trained.
+COPIES = {
+    TRL / "qwen2_5.jinja": ("chatml", ""),
+    TRL / "qwen3_instruct_2507.jinja": ("chatml", ""),
+    TRL / "qwen3.jinja": ("qwen3", ""),
+    TRL / "llama3.jinja": ("llama3", ""),
+    TRL / "gemma3.jinja": ("gemma", ""),
+    TRL / "phi3_5.jinja": ("phi3", "<|endoftext|>"),
 }
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 WITH_THINKING = Message("assistant", "hello", thinking="a greeting")
@@ -150,11 +191,29 @@ def test_thinking_stands_before_the_answer_and_is_trained(named: tuple[str, Path
     ]
 
 
+@pytest.mark.parametrize("path", COPIES, ids=lambda path: path.stem)
+def test_the_text_is_that_of_a_published_template(path: Path, tmp_path: Path) -> None:
+    """trl carries copies of the templates that models are published with."""
+    name, end = COPIES[path]
+    folder = byte_tokenizer(tmp_path / name, *SPECIAL[name], "<|endoftext|>", bos_token=BOS.get(name, "<|endoftext|>"))
+    tokenizer = load_tokenizer(folder, name)
+    turns = [{"role": turn.role, "content": turn.content} for turn in CHAT]
+    if name == "qwen3":
+        turns = [*turns[:2], {"role": "assistant", "content": "hello", "reasoning_content": "a greeting"}]
+    ours, theirs = (
+        tokenizer.apply_chat_template(turns, tokenize=False, chat_template=form, eos_token="<|endoftext|>")
+        for form in (tokenizer.chat_template, path.read_text(encoding="utf-8"))
+    )
+    assert ours + end == theirs
+
+
 def test_tools_are_written_by_chatml_and_refused_by_the_others(named: tuple[str, Path]) -> None:
     name, folder = named
-    if name == "chatml":
+    if name in ("chatml", "qwen3"):
         (row,) = render(folder, TOOL_CHAT, template=name)
-        assert pieces(load_tokenizer(folder, name), row) == TOOL_PIECES
+        opened = "<think>\n\n</think>\n\n" if name == "qwen3" else ""
+        expected = [(opened + text if supervised else text, supervised) for text, supervised in TOOL_PIECES]
+        assert pieces(load_tokenizer(folder, name), row) == expected
         return
     message = refusal(folder, TOOL_CHAT, template=name)
     assert message.startswith("rows.jsonl:7: the chat template refuses the chat (roles: user, assistant, tool, ")

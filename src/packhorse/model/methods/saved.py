@@ -1,0 +1,101 @@
+"""Adapters on disk, in peft's form: written from whole tensors, loaded to train on or to be evaluated."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from packhorse.errors import UserError
+from packhorse.model.methods.prompts import answer_with_prompt
+from packhorse.model.placed import assign
+
+ADAPTER: Final = "default"
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+PROMPT: Final = f"prompt_encoder.{ADAPTER}.embedding.weight"
+
+
+def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path, for_base: bool) -> None:  # noqa: ANN401
+    """See `attach.save_adapter`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    initial = getattr(model, "initial_adapter", None)
+    if for_base and initial is not None:
+        weights = _minus_initial(weights, initial)
+        _double_rank(config)
+    # Copies: a file has no room for two names of one tensor.
+    tensors = {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in _peft_form(model, weights).items()
+    }
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    model.create_or_update_model_card(str(folder))
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def load_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401
+    """See `attach.load_adapter`."""
+    stored = load_peft_weights(str(folder), device="cpu")
+    held = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    named = _peft_form(model, held)
+    if stored.keys() != named.keys():
+        odd = sorted(stored.keys() ^ named.keys())
+        raise UserError(
+            f"{folder} holds {len(stored)} tensors, and the method trains {len(named)}; they differ in {odd[0]}.",
+            "training can only go on from what the same method wrote.",
+            "resume with the recipe that the run began with, or train under another name.",
+        )
+    own = {id(parameter) for parameter in held.values()}
+    assert all(id(parameter) in own for parameter in named.values())
+    for name, parameter in named.items():
+        assign(parameter, stored[name])  # wherever the engine has put it
+
+
+def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """See `attach.with_adapter`."""
+    adapted: nn.Module = PeftModel.from_pretrained(model, str(folder))
+    if adapted.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
+        answer_with_prompt(adapted)
+    return adapted
+
+
+def _peft_form(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ANN401
+    """Under the names that peft's files use."""
+    if model.peft_config[ADAPTER].is_prompt_learning:
+        # peft would take it from the module, which may hold a shard of it.
+        return {"prompt_embeddings": weights[PROMPT]}
+    # peft asks for tied modules by each of their names.
+    first = {id(value): name for name, value in model.named_parameters() if name in weights}
+    tied = {
+        name: weights[first[id(value)]]
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if name not in weights and id(value) in first
+    }
+    # Whole embeddings beside the adapter are never wanted: rows of new tokens are saved by themselves.
+    named: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=weights | tied, save_embedding_layers=False)
+    return named
+
+
+def _minus_initial(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
+    """[A; A0] and [B, −B0]: what training added to the base as it was.
+
+    The base was changed to W − s B0 A0 when training began, so that W − s B0 A0 + s B A = W + s (B A − B0 A0); peft's
+    `LoraModel.subtract_mutated_init` computes the same from a second adapter in the model.
+    """
+    whole = dict(weights)
+    for name, start in initial.items():
+        rows = ".lora_A." in name
+        whole[name] = torch.cat([weights[name], start if rows else -start], dim=0 if rows else 1)
+    return whole
+
+
+def _double_rank(config: PeftConfig) -> None:
+    """Twice the rank at the same scale."""
+    config.r *= 2
+    config.lora_alpha *= 2**0.5 if config.use_rslora else 2
+    config.init_lora_weights = True

@@ -1,0 +1,210 @@
+"""Weights from a checkpoint straight to their place: read, converted and quantised one unit at a time.
+
+The files are mapped into memory, so the ranks of a node share what one of them has read, and none holds a copy of its
+own. Renaming, fusing of experts and quantisation are transformers' and bitsandbytes' own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
+
+from packhorse.errors import UserError
+from packhorse.model.units import Unit, part_of, snapshot, units_of
+
+NUM_SHOWN = 6
+
+
+@dataclass
+class Weights:
+    """A checkpoint's weights and the empty model that they belong to.
+
+    Attributes:
+        model: On the meta device, without adapters when this is made; adapters may be added later.
+        source: Folder or hub name, for messages.
+        tensors: Each tensor of the checkpoint by its name there; read when it is used.
+        config: How transformers converts and quantises them.
+        units: What is loaded at a time.
+        files: Open as long as something is to be read.
+    """
+
+    model: PreTrainedModel
+    source: str
+    tensors: Mapping[str, Any]
+    config: LoadStateDictConfig
+    units: list[Unit]
+    files: ExitStack
+    _tree: PreTrainedModel = field(init=False)
+    _keys: dict[Unit | None, list[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tree = cast(PreTrainedModel, snapshot(self.model))
+        self._keys = self._share_out()
+
+    def fill(self, unit: Unit) -> None:
+        """Makes a unit real, on the device of the request.
+
+        Raises:
+            UserError: A tensor has another shape than the model's, or cannot be converted.
+        """
+        self._fill(unit, lambda name: name in unit.names)
+
+    def fill_rest(self) -> None:
+        """Makes real what belongs to no unit, buffers mostly; closes the files."""
+        names = [name for unit in self.units for name in unit.names]
+        self._fill(None, lambda name: not any(_are_related(name, other) for other in names))
+        self.files.close()
+        # What was renamed or fused is written back as it was read.
+        mapping = self.config.weight_mapping or []
+        self.model._weight_conversions = [entry for entry in mapping if entry.was_used()]
+
+    def _fill(self, unit: Unit | None, keep: Callable[[str], bool]) -> None:
+        part = cast(PreTrainedModel, part_of(self._tree, keep))
+        trained = {name: parameter.requires_grad for name, parameter in part.named_parameters()}
+        chosen = {key: self.tensors[key] for key in self._keys[unit]}
+        info, _ = convert_and_load_state_dict_in_model(part, chosen, self.config)
+        self._refuse_misfits(info)
+        if unit is not None and len(unit.names) > 1:
+            self._tie(part, info)
+        _make_buffers(part, self.config)
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_(trained[name] and parameter.is_floating_point())
+
+    def _tie(self, part: PreTrainedModel, info: LoadStateDictInfo) -> None:
+        here = dict(part.named_parameters(remove_duplicate=False))
+        tied = {
+            target: source for target, source in part.all_tied_weights_keys.items() if {target, source} <= set(here)
+        }
+        part.all_tied_weights_keys = tied
+        part.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+
+    def _share_out(self) -> dict[Unit | None, list[str]]:
+        """Keys of the checkpoint by the unit that they fill; refuses what is missing or nobody asked for."""
+        mapping = self.config.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        targets_of = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
+        expected, prefix = self._tree.state_dict(), self._tree.base_model_prefix
+        keys: dict[Unit | None, list[str]] = defaultdict(list)
+        loaded, unexpected = set(), set()
+        for key in sorted(self.tensors, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+            if name not in expected and key in expected:
+                name, pattern = rename_source_key(key, [], [], prefix, expected)
+            if name not in expected:
+                unexpected.add(name)
+                continue
+            # One stored tensor may become several weights.
+            targets = targets_of[pattern] if pattern is not None else [name]
+            loaded |= {name.replace(targets[0], target) for target in targets} if pattern is not None else {name}
+            keys[self._unit_of(name)].append(key)
+        self._refuse_unless_complete(set(expected) - loaded, unexpected)
+        return keys
+
+    def _unit_of(self, name: str) -> Unit | None:
+        return next((unit for unit in self.units if any(_is_inside(name, module) for module in unit.names)), None)
+
+    def _refuse_unless_complete(self, missing: set[str], unexpected: set[str]) -> None:
+        info = LoadStateDictInfo(missing, unexpected, set(), {}, [], set())
+        # What the architecture itself says is derived, or a leftover of an older version of it.
+        self._tree._adjust_missing_and_unexpected_keys(info)
+        tied = self._tree.all_tied_weights_keys
+        # Of two tied weights a checkpoint holds one.
+        partner = {**tied, **{source: target for target, source in tied.items()}}
+        missing = {name for name in info.missing_keys if partner.get(name, name) in info.missing_keys}
+        refuse_incomplete(self.source, missing, info.unexpected_keys)
+
+    def _refuse_misfits(self, info: LoadStateDictInfo) -> None:
+        if info.mismatched_keys:
+            name, stored, wanted = min(info.mismatched_keys)
+            raise UserError(
+                f"{name} is {list(stored)} in the checkpoint {self.source} and {list(wanted)} in the model.",
+                "its config.json describes another model than its weights.",
+                "fetch the checkpoint again, or repair its config.json.",
+            )
+        if info.conversion_errors:
+            name, reason = min(info.conversion_errors.items())
+            raise RuntimeError(f"{name} of {self.source} could not be converted: {reason}")
+
+
+def open_weights(
+    model: PreTrainedModel,
+    source: str,
+    files: Iterable[str],
+    config: LoadStateDictConfig,
+    units: list[Unit] | None = None,
+) -> Weights:
+    """Opens a checkpoint for a model on the meta device; reads names and shapes only.
+
+    Raises:
+        UserError: Weights are missing, or there are some that the model has no place for.
+    """
+    opened = ExitStack()
+    tensors: dict[str, Any] = {}
+    for file in files:
+        if not file.endswith(".safetensors"):
+            tensors |= load_state_dict(file, weights_only=True)  # mapped into memory as well
+            continue
+        stored = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
+        tensors |= {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118  (safe_open is no mapping)
+    return Weights(model, source, tensors, config, units or units_of(model), opened)
+
+
+def refuse_incomplete(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Stops where transformers warns and goes on.
+
+    Raises:
+        UserError: There are such weights.
+    """
+    if missing:
+        raise UserError(
+            f"the checkpoint {source} lacks {_listed(missing)}.",
+            "transformers would draw them at random, and the run would not start from the model that it names.",
+            "name a checkpoint of this very architecture, saved with its output head.",
+        )
+    if unexpected:
+        raise UserError(
+            f"the checkpoint {source} holds {_listed(unexpected)}, which the model has no place for.",
+            "transformers would drop them, and what runs would not be the model that was saved.",
+            "name a checkpoint of this very architecture; weights of an adapter belong beside their base.",
+        )
+
+
+def _make_buffers(part: PreTrainedModel, config: LoadStateDictConfig) -> None:
+    """Buffers that no checkpoint holds, such as the frequencies of rotary embeddings."""
+    device = (config.device_map or {"": "cpu"})[""]
+    for module in part.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    part.initialize_weights()  # leaves alone what was loaded
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")
+
+
+def _are_related(name: str, other: str) -> bool:
+    return name == other or _is_inside(name, other) or _is_inside(other, name)
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names, key=dot_natural_key)
+    more = f" and {len(ordered) - NUM_SHOWN} more" if len(ordered) > NUM_SHOWN else ""
+    return ", ".join(ordered[:NUM_SHOWN]) + more

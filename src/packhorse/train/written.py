@@ -1,0 +1,88 @@
+"""What was written, read again before it is called the result: every tensor there, none empty, every number finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from packhorse.errors import UserError
+from packhorse.model.methods.attach import is_adapted
+
+TOLERANCE = 0.01
+"""Of the size in bytes; safetensors' header is the difference."""
+
+
+def check_written(folder: Path, weights: Mapping[str, Tensor], model: Any, dtype: torch.dtype | None) -> None:  # noqa: ANN401
+    """Reads the safetensors files of `folder`, a tensor at a time.
+
+    Args:
+        folder: Just written.
+        weights: What was to be written, by name in the model.
+        model: The unwrapped model, which knows how its names and shapes differ in a file. Around an adapter it is
+            peft's; the file then has peft's names, and may hold more than was trained (PiSSA's start).
+        dtype: Type that floating tensors were to be stored in; None for that of each.
+
+    Raises:
+        UserError: A tensor is missing, empty, of another shape or not finite, or the files have another size.
+    """
+    shapes = {}
+    for name, tensor in _tensors(folder):
+        shapes[name] = tuple(tensor.shape)
+        if not tensor.numel():
+            raise _spoilt(f"{name} in {folder} has 0 elements.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise _spoilt(f"{name} in {folder} has {count:,} of {tensor.numel():,} numbers that are not finite.")
+    expected_bytes = sum(_stored_bytes(value, dtype) for value in weights.values())
+    written_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if is_adapted(model):
+        if written_bytes < expected_bytes:
+            raise _spoilt(f"{folder} has {written_bytes:,} bytes of weights, and {expected_bytes:,} were trained.")
+        return
+    _compare(folder, shapes, _in_files(model, weights))
+    # Names and shapes fit: what is left is the type, and a header of some hundred bytes a tensor.
+    most = expected_bytes * (1 + TOLERANCE) + 512 * len(shapes)
+    if not expected_bytes <= written_bytes <= most:
+        raise _spoilt(f"{folder} has {written_bytes:,} bytes of weights in place of {expected_bytes:,}.")
+
+
+def _stored_bytes(value: Tensor, dtype: torch.dtype | None) -> int:
+    return value.numel() * (dtype if dtype is not None and value.is_floating_point() else value.dtype).itemsize
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, stored.get_tensor(name)
+
+
+def _in_files(model: Any, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:  # noqa: ANN401
+    """Names and shapes as transformers writes them, such as those of single experts for fused ones."""
+    empty = {name: value.to("meta") for name, value in weights.items()}
+    return {name: tuple(value.shape) for name, value in revert_weight_conversion(model, empty).items()}
+
+
+def _compare(folder: Path, written: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    if written.keys() != expected.keys():
+        name = sorted(written.keys() ^ expected.keys())[0]
+        side = "too much" if name in written else "missing"
+        raise _spoilt(f"{folder} holds {len(written)} tensors, and the model has {len(expected)}; {name} is {side}.")
+    for name, shape in expected.items():
+        if written[name] != shape:
+            raise _spoilt(f"{name} in {folder} has shape {written[name]}, and {shape} in the model.")
+
+
+def _spoilt(fact: str) -> UserError:
+    return UserError(
+        fact,
+        "such files load without a word, and the model answers nonsense.",
+        "free the disk or repair what is wrong with it, then go on from the last checkpoint: packhorse train RUN "
+        "--resume.",
+    )

@@ -1,0 +1,116 @@
+"""One recipe, one curve: method by method, whatever shards the model and however the step is cut.
+
+`make test` runs the cells that hold each pair of settings, `make parity` those that hold each three of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from covering import Cell, allowed_cells, combinations_of, covering_array
+from laboratory import PACKS, Laboratory
+from launches import ENGINES, train
+
+from cli import curve
+from golden import METHODS, Curve
+
+LOSS_TOLERANCE = 1e-5
+NORM_TOLERANCE = 1e-5
+# Two fp32 sums of the same numbers in another order differ by this much, relative to the sum.
+NOISE = 1e-7
+
+
+FACTORS = {
+    "method": tuple(METHODS),
+    "base": ("fresh", "tiny", "stories260K"),
+    "engine": tuple(ENGINES),
+    "passes": ("1 pass", "4 passes"),
+    "checkpointing": ("off", "every layer", "every 2nd layer"),
+    "packing": ("mixed", "none"),
+}
+CHECKPOINTING = {"off": "false", "every layer": "true", "every 2nd layer": "2"}
+
+
+def _can_be(cell: Cell) -> bool:
+    # An adapter beside random weights is refused, and 8-bit weights where an engine would have to shard them.
+    if cell["base"] == "fresh":
+        return cell["method"] == "full"
+    return cell["method"] != "int8" or ENGINES[cell["engine"]].name not in {"zero3", "fsdp2"}
+
+
+def _in_share(cell: Cell) -> bool:
+    # fp4 and int8 differ from nf4 by a kernel that no engine sees: one engine each.
+    return cell["method"] not in {"fp4", "int8"} or cell["engine"] == "zero2 x 2"
+
+
+CELLS = allowed_cells(FACTORS, _can_be)
+SHARED_CELLS = [cell for cell in CELLS if _in_share(cell)]
+SHARE = covering_array(SHARED_CELLS, 2)
+REST = covering_array(CELLS, 3, beside=SHARE)
+
+
+def _id(cell: Cell) -> str:
+    return ", ".join(cell.values())
+
+
+MATRIX = [pytest.param(cell, id=_id(cell)) for cell in SHARE] + [
+    pytest.param(cell, id=_id(cell), marks=pytest.mark.matrix) for cell in REST
+]
+
+
+def test_the_share_holds_every_pair_of_settings_and_the_matrix_every_three() -> None:
+    for strength, chosen, cells in ((2, SHARE, SHARED_CELLS), (3, SHARE + REST, CELLS)):
+        held, wanted = (set().union(*(combinations_of(c, strength) for c in group)) for group in (chosen, cells))
+        assert held == wanted
+    assert all(_can_be(cell) for cell in SHARE + REST)
+
+
+@pytest.mark.parametrize("cell", MATRIX)
+def test_the_curve_is_the_one_of_the_loop_by_hand(cell: Cell, laboratory: Laboratory) -> None:
+    golden = laboratory.golden(cell["method"], cell["base"], cell["packing"])
+    assert golden.losses[-1] < 0.99 * golden.untrained, "where nothing is learnt, equal curves say little"
+    run = _train(laboratory, cell)
+    losses, norms = curve(run), curve(run, "train/grad_norm")
+    _record(cell, golden, losses, norms)
+    assert losses == pytest.approx(golden.losses, rel=LOSS_TOLERANCE, abs=0)
+    assert norms == pytest.approx(golden.norms, rel=NORM_TOLERANCE, abs=0)
+    assert not _drifts(losses, golden.losses)
+
+
+def _train(laboratory: Laboratory, cell: Cell) -> Path:
+    """Runs the cell's recipe under its engine; the run folder."""
+    engine = ENGINES[cell["engine"]]
+    share = PACKS // engine.processes
+    passes = min(share, int(cell["passes"].split()[0]))
+    return train(
+        laboratory.recipe(cell["method"], cell["base"], cell["packing"]),
+        engine,
+        _id(cell).replace(", ", "-").replace(" ", "-"),
+        f"batch.micro={share // passes}",
+        f"parallel.checkpointing={CHECKPOINTING[cell['checkpointing']]}",
+    )
+
+
+def _relative(mine: list[float], golden: list[float]) -> np.ndarray:
+    return np.array(mine) / np.array(golden) - 1
+
+
+def _drifts(mine: list[float], golden: list[float]) -> bool:
+    """Whether the differences have one sign: their mean is further from 0 than three standard errors."""
+    differences = _relative(mine, golden)
+    return abs(differences.mean()) > max(NOISE, 3 * differences.std(ddof=1) / np.sqrt(len(differences)))
+
+
+def _record(cell: Cell, golden: Curve, losses: list[float], norms: list[float]) -> None:
+    """Adds the cell's figures to the file that `make parity` makes its table of."""
+    file = os.environ.get("PARITY_RESULTS")
+    if file is None:
+        return
+    loss, norm = _relative(losses, golden.losses), _relative(norms, golden.norms)
+    figures = {"loss": abs(loss).max(), "norm": abs(norm).max(), "mean": loss.mean(), "deviation": loss.std(ddof=1)}
+    with Path(file).open("a", encoding="utf-8") as out:
+        out.write(json.dumps({"cell": cell, **figures}) + "\n")

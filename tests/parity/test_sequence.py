@@ -1,0 +1,38 @@
+"""Packs cut over processes train on the curve of the loop by hand, which has one process and knows no packs."""
+
+from __future__ import annotations
+
+import pytest
+from laboratory import Laboratory
+
+from cli import curve, metrics, packhorse
+
+TOLERANCE = 1e-5
+
+# Four processes are two groups, so each group takes its own packs.
+SYSTEMS = {
+    "ddp-4": ["parallel.engine=ddp", "parallel.processes=4", "batch.micro=2", "parallel.checkpointing=true"],
+    "fsdp2-2": ["parallel.engine=fsdp2", "parallel.processes=2", "batch.micro=8"],
+}
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("sequence"))
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=str)
+def test_packs_on_two_processes_each_give_the_golden_curve(system: str, laboratory: Laboratory) -> None:
+    recipe = laboratory.recipe("full", "tiny", "mixed")
+    words = [f"name={system}", "parallel.sequence=2", *SYSTEMS[system]]
+    done = packhorse(laboratory.folder, "train", recipe.name, *words, timeout=600)
+    assert done.code == 0, done.err
+    golden = laboratory.golden("full", "tiny", "mixed")
+    run = laboratory.folder / "runs" / system
+    assert curve(run) == pytest.approx(golden.losses, rel=TOLERANCE, abs=0)
+    assert curve(run, "train/grad_norm") == pytest.approx(golden.norms, rel=TOLERANCE, abs=0)
+    assert golden.losses[-1] < golden.losses[0] - 0.05, "the curve must fall, or equal curves say little"
+    (proof,) = (line for line in metrics(run) if "proof/sequence_difference" in line)
+    assert proof["proof/sequence_difference"] < 1e-5
+    # Tokens are counted once, not by each process that holds a part of the pack.
+    assert max(curve(run, "data/fill")) <= 1

@@ -1,0 +1,72 @@
+"""Sharded runs that go on from a checkpoint: the same curve and the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cli import curve, packhorse
+from packhorse.plan.status import read_status, write_status
+from tiny import TINY, write_tiny
+
+KEPT = {"every_steps": 3}
+
+
+def resumed_in_the_middle(folder: Path, run: Path) -> Path:
+    """A copy of a finished run that was stopped at its first checkpoint, gone on with."""
+    first, last = sorted((run / "checkpoints").glob("step-*"))
+    copy = run.with_name(f"{run.name}-again")
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / last.name)
+    for result in ("model", "adapter"):
+        shutil.rmtree(copy / result, ignore_errors=True)
+    status = read_status(copy)
+    assert status is not None
+    write_status(copy, status.model_copy(update={"state": "stopped", "step": int(first.name[-6:])}))
+    done = packhorse(folder, "train", str(copy), "--resume", timeout=600)
+    assert done.code == 0, done.err
+    return copy
+
+
+def same(run: Path, again: Path, weights: str) -> bool:
+    assert curve(run) == curve(again)
+    assert curve(run, "train/grad_norm") == curve(again, "train/grad_norm")
+    expected, actual = load_file(run / weights), load_file(again / weights)
+    return expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_two_copies_of_the_weights_on_four_processes(tmp_path: Path) -> None:
+    """hsdp, a mesh of 2 x 2."""
+    write_tiny(tmp_path, checkpoint=KEPT)
+    words = ("parallel.engine=hsdp", "parallel.processes=4", "parallel.shard_group=2")
+    done = packhorse(tmp_path, "train", "tiny.yaml", *words, timeout=600)
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "tiny"
+    assert same(run, resumed_in_the_middle(tmp_path, run), "model/model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_adapter_beside_a_quantised_base_that_is_sharded(tmp_path: Path) -> None:
+    """qlora under zero3: accelerate's own way of saving and loading fails on quantised weights."""
+    shape = {key: value for key, value in TINY["model"]["config"].items() if key != "model_type"}
+    torch.manual_seed(0)
+    # Widths of 64 at least: bitsandbytes quantises blocks of 64 weights.
+    fields = {**shape, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 2048}
+    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(tmp_path / "base")
+    write_tiny(
+        tmp_path,
+        model={"path": str(tmp_path / "base"), "tokenizer": "builtin:tokenizer"},
+        method={"kind": "qlora", "rank": 4},
+        checkpoint=KEPT,
+        parallel={"processes": 2, "engine": "zero3"},
+    )
+    done = packhorse(tmp_path, "train", "tiny.yaml", timeout=600)
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "tiny"
+    assert same(run, resumed_in_the_middle(tmp_path, run), "adapter/adapter_model.safetensors")
+    assert curve(run)[-1] < curve(run)[0]

@@ -1,0 +1,98 @@
+"""The table of methods and engines: what it refuses is refused by the plan, and the documentation shows the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from packhorse.errors import UserError
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.make import make_plan
+from packhorse.plan.pairs import METHODS, REFUSALS, name_of, pairs_table, refusal_of
+from packhorse.plan.run_plan import Device
+from packhorse.plan.topology import Ask
+from packhorse.recipe.methods import AdapterMethod, FullMethod, PartialMethod
+from packhorse.recipe.schema import Engine, Recipe
+
+BOX = Hardware(num_cores=96, gpus=("H100",) * 8)
+DOCUMENTATION = Path(__file__).resolve().parents[3] / "docs" / "engines.md"
+RECIPE: dict[str, Any] = {
+    "name": "r",
+    "model": {"id": "o/m"},
+    "data": {"sources": [{"path": "r.jsonl"}]},
+    "optimizer": {"learning_rate": 1e-4},
+    "steps": 9,
+}
+EXAMPLES: dict[str, Any] = {
+    "full": "full",
+    "partial": {"kind": "partial", "last_layers": 1},
+    "lora": "lora",
+    "lora, dora": {"kind": "lora", "dora": True},
+    "lora, pissa or olora": {"kind": "lora", "initialization": "pissa"},
+    "qlora nf4 or fp4": {"kind": "qlora", "quantization": "fp4"},
+    "qlora nf4 or fp4, dora": {"kind": "qlora", "dora": True},
+    "qlora nf4 or fp4, loftq": {"kind": "qlora", "initialization": "loftq"},
+    "qlora int8": {"kind": "qlora", "quantization": "int8"},
+    "ia3": "ia3",
+    "prompt_tuning": "prompt_tuning",
+    "prefix_tuning": "prefix_tuning",
+}
+
+
+def recipe(method: Any, engine: str, parallel: dict[str, Any] | None = None, **more: Any) -> Recipe:
+    nvme = "/scratch" if engine == "zero3_nvme" else None
+    section = {"engine": engine, "nvme": nvme, **(parallel or {})}
+    return Recipe.model_validate({**RECIPE, "method": method, "parallel": section, **more})
+
+
+def test_every_method_of_the_recipe_stands_in_the_table() -> None:
+    kinds = {kind.model_fields["kind"].default for kind in (FullMethod, PartialMethod, *get_args(AdapterMethod))}
+    assert {name.split()[0].rstrip(",") for name in METHODS} == kinds
+    assert [name_of(recipe(EXAMPLES[name], "ddp").method) for name in METHODS] == list(METHODS)
+    assert {engine for refusal in REFUSALS for engine in refusal.engines} <= set(get_args(Engine))
+
+
+@pytest.mark.parametrize("device", get_args(Device))
+@pytest.mark.parametrize("engine", get_args(Engine))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pair_is_planned_or_refused_by_name(method: str, engine: str, device: Device) -> None:
+    asked = recipe(EXAMPLES[method], engine, {"processes": 1 if engine == "single" else 4})
+    here = Hardware(num_cores=4, gpus=("H100",) * 4 if device == "cuda" else ())
+    refusal = refusal_of(method, engine, device)
+    if refusal is None:
+        topology = make_plan(asked, Ask(), here, None).topology
+        assert (topology.engine, topology.device) == (engine, device)
+        return
+    with pytest.raises(UserError) as caught:
+        make_plan(asked, Ask(), here, None)
+    assert f"method is {method}, and parallel.engine is {engine}" in str(caught.value)
+    assert refusal.why in str(caught.value)
+
+
+def test_checkpoints_to_go_on_from_are_refused_where_states_lie_in_files() -> None:
+    asked = recipe("lora", "zero3_nvme", checkpoint={"every_steps": 100})
+    with pytest.raises(UserError, match="checkpoint.every_steps is 100, and parallel.engine is zero3_nvme"):
+        make_plan(asked, Ask(gpus=8), BOX, None)
+
+
+def test_a_type_that_deepspeed_would_not_keep_is_refused() -> None:
+    asked = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"})
+    with pytest.raises(UserError, match="model.dtype is float32, precision is bf16, and parallel.engine is zero2"):
+        make_plan(asked, Ask(gpus=8), BOX, None)
+    kept = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"}, precision="fp32")
+    assert make_plan(kept, Ask(gpus=8), BOX, None).chosen("model.dtype") == "float32"
+
+
+def test_the_documentation_shows_this_table() -> None:
+    assert pairs_table() in DOCUMENTATION.read_text(encoding="utf-8")
+
+
+def test_rows_of_new_tokens_beside_an_adapter_are_refused_under_zero3_alone() -> None:
+    model = {"id": "o/m", "new_tokens": ["<call>"]}
+    here = Hardware(num_cores=4, gpus=("H100",) * 4)
+    with pytest.raises(UserError, match="model.new_tokens adds 1 tokens, method is lora, and parallel.engine is zero3"):
+        make_plan(recipe("lora", "zero3", model=model), Ask(), here, None)
+    for method, engine in (("full", "zero3"), ("lora", "fsdp2"), ("lora", "zero2")):
+        assert make_plan(recipe(method, engine, model=model), Ask(), here, None).topology.engine == engine

@@ -1,0 +1,108 @@
+"""Files of weights are read again: what is missing, empty, cut, of another type or no number is no result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from packhorse.errors import UserError
+from packhorse.train.weights import save_weights
+from packhorse.train.written import check_written
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+}
+NORM = "model.norm.weight"
+
+
+def tied_llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+
+
+def mixtral() -> nn.Module:
+    """Its experts are fused in the model, and single in its files."""
+    return MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=2))
+
+
+def held(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as it is", "bf16"])
+@pytest.mark.parametrize("make", [tied_llama, mixtral])
+def test_a_model_as_it_was_written_passes(
+    make: Callable[[], nn.Module], dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    model = make()
+    save_weights(model, held(model), tmp_path, dtype)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {dtype or torch.float32}
+    assert sum(value.numel() for value in stored.values()) == sum(value.numel() for value in model.parameters())
+
+
+def broken_missing(tensors: dict[str, Tensor]) -> None:
+    del tensors[NORM]
+
+
+def broken_empty(tensors: dict[str, Tensor]) -> None:
+    tensors[NORM] = torch.zeros(0)
+
+
+def broken_shape(tensors: dict[str, Tensor]) -> None:
+    tensors[NORM] = tensors[NORM][:16]
+
+
+def broken_number(tensors: dict[str, Tensor]) -> None:
+    tensors[NORM][3] = torch.nan
+
+
+def broken_type(tensors: dict[str, Tensor]) -> None:
+    tensors.update({name: value.half() for name, value in tensors.items()})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fact"),
+    [
+        (broken_missing, "tensors, and the model has 11; model.norm.weight is missing"),
+        (broken_empty, "model.norm.weight in .* has 0 elements"),
+        (broken_shape, r"has shape \(16,\), and \(32,\) in the model"),
+        (broken_number, "has 1 of 32 numbers that are not finite"),
+        (broken_type, "bytes of weights in place of"),
+    ],
+    ids=["missing", "empty", "cut", "not a number", "another type"],
+)
+def test_a_spoilt_file_is_refused(spoil: Callable[[dict[str, Tensor]], None], fact: str, tmp_path: Path) -> None:
+    model = tied_llama()
+    save_weights(model, held(model), tmp_path, None)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    spoil(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=fact):
+        check_written(tmp_path, held(model), model, None)
+
+
+def test_an_adapter_that_lost_a_matrix_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(tied_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    save_weights(model, trained, tmp_path, None)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match="bytes of weights, and .* were trained"):
+        check_written(tmp_path, trained, model, None)
