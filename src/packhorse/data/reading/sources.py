@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
-
-import datasets
 
 from packhorse.data.places import source_files, source_name
 from packhorse.data.reading.arrow_rows import ROWS_AT_ONCE, read_arrow, read_parquet, rows_of_batches
@@ -67,6 +66,7 @@ def _by_number(source: Source) -> bool:
 
 
 def _read_hub(source: Source, mistakes: RowMistakes) -> Iterator[Row]:
+    datasets = import_module("datasets")  # only here: it brings pandas, and files need neither
     try:
         rows = datasets.load_dataset(source.id, name=source.subset, revision=source.revision, split=source.split)
         # As Arrow, images and sound stay bytes, and rows come ten times as fast as one by one.

@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from data_cases import write_lines
 from reading_cases import mistake_of, read, read_all
 
-from packhorse.data.reading import sources
 from packhorse.data.reading.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
@@ -81,7 +81,7 @@ def test_hub_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*names: str, **_: object) -> None:
         raise ConnectionError(f"Couldn't reach '{names[0]}' on the Hub")
 
-    monkeypatch.setattr(sources.datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError) as caught:
         list(read_rows(Source(id="some/rows"), Path("runs")))
     message = str(caught.value)
@@ -92,8 +92,8 @@ def test_hub_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hub_rows_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    held = sources.datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr(sources.datasets, "load_dataset", lambda *names, **rest: asked.append((names, rest)) or held)
+    held = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **rest: asked.append((names, rest)) or held)
     rows = list(read_rows(Source(id="some/rows", subset="es", revision="abc", split="test"), Path("runs")))
     assert [row.where for row in rows] == ["some/rows:1", "some/rows:2", "some/rows:3"]
     assert [row.values for row in rows] == ROWS
