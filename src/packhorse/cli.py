@@ -110,6 +110,14 @@ def status(run: str) -> Action:
     return Action("plan", "status", {"run": run})
 
 
+def verify(run: str) -> Action:
+    """Read every checkpoint of a run, and name each file that is not as it was written.
+
+    packhorse verify RUN
+    """
+    return Action("verify", "verify", {"run": run})
+
+
 def evaluate(run: str, *, test: str = "False", again: str = "False") -> Action:
     """Measure base beside tuned on held-out rows: loss, perplexity, exact match.
 
@@ -144,7 +152,8 @@ def quickstart() -> Action:
 
 
 VERBS: dict[str, Callable[..., Action]] = {
-    verb.__name__: verb for verb in (recipes, check, prepare, convert, plan, train, status, evaluate, chat, quickstart)
+    verb.__name__: verb
+    for verb in (recipes, check, prepare, convert, plan, train, status, verify, evaluate, chat, quickstart)
 }
 SWITCHES = ("--resume", "--write", "--force", "--test", "--again")
 

@@ -116,7 +116,8 @@ class Method:
 
     Attributes:
         section: The recipe's `method`.
-        learning_rate: High enough for 20 steps to be seen in the loss.
+        learning_rate: High enough for 20 steps to be seen in the loss, and so low that weights changed by 1e-7 do not
+            end on another curve.
         attach: Chooses what trains in a loaded model, or adds the adapter.
         quantized: How bitsandbytes stores the frozen weights.
     """
@@ -142,7 +143,7 @@ METHODS = {
     "fp4": _qlora("fp4", four_bit("fp4")),
     "int8": _qlora("int8", BitsAndBytesConfig(load_in_8bit=True)),
     "ia3": Method({"kind": "ia3"}, 2e-2, _ia3),
-    "prompt": Method({"kind": "prompt_tuning", "virtual_tokens": VIRTUAL_TOKENS}, 5e-2, _prompt),
+    "prompt": Method({"kind": "prompt_tuning", "virtual_tokens": VIRTUAL_TOKENS}, 2e-2, _prompt),
     "prefix": Method({"kind": "prefix_tuning", "virtual_tokens": VIRTUAL_TOKENS}, 5e-2, _prefix),
 }
 

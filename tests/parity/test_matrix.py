@@ -20,6 +20,9 @@ from golden import METHODS, Curve
 
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-5
+# Of the first steps. Then fp32's rounding has been through Adam: the loop by hand, with its weights changed by 1e-7 at
+# random, has norms up to 2.4e-5 (full, stories260K) from its own, while losses differ by 7e-7 at most.
+NUM_FIRST_STEPS, LATER_NORM_TOLERANCE = 3, 5e-5
 # Two fp32 sums of the same numbers in another order differ by this much, relative to the sum.
 NOISE = 1e-7
 
@@ -43,8 +46,17 @@ def _can_be(cell: Cell) -> bool:
 
 
 def _in_share(cell: Cell) -> bool:
-    # fp4 and int8 differ from nf4 by a kernel that no engine sees: one engine each.
-    return cell["method"] not in {"fp4", "int8"} or cell["engine"] == "zero2 x 2"
+    # Start-up is most of a cell, and four processes on two cores take four times as long. What no engine sees stands
+    # under one of them: the kernels of fp4 and int8, where fresh weights come from.
+    if cell["method"] in {"fp4", "int8"}:
+        return [cell[name] for name in FACTORS if name != "method"] == ["tiny", "zero2 x 2", "4 passes", "off", "mixed"]
+    if cell["base"] == "fresh":
+        return cell["engine"] == "single"
+    return cell["engine"] != "zero3 x 4" or (cell["method"], cell["base"], cell["checkpointing"]) == (
+        "full",
+        "tiny",
+        "every 2nd layer",
+    )
 
 
 CELLS = allowed_cells(FACTORS, _can_be)
@@ -72,12 +84,14 @@ def test_the_share_holds_every_pair_of_settings_and_the_matrix_every_three() -> 
 @pytest.mark.parametrize("cell", MATRIX)
 def test_the_curve_is_the_one_of_the_loop_by_hand(cell: Cell, laboratory: Laboratory) -> None:
     golden = laboratory.golden(cell["method"], cell["base"], cell["packing"])
-    assert golden.losses[-1] < 0.99 * golden.untrained, "where nothing is learnt, equal curves say little"
+    assert golden.losses[-1] < 0.995 * golden.untrained, "where nothing is learnt, equal curves say little"
     run = _train(laboratory, cell)
     losses, norms = curve(run), curve(run, "train/grad_norm")
     _record(cell, golden, losses, norms)
     assert losses == pytest.approx(golden.losses, rel=LOSS_TOLERANCE, abs=0)
-    assert norms == pytest.approx(golden.norms, rel=NORM_TOLERANCE, abs=0)
+    first = slice(NUM_FIRST_STEPS)
+    assert norms[first] == pytest.approx(golden.norms[first], rel=NORM_TOLERANCE, abs=0)
+    assert norms == pytest.approx(golden.norms, rel=LATER_NORM_TOLERANCE, abs=0)
     assert not _drifts(losses, golden.losses)
 
 

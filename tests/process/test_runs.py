@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import PACKHORSE, curve, environment, metrics, packhorse
+from packhorse.checkpoints.manifest import faults_of
 from packhorse.launching.run_folder import create_run
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.shipped import shipped_path
@@ -45,7 +46,7 @@ def test_a_run_leaves_what_it_says(folder: Path) -> None:
     assert [line["step"] for line in lines if "evaluation/loss" in line] == [0, 2, 4, 6]
     assert lines[0]["proof/isolation_difference"] <= 1e-6
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000006"]
-    assert (run / "checkpoints" / "step-000006" / "COMPLETE").is_file()
+    assert list(faults_of(run / "checkpoints" / "step-000006")) == []
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 

@@ -8,7 +8,6 @@ step-000100/
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +60,13 @@ class CheckpointManifest(Part):
     version: int = MANIFEST_VERSION
     run: RunFacts
     files: dict[str, FileRecord]
+    seal: str = ""
+    """sha256 of the manifest itself, with this field empty."""
+
+    def sealed(self) -> CheckpointManifest:
+        """The same with its seal."""
+        bare = self.model_copy(update={"seal": ""})
+        return bare.model_copy(update={"seal": hashlib.sha256(bare.model_dump_json().encode()).hexdigest()})
 
 
 def write_manifest(folder: Path, run: RunFacts) -> CheckpointManifest:
@@ -75,7 +81,7 @@ def write_manifest(folder: Path, run: RunFacts) -> CheckpointManifest:
         sync_to_disk(path)
     for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         sync_to_disk(inner)
-    manifest = CheckpointManifest(run=run, files=files)
+    manifest = CheckpointManifest(run=run, files=files).sealed()
     draft = folder / f".{MANIFEST_FILE}"
     draft.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     sync_to_disk(draft)
@@ -85,11 +91,12 @@ def write_manifest(folder: Path, run: RunFacts) -> CheckpointManifest:
 
 
 def read_manifest(folder: Path) -> CheckpointManifest | None:
-    """The manifest of a checkpoint; None where there is none, or none that can be read."""
+    """The manifest of a checkpoint; None where there is none, or it is not as it was written."""
     try:
-        return CheckpointManifest.model_validate_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError, json.JSONDecodeError):
+        manifest = CheckpointManifest.model_validate_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
         return None
+    return manifest if manifest == manifest.sealed() else None
 
 
 def faults_of(folder: Path) -> Iterator[str]:

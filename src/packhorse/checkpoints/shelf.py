@@ -31,6 +31,13 @@ def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    match = STEP_FOLDER.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match[1])
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders with the name of a checkpoint, oldest first, complete or not; links are none."""
     named = [(match, path) for path in folder.glob("step-*") if (match := STEP_FOLDER.fullmatch(path.name))]
@@ -52,6 +59,19 @@ def newest_sound(folder: Path) -> Found:
             return Found(checkpoint, tuple(passed_over))
         passed_over.append(fault)
     return Found(None, tuple(passed_over))
+
+
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Renames every checkpoint of a later step to `step-N.damaged-K`: kept to be looked at, no longer a checkpoint."""
+    aside = []
+    for checkpoint in checkpoints_in(folder):
+        if step_of(checkpoint) > step:
+            number = 1
+            while (target := checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")).exists():
+                number += 1
+            checkpoint.rename(target)
+            aside.append(target)
+    return aside
 
 
 def superseded(checkpoints: Sequence[Path], keep_last: int, best: str | None) -> list[Path]:

@@ -29,7 +29,7 @@ from packhorse.model.sequence import SequenceGroup, join_sequence_group
 from packhorse.plan.command import nvme_folder, on_this_machine
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, DataFacts, RunPlan, read_plan
 from packhorse.track.meter import Figures, Meter, evaluation_figures
-from packhorse.train.checkpoint import Checkpoints, complete_checkpoints, read_state
+from packhorse.train.checkpoint import Checkpoints, checkpoint_to_resume, newest_state
 from packhorse.train.engine import GROUP_TIMEOUT, Engine, start_accelerator, start_engine
 from packhorse.train.evaluate import validation_loss
 from packhorse.train.joint_optimizer import InBackwardOptimizer
@@ -66,7 +66,7 @@ def run_worker(plan_file: Path) -> int:
         code, message = EXIT_BUG, traceback.format_exc()
     _record(plan, attempt, code, message)
     if message:
-        _, state = _newest(plan)
+        state = newest_state(Path(plan.run_folder))
         tell(plan, "stopped" if code == EXIT_STOPPED else "failed", state, attempt, _headline(message))
     if code in (EXIT_USER_ERROR, EXIT_BUG):
         # Other ranks may wait for this one in a collective; destroying the group in order would wait for them.
@@ -99,7 +99,7 @@ def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
     rank = _rank()
     _quiet(is_main=rank == 0)
     data = _data(plan)
-    checkpoint, state = _newest(plan)
+    checkpoint, state = checkpoint_to_resume(Path(plan.run_folder), is_main=rank == 0)
     if rank == 0:
         tell(plan, "starting", state, attempt)
     tokenizer = tokenizer_of(plan.recipe, Path(data.tokenizer))
@@ -183,12 +183,6 @@ def _end(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerBase) -> int
         # Every rank of a node tries; none reads it any more.
         shutil.rmtree(offloaded, ignore_errors=True)
     return EXIT_OK if finished else EXIT_STOPPED
-
-
-def _newest(plan: RunPlan) -> tuple[Path | None, TrainState]:
-    """The newest complete checkpoint and its state; a fresh state where there is none."""
-    checkpoint = next(reversed(complete_checkpoints(Path(plan.run_folder) / "checkpoints")), None)
-    return checkpoint, read_state(checkpoint) if checkpoint else TrainState()
 
 
 def _data(plan: RunPlan) -> DataFacts:
