@@ -5,8 +5,8 @@ RUN/checkpoints/step-000100/
     optimizer-*.safetensors  the optimizer's states by parameter name (single, ddp, fsdp2, hsdp)
     optimizer.json           those that are no tensors
     deepspeed/               DeepSpeed's own sharded files            (zero*)
-    state.json               step, counters, world size, content hash of the data
-    manifest.json            written last: size and sha256 of each file
+    state.json               step and counters
+    manifest.json            written last: size and sha256 of each file; engine, world size, plan, data
 """
 
 from __future__ import annotations
@@ -95,22 +95,24 @@ class Checkpoints:
         Raises:
             UserError: The checkpoint is of another engine family or, under ZeRO, another world size.
         """
-        written = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        manifest = read_manifest(checkpoint)
+        assert manifest is not None, "only a checkpoint that was verified is gone on from"
+        written = manifest.run
         if self._engine.is_deepspeed != (checkpoint / DEEPSPEED_FOLDER).is_dir():
             raise UserError(
-                f"{checkpoint} was written under {written['engine']}, and this run uses {self._plan.topology.engine}.",
+                f"{checkpoint} was written under {written.engine}, and this run uses {self._plan.topology.engine}.",
                 "DeepSpeed and torch keep optimizer states in different forms.",
-                f"resume with parallel.engine {written['engine']}.",
+                f"resume with parallel.engine {written.engine}.",
             )
         if not self._engine.is_deepspeed:
             load_optimizer(*self._stepped(), checkpoint)
             return
-        if written["world_size"] != self._plan.topology.world_size:
+        if written.world_size != self._plan.topology.world_size:
             raise UserError(
-                f"{checkpoint} was written by {written['world_size']} processes, and"
+                f"{checkpoint} was written by {written.world_size} processes, and"
                 f" {self._plan.topology.world_size} would resume.",
                 "ZeRO shards the optimizer by rank.",
-                f"resume with {written['world_size']} processes.",
+                f"resume with {written.world_size} processes.",
             )
         model: Any = self._engine.model
         # Frozen weights were left out when it was saved.
@@ -136,14 +138,7 @@ class Checkpoints:
 
     def _write(self, temporary: Path, state: TrainState, weights: dict[str, Tensor]) -> None:
         save_weights(unwrapped(self._engine), weights, temporary / weights_folder_name(self._plan), None)
-        assert self._plan.data is not None
-        record = {
-            **asdict(state),
-            "engine": self._plan.topology.engine,
-            "world_size": self._plan.topology.world_size,
-            "data": self._plan.data.content_hash,
-        }
-        (temporary / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
     def _publish(self, temporary: Path, target: Path, state: TrainState) -> None:
         run_folder = Path(self._plan.run_folder)
