@@ -22,7 +22,7 @@ import fire
 from fire.core import FireExit
 from fire.decorators import SetParseFn
 
-from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_USER_ERROR, UserError
+from packhorse.errors import EXIT_BUG, EXIT_OK, UserError
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def main(words: Sequence[str]) -> int:
         code: int = getattr(commands, action.function)(**action.arguments)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        return EXIT_USER_ERROR
+        return error.exit_code
     except BrokenPipeError:
         # The reader of a pipe (`| head`) has seen enough.
         return EXIT_OK

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
+EXIT_LOST = 3  # a rank was killed or hung
+EXIT_NOT_FINITE = 65  # EX_DATAERR: a loss or a gradient is no number
+EXIT_MEMORY = 71  # EX_OSERR: out of device memory
+EXIT_DISK = 74  # EX_IOERR: the disk is full or refuses
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, resume me
 
 
@@ -33,10 +37,11 @@ class Mistake:
 
 
 class UserError(Exception):
-    """A user's mistake, or several found at once; the command line prints it and exits with 2."""
+    """A user's mistake, or several found at once; the command line prints it and exits with `exit_code`, mostly 2."""
 
-    def __init__(self, fact: str, why: str, fix: str, where: str = "") -> None:
+    def __init__(self, fact: str, why: str, fix: str, where: str = "", exit_code: int = EXIT_USER_ERROR) -> None:
         self.mistakes: tuple[Mistake, ...] = (Mistake(fact, why, fix, where),)
+        self.exit_code = exit_code
         super().__init__(str(self))
 
     def __str__(self) -> str:

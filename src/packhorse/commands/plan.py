@@ -19,11 +19,11 @@ from packhorse.launching.run_folder import open_run, relative
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
-from packhorse.plan.status import read_status
 from packhorse.plan.topology import Ask
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
+from packhorse.record.status import read_status
 from packhorse.track.sinks import read_metrics
 
 

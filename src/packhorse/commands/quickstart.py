@@ -13,8 +13,8 @@ from packhorse.errors import EXIT_OK
 from packhorse.evaluate.show import render
 from packhorse.launching.run_folder import open_run
 from packhorse.plan.make import run_folder_of
-from packhorse.plan.status import read_status
 from packhorse.recipe.load import load_recipe
+from packhorse.record.status import read_status
 
 STEPS = (
     ("quickstart/full", "Full fine-tuning of a small fresh Llama on a bilingual corpus, on 2 processes"),

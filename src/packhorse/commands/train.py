@@ -18,9 +18,9 @@ from packhorse.launching.run_folder import check_free, create_run, open_run, rel
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make import make_plan, run_folder_of
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
-from packhorse.plan.status import read_status
 from packhorse.plan.topology import Ask, check_machine
 from packhorse.recipe.load import load_recipe
+from packhorse.record.status import read_status
 
 
 def train(recipe: str, overrides: Sequence[str], gpus: int | None, resume: bool) -> int:

@@ -18,7 +18,7 @@ from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.launching.run_folder import next_attempt, relative
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
-from packhorse.plan.status import Status, read_status, write_status
+from packhorse.record.status import Status, read_status, write_status
 
 LAST_LINES = 12
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from packhorse.errors import UserError
 from packhorse.plan.command import launch_argv
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan, read_plan, write_plan
-from packhorse.plan.status import Status, read_status, write_status
 from packhorse.recipe.load import dump_recipe
+from packhorse.record.status import Status, read_status, write_status
 
 
 def check_free(folder: Path) -> None:

@@ -256,6 +256,33 @@ class CheckpointSection(Section):
     """Newest checkpoints kept."""
     keep_best: bool = True
     """Keep the one with the lowest validation loss beside them."""
+    asynchronous: bool = True
+    """Write while training goes on; the step loop waits only for the copy to host memory."""
+    on_full: Literal["stop", "continue"] = "stop"
+    """Where the disk is full or refuses: end the run, or go on without this checkpoint; earlier ones stand."""
+
+
+class RecoverySection(Section):
+    """What happens when something goes wrong."""
+
+    restarts: Annotated[int, Field(ge=0)] = 0
+    """How often a run that failed starts again by itself from its newest sound checkpoint."""
+    hang_seconds: PositiveInt = 600
+    """A rank that says nothing for so long, or all ranks in one phase for so long, is a hang and ends the attempt."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is no number: end the run before the weights are touched, or leave the step out."""
+    most_left_out: Annotated[int, Field(ge=0)] = 10
+    """Steps that may be left out in all, by `on_nonfinite` and `on_spike`; one more ends the run."""
+    on_spike: Literal["ignore", "warn", "rewind"] = "warn"
+    """A loss far above the last ones: say so, or go back before it and leave its steps out."""
+    spike_score: PositiveFloat = 8.0
+    """Robust z-score from which a loss is a spike: its distance from the window's median, in 1.4826 x MAD."""
+    spike_window: Annotated[int, Field(ge=8)] = 64
+    """Steps whose losses it is compared with."""
+    rewind_steps: PositiveInt = 5
+    """Steps before a spike whose updates are left out with it."""
+    on_oom: Literal["stop", "shrink"] = "stop"
+    """Out of GPU memory: end the run, or go on with half of `batch.micro` in twice the passes; the maths is the same."""
 
 
 class TrackSection(Section):
@@ -300,4 +327,5 @@ class Recipe(Section):
     parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    recovery: RecoverySection = RecoverySection()
     track: TrackSection = TrackSection()

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from packhorse.data.manifest import read_manifest
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.status import State, Status, write_status
+from packhorse.record.status import State, Status, write_status
 from packhorse.track.meter import Figures
 from packhorse.track.progress import open_progress
 from packhorse.track.sinks import MetricsFile, Sinks
