@@ -282,7 +282,7 @@ class RecoverySection(Section):
     rewind_steps: PositiveInt = 5
     """Steps before a spike whose updates are left out with it."""
     on_oom: Literal["stop", "shrink"] = "stop"
-    """Out of GPU memory: end the run, or go on with half of `batch.micro` in twice the passes; the maths is the same."""
+    """Out of GPU memory: end the run, or go on with half of `batch.micro` in twice the passes: the same maths."""
 
 
 class TrackSection(Section):
