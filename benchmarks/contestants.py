@@ -35,6 +35,7 @@ from packhorse.train import worker
 from packhorse.train.objective import CHUNK_TOKENS
 from packhorse.train.report import Reporter
 from packhorse.train.setup import base_request
+from packhorse.train.signals import StopRequest
 from packhorse.train.state import TrainState
 
 
@@ -140,7 +141,7 @@ def train_ours(plan: RunPlan, workload: Workload, gate: AtStep) -> None:
             gate(*workload.counts(state.step - 1), figures["train/loss"])
 
     worker.Reporter = GatedReporter  # type: ignore[attr-defined]
-    worker.run_worker(Path(plan.run_folder) / "plan.json")
+    worker.run_worker(Path(plan.run_folder) / "plan.json", StopRequest())
 
 
 def train_bare_plain(plan: RunPlan, workload: Workload, gate: AtStep) -> None:

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from packhorse.train.signals import StopRequest
+
 
 def main() -> int:
     """Sets the plan's environment, then works; torch reads some of it when it is imported."""
@@ -17,10 +19,12 @@ def main() -> int:
     if plan_file is None or not plan_file.is_file():
         sys.stderr.write("usage: accelerate launch --config_file FILE launch/train.py RUN/plan.json\n")
         return 2
+    signals = StopRequest()
+    signals.install()
     os.environ.update(json.loads(plan_file.read_text(encoding="utf-8"))["env"])
     from packhorse.train.worker import run_worker
 
-    return run_worker(plan_file)
+    return run_worker(plan_file, signals)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+INJECTED = Path(__file__).parent / "faults" / "injected"
 PACKHORSE = Path(sys.executable).parent / "packhorse"
 
 
@@ -20,14 +21,16 @@ class Typed:
     err: str
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "NO_COLOR": "1"}
+def environment(fault: str = "") -> dict[str, str]:
+    """Of a user without a network; `fault` is put into the ranks (tests/faults/injected/sitecustomize.py)."""
+    ours = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "NO_COLOR": "1"}
+    return ours | {"PACKHORSE_FAULT": fault, "PYTHONPATH": str(INJECTED)} if fault else ours
 
 
-def packhorse(folder: Path, *words: str, timeout: float = 300) -> Typed:
+def packhorse(folder: Path, *words: str, timeout: float = 300, fault: str = "") -> Typed:
     """Types `packhorse WORDS` in `folder`."""
     done = subprocess.run(
-        [str(PACKHORSE), *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
+        [str(PACKHORSE), *words], cwd=folder, env=environment(fault), capture_output=True, text=True, timeout=timeout
     )
     return Typed(done.returncode, done.stdout, done.stderr)
 

@@ -23,6 +23,7 @@ def main() -> int:
     from torch.distributed.tensor import DTensor
 
     from packhorse.train import worker
+    from packhorse.train.signals import StopRequest
 
     def tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Frozen weights as this rank stores them, and the constants that 4-bit ones are read with."""
@@ -57,7 +58,7 @@ def main() -> int:
         return done
 
     worker.train = watched
-    return worker.run_worker(plan_file)
+    return worker.run_worker(plan_file, StopRequest())
 
 
 if __name__ == "__main__":

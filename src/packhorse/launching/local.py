@@ -134,6 +134,11 @@ def _judge(folder: Path, logs: Path, attempt: int) -> Outcome:
     status = read_status(folder)
     records = [json.loads(path.read_text(encoding="utf-8")) for path in logs.glob("rank-*.json")]
     failures = sorted((r for r in records if r["exit_code"] not in (EXIT_OK, EXIT_STOPPED)), key=lambda r: r["time"])
+    # Who stopped before any step did not wait for the others, who then miss it: what came first is the cause.
+    stops = [r["time"] for r in records if r["exit_code"] == EXIT_STOPPED]
+    if status is not None and stops and failures and min(stops) < failures[0]["time"]:
+        failures, status = [], status.model_copy(update={"state": "stopped", "message": ""})
+        write_status(folder, status)
     if failures:
         first = failures[0]
         lines = first["message"].strip().splitlines()

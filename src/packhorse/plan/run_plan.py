@@ -15,6 +15,8 @@ PLAN_FILE = "plan.json"
 PLAN_VERSION = 1
 ATTEMPT_VARIABLE = "PACKHORSE_ATTEMPT"
 """Environment variable by which the launcher tells the ranks the number of the attempt."""
+RANK_LOGS_VARIABLE = "PACKHORSE_RANK_LOGS"
+"""Where it is set, each rank writes what it says to a file of its own beside its heartbeat."""
 
 Device = Literal["cpu", "cuda"]
 

@@ -19,7 +19,12 @@ from packhorse.recipe.methods import AdapterMethod, LoraMethod, Method, QloraMet
 from packhorse.train.sharding import Placement
 
 Attach = Callable[[PreTrainedModel], nn.Module]
+BetweenUnits = Callable[[], None]
 STARTS_FROM_WEIGHTS = ("pissa", "olora", "loftq")
+
+
+def _nothing() -> None:
+    """Between two units, where nobody asks for more."""
 
 
 def can_stream(method: Method) -> bool:
@@ -30,13 +35,16 @@ def can_stream(method: Method) -> bool:
     return method.initialization not in STARTS_FROM_WEIGHTS and not quantized_dora
 
 
-def place_whole(model: PreTrainedModel, attach: Attach, placement: Placement) -> nn.Module:
+def place_whole(
+    model: PreTrainedModel, attach: Attach, placement: Placement, between_units: BetweenUnits = _nothing
+) -> nn.Module:
     """Places a model whose weights are all there.
 
     Args:
         model: A transformers model.
         attach: Adds the method's adapter.
         placement: Where each unit goes.
+        between_units: Called before each unit; what it raises ends the loading.
 
     Returns:
         What `attach` returned.
@@ -44,13 +52,20 @@ def place_whole(model: PreTrainedModel, attach: Attach, placement: Placement) ->
     units = units_of(model)
     adapted = attach(model)
     for unit in units:
+        between_units()
         placement.unit([model.get_submodule(name) for name in unit.names], unit.is_last)
     placement.root(adapted)
     return adapted
 
 
 def place_streamed(
-    weights: Weights, attach: Attach, placement: Placement, method: Method, seed: int, device: torch.device
+    weights: Weights,
+    attach: Attach,
+    placement: Placement,
+    method: Method,
+    seed: int,
+    device: torch.device,
+    between_units: BetweenUnits = _nothing,
 ) -> nn.Module:
     """Loads and places a model one unit at a time.
 
@@ -61,6 +76,7 @@ def place_streamed(
         method: Of the recipe.
         seed: Of adapters that are drawn.
         device: Where adapters go.
+        between_units: Called before each unit; what it raises ends the loading.
 
     Returns:
         What `attach` returned.
@@ -78,6 +94,7 @@ def place_streamed(
             _room().make_adapters(named, method, seed, device)
 
     for unit in weights.units:
+        between_units()
         if unit is not first:
             weights.fill(unit)
         modules = [model.get_submodule(name) for name in unit.names]

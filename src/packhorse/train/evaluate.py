@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ def validation_loss(
     rank: int,
     world: int,
     sequence: SequenceGroup | None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> float:
     """Nats per supervised token over the whole store.
 
@@ -35,17 +39,26 @@ def validation_loss(
         rank: This process's number among those that take other packs than it does.
         world: How many such there are.
         sequence: The processes that share its packs.
+        go_on: Called before each pass, on every rank as often; what it raises ends the evaluation.
     """
     per_pass = world * micro_packs
     total = 0.0
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(model):
         for first in range(0, store.num_packs, per_pass):
+            go_on()
             mine = np.arange(first + rank * micro_packs, first + (rank + 1) * micro_packs)
             packs = mine[mine < store.num_packs]
             store.fetch(packs)
             micro_batch = make_micro_batch(store, packs)
             total += float(micro_batch_loss(model, micro_batch, engine.device, sequence))
-    model.train()
     (summed,) = engine.sum_over_ranks([total])
     return summed / int(store.pack_labels.sum())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

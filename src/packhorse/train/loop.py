@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from packhorse.data.packs.loader import PackLoader
+from packhorse.data.packs.loader import PackLoader, StepBatch
 from packhorse.errors import UserError
 from packhorse.model.sequence import SequenceGroup
 from packhorse.plan.run_plan import RunPlan
+from packhorse.record.heartbeat import Pulse
 from packhorse.track.meter import Figures, Meter, evaluation_figures
+from packhorse.train.agreement import Agreed, Agreement
 from packhorse.train.checkpoint import Checkpoints
 from packhorse.train.engine import Engine
 from packhorse.train.forward import micro_batch_loss
@@ -21,7 +23,7 @@ from packhorse.train.noise import NoiseScale
 from packhorse.train.optimizer import set_learning_rate
 from packhorse.train.report import Reporter
 from packhorse.train.schedule import learning_rate_at
-from packhorse.train.signals import StopRequest
+from packhorse.train.signals import Stopped
 from packhorse.train.state import TrainState, seed_step
 
 
@@ -31,7 +33,10 @@ class Run:
 
     Attributes:
         sequence: The ranks that share each pack with this one, None where packs are not cut.
+        agreement: What all ranks were asked for, between two steps.
+        pulse: Says what this rank does.
         evaluate: Measures the validation loss on all ranks, None where there are no validation rows.
+            Raises Stopped where the ranks agree to stop.
     """
 
     plan: RunPlan
@@ -40,7 +45,8 @@ class Run:
     sequence: SequenceGroup | None
     meter: Meter
     checkpoints: Checkpoints
-    stop: StopRequest
+    agreement: Agreement
+    pulse: Pulse
     evaluate: Callable[[], float] | None
     reporter: Reporter
     rank: int
@@ -60,22 +66,19 @@ def train(run: Run, state: TrainState) -> TrainState:
     peak, schedule = recipe.optimizer.learning_rate, recipe.schedule
     window = _LossWindow()
     noise = NoiseScale(engine, plan.batch.packs_per_step) if recipe.track.noise_scale else None
-    stopping = False
-    while state.step < plan.num_steps and not stopping:
+    if state.held_back is not None:
+        state = _evaluate(run, replace(state, held_back=None), state.held_back, saving=_saving_due(plan, state))
+    agreed = Agreed(stop=state.held_back is not None)
+    while state.step < plan.num_steps and not agreed.stop:
+        run.pulse.phase("data", state.step)
         with run.meter.data():
             batch = run.loader.step(state.step)
         # --- one optimizer step ------------------------------------------------------------------
         seed_step(recipe.seed, state.step, run.rank)
         learning_rate = learning_rate_at(state.step, plan.num_steps, peak, schedule)
         set_learning_rate(engine.optimizer, learning_rate)  # before: ZeRO steps inside the last backward
-        factor = engine.gradient_factor / batch.num_supervised_tokens
-        for index, micro_batch in enumerate(batch.micro_batches, start=1):
-            with engine.micro_step(is_last=index == len(batch.micro_batches)):
-                loss_sum = micro_batch_loss(engine.model, micro_batch, engine.device, run.sequence)
-                engine.backward(loss_sum * factor)
-            window.add(loss_sum)
-            if noise and index == 1:
-                noise.after_first_pass(micro_batch, factor)
+        _compute_gradients(run, batch, window, noise)
+        run.pulse.phase("optimizer")
         grad_norm = engine.step()
         # --- bookkeeping -------------------------------------------------------------------------
         state = state.advanced(batch.num_supervised_tokens, engine.step_was_skipped)
@@ -83,29 +86,61 @@ def train(run: Run, state: TrainState) -> TrainState:
             noise.after_step(float(grad_norm), batch.num_supervised_tokens)
         window.count(batch.num_supervised_tokens)
         run.meter.count_step(batch.num_tokens, batch.num_supervised_tokens, batch.num_slots)
-        stopping = run.stop.agreed(engine)
+        agreed = run.agreement.between_steps(engine)
         last = state.step == plan.num_steps
-        saving = stopping or _due(state.step, recipe.checkpoint.every_steps, last)
-        evaluating = run.evaluate and not stopping and _due(state.step, recipe.evaluation.every_steps, last)
-        figures: Figures = {}
+        saving = agreed.stop or agreed.checkpoint or _saving_due(plan, state)
+        evaluating = run.evaluate is not None and _due(state.step, recipe.evaluation.every_steps, last)
+        state = replace(state, elapsed_seconds=run.meter.elapsed_seconds)
         if saving or evaluating or _due(state.step, recipe.track.every_steps, last):  # also proves the loss finite
             loss, norm = window.read(engine), float(grad_norm)
             _refuse_unless_finite(loss, 0.0 if engine.step_was_skipped else norm, state.step)
             figures = run.meter.read(loss, learning_rate, norm, _epoch(run, state), _peak(engine))
             figures |= _scale_figures(engine, state) | (noise.figures() if noise else {})
-        if run.evaluate and evaluating:
-            with run.meter.other():
-                validation = run.evaluate()
-            if saving:  # only what is on disk can be the best checkpoint
-                state = state.evaluated(validation)
-            figures |= evaluation_figures(validation)
-        state = replace(state, elapsed_seconds=run.meter.elapsed_seconds)
-        if figures:
-            run.reporter.step(state, figures)
-        if saving:
+            if evaluating:
+                state = _evaluate(run, state, figures, saving)
+            else:
+                run.reporter.step(state, figures)
+        if saving or state.held_back is not None:
+            run.pulse.phase("save", state.step)
             with run.meter.other():
                 run.checkpoints.save(state)
+            run.agreement.done(agreed)
+        agreed = replace(agreed, stop=agreed.stop or state.held_back is not None)
     return state
+
+
+def _compute_gradients(run: Run, batch: StepBatch, window: _LossWindow, noise: NoiseScale | None) -> None:
+    """Forward and backward of every pass of a step; under ZeRO the last one also steps."""
+    engine = run.engine
+    factor = engine.gradient_factor / batch.num_supervised_tokens
+    for index, micro_batch in enumerate(batch.micro_batches, start=1):
+        with engine.micro_step(is_last=index == len(batch.micro_batches)):
+            run.pulse.phase("forward")
+            loss_sum = micro_batch_loss(engine.model, micro_batch, engine.device, run.sequence)
+            run.pulse.phase("backward")
+            engine.backward(loss_sum * factor)
+        window.add(loss_sum)
+        if noise and index == 1:
+            noise.after_first_pass(micro_batch, factor)
+
+
+def _evaluate(run: Run, state: TrainState, figures: Figures, saving: bool) -> TrainState:
+    """Measures the validation loss and reports it with the step's figures; asked to stop, it holds them back."""
+    assert run.evaluate is not None
+    run.pulse.phase("evaluate", state.step)
+    try:
+        with run.meter.other():
+            validation = run.evaluate()
+    except Stopped:
+        return replace(state, held_back=figures)
+    if saving:  # only what is on disk can be the best checkpoint
+        state = state.evaluated(validation)
+    run.reporter.step(state, figures | evaluation_figures(validation))
+    return state
+
+
+def _saving_due(plan: RunPlan, state: TrainState) -> bool:
+    return _due(state.step, plan.recipe.checkpoint.every_steps, state.step == plan.num_steps)
 
 
 def _refuse_unless_finite(loss: float, grad_norm: float, step: int) -> None:

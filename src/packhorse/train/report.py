@@ -25,7 +25,8 @@ class Reporter:
         if not is_main:
             return
         folder = Path(plan.run_folder)
-        first = state.step + 1 if state.step else 0
+        # What was held back is reported with its step's number now.
+        first = state.step + (state.step > 0 and state.held_back is None)
         trackers = open_trackers(plan.recipe, folder, first, _data_facts(folder))
         self._sinks = Sinks([MetricsFile(folder / "metrics.jsonl", first), *trackers])
         self._progress = open_progress(Console(), plan.num_steps or 0, state.step)

@@ -17,7 +17,7 @@ from packhorse.model.methods.attach import Start, attach, load_adapter
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
 from packhorse.recipe.methods import QloraMethod
-from packhorse.train.assembly import can_stream, place_streamed, place_whole
+from packhorse.train.assembly import BetweenUnits, can_stream, place_streamed, place_whole
 from packhorse.train.memory import apply_checkpointing
 from packhorse.train.objective import install_loss_head
 from packhorse.train.precision import COMPUTE_DTYPES
@@ -49,9 +49,20 @@ def base_request(
 
 
 def training_model(
-    plan: RunPlan, tokenizer: PreTrainedTokenizerBase, device: torch.device, checkpoint: Path | None
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    checkpoint: Path | None,
+    between_units: BetweenUnits,
 ) -> nn.Module:
     """Loads the base, or the checkpoint's weights, makes it ready to train and puts it where the engine wants it.
+
+    Args:
+        plan: What trains.
+        tokenizer: Of the prepared data.
+        device: Of this rank.
+        checkpoint: To go on from.
+        between_units: Called before each layer is loaded; what it raises ends the loading.
 
     Raises:
         UserError: The model cannot be loaded, or does not fit the tokenizer or the method.
@@ -72,9 +83,11 @@ def training_model(
     placement = placement_of(plan, device)
     weights = open_model(request, len(tokenizer)) if can_stream(method) else None
     if weights is not None:
-        model = place_streamed(weights, attached, placement, method, start.seed, device)
+        model = place_streamed(weights, attached, placement, method, start.seed, device, between_units)
     else:
-        model = place_whole(load_model(placement.whole_first(request), len(tokenizer)), attached, placement)
+        model = place_whole(
+            load_model(placement.whole_first(request), len(tokenizer)), attached, placement, between_units
+        )
     if not method.trains_base and checkpoint is not None:
         load_adapter(model, checkpoint / "adapter")
     return model.train()

@@ -1,43 +1,41 @@
-"""Stop requests: a handler that sets a flag, and ranks that agree on it at a step boundary."""
+"""Requests to stop: a handler that sets a flag, and nothing else.
+
+Free of torch, so that the handler stands before the seconds that importing torch takes.
+"""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
-from packhorse.train.engine import Engine
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGUSR2 is what some schedulers send some time before they end a job.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT; acted on only where all ranks agree.
-
-    Before training has begun there is nothing to save, and a signal ends the process at once.
-    """
+    """Whether this process was asked to stop; what follows from it is decided where all ranks agree."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._training = False
 
     def install(self) -> None:
         """Puts the handler in place; called once, in the main thread."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
-    def begin_training(self) -> None:
-        """From here on a signal only sets the flag: saving inside a handler could store half a step."""
-        self._training = True
+    def raise_if_requested(self) -> None:
+        """Called where nothing is trained yet, and ranks need not agree.
 
-    def agreed(self, engine: Engine) -> bool:
-        """True on every rank once any rank was asked to stop; a collective, called by all ranks each step."""
-        return engine.sum_over_ranks([float(self.requested)])[0] > 0
+        Raises:
+            Stopped: This process was asked to stop.
+        """
+        if self.requested:
+            raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Saving here could store half a step, and raising here could leave half a file: a second signal is as safe.
         self.requested = True
-        if not self._training:
-            raise StopBeforeTraining
 
 
-class StopBeforeTraining(BaseException):
-    """A stop request while nothing is trained yet; BaseException so that no library swallows it."""
+class Stopped(Exception):  # noqa: N818  (a request, no error)
+    """Asked to stop in the midst of something that is done again when the run goes on."""

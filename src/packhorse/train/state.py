@@ -19,6 +19,8 @@ class TrainState:
         elapsed_seconds: Over all attempts.
         best_step: Step of the lowest validation loss, None before the first evaluation.
         best_loss: That loss, nats per supervised token.
+        held_back: Figures of this step, not reported yet, since the evaluation that belongs to them was broken off;
+            who goes on measures it first.
     """
 
     step: int = 0
@@ -27,6 +29,7 @@ class TrainState:
     elapsed_seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
+    held_back: dict[str, float] | None = None
 
     def advanced(self, num_supervised_tokens: int, skipped: bool = False) -> TrainState:
         """One step further."""
@@ -35,6 +38,7 @@ class TrainState:
             step=self.step + 1,
             num_supervised_tokens=self.num_supervised_tokens + num_supervised_tokens,
             num_skipped_steps=self.num_skipped_steps + skipped,
+            held_back=None,
         )
 
     def evaluated(self, loss: float) -> TrainState:

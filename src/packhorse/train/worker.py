@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,12 +21,15 @@ from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import PackStore, open_store
 from packhorse.data.rendering.tokenizer import tokenizer_of
-from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, UserError
 from packhorse.model.parameters import count_parameters, trained_kinds
 from packhorse.model.sequence import SequenceGroup, join_sequence_group
 from packhorse.plan.command import nvme_folder, on_this_machine
-from packhorse.plan.run_plan import ATTEMPT_VARIABLE, DataFacts, RunPlan, read_plan
+from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
+from packhorse.record.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
+from packhorse.train.agreement import Agreement
+from packhorse.train.attempt import Attempt, open_attempt
 from packhorse.train.checkpoint import Checkpoints, checkpoint_to_resume, newest_state
 from packhorse.train.engine import GROUP_TIMEOUT, Engine, start_accelerator, start_engine
 from packhorse.train.evaluate import validation_loss
@@ -39,12 +40,12 @@ from packhorse.train.precision import set_matmul_precision
 from packhorse.train.probe import probe
 from packhorse.train.report import Reporter, tell
 from packhorse.train.setup import training_model
-from packhorse.train.signals import StopBeforeTraining, StopRequest
+from packhorse.train.signals import Stopped, StopRequest
 from packhorse.train.state import TrainState
 from packhorse.train.weights import publish_result
 
 
-def run_worker(plan_file: Path) -> int:
+def run_worker(plan_file: Path, signals: StopRequest) -> int:
     """Trains one rank's share of the plan; returns the exit code.
 
     What ends the process is also written to RUN/logs/attempt-N/rank-R.json: exit codes do not survive the agent that
@@ -52,25 +53,25 @@ def run_worker(plan_file: Path) -> int:
     """
     # A run folder that was moved or copied is the record of its own run, wherever the plan says it was made.
     plan = read_plan(plan_file).model_copy(update={"run_folder": str(plan_file.absolute().parent)})
-    stop = StopRequest()
-    stop.install()
-    attempt = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
+    attempt = open_attempt(Path(plan.run_folder), signals)
     message = ""
     try:
-        code = _work(plan, stop, attempt)
-    except StopBeforeTraining:
-        code, message = EXIT_STOPPED, "stopped while the model was loaded"
+        code = _work(plan, attempt)
+    except Stopped:
+        code, message = EXIT_STOPPED, "stopped before the first step"
     except UserError as error:
-        code, message = EXIT_USER_ERROR, str(error)
+        code, message = error.exit_code, str(error)
     except Exception:
         code, message = EXIT_BUG, traceback.format_exc()
-    _record(plan, attempt, code, message)
+    attempt.record(code, message)
     if message:
         state = newest_state(Path(plan.run_folder))
-        tell(plan, "stopped" if code == EXIT_STOPPED else "failed", state, attempt, _headline(message))
-    if code in (EXIT_USER_ERROR, EXIT_BUG):
+        what: State = "stopped" if code == EXIT_STOPPED else "failed"
+        tell(plan, what, state, attempt.number, _headline(message))
+    if code not in (EXIT_OK, EXIT_STOPPED) or message:
         # Other ranks may wait for this one in a collective; destroying the group in order would wait for them.
         os._exit(code)
+    attempt.pulse.close()
     return code
 
 
@@ -80,19 +81,9 @@ def _headline(message: str) -> str:
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
-def _record(plan: RunPlan, attempt: int, code: int, message: str) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    logs = Path(plan.run_folder) / "logs" / f"attempt-{attempt}"
-    logs.mkdir(parents=True, exist_ok=True)
-    record = {"rank": rank, "time": time.time(), "exit_code": code, "message": message}
-    (logs / f"rank-{rank}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    if message:
-        sys.stderr.write(f"rank {rank}: {message}\n")
-        sys.stderr.flush()
-
-
-def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
+def _work(plan: RunPlan, attempt: Attempt) -> int:
     plan = on_this_machine(plan)
+    attempt.pulse.phase("load")
     torch.set_num_threads(plan.topology.threads_per_process)
     set_matmul_precision(plan.recipe.tf32)
     accelerator = start_accelerator(plan)
@@ -100,10 +91,11 @@ def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
     _quiet(is_main=rank == 0)
     data = _data(plan)
     checkpoint, state = checkpoint_to_resume(Path(plan.run_folder), is_main=rank == 0)
+    attempt.begins_at(state.step)
     if rank == 0:
-        tell(plan, "starting", state, attempt)
+        tell(plan, "starting", state, attempt.number)
     tokenizer = tokenizer_of(plan.recipe, Path(data.tokenizer))
-    model = training_model(plan, tokenizer, accelerator.device, checkpoint)
+    model = training_model(plan, tokenizer, accelerator.device, checkpoint, attempt.loads_on)
     count = count_parameters(model)
     logging.info("trained: %s", "; ".join(str(kind) for kind in trained_kinds(model)))
     optimizer = make_optimizer(model, plan.recipe)
@@ -111,22 +103,20 @@ def _work(plan: RunPlan, stop: StopRequest, attempt: int) -> int:
     if isinstance(optimizer, InBackwardOptimizer):
         optimizer.step_in_backward()
     with ExitStack() as lifetimes:
-        reporter = Reporter(plan, state, attempt, is_main=rank == 0)
+        reporter = Reporter(plan, state, attempt.number, is_main=rank == 0)
         lifetimes.callback(reporter.close)
-        run = _assemble(plan, engine, state, stop, reporter, rank)
+        run = _assemble(plan, engine, state, attempt, reporter, rank)
         lifetimes.callback(run.loader.close)
         if checkpoint:
             run.checkpoints.load_optimizer(checkpoint)
         sizes: Figures = {"model/num_parameters": count.total, "model/num_trainable": count.trainable}
         _look_before(run, state, sizes)
-        stop.begin_training()
         state = train(run, state)
         return _end(run, state, tokenizer)
 
 
-def _assemble(
-    plan: RunPlan, engine: Engine, state: TrainState, stop: StopRequest, reporter: Reporter, rank: int
-) -> Run:
+def _assemble(plan: RunPlan, engine: Engine, state: TrainState, attempt: Attempt, reporter: Reporter, rank: int) -> Run:
+    agreement = Agreement(attempt.signals, Path(plan.run_folder), is_main=rank == 0)
     store = open_store(Path(_data(plan).folder), "train")
     sequence = join_sequence_group(plan.topology.sequence, GROUP_TIMEOUT)
     data_rank = rank // plan.topology.sequence  # neighbours share their packs
@@ -145,36 +135,40 @@ def _assemble(
         sequence=sequence,
         meter=Meter(state.num_supervised_tokens, state.elapsed_seconds),
         checkpoints=Checkpoints(plan, engine, is_main=rank == 0),
-        stop=stop,
-        evaluate=_evaluation(plan, engine, data_rank, sequence),
+        agreement=agreement,
+        pulse=attempt.pulse,
+        evaluate=_evaluation(plan, engine, data_rank, sequence, partial(agreement.go_on, engine)),
         reporter=reporter,
         rank=rank,
     )
 
 
 def _evaluation(
-    plan: RunPlan, engine: Engine, data_rank: int, sequence: SequenceGroup | None
+    plan: RunPlan, engine: Engine, data_rank: int, sequence: SequenceGroup | None, go_on: Callable[[], None]
 ) -> Callable[[], float] | None:
     try:
         store: PackStore = open_store(Path(_data(plan).folder), "validation")
     except FileNotFoundError:
         return None
-    ranks = plan.topology.data_ranks
-    return partial(validation_loss, engine, engine.model, store, plan.batch.micro_packs, data_rank, ranks, sequence)
+    ranks, micro = plan.topology.data_ranks, plan.batch.micro_packs
+    return partial(validation_loss, engine, engine.model, store, micro, data_rank, ranks, sequence, go_on)
 
 
 def _look_before(run: Run, state: TrainState, sizes: Figures) -> None:
     """Proves that packing changes nothing, and measures where training starts from."""
     store = open_store(Path(_data(run.plan).folder), "train")
+    run.agreement.go_on(run.engine)
     figures = sizes | probe(run.engine, run.engine.model, store, run.plan.recipe.precision, run.sequence).figures()
     if state.step == 0 and run.evaluate:
+        run.pulse.phase("evaluate", 0)
         figures |= evaluation_figures(run.evaluate())
     run.reporter.begin(state, figures)
 
 
 def _end(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerBase) -> int:
-    finished = state.step == run.plan.num_steps
+    finished = state.step == run.plan.num_steps and state.held_back is None
     if finished:
+        run.pulse.phase("save", state.step)
         publish_result(run.plan, run.engine, tokenizer, is_main=run.rank == 0)
     run.reporter.tell("finished" if finished else "stopped", state)
     run.engine.close()

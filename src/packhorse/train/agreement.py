@@ -1,0 +1,76 @@
+"""What all ranks agree on between two steps: whether to stop or to save, in one small sum on the CPU.
+
+Asked by signals to any rank, or by hand: `touch RUN/STOP` ends the run as a signal would, `touch RUN/CHECKPOINT` saves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from packhorse.train.engine import Engine
+from packhorse.train.signals import Stopped, StopRequest
+
+STOP_FILE, CHECKPOINT_FILE = "STOP", "CHECKPOINT"
+LOOK_SECONDS = 1.0
+"""Between two looks for these files: on a shared file system a look is a message to a server."""
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The same on every rank.
+
+    Attributes:
+        stop: Some rank was asked to stop.
+        checkpoint: A checkpoint was asked for.
+        written: Every rank has brought its part of the checkpoint that is being written to disk.
+    """
+
+    stop: bool = False
+    checkpoint: bool = False
+    written: bool = False
+
+
+class Agreement:
+    """Asks all ranks; every method that takes the engine is a collective."""
+
+    def __init__(
+        self, signals: StopRequest, run_folder: Path, is_main: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._signals = signals
+        self._files = {name: run_folder / name for name in (STOP_FILE, CHECKPOINT_FILE)}
+        self._is_main = is_main
+        self._clock = clock
+        self._looked = -LOOK_SECONDS
+        self._seen: set[str] = set()
+
+    def between_steps(self, engine: Engine, written: bool = True) -> Agreed:
+        """What is asked of the run; `written`: this rank has nothing more to write."""
+        self._look()
+        stop = self._signals.requested or STOP_FILE in self._seen
+        stops, saves, writing = engine.sum_over_ranks([stop, CHECKPOINT_FILE in self._seen, not written])
+        return Agreed(stop=stops > 0, checkpoint=saves > 0, written=writing == 0)
+
+    def go_on(self, engine: Engine) -> None:
+        """Called in long loops that can be done again.
+
+        Raises:
+            Stopped: Some rank was asked to stop.
+        """
+        if self.between_steps(engine).stop:
+            raise Stopped
+
+    def done(self, agreed: Agreed) -> None:
+        """Takes away the files that were acted on, so that they are not acted on again."""
+        names = {STOP_FILE: agreed.stop, CHECKPOINT_FILE: agreed.checkpoint or agreed.stop}
+        for name in (name for name, acted_on in names.items() if acted_on and self._is_main):
+            self._files[name].unlink(missing_ok=True)
+            self._seen.discard(name)
+
+    def _look(self) -> None:
+        now = self._clock()
+        if self._is_main and now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self._seen = {name for name, path in self._files.items() if path.exists()}

@@ -1,0 +1,85 @@
+"""One rank's part in an attempt, and what it leaves in RUN/logs/attempt-N.
+
+heartbeat-R.json   what it does, and since when
+stacks-R.txt       where its threads stand, written when SIGUSR1 asks for it
+rank-R.log         its standard error, where the launcher keeps that of each rank apart
+rank-R.json        how it ended
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE
+from packhorse.record.heartbeat import Pulse
+from packhorse.train.signals import StopRequest
+
+
+class Attempt:
+    """What one process knows of the attempt that it is part of.
+
+    Attributes:
+        number: Counted from 1 over the run's life.
+        signals: Whether this process was asked to stop.
+        pulse: Says what it does.
+    """
+
+    def __init__(self, number: int, rank: int, logs: Path, signals: StopRequest) -> None:
+        self.number = number
+        self.signals = signals
+        self.pulse = Pulse(logs, rank)
+        self._rank, self._logs = rank, logs
+        self._first_step: int | None = None
+
+    def begins_at(self, step: int) -> None:
+        """Says which step's checkpoint it goes on from; 0: none."""
+        self._first_step = step
+        self.pulse.phase("load", step)
+
+    def loads_on(self) -> None:
+        """Called while loading.
+
+        Raises:
+            Stopped: This process was asked to stop.
+        """
+        self.pulse.phase("load")
+        self.signals.raise_if_requested()
+
+    def record(self, code: int, message: str, again: str | None = None) -> None:
+        """Writes how this rank ended; `again`: why the launcher is to start another attempt by itself."""
+        record = {
+            "rank": self._rank,
+            "time": time.time(),
+            "exit_code": code,
+            "message": message,
+            "first_step": self._first_step,
+            "again": again,
+        }
+        draft = self._logs / f".rank-{self._rank}.json"
+        draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        draft.replace(self._logs / f"rank-{self._rank}.json")
+        if message:
+            sys.stderr.write(f"rank {self._rank}: {message}\n")
+            sys.stderr.flush()
+
+
+def open_attempt(run_folder: Path, signals: StopRequest) -> Attempt:
+    """Begins this rank's part: its log, its heartbeat, and its stacks on demand."""
+    number = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    logs = run_folder / "logs" / f"attempt-{number}"
+    logs.mkdir(parents=True, exist_ok=True)
+    if os.environ.get(RANK_LOGS_VARIABLE):
+        log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, sys.stderr.fileno())
+        os.close(log)
+    # Open for the whole life of the process: a handler cannot open files.
+    stacks = (logs / f"stacks-{rank}.txt").open("w", encoding="utf-8")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    return Attempt(number, rank, logs, signals)
