@@ -43,3 +43,15 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def curve(run: Path, key: str = "train/loss") -> list[float]:
     """A figure over the steps."""
     return [line[key] for line in metrics(run) if key in line]
+
+
+def processes_that_name(run: Path) -> list[int]:
+    """Every process, of the launch or not, that has this run's plan in its command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.fsencode(run / "plan.json") in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
