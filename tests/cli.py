@@ -24,7 +24,8 @@ class Typed:
 def environment(fault: str = "") -> dict[str, str]:
     """Of a user without a network; `fault` is put into the ranks (tests/faults/injected/sitecustomize.py)."""
     ours = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "NO_COLOR": "1"}
-    return ours | {"PACKHORSE_FAULT": fault, "PYTHONPATH": str(INJECTED)} if fault else ours
+    path = os.pathsep.join(filter(None, [str(INJECTED), os.environ.get("PYTHONPATH")]))
+    return ours | {"PACKHORSE_FAULT": fault, "PYTHONPATH": path} if fault else ours
 
 
 def packhorse(folder: Path, *words: str, timeout: float = 300, fault: str = "") -> Typed:

@@ -111,10 +111,7 @@ def train(run: Run, state: TrainState) -> TrainState:
             else:
                 run.reporter.step(state, figures)
         if saving or state.held_back is not None:
-            run.pulse.phase("save", state.step)
-            with run.meter.other():
-                run.reporter.settle()  # no checkpoint knows more steps than the figures on disk
-                run.checkpoints.save(state)
+            _save(run, state)
             run.agreement.done(agreed)
         agreed = replace(agreed, stop=agreed.stop or state.held_back is not None)
     return state
@@ -175,6 +172,13 @@ def _evaluate(run: Run, state: TrainState, figures: Figures, saving: bool) -> Tr
         state = state.evaluated(validation)
     run.reporter.step(state, figures | evaluation_figures(validation))
     return state
+
+
+def _save(run: Run, state: TrainState) -> None:
+    run.pulse.phase("save", state.step)
+    with run.meter.other():
+        run.reporter.settle()  # no checkpoint knows more steps than the figures on disk
+        run.checkpoints.save(state)
 
 
 def _saving_due(plan: RunPlan, state: TrainState) -> bool:
