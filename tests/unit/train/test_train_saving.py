@@ -20,13 +20,15 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from packhorse.checkpoints.manifest import read_manifest
 from packhorse.checkpoints.shelf import newest_sound
 from packhorse.errors import EXIT_DISK, UserError
+from packhorse.plan.run_plan import Topology
+from packhorse.train import snapshot
 from packhorse.train.failure import agreed_failure
 from packhorse.train.saving import Share, dealt, fresh_copy, in_files
 from packhorse.train.sharding import make_mesh
 from packhorse.train.snapshot import HostBuffers, ShardGroup, Snapshot
 from saving_cases import Trainer, make_run, save_at
 
-RANKS = 2
+RANKS, SECONDS = 2, timedelta(seconds=60)
 
 
 def test_each_tensor_goes_to_the_rank_that_has_least_to_write() -> None:
@@ -128,9 +130,15 @@ def test_a_spoilt_model_is_never_a_checkpoint_whatever_on_full_says(tmp_path: Pa
     assert [path.name for path in trainer.checkpoints.folder.iterdir()] == ["step-000002"]
 
 
+def joined(rank: int, folder: str) -> None:
+    """So that a rank that waits for nothing fails, and does not wait for a day."""
+    dist.init_process_group("gloo", f"file://{folder}/store", SECONDS, RANKS, rank)
+    snapshot.GATHER_TIMEOUT = SECONDS  # type: ignore[misc]
+
+
 def of_two_ranks(rank: int, folder: str, engine: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=60), RANKS, rank)
+    joined(rank, folder)
     plan = make_run(Path(folder) / "runs", processes=RANKS, engine=engine, make=rank == 0, asynchronous=True)
     dist.barrier()
     trainer = Trainer(plan, is_main=rank == 0)
@@ -151,6 +159,7 @@ def of_two_ranks(rank: int, folder: str, engine: str) -> None:
     (Path(folder) / f"told-{rank}.json").write_text(json.dumps([told, repr(bug), repr(nothing)]))
     dist.barrier()
     save_at(trainer, 6)
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -179,7 +188,7 @@ def test_two_ranks_write_a_share_each_and_what_fails_on_one_is_known_to_both(eng
 
 def of_sharded_ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=60), RANKS, rank)
+    joined(rank, folder)
     write = Share.write
     for asynchronous in (False, True):
         runs, may_write = Path(folder) / str(asynchronous), threading.Event()
@@ -187,6 +196,7 @@ def of_sharded_ranks(rank: int, folder: str) -> None:
             runs, RANKS, "fsdp2", make=rank == 0, asynchronous=asynchronous, keep_last=9, on_full="continue"
         )
         dist.barrier()
+        shards_put_together(rank, plan.topology)
         # Of 33 and 17 rows the ranks hold unequal parts, of the others equal ones.
         trainer = Trainer(plan, is_main=rank == 0, vocab_size=33, intermediate_size=17)
         trainer.engine.control = dist.new_group(backend="gloo")
@@ -234,29 +244,22 @@ def content(checkpoint: Path) -> dict[str, bytes]:
     return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in files}
 
 
-def of_unequal_shards(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=60), RANKS, rank)
-    topology = make_run(Path(folder), RANKS, "fsdp2", make=False).topology
+def shards_put_together(rank: int, topology: Topology) -> None:
+    """Of any number of rows, on the rank that writes the tensor."""
     mesh = make_mesh(topology, torch.device("cpu"))
-    snapshot = Snapshot(HostBuffers(), rank, ShardGroup(topology))
+    held = Snapshot(HostBuffers(), rank, ShardGroup(topology))
     shapes = [(4, 2), (5, 3), (1, 4), (3,), (2, 2, 2)]
     tensors = {str(shape): torch.arange(1.0, 1 + math.prod(shape)).reshape(shape) for shape in shapes}
     sharded = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
-    weights = {name: snapshot.hold_weight(name, tensor) for name, tensor in sharded.items()}
+    weights = {name: held.hold_weight(name, tensor) for name, tensor in sharded.items()}
     for owner, (name, tensor) in enumerate(sharded.items()):
-        snapshot.hold_state(f"{name}/state", tensor, owner % RANKS)
+        held.hold_state(f"{name}/state", tensor, owner % RANKS)
     for tensor in sharded.values():
         tensor.to_local().zero_()
-    snapshot.gather_weights()
-    states = dict(snapshot.states())
+    held.gather_weights()
+    states = dict(held.states())
     assert list(states) == [f"{name}/state" for name in list(tensors)[rank::RANKS]]
     assert all(torch.equal(value, tensors[name.removesuffix("/state")]) for name, value in states.items())
     assert rank != 0 or all(torch.equal(value, tensors[name]) for name, value in weights.items())
-    assert not snapshot.takes_shard(distribute_tensor(tensors["(4, 2)"], mesh, [Shard(1)]))
-    assert not snapshot.takes_shard(distribute_tensor(tensors["(4, 2)"], mesh, [Replicate()]))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_shards_of_any_number_of_rows_are_put_together_on_the_rank_that_writes(tmp_path: Path) -> None:
-    mp.spawn(of_unequal_shards, (str(tmp_path),), nprocs=RANKS)
+    assert not held.takes_shard(distribute_tensor(tensors["(4, 2)"], mesh, [Shard(1)]))
+    assert not held.takes_shard(distribute_tensor(tensors["(4, 2)"], mesh, [Replicate()]))
