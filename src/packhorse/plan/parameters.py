@@ -140,6 +140,9 @@ def read_shape(configuration: Configuration | None) -> Shape | None:
         return None
     layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
     experts = fields.get({"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}.get(name, ""), 0)
+    if name == "qwen3_moe":
+        # transformers 5 writes the key's other name.
+        experts = known.get("num_experts", known.get("num_local_experts", experts))
     dense, every = fields.get("mlp_only_layers", ()), fields.get("decoder_sparse_step", 1)
     return Shape(
         family=name,
