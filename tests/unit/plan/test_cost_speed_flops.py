@@ -162,7 +162,7 @@ def test_a_token_costs_what_the_closed_formula_says() -> None:
 
 @pytest.mark.parametrize("window", [None, 8, 64, 200], ids=str)
 def test_pairs_of_equal_documents_are_exact(window: int | None) -> None:
-    """Against a sum over every query, but for half a pair at the end of each window, which the closed formula leaves out."""
+    """Against a sum over every query, but for the half pair of each row that the closed formula leaves out."""
     length, documents = 64, 3
     by_hand = documents * sum(min(at + 1, window or length) for at in range(length))
     packs = PackFigures.of_store(192, np.array([[192], [189], [documents * length**2]]))

@@ -11,6 +11,7 @@ see: half the square of each document's length (causal), or less under a sliding
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -180,12 +181,27 @@ class _Layers:
 
     def walk(self) -> list[_Layer]:
         """Every layer, from the first."""
-        prefix = "model.layers."
+        prefix, found, known = "model.layers.", [], {}
         inside = [each for each in list_parameters(self._shape) if each.name.startswith(prefix)]
-        numbered = ((int(each.name.split(".")[2]), each) for each in inside)
-        return [
-            self._layer(at, [each for _, each in group]) for at, group in groupby(numbered, key=lambda pair: pair[0])
-        ]
+        for at, group in groupby(inside, key=lambda each: int(each.name.split(".")[2])):
+            parameters = list(group)
+            chosen = tuple(each.name in self._trained for each in parameters)
+            # Most layers are alike.
+            like = (
+                self._reached,
+                self._shape.windows[at],
+                at in self._shape.sparse_layers,
+                self._may_recompute(at),
+                chosen,
+            )
+            if like not in known:
+                known[like] = self._layer(at, parameters)
+            found.append(known[like])
+            self._reached = found[-1].backward
+        return found
+
+    def _may_recompute(self, at: int) -> bool:
+        return self._every > 0 and at % self._every == 0
 
     def _layer(self, at: int, parameters: Sequence[Parameter]) -> _Layer:
         by_stage = [[each for each in parameters if _stage(each.name) == stage] for stage in range(_STAGES)]
@@ -199,7 +215,7 @@ class _Layers:
             if stage == _QUERIES:
                 self._reached = self._reached or isinstance(self._method, PrefixTuningMethod)
                 attention_backward = self._reached
-        again = self._reached and self._every > 0 and at % self._every == 0
+        again = self._reached and self._may_recompute(at)
         return _Layer(
             window=self._shape.windows[at],
             products=tuple(replace(each, recomputed=self._again(each) * again) for each in products),
@@ -262,20 +278,20 @@ def _stage(name: str) -> int:
 def _joined(layers: Sequence[_Layer]) -> Iterator[Products]:
     """The products of all layers, those of one kind added up."""
     found: dict[tuple[str, Part], Products] = {}
-    for products in (each for layer in layers for each in layer.products):
-        key = (products.name, products.part)
-        so_far = found.get(key)
-        found[key] = (
-            products
-            if so_far is None
-            else replace(
+    # Layers that are alike are one object.
+    counts, once = Counter(map(id, layers)), {id(layer): layer for layer in layers}
+    for layer in once.values():
+        for each in layer.products:
+            times, so_far = counts[id(layer)], found.get((each.name, each.part))
+            if so_far is None:
+                so_far = replace(each, forward=0, recomputed=0, input_gradients=0, weight_gradients=0)
+            found[each.name, each.part] = replace(
                 so_far,
-                forward=so_far.forward + products.forward,
-                recomputed=so_far.recomputed + products.recomputed,
-                input_gradients=so_far.input_gradients + products.input_gradients,
-                weight_gradients=so_far.weight_gradients + products.weight_gradients,
+                forward=so_far.forward + times * each.forward,
+                recomputed=so_far.recomputed + times * each.recomputed,
+                input_gradients=so_far.input_gradients + times * each.input_gradients,
+                weight_gradients=so_far.weight_gradients + times * each.weight_gradients,
             )
-        )
     yield from found.values()
 
 
