@@ -85,7 +85,7 @@ class Row:
         return estimate
 
 
-COMPILED = "theirs is compiled: norms, rotary embedding, activation and adapters are fused, eager here"
+COMPILED = "compiled: norms, rotary embedding, activation and adapters are fused there, eager here"
 TITAN = {"bandwidth_gb": 2400.0}
 SHARDED: dict[str, Any] = {"engine": "fsdp2", "checkpointing": True}
 A100 = {"gpu": "A100-80GB", "model": "3B", "length": 4096, "micro": 2}
@@ -102,7 +102,6 @@ ROWS = [
     Row(
         "8B full, torchtitan, compiled", 6_667, "H100", "8B", "full", 8192, micro=2, count=8,
         engine="fsdp2", checkpointing=2, other_gpu=TITAN,
-        reason="500 W of 700 and compiled, which nearly cancel",
     ),
     Row("70B LoRA, NeMo AutoModel", 1_092, "H100", "70B", LORA, 4096, count=8, packs=32, **SHARDED),
     Row("70B LoRA, torchtune", 437, "A100-80GB", "70B", LORA, 2048, micro=2, count=8, **SHARDED),
@@ -118,7 +117,10 @@ ROWS = [
     Row("70B QLoRA, fsdp_qlora", 390, "A100-40GB", "Llama 2 70B", QLORA, 2048, micro=4, count=8, **SHARDED),
     Row("70B QLoRA, fsdp_qlora", 414, "A100-40GB", "Llama 2 70B", QLORA, 2048, micro=4, count=4, **SHARDED),
     Row("8B full, torchtune", 1_650, "4090", "8B", "full", 2048, 2, checkpointing=True, optimizer=IN_BACKWARD),
-    Row("8B LoRA, torchtune", 3_083, "4090", "8B", LORA, 2048, micro=2, checkpointing=True, reason=COMPILED),
+    Row(
+        "8B LoRA, torchtune", 3_083, "4090", "8B", LORA, 2048, micro=2, checkpointing=True,
+        reason="compiled, and the 72 MB of cache of a 4090 keep some of what is taken to go through its memory",
+    ),
     Row("8B QLoRA, torchtune", 2_413, "4090", "8B", QLORA, 2048, micro=2, checkpointing=True, reason=COMPILED),
     Row("3B full, torchtune, packed", 7_075, method="full", **A100),
     Row("3B full, + compile", 8_998, method="full", **A100, reason=COMPILED),
@@ -158,6 +160,15 @@ def gap(row: Row) -> float:
 def test_predicted_beside_published(row: Row) -> None:
     assert abs(gap(row)) < 0.46
     assert bool(row.reason) == (abs(gap(row)) > 0.10)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.reason == COMPILED], ids=lambda row: row.name)
+def test_what_compilation_fuses_is_enough_to_explain_it(row: Row) -> None:
+    estimate = row.estimate()
+    fused = ("elementwise", "adapters", "casts", "logits")
+    rest = sum(part.seconds for part in estimate.parts if part.name not in fused)
+    slow = estimate.tokens_per_second_per_gpu
+    assert slow < row.tokens_per_second < 1.05 * slow * estimate.step_seconds / rest
 
 
 def test_the_uncertainty_that_is_told_holds_for_three_quarters_of_them() -> None:
