@@ -168,8 +168,8 @@ def _base(plan: RunPlan, shape: Shape, parameter: Parameter, trained: bool) -> H
 def _beside(plan: RunPlan, shape: Shape, parameter: Parameter) -> Iterator[Held]:
     method, unit = plan.recipe.method, unit_of(parameter, shape)
     if isinstance(method, Ia3Method):
-        inputs = _scales_inputs(parameter, shape, method)
-        yield _adapter(plan, parameter.name, unit, (parameter.shape[1 if inputs else 0],))
+        scaled = 1 if _scales_inputs(parameter, shape, method) else 0
+        yield _adapter(plan, parameter.name, unit, (parameter.shape[scaled],))
         return
     assert isinstance(method, LoraMethod)
     if parameter.module.endswith(tuple(method.train_also)) and method.train_also:
