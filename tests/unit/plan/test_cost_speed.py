@@ -196,6 +196,23 @@ def test_offloaded_activations_and_shared_packs_are_paid_for() -> None:
     assert sent == [pytest.approx(32 * tokens * width)]
 
 
+def test_muon_pays_for_its_iterations() -> None:
+    plain, muon = estimate(engine="ddp"), estimate(engine="ddp", optimizer={"name": "muon"})
+    # A matrix of 4,096 x 14,336: five times 4 m² n + 2 m³, all of it on each rank under ddp, a part under fsdp2.
+    one = 5 * (4 * 4096**2 * 14336 + 2 * 4096**3)
+    assert seconds(muon, "orthogonalisation") > 3 * 32 * one / 989.4e12
+    assert muon.step_seconds > plain.step_seconds
+    sharded = estimate(engine="fsdp2", optimizer={"name": "muon"})
+    assert seconds(sharded, "orthogonalisation") == pytest.approx(seconds(muon, "orthogonalisation") / 8)
+    assert seconds(sharded, "matrices of Muon") > 0
+
+
+def test_a_forward_pass_is_a_part_of_a_step() -> None:
+    found = estimate(packs=8)
+    assert 0.25 < found.forward_seconds / found.step_seconds < 0.4
+    assert scaled(found, 2.0, "").forward_seconds == 2 * found.forward_seconds
+
+
 def test_a_small_model_waits_for_python() -> None:
     small = {**MODEL, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
     shape = read_shape(small)

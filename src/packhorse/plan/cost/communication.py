@@ -156,7 +156,7 @@ def exchanges(
         fabric: Links.
     """
     found = [*_of_engine(plan, shape, held, work, fabric), *_of_sequence(plan, shape, work, fabric)]
-    found += _of_activations(plan, shape, work, fabric)
+    found += [*_of_activations(plan, shape, work, fabric), *_of_muon(plan, held, fabric)]
     ranks = plan.topology.world_size
     if ranks > 1:
         seconds = 2 * (ranks - 1) * GLOO_STEP_SECONDS if plan.topology.num_nodes > 1 else 1e-3
@@ -319,6 +319,18 @@ def _of_activations(plan: RunPlan, shape: Shape, work: PassWork, fabric: Fabric)
     reason = "inputs of recomputed layers go to host memory and back"
     phases: tuple[Phase, ...] = ("forward", "backward")
     return [Exchange("activations", phase, passes, moved, seconds, False, reason) for phase in phases]
+
+
+def _of_muon(plan: RunPlan, held: tuple[Held, ...], fabric: Fabric) -> list[Exchange]:
+    """Sharded matrices are gathered for each product of an iteration: twice themselves, once the square of a side."""
+    if plan.recipe.optimizer.name != "muon" or plan.topology.engine not in ("fsdp2", "hsdp"):
+        return []
+    sides = [each.shape for each in held if each.trained and len(each.shape) == 2 and each.unit.startswith("layer")]
+    total = sum(5.0 * 2 * (2 * rows * columns + min(rows, columns) ** 2) for rows, columns in sides)
+    group = shard_group(plan.topology)
+    seconds = fabric.gather(total, group, 15 * len(sides))
+    reason = "Muon's five iterations gather each matrix, in bfloat16"
+    return [Exchange("matrices of Muon", "step", 1, _ring_bytes(total, group), seconds, False, reason)]
 
 
 def _ring_bytes(total: float, group: Group) -> float:

@@ -1,9 +1,7 @@
 """How long a step takes, and what a run costs: arithmetic, memory, links and launches of each pass.
 
-A product takes the longer of its arithmetic and of moving its matrices (the roofline of Williams et al. 2009), at the
-share of the peak that such products reach on that GPU and with the last wave of tiles as full as it is (NVIDIA, Matrix
-Multiplication Background User's Guide). MFU and HFU are those of PaLM (arXiv 2204.02311, appendix B): operations that
-the mathematics asks for, and all that run, over what the GPU could have done in that time.
+MFU and HFU are those of PaLM (arXiv 2204.02311, appendix B): operations that the mathematics asks for, and all that
+run, over what the GPUs could have done in that time.
 
 What hides: transfers that run beside computation cost what is longer than `HIDDEN` of it, and the first one of a pass.
 """
@@ -12,27 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 from statistics import median
 from typing import Final
 
-from packhorse.plan.cost.communication import Exchange, Fabric, exchanges
-from packhorse.plan.cost.flops import PassWork, Products, pass_work
+from packhorse.plan.cost.communication import Exchange, Fabric, exchanges, shard_group
+from packhorse.plan.cost.device import Device, PassTimes
+from packhorse.plan.cost.flops import PassWork, pass_work
 from packhorse.plan.cost.gpus import GpuProfile
-from packhorse.plan.cost.held import compute_width, held_weights
+from packhorse.plan.cost.held import Held, held_weights
 from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.cost.traffic import Traffic, pass_traffic, step_bytes
+from packhorse.plan.cost.traffic import pass_traffic, step_bytes
 from packhorse.plan.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.methods import LoraMethod
 
-# Calibrated on the published runs of tests/unit/plan/test_cost_speed_published.py.
-SUSTAINED: Final = 0.88
-"""Of the best products' rate, what those of a model reach over a whole run: other shapes, heat, gaps."""
-BANDWIDTH_SHARE: Final = 0.85
-"""Of a memory's bandwidth, what streaming kernels reach."""
 HIDDEN: Final = 0.9
-TILE: Final = 128
 
 # Python and launches, assumed of a current CPU core: seconds for a decoder layer run eagerly, one way.
 LAYER_SECONDS: Final = 0.35e-3
@@ -49,6 +41,7 @@ STEP_SECONDS: Final = 5e-3
 """Reading figures, schedule, logging: once a step."""
 
 PUBLISHED: Final = 0.3
+"""Three quarters of the published runs lie within it."""
 CALIBRATED: Final = 0.05
 """Uncertainty of an estimate that a measured step has corrected."""
 
@@ -76,6 +69,7 @@ class SpeedEstimate:
         peak_flops: Of one GPU.
         power_watts: Of one GPU.
         num_steps: Of the run; None where it is not known yet.
+        forward_seconds: Of one forward pass with its transfers; an evaluation is made of these.
         uncertainty: 0.3 says that the speed may well be 30 % higher or lower.
         uncertainty_reason: Why so much.
         factor: Measured over predicted, where a measured run has corrected the estimate.
@@ -91,6 +85,7 @@ class SpeedEstimate:
     peak_flops: float
     power_watts: float
     num_steps: int | None
+    forward_seconds: float
     uncertainty: float
     uncertainty_reason: str
     factor: float = 1.0
@@ -160,17 +155,15 @@ def estimate_speed(
         return None
     network = (gpu.network_gb if network_gb is None else network_gb) * 1e9
     moved = exchanges(plan, shape, held, work, Fabric(gpu, network))
-    device = _Device(plan, gpu)
-    times = _PassTimes.of(device, work, pass_traffic(plan, shape, held, work))
+    device = Device(plan, gpu)
+    times = PassTimes.of(device, work, pass_traffic(plan, shape, held, work))
     passes, ranks = plan.batch.accumulation_steps, plan.topology.world_size
     uncertainty, why = _uncertainty(plan, moved)
     return SpeedEstimate(
         parts=(
             *_compute_parts(plan, shape, work, times),
             *_transfer_parts(moved, times, passes, shape),
-            TimePart(
-                "optimizer", step_bytes(plan, held) / device.bytes_per_second, "weights, gradients and states once"
-            ),
+            *_optimizer_parts(plan, held, device),
             TimePart("fixed", STEP_SECONDS, "figures, schedule and logging of a step (assumed)"),
         ),
         exchanges=moved,
@@ -181,6 +174,7 @@ def estimate_speed(
         peak_flops=device.peak_flops,
         power_watts=gpu.power_watts,
         num_steps=plan.num_steps,
+        forward_seconds=_forward_seconds(moved, times),
         uncertainty=uncertainty,
         uncertainty_reason=why,
         price_per_gpu_hour=price_per_gpu_hour,
@@ -194,10 +188,13 @@ def calibrated(estimate: SpeedEstimate, measured_step_seconds: float, source: st
 
 def scaled(estimate: SpeedEstimate, factor: float, source: str) -> SpeedEstimate:
     """An estimate whose every part takes `factor` times as long: of another plan, on the machine that was measured."""
-    parts = tuple(replace(part, seconds=part.seconds * factor) for part in estimate.parts)
-    reason = f"scaled by {factor:.2f} to {source}"
     return replace(
-        estimate, parts=parts, factor=estimate.factor * factor, uncertainty=CALIBRATED, uncertainty_reason=reason
+        estimate,
+        parts=tuple(replace(part, seconds=part.seconds * factor) for part in estimate.parts),
+        forward_seconds=estimate.forward_seconds * factor,
+        factor=estimate.factor * factor,
+        uncertainty=CALIBRATED,
+        uncertainty_reason=f"scaled by {factor:.2f} to {source}",
     )
 
 
@@ -219,83 +216,7 @@ def measured_step_seconds(figures: Iterable[Mapping[str, object]]) -> float | No
     return median(seconds[1:]) if len(seconds) > 1 else None
 
 
-class _Device:
-    """One GPU under the recipe's precision."""
-
-    def __init__(self, plan: RunPlan, gpu: GpuProfile) -> None:
-        self.peak_flops = gpu.peak_flops(plan.recipe.precision, plan.recipe.tf32)
-        self.bytes_per_second = gpu.bytes_per_second * BANDWIDTH_SHARE
-        self._width = compute_width(plan)
-        self._gpu = gpu
-        in_16_bit = plan.recipe.precision != "fp32"
-        self._attention_rate = self.peak_flops * (gpu.attention_share if in_16_bit else gpu.matmul_share / 2)
-
-    def product(self, each: Products, kind: str) -> float:
-        """Seconds of the product of one weight: forward, or for the gradient of its input or of itself."""
-        # Weights that are multiplied in one launch fill the processors together.
-        sides = {
-            "forward": (each.rows, each.outputs),
-            "input": (each.rows, each.inputs),
-            "weight": (each.outputs, each.inputs),
-        }
-        tiles = each.joined * ceil(sides[kind][0] / TILE) * ceil(sides[kind][1] / TILE)
-        waves = tiles / self._gpu.processors
-        rate = self.peak_flops * self._gpu.matmul_share * SUSTAINED * waves / ceil(waves)
-        size = each.rows * (each.inputs + each.outputs) + each.inputs * each.outputs
-        return max(each.one / rate, size * self._width / self.bytes_per_second)
-
-    def attention(self, flops: float) -> float:
-        """Seconds of attention."""
-        return flops / self._attention_rate
-
-
-@dataclass(frozen=True)
-class _PassTimes:
-    """Seconds of one pass by what they are spent on, had the GPU nothing to wait for."""
-
-    products_forward: float
-    products_backward: float
-    products_again: float
-    attention_forward: float
-    attention_backward: float
-    attention_again: float
-    traffic: tuple[tuple[Traffic, float, float], ...]
-
-    @classmethod
-    def of(cls, device: _Device, work: PassWork, traffic: Sequence[Traffic]) -> _PassTimes:
-        """Adds up what one pass runs."""
-        forward = backward = again = 0.0
-        for each in work.products:
-            one = device.product(each, "forward")
-            forward += one * each.forward
-            again += one * each.recomputed
-            backward += device.product(each, "input") * each.input_gradients
-            backward += device.product(each, "weight") * each.weight_gradients
-        rate = device.bytes_per_second
-        return cls(
-            products_forward=forward,
-            products_backward=backward,
-            products_again=again,
-            attention_forward=device.attention(work.attention.forward_flops),
-            attention_backward=device.attention(work.attention.kernel_backward_flops),
-            attention_again=device.attention(work.attention.recomputed_flops),
-            traffic=tuple((each, each.forward / rate, each.backward / rate) for each in traffic),
-        )
-
-    @property
-    def forward(self) -> float:
-        """Of the forward pass."""
-        return self.products_forward + self.attention_forward + sum(seconds for _, seconds, _ in self.traffic)
-
-    @property
-    def backward(self) -> float:
-        """Of the backward pass, with what is recomputed."""
-        products = self.products_backward + self.products_again
-        attention = self.attention_backward + self.attention_again
-        return products + attention + sum(seconds for _, _, seconds in self.traffic)
-
-
-def _compute_parts(plan: RunPlan, shape: Shape, work: PassWork, times: _PassTimes) -> list[TimePart]:
+def _compute_parts(plan: RunPlan, shape: Shape, work: PassWork, times: PassTimes) -> list[TimePart]:
     passes = plan.batch.accumulation_steps
     parts = [
         TimePart("products", passes * (times.products_forward + times.products_backward), "matrix products, both ways"),
@@ -326,7 +247,7 @@ def _host_seconds(plan: RunPlan, shape: Shape, work: PassWork) -> float:
     return one_way * (1.0 + back)
 
 
-def _transfer_parts(moved: Sequence[Exchange], times: _PassTimes, passes: int, shape: Shape) -> list[TimePart]:
+def _transfer_parts(moved: Sequence[Exchange], times: PassTimes, passes: int, shape: Shape) -> list[TimePart]:
     """Transfers as far as a step waits for them."""
     parts = [
         TimePart(each.name, each.times * each.seconds, f"{each.reason}; nothing runs beside it")
@@ -345,6 +266,33 @@ def _transfer_parts(moved: Sequence[Exchange], times: _PassTimes, passes: int, s
             names = " and ".join(dict.fromkeys(each.name for each in hidden))
             parts.append(TimePart(f"waiting for {names} {phase}", start + waited, share))
     return parts
+
+
+def _forward_seconds(moved: Sequence[Exchange], times: PassTimes) -> float:
+    forward = [each for each in moved if each.phase == "forward"]
+    hidden = sum(each.seconds for each in forward if each.hidden)
+    waited = sum(each.seconds for each in forward if not each.hidden)
+    return times.forward + waited + max(0.0, hidden - HIDDEN * times.forward)
+
+
+def _optimizer_parts(plan: RunPlan, held: Sequence[Held], device: Device) -> list[TimePart]:
+    parts = [
+        TimePart("optimizer", step_bytes(plan, held) / device.bytes_per_second, "weights, gradients and states once")
+    ]
+    if plan.recipe.optimizer.name == "muon":
+        ranks = 1 if plan.topology.engine in ("single", "ddp") else shard_group(plan.topology).size
+        seconds = device.plain(muon_flops(held)) / ranks
+        parts.append(TimePart("orthogonalisation", seconds, "Muon's five iterations of Newton-Schulz"))
+    return [part for part in parts if part.seconds]
+
+
+def muon_flops(held: Sequence[Held]) -> float:
+    """Operations of Muon's Newton-Schulz iterations (arXiv 2502.16982) on every trained matrix of the layers.
+
+    Of a matrix [m, n] with m <= n each of five makes X Xᵀ, its square, and their product with X: 4 m² n + 2 m³.
+    """
+    matrices = (each.shape for each in held if each.trained and len(each.shape) == 2 and each.unit.startswith("layer"))
+    return sum(5.0 * (4 * min(sides) ** 2 * max(sides) + 2 * min(sides) ** 3) for sides in matrices)
 
 
 def _uncertainty(plan: RunPlan, moved: Sequence[Exchange]) -> tuple[float, str]:

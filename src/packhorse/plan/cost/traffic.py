@@ -6,7 +6,7 @@ The tests compare it with the bytes of every kernel that torch runs for the real
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -67,7 +67,7 @@ def pass_traffic(plan: RunPlan, shape: Shape, held: tuple[Held, ...], work: Pass
     return tuple(each for each in found if each.forward or each.backward)
 
 
-def step_bytes(plan: RunPlan, held: tuple[Held, ...]) -> float:
+def step_bytes(plan: RunPlan, held: Sequence[Held]) -> float:
     """What the optimizer's step moves on one GPU."""
     engine = plan.topology.engine
     if engine in ("zero3_offload", "zero3_nvme"):
