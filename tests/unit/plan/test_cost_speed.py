@@ -25,6 +25,7 @@ from packhorse.plan.parameters import list_parameters, read_shape
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
+from packhorse.recipe.shipped import list_recipes
 
 MODEL = dict(published()["meta-llama/Llama-3.1-8B"])
 SHAPE = read_shape(MODEL)
@@ -245,6 +246,19 @@ def test_metrics_give_the_median_step_without_the_first_and_without_evaluations(
     ]
     assert measured_step_seconds(lines) == 2.0
     assert measured_step_seconds(lines[:1]) is None
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in list_recipes() if not recipe.name.startswith("quickstart")])
+def test_every_shipped_recipe_has_an_estimate(name: str) -> None:
+    recipe = load_recipe(name, [], check_environment=False)
+    shape = read_shape(find_configuration(recipe))
+    assert shape is not None
+    plan = make_plan(recipe, Ask(8), Hardware(2, ()), None)
+    start = time.process_time()
+    found = estimate_speed(plan, shape, PackFigures.full(recipe.batch.length), find_gpu("H100"))
+    assert time.process_time() - start < 0.2  # a table of all choices asks for some hundred
+    assert found is not None
+    assert 0.1 < found.mfu < found.hfu < 0.6
 
 
 def points(found: Scaling) -> dict[int, float]:
