@@ -6,7 +6,7 @@ Torch's caching allocator reports what is summed up here as `torch.cuda.max_memo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -160,30 +160,37 @@ def _at_loss(plan: RunPlan, held: Sequence[Held], kept: Activations) -> list[Com
 def _in_backward(plan: RunPlan, held: Sequence[Held], kept: Activations) -> list[Component]:
     """The fuller of its two ends: all activations and few gradients, or the reverse."""
     waiting = states.waiting_gradients(plan, held)
-    ending = max(states.whole_gradients(plan, held), waiting)
     room = Component("backward room", kept.layer_room, "gradients inside the layer that is gone back through")
-    first = kept.layers[0]
+    first, tail = kept.layers[0], _last_unit(held)
     own = first.whole + (first.input if first.recomputed else 0)
     begins = [
         *_activations(kept),
         Component("recomputation", kept.recomputed, "one layer's results, computed again"),
         Component("gradients", max(waiting, _last_gradients(plan, held)), "of the passes before, and of the last unit"),
+        *_gathered(plan, held),
+        *_reducing(plan, held, {unit for unit in _units(held, 1) if unit != "embedding" or unit == tail}),
     ]
     ends = [
         Component("activations", own + kept.inputs, "the first layer's results"),
-        Component("gradients", ending, "of all that is trained"),
+        Component("gradients", max(states.final_gradients(plan, held), waiting), "of all that is trained"),
+        *_gathered(plan, held, without_last=True),
+        *_reducing(plan, held, {"embedding", "layer 0"}),
     ]
-    fuller = max(begins, ends, key=total_bytes)
-    transient = [] if plan.topology.engine == "ddp" or states.cuts_weights(plan) else states.buckets(plan, held)
-    return [*fuller, room, *transient, *_gathered(plan, held), *_reducing(plan, held)]
+    in_steps = plan.topology.engine == "ddp" or states.cuts_weights(plan)
+    return [*max(begins, ends, key=total_bytes), room, *([] if in_steps else states.buckets(plan, held))]
+
+
+def _last_unit(held: Sequence[Held]) -> str:
+    """The unit of the output head."""
+    return "head" if any(each.unit == "head" and each.kind == "base" for each in held) else "embedding"
 
 
 def _last_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
     """Gradients of output head and last norm, the first that are there."""
     if states.cuts_weights(plan) or plan.topology.engine == "zero2":
         return 0
-    tail = {each.unit for each in held} & {"head"} or {"embedding"}
-    return sum(each.size for each in held if each.trained and each.unit in tail) * states.gradient_width(plan)
+    tail = _last_unit(held)
+    return sum(each.size for each in held if each.trained and each.unit == tail) * states.gradient_width(plan)
 
 
 def _units(held: Sequence[Held], width: int) -> dict[str, int]:
@@ -195,7 +202,7 @@ def _units(held: Sequence[Held], width: int) -> dict[str, int]:
     return sizes
 
 
-def _gathered(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
+def _gathered(plan: RunPlan, held: Sequence[Held], without_last: bool = False) -> list[Component]:
     """Whole weights of what is computed with, and of what is fetched ahead."""
     if not states.cuts_weights(plan) or states.shard_ranks(plan) == 1:
         return []
@@ -207,19 +214,22 @@ def _gathered(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
         live = whole * min(1.0, limit / max(1, elements))
         reason = f"up to {limit:,} elements stay gathered (stage3_max_live_parameters)"
         return [Component("gathered weights", int(max(live, *units.values())), reason)]
-    last = "head" if "head" in units else "embedding"
-    others = [size for unit, size in units.items() if unit != last]
-    reason = "last unit, which stays gathered, a unit in use, one fetched ahead, and its buffer"
-    return [Component("gathered weights", units[last] + 3 * max(others), reason)]
+    last = _last_unit(held)
+    layer = max(size for unit, size in units.items() if unit.startswith("layer"))
+    if without_last:
+        size = max(3 * layer, 2 * units["embedding"])
+        return [Component("gathered weights", size, "a unit in use, one fetched ahead, and its buffer")]
+    reason = "last unit, which stays gathered, a layer in use, one fetched ahead, and its buffer"
+    return [Component("gathered weights", units[last] + 3 * layer, reason)]
 
 
-def _reducing(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
+def _reducing(plan: RunPlan, held: Sequence[Held], units: Collection[str]) -> list[Component]:
     """FSDP2's gradients of a whole unit, as they were computed and as they are sent."""
     if plan.topology.engine not in ("fsdp2", "hsdp"):
         return []
     sizes: dict[str, int] = {}
     for each in held:
-        if each.trained:
+        if each.trained and each.unit in units:
             sizes[each.unit] = sizes.get(each.unit, 0) + each.size
     largest = max(sizes.values(), default=0)
     reason = "gradients of a whole unit, and the float32 buffer that they are shared out from"
@@ -227,7 +237,7 @@ def _reducing(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
 
 
 def _at_step(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
-    gradients = 0 if plan.recipe.optimizer.in_backward else states.whole_gradients(plan, held)
+    gradients = 0 if plan.recipe.optimizer.in_backward else states.final_gradients(plan, held)
     return [Component("gradients", gradients, "of all that is trained"), states.step_room(plan, held)]
 
 

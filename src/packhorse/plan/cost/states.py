@@ -105,11 +105,8 @@ def _widths(group: Iterable[Held]) -> str:
 
 def masters(plan: RunPlan, held: Sequence[Held]) -> int:
     """Bytes of the weights that DeepSpeed steps in place of those that it computes with."""
-    if not is_deepspeed(plan):
-        return 0
-    if plan.recipe.precision == "fp32" and plan.topology.engine.startswith("zero3") and not offloads(plan):
-        return 0  # stage 3 steps its float32 parts themselves; stages 1 and 2 copy theirs
-    return FP32 * trained_share(plan, held)
+    # Under fp32 too: stages 1 and 2 copy their parts, and stage 3 would not only if it knew its own device's name.
+    return FP32 * trained_share(plan, held) if is_deepspeed(plan) else 0
 
 
 def trained_share(plan: RunPlan, held: Sequence[Held]) -> int:
@@ -163,37 +160,41 @@ def gradient_width(plan: RunPlan) -> int:
     return 2 if is_deepspeed(plan) and plan.recipe.precision != "fp32" else FP32
 
 
-def whole_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
-    """Bytes of gradients that every rank holds at the end of a backward pass, before they are shared out."""
+def added_width(plan: RunPlan) -> int:
+    """Bytes of a gradient as ZeRO adds it up over the passes: `data_types` of the DeepSpeed JSON."""
+    assert plan.deepspeed is not None
+    asked = plan.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    return FP32 if asked == "fp32" else gradient_width(plan)
+
+
+def final_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
+    """Bytes of gradients that a rank holds at the end of a step's last backward pass, beside ZeRO-3's own buffer."""
     trained = [each for each in held if each.trained]
     if plan.recipe.optimizer.in_backward:
         return FP32 * max((own_size(plan, each) for each in trained), default=0)
     engine = plan.topology.engine
-    if engine in ("fsdp2", "hsdp"):
-        return FP32 * sum(own_size(plan, each) for each in trained)
-    if engine in ("single", "ddp", "zero1"):
-        return gradient_width(plan) * sum(each.size for each in trained)
-    if engine == "zero2":
-        width = FP32  # added up in float32 over the passes, whatever the precision
-        return width * trained_share(plan, held)
-    return 0  # stage 3: a buffer that is kept from step to step
+    if engine in ("zero1", "zero2"):
+        # In the last pass stage 1 too gives up what other ranks step, bucket by bucket.
+        return added_width(plan) * trained_share(plan, held)
+    return 0 if engine.startswith("zero3") else FP32 * sum(own_size(plan, each) for each in trained)
 
 
 def waiting_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
     """Bytes of gradients that lie on the device while a later pass of the same step runs."""
     if plan.batch.accumulation_steps == 1:
         return 0
+    trained = sum(each.size for each in held if each.trained)
     if plan.topology.engine in ("fsdp2", "hsdp"):
         # Not exchanged before the last pass, they stay whole on every rank, in the format they are reduced in.
-        return FP32 * sum(each.size for each in held if each.trained)
-    return whole_gradients(plan, held)
+        return FP32 * trained
+    return gradient_width(plan) * trained if plan.topology.engine == "zero1" else final_gradients(plan, held)
 
 
 def kept_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
     """Bytes of the buffer that ZeRO-3 keeps for its part of the gradients, on the device or the host."""
     if not plan.topology.engine.startswith("zero3"):
         return 0
-    return FP32 * sum(own_size(plan, each) for each in held if each.trained)
+    return added_width(plan) * sum(own_size(plan, each) for each in held if each.trained)
 
 
 def step_room(plan: RunPlan, held: Sequence[Held]) -> Component:
@@ -202,7 +203,7 @@ def step_room(plan: RunPlan, held: Sequence[Held]) -> Component:
     engine, share = plan.topology.engine, trained_share(plan, held)
     if is_deepspeed(plan) and not offloads(plan):
         tile = min(share, int(zero_settings(plan).get("sub_group_size", ALL_LIVE)))
-        in_place = engine == "zero2" and plan.recipe.precision == "bf16"
+        in_place = engine == "zero2" and added_width(plan) != gradient_width(plan)
         size = 0 if in_place else FP32 * (tile if engine.startswith("zero3") else share)
         return Component("step room", size, "this rank's gradients once more, flat and in float32")
     largest = max((prod(each.shape) for each in trained), default=0)
