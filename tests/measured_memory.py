@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -19,6 +20,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from packhorse.data.packs.loader import MicroBatch, lay_out
@@ -29,7 +32,7 @@ from packhorse.plan.cost.held import held_weights
 from packhorse.plan.cost.packs import PackFigures
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import read_shape
+from packhorse.plan.parameters import Shape, read_shape
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
@@ -74,17 +77,25 @@ def plan_of(folder: Path, lengths: Sequence[int], processes: int = 1, **sections
     return plan.model_copy(update={"deepspeed": {**plan.deepspeed, "zero_optimization": zero}})
 
 
-def predicted(plan: RunPlan, folder: Path, lengths: Sequence[int]) -> Figures:
-    """What the plan says, by component."""
+def shape_of(folder: Path) -> Shape:
+    """Of a model on disk."""
     shape = read_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     assert shape is not None
-    held = held_weights(plan, shape)
-    assert held is not None
+    return shape
+
+
+def figures_of(lengths: Sequence[int]) -> PackFigures:
+    """Of one pack of documents of these lengths."""
     squares = sum(length**2 for length in lengths)
     full = PackFigures.full(sum(lengths))
-    packs = replace(
-        full, supervised_max=sum(lengths) - len(lengths), squares_max=squares, longest_document=max(lengths)
-    )
+    return replace(full, supervised_max=sum(lengths) - len(lengths), squares_max=squares, longest_document=max(lengths))
+
+
+def predicted(plan: RunPlan, folder: Path, lengths: Sequence[int]) -> Figures:
+    """What the plan says, by component."""
+    shape, packs = shape_of(folder), figures_of(lengths)
+    held = held_weights(plan, shape)
+    assert held is not None
     return {
         "weights": sum(part.bytes for part in states.weights(plan, held) if part.name != "persistent weights"),
         "gradients": states.final_gradients(plan, held) + states.kept_gradients(plan, held),
@@ -119,6 +130,50 @@ def micro_batch(lengths: Sequence[int]) -> MicroBatch:
     """Documents of these lengths, every token supervised."""
     ids = [(np.arange(length) % 50 + 2).astype(np.uint16) for length in lengths]
     return lay_out(ids, [np.ones(length, np.uint8) for length in lengths])
+
+
+class LivePeak(TorchDispatchMode):
+    """The most bytes of new tensors that exist at once, as torch's allocator would count them on a GPU.
+
+    What an operator allocates within itself is not seen, such as logits in the forward pass of torch's chunked loss.
+    """
+
+    def __init__(self, there_before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there_before}
+        self._now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operator and counts what it returns."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._sizes:
+                storage = tensor.untyped_storage()
+                self._sizes[storage._cdata] = storage.nbytes()
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata)
+        self.peak = max(self.peak, self._now)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
+
+
+def measured_peak(plan: RunPlan, lengths: Sequence[int]) -> int:
+    """Bytes at the fullest moment of the backward pass of a second step, in one process."""
+    accelerator = start_accelerator(plan)
+    model = training_model(plan, _tokenizer(), CPU, None, lambda: None)
+    engine = start_engine(accelerator, plan, model, make_optimizer(model, plan.recipe))
+    engine.accelerator.backward(micro_batch_loss(engine.model, micro_batch(lengths), CPU))
+    engine.step()
+    stay = [*weight_tensors(model), *_state_tensors(engine)]
+    live = LivePeak([*stay, *model.parameters(), *model.buffers()])
+    with live:
+        loss = micro_batch_loss(engine.model, micro_batch(lengths), CPU)
+        live.peak = 0
+        engine.accelerator.backward(loss)
+    return _bytes_of(stay) + live.peak
 
 
 class KeptTensors(saved_tensors_hooks):
@@ -195,7 +250,7 @@ Case = tuple[str, str, str]
 """Engine, method, precision."""
 
 
-def measure_ranks(rank: int, world: int, folder: str, port: int, cases: list[Case], lengths: list[int]) -> None:
+def measure_ranks(rank: int, world: int, folder: str, ports: list[int], cases: list[Case], lengths: list[int]) -> None:
     """One of `world` processes; rank 0 writes what it measured and what the plan says to `folder`/measured.json."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "FSDP_VERSION": "2"}
@@ -203,8 +258,8 @@ def measure_ranks(rank: int, world: int, folder: str, port: int, cases: list[Cas
     os.environ[FOLDER_VARIABLE] = str(extensions_folder())
     torch.set_num_threads(1)
     results = []
-    for at, (engine, method, precision) in enumerate(cases):
-        os.environ["MASTER_PORT"] = str(port + at)
+    for port, (engine, method, precision) in zip(ports, cases, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
         _forget_the_last_case()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = str(engine.startswith("zero")).lower()
         os.environ["ACCELERATE_USE_FSDP"] = str(engine == "fsdp2").lower()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,21 @@ import pytest
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 
-from measured_memory import Case, Figures, make_extensions_free, measure_ranks, measured, plan_of, predicted, save_model
+from measured_memory import (
+    Case,
+    Figures,
+    figures_of,
+    make_extensions_free,
+    measure_ranks,
+    measured,
+    measured_peak,
+    plan_of,
+    predicted,
+    save_model,
+    shape_of,
+)
 from packhorse.plan.cost.activations import CHUNK_TOKENS
+from packhorse.plan.cost.memory import estimate_memory
 from packhorse.train import objective
 
 # Of peft, bitsandbytes and DeepSpeed, about names that torch has changed.
@@ -110,6 +124,27 @@ def test_every_optimizer(llama: Path, name: str) -> None:
     assert_close(measured(plan, (64,)), predicted(plan, llama, (64,)))
 
 
+WIDE = {**LLAMA, "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_fullest_moment(method: str, precision: str, checkpointing: bool, tmp_path: Path) -> None:
+    """Every tensor that exists at once, gradients on their way too; never told by more than 3 % too little."""
+    save_model(tmp_path, WIDE)
+    parallel = {"checkpointing": checkpointing}
+    plan = plan_of(tmp_path, (1024,), method=METHODS[method], precision=precision, parallel=parallel)
+    estimate = estimate_memory(plan, shape_of(tmp_path), figures_of((1024,)))
+    assert estimate is not None
+    # In float32 the loss makes its gradients in the forward pass, where its logits are not seen.
+    phases = ("loss", "backward") if precision == "bf16" else ("backward",)
+    told = max(estimate.phase(name).bytes for name in phases)
+    found = measured_peak(plan, (1024,))
+    print(f"{method} {precision} {checkpointing}: {told:,} of {found:,}")
+    assert 0.97 * found < told < 1.06 * found
+
+
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 FULL: list[Case] = [(engine, "full", "bf16") for engine in ENGINES]
 OTHERS: list[Case] = [(e, m, p) for e in ENGINES for m in ("full", "lora", "qlora") for p in ("fp32", "bf16")]
@@ -124,15 +159,21 @@ def test_two_processes(llama: Path, cases: list[Case], tmp_path: Path, monkeypat
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(measure_ranks, (2, str(tmp_path), port, cases, [200, 56]), nprocs=2)
+    mp.spawn(measure_ranks, (2, str(tmp_path), free_ports(len(cases)), cases, [200, 56]), nprocs=2)
     results = json.loads((tmp_path / "measured.json").read_text(encoding="utf-8"))
     assert len(results) == len(cases)
     for case, (found, told) in zip(cases, results, strict=True):
         print(case, {part: f"{told[part]:,} of {size:,}" for part, size in found.items()})
         assert_close(found, told)
+
+
+def free_ports(count: int) -> list[int]:
+    """Held all at once, so that none is found twice."""
+    with ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
 
 
 def test_the_loss_works_in_chunks_of_the_size_that_the_plan_knows() -> None:

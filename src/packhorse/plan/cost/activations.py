@@ -67,8 +67,12 @@ class Activations:
     tokens: int
     offloaded: bool
 
-    def kept_by_part(self) -> dict[str, int]:
-        """All that is kept on the device between forward and backward pass, by part of the model."""
+    def kept_by_part(self, with_head: bool = True) -> dict[str, int]:
+        """What is kept on the device between forward and backward pass, by part of the model.
+
+        Args:
+            with_head: Also for last norm and output head, which are gone back through first.
+        """
         parts: dict[str, int] = {"inputs": self.inputs}
         for layer in self.layers:
             if layer.recomputed:
@@ -77,7 +81,7 @@ class Activations:
                 continue
             for part, size in layer.kept.items():
                 parts[part] = parts.get(part, 0) + size
-        for part, size in self.head.items():
+        for part, size in self.head.items() if with_head else ():
             parts[part] = parts.get(part, 0) + size
         return parts
 
@@ -186,9 +190,7 @@ def _head_weight(shape: Shape, held: tuple[Held, ...]) -> tuple[Held, bool]:
     return found[-1], any(weight.trained for weight in found)
 
 
-def _head(
-    tape: Tape, setting: Setting, shape: Shape, held: tuple[Held, ...], hidden: Value, labels: int
-) -> int:
+def _head(tape: Tape, setting: Setting, shape: Shape, held: tuple[Held, ...], hidden: Value, labels: int) -> int:
     """Keeps what last norm and loss need; returns the bytes of gradients that the loss stashes."""
     tail = Layer(tape, setting, shape, [weight for weight in held if weight.name == "model.norm.weight"], shape.layers)
     normed = tail.norm(hidden, "model.norm.weight", "last norm")
@@ -205,12 +207,15 @@ def _head(
 
 
 def _logits(setting: Setting, shape: Shape, held: tuple[Held, ...], labels: int) -> int:
-    """One chunk of logits in float32, and the head's gradient in the format of the product (torch's own loss)."""
+    """One chunk of logits in float32, beside the gradients that torch's own loss makes in 16 bit."""
     weight, trained = _head_weight(shape, held)
     chunk = min(CHUNK_TOKENS, labels) * shape.vocabulary * FP32
     if setting.compute == FP32:
         return chunk
-    return chunk + (weight.size * setting.compute if trained else 0) + labels * shape.hidden * setting.compute
+    made = (weight.size if trained else 0) + labels * shape.hidden
+    # CUDA multiplies 16-bit numbers into float32; on the CPU the weight is copied, and its gradient added up beside.
+    copies = 0 if setting.on_cuda else weight.size * FP32 * (2 if trained else 1)
+    return chunk + made * setting.compute + copies
 
 
 def _layer_room(setting: Setting, shape: Shape, held: tuple[Held, ...]) -> int:
@@ -218,8 +223,12 @@ def _layer_room(setting: Setting, shape: Shape, held: tuple[Held, ...]) -> int:
     width, t = setting.compute, setting.tokens
     mlp = max(shape.mlp_width, shape.expert_width * shape.active_experts)
     hidden = t * shape.hidden * (FP32 if setting.autocast else width)
-    largest = max((weight.size for weight in held if weight.trained and weight.unit.startswith("layer")), default=0)
-    return 2 * hidden + 3 * t * mlp * width + largest * (width if width != FP32 else 0)
+    trained = [weight for weight in held if weight.trained and weight.unit.startswith("layer")]
+    own = max((weight.size for weight in trained), default=0) * (width if width != FP32 else 0)
+    beside = any(weight.kind == "adapter" and "mlp." in weight.name for weight in trained)
+    # An adapter's input is copied into the adapter's format, and so is its gradient.
+    copies = 2 * t * mlp * setting.adapter if beside and setting.adapter > width else 0
+    return 2 * hidden + 2 * t * mlp * width + own + copies
 
 
 def _forward_room(setting: Setting, shape: Shape, hidden_width: int) -> int:

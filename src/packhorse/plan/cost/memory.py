@@ -131,29 +131,35 @@ def _resident(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
     return parts
 
 
-def _activations(kept: Activations) -> list[Component]:
-    parts = kept.kept_by_part()
+def _activations(kept: Activations, with_head: bool = True) -> list[Component]:
+    parts = kept.kept_by_part(with_head)
     attention, loss = parts.pop("attention", 0), parts.pop("loss", 0)
     copies = parts.pop(COPIES, 0)
     layers = sum(layer.recomputed for layer in kept.layers)
     how = f"{layers} of {len(kept.layers)} layers are recomputed" if layers else "every layer's results are kept"
     where = ", their inputs in host memory" if kept.offloaded else ""
+    stashed = kept.stashed if with_head else 0
     return [
         Component("activations", sum(parts.values()), f"{kept.tokens:,} tokens; {how}{where}"),
         Component("attention", attention, "queries, keys, values and output of each layer that keeps its results"),
         Component("weight copies", copies, "16-bit copies of float32 weights, made by autocast and by the loss"),
-        Component("loss", loss + kept.stashed, "hidden states of supervised tokens, or the loss's own gradients"),
+        Component("loss", loss + stashed, "hidden states of supervised tokens, or the loss's own gradients"),
     ]
 
 
 def _at_loss(plan: RunPlan, held: Sequence[Held], kept: Activations) -> list[Component]:
+    """The end of the forward pass; in 16 bit the loss makes its gradients as the backward pass begins."""
     reason = "a chunk of 512 rows of logits in float32, beside the head's gradient"
     waiting = states.waiting_gradients(plan, held)
+    own = 0 if compute_width(plan) == FP32 else _last_gradients(plan, held)
+    backs = compute_width(plan) != FP32
     return [
         *_activations(kept),
         Component("logits", kept.logits, reason),
-        Component("gradients", waiting, "of the passes before, which wait for the step"),
+        Component("gradients", max(waiting, own), "of the passes before, which wait for the step, and of the head"),
         *_gathered(plan, held),
+        *(_reducing(plan, held, {_last_unit(held)}) if backs else []),
+        *(_transient(plan, held) if backs else []),
     ]
 
 
@@ -162,9 +168,10 @@ def _in_backward(plan: RunPlan, held: Sequence[Held], kept: Activations) -> list
     waiting = states.waiting_gradients(plan, held)
     room = Component("backward room", kept.layer_room, "gradients inside the layer that is gone back through")
     first, tail = kept.layers[0], _last_unit(held)
+    later = [each for each in held if each.unit not in ("embedding", "layer 0")]
     own = first.whole + (first.input if first.recomputed else 0)
     begins = [
-        *_activations(kept),
+        *_activations(kept, with_head=False),
         Component("recomputation", kept.recomputed, "one layer's results, computed again"),
         Component("gradients", max(waiting, _last_gradients(plan, held)), "of the passes before, and of the last unit"),
         *_gathered(plan, held),
@@ -172,12 +179,17 @@ def _in_backward(plan: RunPlan, held: Sequence[Held], kept: Activations) -> list
     ]
     ends = [
         Component("activations", own + kept.inputs, "the first layer's results"),
-        Component("gradients", max(states.final_gradients(plan, held), waiting), "of all that is trained"),
+        Component("gradients", max(states.final_gradients(plan, later), waiting), "of all that follows this layer"),
         *_gathered(plan, held, without_last=True),
         *_reducing(plan, held, {"embedding", "layer 0"}),
     ]
-    in_steps = plan.topology.engine == "ddp" or states.cuts_weights(plan)
-    return [*max(begins, ends, key=total_bytes), room, *([] if in_steps else states.buckets(plan, held))]
+    return [*max(begins, ends, key=total_bytes), room, *_transient(plan, held)]
+
+
+def _transient(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
+    """Buckets that exist in the backward pass alone."""
+    stay = plan.topology.engine == "ddp" or plan.topology.engine.startswith("zero3")
+    return [] if stay else states.buckets(plan, held)
 
 
 def _last_unit(held: Sequence[Held]) -> str:
