@@ -145,8 +145,9 @@ def test_fullest_moment(method: str, precision: str, checkpointing: bool, tmp_pa
     assert 0.97 * found < told < 1.06 * found
 
 
-ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-FULL: list[Case] = [(engine, "full", "bf16") for engine in ENGINES]
+# ZeRO-3 last: DeepSpeed leaves its own linear function in torch, for the rest of the process.
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+FULL: list[Case] = [*((engine, "full", "bf16") for engine in ENGINES), ("zero3", "lora", "bf16")]
 OTHERS: list[Case] = [(e, m, p) for e in ENGINES for m in ("full", "lora", "qlora") for p in ("fp32", "bf16")]
 
 

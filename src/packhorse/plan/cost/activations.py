@@ -139,7 +139,7 @@ def count_activations(plan: RunPlan, shape: Shape, held: tuple[Held, ...], packs
         stashed=stashed,
         logits=_logits(setting, shape, held, labels),
         layer_room=_layer_room(setting, shape, held),
-        forward_room=_forward_room(setting, shape, hidden.width),
+        forward_room=_forward_room(setting, shape, hidden.width) + _unpacked(setting, held),
         tokens=setting.tokens,
         offloaded=plan.recipe.parallel.offload_activations,
     )
@@ -169,7 +169,7 @@ def _setting(plan: RunPlan, packs: PackFigures) -> Setting:
         on_cuda=plan.topology.device == "cuda",
         varlen=plan.chosen("model.attention") == "varlen",
         sequence=sequence,
-        dora=isinstance(method, LoraMethod) and method.dora,
+        keeps_inputs=plan.topology.engine.startswith("zero3"),
     )
 
 
@@ -228,7 +228,12 @@ def _layer_room(setting: Setting, shape: Shape, held: tuple[Held, ...]) -> int:
     beside = any(weight.kind == "adapter" and "mlp." in weight.name for weight in trained)
     # An adapter's input is copied into the adapter's format, and so is its gradient.
     copies = 2 * t * mlp * setting.adapter if beside and setting.adapter > width else 0
-    return 2 * hidden + 2 * t * mlp * width + own + copies
+    return 2 * hidden + 2 * t * mlp * width + own + copies + _unpacked(setting, held)
+
+
+def _unpacked(setting: Setting, held: tuple[Held, ...]) -> int:
+    """The largest packed weight as bitsandbytes unpacks it, one at a time, to compute with."""
+    return max((weight.size for weight in held if weight.storage != "plain"), default=0) * setting.compute
 
 
 def _forward_room(setting: Setting, shape: Shape, hidden_width: int) -> int:

@@ -37,7 +37,7 @@ class Setting:
         on_cuda: Whether CUDA's kernels run: a dropout mask then takes a byte an element.
         varlen: Whether attention is torch's varlen kernel; else SDPA, document by document.
         sequence: Ranks that share the row.
-        dora: Whether adapters have a magnitude of their own.
+        keeps_inputs: Whether linear layers keep their input even where the weight is frozen, as ZeRO-3's own do.
     """
 
     tokens: int
@@ -53,7 +53,7 @@ class Setting:
     on_cuda: bool
     varlen: bool
     sequence: int
-    dora: bool
+    keeps_inputs: bool
 
 
 class Layer:
@@ -128,7 +128,7 @@ class Layer:
         tape = self._tape
         width = self._set.adapter if weight.kind == "adapter" else self._set.base
         given = tape.cast(x, self._set.compute)
-        if weight.trained:
+        if weight.trained or (self._set.keeps_inputs and x.has_grad and weight.storage == "plain"):
             tape.keep(given, part)
         if x.has_grad and self._set.autocast and width != self._set.compute and weight.storage == "plain":
             tape.keep_new(weight.size, self._set.compute, COPIES)

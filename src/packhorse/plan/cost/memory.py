@@ -98,7 +98,7 @@ def estimate_memory(
         return None
     kept = count_activations(plan, shape, held, packs)
     resident = _resident(plan, held)
-    evaluated = count_activations(plan, shape, held, validation or packs)
+    evaluated = count_activations(plan, shape, held, validation) if validation else kept
     phases = (
         Phase("load", _loading(plan, held)),
         _phase("loss", resident, _at_loss(plan, held, kept)),
