@@ -116,6 +116,14 @@ def test_every_family(family: str, method: str, precision: str, tmp_path: Path) 
     assert_close(measured(plan, (100, 100)), predicted(plan, tmp_path, (100, 100)))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapted_experts_are_added_up_whole(precision: str, tmp_path: Path) -> None:
+    save_model(tmp_path, {**NARROW, **FAMILIES["mixtral"], "model_type": "mixtral"})
+    method = {"kind": "lora", "experts": True, "dropout": 0.0}
+    plan = plan_of(tmp_path, (100, 100), method=method, precision=precision)
+    assert_close(measured(plan, (100, 100)), predicted(plan, tmp_path, (100, 100)))
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"])
 def test_every_optimizer(llama: Path, name: str) -> None:
     betas = {"betas": [0.9, 0.99]} if "lion" in name else {}

@@ -264,4 +264,7 @@ class Layer:
         if adapted:
             # peft adds the adapter to the experts' weights, all of them, before they are used.
             self._tape.keep_new(weight.size, x.width, COPIES)
+            if self._set.autocast and self._set.adapter != self._set.compute:
+                size = sum(held.size for held in adapters[weight.name])
+                self._tape.keep_new(size, self._set.compute, COPIES)
         return self._tape.value(elements, x.width, x.has_grad or weight.trained or adapted)
