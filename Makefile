@@ -29,6 +29,7 @@ bench: install
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/saving.py
 
 # Every method under every engine: some two hundred launches of ten seconds and more; the table goes to docs/lab-log.md.
 parity: install

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from packhorse.masking import mask_output
 from packhorse.train.signals import StopRequest
 
 
@@ -19,6 +20,8 @@ def main() -> int:
     if plan_file is None or not plan_file.is_file():
         sys.stderr.write("usage: accelerate launch --config_file FILE launch/train.py RUN/plan.json\n")
         return 2
+    # First: libraries take hold of the streams when they are imported.
+    mask_output()
     signals = StopRequest()
     signals.install()
     os.environ.update(json.loads(plan_file.read_text(encoding="utf-8"))["env"])

@@ -24,7 +24,8 @@ class Typed:
 def environment(fault: str = "") -> dict[str, str]:
     """Of a user without a network; `fault` is put into the ranks (tests/faults/injected/sitecustomize.py)."""
     ours = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "NO_COLOR": "1"}
-    return ours | {"PACKHORSE_FAULT": fault, "PYTHONPATH": str(INJECTED)} if fault else ours
+    path = os.pathsep.join(filter(None, [str(INJECTED), os.environ.get("PYTHONPATH")]))
+    return ours | {"PACKHORSE_FAULT": fault, "PYTHONPATH": path} if fault else ours
 
 
 def packhorse(folder: Path, *words: str, timeout: float = 300, fault: str = "") -> Typed:
@@ -43,3 +44,15 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def curve(run: Path, key: str = "train/loss") -> list[float]:
     """A figure over the steps."""
     return [line[key] for line in metrics(run) if key in line]
+
+
+def processes_that_name(run: Path) -> list[int]:
+    """Every process, of the launch or not, that has this run's plan in its command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.fsencode(run / "plan.json") in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import inspect
 import io
 import logging
@@ -22,7 +23,8 @@ import fire
 from fire.core import FireExit
 from fire.decorators import SetParseFn
 
-from packhorse.errors import EXIT_BUG, EXIT_OK, UserError
+from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_USER_ERROR, UserError
+from packhorse.masking import mask_output
 
 
 @dataclass(frozen=True)
@@ -91,27 +93,32 @@ def plan(recipe: str, *overrides: str, gpus: str = "", nodes: str = "", write: s
     return Action("train", "write_run", arguments) if _switch("write", write) else Action("plan", "plan", arguments)
 
 
-def train(recipe: str, *overrides: str, gpus: str = "", resume: str = "False", **more: str) -> Action:
+def train(
+    recipe: str, *overrides: str, gpus: str = "", resume: str = "False", restarts: str = "", **more: str
+) -> Action:
     """Train a recipe on this machine, or go on with a run.
 
-    packhorse train RECIPE [--gpus 2] [key=value …]
-    packhorse train RUN --resume
+    packhorse train RECIPE [--gpus 2] [--restarts 3] [key=value …]
+    packhorse train RUN --resume [--gpus 2] [--restarts 3] [parallel.engine=zero3 …]
+
+    --restarts N: a run that fails starts again by itself from its newest sound checkpoint, N times at most.
     """
-    words = _overrides(overrides, more, ("gpus", "resume"))
+    words = _overrides(overrides, more, ("gpus", "resume", "restarts"))
     arguments = {"recipe": recipe, "overrides": words, "gpus": _count("gpus", gpus)}
-    return Action("train", "train", {**arguments, "resume": _switch("resume", resume)})
+    again = {"resume": _switch("resume", resume), "restarts": _count("restarts", restarts, at_least=0)}
+    return Action("train", "train", arguments | again)
 
 
 def status(run: str) -> Action:
-    """Show how far a run is, its last figures and its state.
+    """Show a run's state, its last figures, its attempts, and what was lost.
 
     packhorse status RUN
     """
-    return Action("plan", "status", {"run": run})
+    return Action("status", "status", {"run": run})
 
 
 def verify(run: str) -> Action:
-    """Read every checkpoint of a run, and name each file that is not as it was written.
+    """Read a run's checkpoints and prepared data, and name each file that is not as it was written.
 
     packhorse verify RUN
     """
@@ -160,6 +167,7 @@ SWITCHES = ("--resume", "--write", "--force", "--test", "--again")
 
 def run() -> None:
     """Entry point of the `packhorse` command."""
+    mask_output()
     # peft imports bitsandbytes, which says on some processors that an optional kernel is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     sys.exit(main(sys.argv[1:]))
@@ -183,11 +191,28 @@ def main(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped\n")
         return 130
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.write("this is a bug of Packhorse; please report it with the lines above\n")
-        return EXIT_BUG
+    except Exception as error:
+        return _bug_or_too_long(error)
     return code
+
+
+def _bug_or_too_long(error: Exception) -> int:
+    # Any word of the command line, or field of the recipe, may name a path, and any look at it may find it too long.
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        sys.stderr.write(f"{_too_long(str(error.filename))}\n")
+        return EXIT_USER_ERROR
+    traceback.print_exception(error)
+    sys.stderr.write("this is a bug of Packhorse; please report it with the lines above\n")
+    return EXIT_BUG
+
+
+def _too_long(path: str) -> UserError:
+    longest = max((len(part.encode(errors="replace")) for part in path.split("/")), default=0)
+    return UserError(
+        f"the path {path[:60]}... has {len(path):,} characters, and a name in it {longest:,} bytes.",
+        "a file system takes names of up to 255 bytes and paths of up to 4,095.",
+        "give it a shorter name.",
+    )
 
 
 def read_command(words: Sequence[str]) -> Action | str:
@@ -234,14 +259,14 @@ def _overrides(positional: Sequence[str], more: dict[str, str], flags: Sequence[
     return [*positional, *(f"{name}={value}" for name, value in more.items())]
 
 
-def _count(name: str, text: str) -> int | None:
+def _count(name: str, text: str, at_least: int = 1) -> int | None:
     if not text:
         return None
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) < at_least:
         raise UserError(
             f"--{name} is {text}.",
-            "it is a number of devices.",
-            f"give a whole number of 1 or more, for example --{name} 8.",
+            f"it says how many {name}.",
+            f"give a whole number of {at_least} or more, for example --{name} 8.",
         )
     return int(text)
 

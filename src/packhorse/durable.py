@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from packhorse.errors import UserError
+from packhorse.errors import EXIT_DISK, UserError
 
 
 def publish_folder(temporary: Path, target: Path) -> None:
@@ -29,12 +29,36 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def forget_cached(path: Path) -> None:
+    """Lets what is read next come from the disk, not from memory, where the system offers it (posix_fadvise(2))."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def disk_error(target: Path, error: Exception) -> UserError:
     """What a user reads when a folder of a run could not be written."""
-    free = shutil.disk_usage(target.parent).free
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return UserError(
-        f"{target} could not be written: {reason} ({free / 1e9:.1f} GB are free).",
+        f"{target} could not be written: {reason} ({_free(target)}).",
         "what was half written is removed; earlier checkpoints stand.",
         "free space there, then go on with `packhorse train RUN --resume`.",
+        exit_code=EXIT_DISK,
     )
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes as a user reads it."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _free(target: Path) -> str:
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    try:
+        return f"{size(shutil.disk_usage(existing).free)} are free"
+    except OSError as error:  # a disk that refuses may refuse this too
+        return f"{existing}: {error.strerror}"

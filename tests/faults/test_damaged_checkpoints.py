@@ -75,7 +75,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one_to_the_same_en
     assert curve(run) == curve(folder / "runs" / "tiny")
     ours, unbroken = ((folder / "runs" / name / "model" / "model.safetensors") for name in ("damaged", "tiny"))
     assert ours.read_bytes() == unbroken.read_bytes()
-    log = (run / "logs" / "attempt-2" / "stderr.log").read_text()
+    log = (run / "logs" / "attempt-2" / "rank-0.log").read_text()
     assert "passed over: step-000004/model/model.safetensors has another content" in log
     assert (run / "checkpoints" / "step-000004.damaged-1").is_dir()
     assert packhorse(folder, "verify", "runs/damaged").code == 0, "step 4 was written again"

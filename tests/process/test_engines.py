@@ -40,6 +40,15 @@ def same(run: Path, again: Path, weights: str) -> bool:
     return expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
+def write_base(folder: Path) -> dict[str, str]:
+    """A base model for adapters, as the recipe's `model`; its widths are 64 at least, as blocks of 64 are quantised."""
+    shape = {key: value for key, value in TINY["model"]["config"].items() if key != "model_type"}
+    torch.manual_seed(0)
+    fields = {**shape, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 2048}
+    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(folder / "base")
+    return {"path": str(folder / "base"), "tokenizer": "builtin:tokenizer"}
+
+
 def test_two_copies_of_the_weights_on_four_processes(tmp_path: Path) -> None:
     """hsdp, a mesh of 2 x 2."""
     write_tiny(tmp_path, checkpoint=KEPT)
@@ -53,14 +62,9 @@ def test_two_copies_of_the_weights_on_four_processes(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_adapter_beside_a_quantised_base_that_is_sharded(tmp_path: Path) -> None:
     """qlora under zero3: accelerate's own way of saving and loading fails on quantised weights."""
-    shape = {key: value for key, value in TINY["model"]["config"].items() if key != "model_type"}
-    torch.manual_seed(0)
-    # Widths of 64 at least: bitsandbytes quantises blocks of 64 weights.
-    fields = {**shape, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 2048}
-    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(tmp_path / "base")
     write_tiny(
         tmp_path,
-        model={"path": str(tmp_path / "base"), "tokenizer": "builtin:tokenizer"},
+        model=write_base(tmp_path),
         method={"kind": "qlora", "rank": 4},
         checkpoint=KEPT,
         parallel={"processes": 2, "engine": "zero3"},
@@ -70,3 +74,20 @@ def test_an_adapter_beside_a_quantised_base_that_is_sharded(tmp_path: Path) -> N
     run = tmp_path / "runs" / "tiny"
     assert same(run, resumed_in_the_middle(tmp_path, run), "adapter/adapter_model.safetensors")
     assert curve(run)[-1] < curve(run)[0]
+
+
+@pytest.mark.parametrize(
+    ("engine", "method", "weights"),
+    [("zero3", "full", "model/model.safetensors"), ("zero1", "lora", "adapter/adapter_model.safetensors")],
+    ids=["zero3 full", "zero1 lora"],
+)
+def test_bf16_under_zero_goes_on_from_float32_weights(engine: str, method: str, weights: str, tmp_path: Path) -> None:
+    """DeepSpeed would make its float32 weights from rounded ones; with accumulation."""
+    words = (f"parallel.engine={engine}", "parallel.processes=2", "batch.micro=1", f"method={method}", "precision=bf16")
+    write_tiny(tmp_path, checkpoint=KEPT, evaluation={"exact_match_rows": 0}, model=write_base(tmp_path))
+    done = packhorse(tmp_path, "train", "tiny.yaml", *words, timeout=600)
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "tiny"
+    kept = f"checkpoints/step-000006/{weights}"
+    assert {value.dtype for value in load_file(run / kept).values()} == {torch.float32}
+    assert same(run, resumed_in_the_middle(tmp_path, run), kept)

@@ -7,14 +7,15 @@ step-000100/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from packhorse.durable import sync_to_disk
+from packhorse.durable import forget_cached, sync_to_disk
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
@@ -69,19 +70,38 @@ class CheckpointManifest(Part):
         return bare.model_copy(update={"seal": hashlib.sha256(bare.model_dump_json().encode()).hexdigest()})
 
 
-def write_manifest(folder: Path, run: RunFacts) -> CheckpointManifest:
-    """Hashes every file below `folder`, waits until each is on disk, and writes the manifest last.
+def bring_to_disk(folder: Path, paths: Iterable[Path]) -> dict[str, FileRecord]:
+    """Waits until each file below `folder` is on disk, and reads it back from there.
 
     Raises:
-        OSError: A file cannot be read or the manifest not be written; there is no manifest then.
+        OSError: The disk refuses, or gives back other bytes than were written.
     """
-    files = {}
-    for path in files_below(folder):
-        files[path.relative_to(folder).as_posix()] = FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
-        sync_to_disk(path)
+    return {path.relative_to(folder).as_posix(): _on_disk(path) for path in paths}
+
+
+def _on_disk(path: Path) -> FileRecord:
+    written = sha256_of(path)
+    sync_to_disk(path)
+    forget_cached(path)
+    if sha256_of(path) != written:
+        raise OSError(errno.EIO, "other bytes are read back than were written", str(path))
+    return FileRecord(bytes=path.stat().st_size, sha256=written)
+
+
+def write_manifest(folder: Path, run: RunFacts, files: Mapping[str, FileRecord]) -> CheckpointManifest:
+    """Writes the manifest, after all that it names is on disk.
+
+    Args:
+        folder: Holds just these files.
+        run: What the run is.
+        files: From `bring_to_disk`.
+
+    Raises:
+        OSError: The manifest cannot be written; there is none then.
+    """
     for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         sync_to_disk(inner)
-    manifest = CheckpointManifest(run=run, files=files).sealed()
+    manifest = CheckpointManifest(run=run, files=dict(sorted(files.items()))).sealed()
     draft = folder / f".{MANIFEST_FILE}"
     draft.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     sync_to_disk(draft)

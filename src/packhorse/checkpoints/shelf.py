@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from packhorse.checkpoints.manifest import MANIFEST_FILE, faults_of, read_manifest
+from packhorse.checkpoints.manifest import faults_of, read_manifest
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
+STEP_FOLDERS = "step-*"
+REMOVED = f".{STEP_FOLDERS}.removed"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders with the name of a checkpoint, oldest first, complete or not; links are none."""
-    named = [(match, path) for path in folder.glob("step-*") if (match := STEP_FOLDER.fullmatch(path.name))]
+    named = [(match, path) for path in folder.glob(STEP_FOLDERS) if (match := STEP_FOLDER.fullmatch(path.name))]
     plain = [(int(match[1]), path) for match, path in named if path.is_dir() and not path.is_symlink()]
     return [path for _, path in sorted(plain)]
 
@@ -80,6 +82,30 @@ def superseded(checkpoints: Sequence[Path], keep_last: int, best: str | None) ->
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint, its manifest first: what is half removed must not look complete."""
-    (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+    """Removes a checkpoint, its name first: what is half removed must not look like one."""
+    nameless = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(nameless, ignore_errors=True)
+    checkpoint.rename(nameless)
+    shutil.rmtree(nameless)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process left half written or half removed; nobody writes there now."""
+    _remove_all(folder, f".{STEP_FOLDERS}.tmp")
+    _remove_all(folder, REMOVED)
+
+
+def prune(folder: Path, keep_last: int, best: str | None) -> None:
+    """Removes the complete checkpoints that are neither among the newest nor the best.
+
+    Raises:
+        OSError: One cannot be removed.
+    """
+    for checkpoint in superseded(complete_checkpoints(folder), keep_last, best):
+        remove_checkpoint(checkpoint)
+    _remove_all(folder, REMOVED)
+
+
+def _remove_all(folder: Path, pattern: str) -> None:
+    for left in folder.glob(pattern):
+        shutil.rmtree(left, ignore_errors=True)

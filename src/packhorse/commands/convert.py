@@ -13,6 +13,7 @@ from packhorse.data.converting.convert import Conversion, Target, convert_file
 from packhorse.data.converting.prices import RULE, TokenCount, default_epochs, read_prices
 from packhorse.data.formats.bad_row import closest
 from packhorse.errors import EXIT_OK, UserError
+from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Format, Source
 
 
@@ -21,7 +22,7 @@ def convert(source: str, target: str, to: str, row_format: str, force: bool) -> 
     _check_choice("to", to, get_args(Target))
     _check_choice("format", row_format, get_args(Format))
     rows = Source.model_validate({"path": source, "format": row_format})
-    done = convert_file(rows, Path(target).expanduser(), to, force, Path("runs"))  # type: ignore[arg-type]
+    done = convert_file(rows, path_of(target), to, force, Path("runs"))  # type: ignore[arg-type]
     console = Console()
     console.print(
         f"{done.num_rows:,} rows of {source} ({done.row_format}) written to {target} ({to})",

@@ -1,4 +1,4 @@
-"""`packhorse plan` and `packhorse status`: looking, from any laptop; nothing here imports torch."""
+"""`packhorse plan`: looking, from any laptop; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from rich.text import Text
 
 from packhorse.commands.parameters import parameter_lines, show_parameters
 from packhorse.data.identity import find_prepared
-from packhorse.data.manifest import MANIFEST_FILE, DataManifest
+from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.places import data_root
+from packhorse.data.stored import require_sizes
+from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.run_folder import open_run, relative
+from packhorse.launching.run_folder import relative
+from packhorse.plan.checkpoint_size import checkpoint_room
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
@@ -23,8 +26,6 @@ from packhorse.plan.topology import Ask
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
-from packhorse.record.status import read_status
-from packhorse.track.sinks import read_metrics
 
 
 def plan(recipe: str, overrides: Sequence[str], gpus: int | None, nodes: int | None) -> int:
@@ -35,26 +36,6 @@ def plan(recipe: str, overrides: Sequence[str], gpus: int | None, nodes: int | N
     made = make_plan(loaded, Ask(gpus, nodes), detect_hardware(), facts)
     vocab_size = manifest.vocab_size if manifest else None
     _show(Console(), made, vocab_size)
-    return EXIT_OK
-
-
-def status(run: str) -> int:
-    """Shows a run's state and its last figures."""
-    console = Console()
-    made = open_run(run)
-    folder = Path(made.run_folder)
-    now = read_status(folder)
-    lines = [("run", relative(made.run_folder))]
-    if now is not None:
-        lines += [("state", now.state + (f": {now.message}" if now.message else ""))]
-        lines += [("progress", f"step {now.step:,} of {now.num_steps:,}, attempt {now.attempt}")]
-        lines += [("updated", f"{now.updated_at} by process {now.pid} on {now.host}")]
-    if (folder / "metrics.jsonl").is_file():
-        latest: dict[str, object] = {}
-        for figures in read_metrics(folder / "metrics.jsonl"):
-            latest |= figures
-        lines += [(name, _figure(value)) for name, value in latest.items() if name != "step"]
-    console.print(pairs(lines))
     return EXIT_OK
 
 
@@ -69,13 +50,15 @@ def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
 
 
 def require_data(plan: RunPlan) -> DataFacts:
-    """The prepared data of a run, which must still be there.
+    """The prepared data of a run, which must still be there, each file as long as it was written.
 
     Raises:
-        UserError: It is gone.
+        UserError: It is gone, or a file of it is missing or has another size.
     """
     assert plan.data is not None, "a run folder is only made once its data is prepared"
-    if (Path(plan.data.folder) / MANIFEST_FILE).is_file():
+    manifest = read_manifest(Path(plan.data.folder))
+    if manifest is not None:
+        require_sizes(Path(plan.data.folder), manifest)
         return plan.data
     raise UserError(
         f"the prepared data of this run, {plan.data.folder}, is gone.",
@@ -115,9 +98,17 @@ def _show(console: Console, made: RunPlan, vocab_size: int | None) -> None:
         facts = made.data
         lines.append(("prepared", f"{facts.num_rows:,} rows in {facts.num_packs:,} packs, {facts.fill:.2%} full"))
     lines += [(decision.name, f"{decision.value}: {decision.reason}") for decision in made.decisions]
+    lines += [("checkpoints", _room(made, vocab_size))]
     lines += [("run folder", made.run_folder), ("command", shown(made.argv))]
     console.print(pairs(lines))
     show_parameters(console, made.recipe, vocab_size)
+
+
+def _room(made: RunPlan, vocab_size: int | None) -> str:
+    room = checkpoint_room(made, vocab_size)
+    if room is None:
+        return "their size is known when the model is loaded; whether the disk holds them is not checked before"
+    return f"{size(room.each_bytes)} each, {room.count} at once at most: {size(room.total_bytes)}"
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> Table:
@@ -128,10 +119,6 @@ def pairs(lines: Sequence[tuple[str, str]]) -> Table:
     for label, text in lines:
         table.add_row(label, Text(text))
     return table
-
-
-def _figure(value: object) -> str:
-    return f"{value:,.6g}" if isinstance(value, (int, float)) else str(value)
 
 
 def shown(argv: Sequence[str]) -> str:

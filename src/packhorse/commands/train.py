@@ -9,33 +9,54 @@ from rich.console import Console
 
 from packhorse.commands.plan import data_facts, require_data, shown
 from packhorse.data.identity import find_prepared
+from packhorse.data.manifest import read_manifest
 from packhorse.data.places import data_root
-from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.local import launch
+from packhorse.data.stored import require_sizes
+from packhorse.errors import EXIT_OK, EXIT_STOPPED, UserError
 from packhorse.launching.lock import only_launcher
-from packhorse.launching.preflight import check_base_model, check_nvme, check_resumable, check_writable
+from packhorse.launching.preflight import check_base_model, check_disk, check_nvme, check_resumable, check_writable
+from packhorse.launching.recovery import run_to_end
 from packhorse.launching.run_folder import check_free, create_run, open_run, relative
+from packhorse.launching.stop import StoppedEarly, stop_signals
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make import make_plan, run_folder_of
+from packhorse.plan.resume import replace_plan, replan
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.plan.topology import Ask, check_machine
 from packhorse.recipe.load import load_recipe
 from packhorse.record.status import read_status
 
 
-def train(recipe: str, overrides: Sequence[str], gpus: int | None, resume: bool) -> int:
+def train(recipe: str, overrides: Sequence[str], gpus: int | None, resume: bool, restarts: int | None = None) -> int:
     """Prepares the data where it is not there, then trains; or goes on with a run.
 
     Raises:
         UserError: Anything that the user can mend, before a device is taken.
     """
-    console = Console()
-    made = _resumed(recipe, overrides, gpus) if resume else _new_run(recipe, overrides, Ask(gpus), console, local=True)
-    with only_launcher(Path(made.run_folder)):
-        console.print(f"running {shown(made.argv)}", soft_wrap=True, highlight=False, style="dim")
-        outcome = launch(made)
+    console, errors = Console(), Console(stderr=True)
+
+    def say(line: str) -> None:
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with stop_signals() as stop:
+        try:
+            made = (
+                _resumed(recipe, overrides, gpus)
+                if resume
+                else _new_run(recipe, overrides, Ask(gpus), console, local=True)
+            )
+        except StoppedEarly:
+            say("stopped before training; nothing is half-written: the same command starts again")
+            return EXIT_STOPPED
+        stop.ranks_may_run()
+        with only_launcher(Path(made.run_folder)):
+            if resume and made != open_run(recipe):
+                kept = replace_plan(made)
+                say(f"another plan {made.decisions[-1].reason}; the earlier one is kept as {relative(kept)}")
+            console.print(f"running {shown(made.argv)}", soft_wrap=True, highlight=False, style="dim")
+            outcome = run_to_end(made, made.recipe.recovery.restarts if restarts is None else restarts, stop, say)
     if outcome.message:
-        Console(stderr=True).print(outcome.message, markup=False, highlight=False, soft_wrap=True)
+        say(outcome.message)
     if outcome.exit_code == EXIT_OK:
         folder = relative(made.run_folder)
         console.print(f"done: {folder}; next: packhorse evaluate {folder}", soft_wrap=True, highlight=False)
@@ -74,19 +95,15 @@ def _new_run(recipe: str, overrides: Sequence[str], ask: Ask, console: Console, 
         from packhorse.commands.data import prepare_with_progress
 
         manifest = prepare_with_progress(loaded, console).manifest
+    require_sizes(data_root(loaded) / manifest.content_hash, manifest)
     made = make_plan(loaded, ask, here, data_facts(data_root(loaded) / manifest.content_hash, manifest))
+    check_disk(made, manifest.vocab_size)
     create_run(made, {"data.json": manifest.model_dump_json(indent=2) + "\n"})
     return made
 
 
 def _resumed(run: str, overrides: Sequence[str], gpus: int | None) -> RunPlan:
     made = open_run(run)
-    if overrides or gpus:
-        raise UserError(
-            f"--resume came with {' '.join(overrides) or f'--gpus {gpus}'}.",
-            "a run goes on as it was planned; another setting is another run.",
-            f"leave it out, or train the recipe under another name than {made.recipe.name}.",
-        )
     now = read_status(Path(made.run_folder))
     if now is not None and now.state == "finished":
         raise UserError(
@@ -94,7 +111,11 @@ def _resumed(run: str, overrides: Sequence[str], gpus: int | None) -> RunPlan:
             "there is nothing left to train.",
             f"see `packhorse evaluate {relative(made.run_folder)}`, or train longer under another name.",
         )
+    here = detect_hardware()
+    made = replan(made, overrides, Ask(gpus), here, attempt=now.attempt if now is not None else 0)
     check_resumable(made)
-    check_machine(made.topology, detect_hardware())
-    require_data(made)
+    check_machine(made.topology, here)
+    manifest = read_manifest(Path(require_data(made).folder))
+    assert manifest is not None
+    check_disk(made, manifest.vocab_size)
     return made

@@ -1,4 +1,4 @@
-"""`packhorse verify RUN`: is every checkpoint what was written, byte for byte?"""
+"""`packhorse verify RUN`: are its checkpoints and its prepared data what was written, byte for byte?"""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from rich.console import Console
 
 from packhorse.checkpoints.manifest import faults_of
 from packhorse.checkpoints.shelf import checkpoints_in
+from packhorse.data.manifest import MANIFEST_FILE, read_manifest
+from packhorse.data.stored import content_faults, recorded_files
 from packhorse.errors import EXIT_BUG, EXIT_OK
 from packhorse.launching.run_folder import open_run, relative
+from packhorse.plan.run_plan import RunPlan
 
 
 def verify(run: str) -> int:
-    """Reads every checkpoint of a run whole, and names each file that is not as it was written.
+    """Reads every checkpoint of a run and its prepared data whole, and names each file that is not as it was written.
 
     Returns:
         0 where all are sound, 1 where one is not.
@@ -21,20 +24,55 @@ def verify(run: str) -> int:
     Raises:
         UserError: There is no such run.
     """
-    console = Console()
-    folder = Path(open_run(run).run_folder) / "checkpoints"
+    plan = open_run(run)
+    checkpoints_are_sound = _checkpoints(Path(plan.run_folder) / "checkpoints")
+    data_is_sound = _prepared_data(plan)
+    return EXIT_OK if checkpoints_are_sound and data_is_sound else EXIT_BUG
+
+
+def _checkpoints(folder: Path) -> bool:
     checkpoints = checkpoints_in(folder)
     if not checkpoints:
-        console.print(f"{relative(folder)} holds no checkpoint.", soft_wrap=True, highlight=False)
-        return EXIT_OK
+        _say(f"{relative(folder)} holds no checkpoint.")
+        return True
     faults = {checkpoint.name: list(faults_of(checkpoint)) for checkpoint in checkpoints}
     for name, found in faults.items():
-        console.print(f"{name}  {'damaged' if found else 'sound'}", highlight=False)
-        for fault in found:
-            console.print(f"  {fault}", soft_wrap=True, highlight=False)
+        _show(name, found)
     sound = [name for name, found in faults.items() if not found]
     goes_on = (
         f"`packhorse train {relative(folder.parent)} --resume` goes on from {sound[-1]}" if sound else "none is sound"
     )
-    console.print(f"{len(sound)} of {len(faults)} are sound; {goes_on}.", soft_wrap=True, highlight=False)
-    return EXIT_OK if len(sound) == len(faults) else EXIT_BUG
+    _say(f"{len(sound)} of {len(faults)} are sound; {goes_on}.")
+    return len(sound) == len(faults)
+
+
+def _prepared_data(plan: RunPlan) -> bool:
+    assert plan.data is not None, "a run folder is only made once its data is prepared"
+    folder = Path(plan.data.folder)
+    # Not the run's copy of it: data that was prepared again, of files that lie elsewhere now, names other places.
+    manifest = read_manifest(folder)
+    name = f"prepared data {relative(folder)}"
+    if manifest is None:
+        _show(name, [f"{MANIFEST_FILE} is missing: there is nothing that was prepared to its end."])
+        _say(f"Make it again: packhorse prepare {relative(plan.run_folder)}/recipe.yaml")
+        return False
+    if not recorded_files(manifest):
+        _say(f"{name}  not checked: it was prepared by a version that kept no hashes of its files.")
+        return True
+    found = list(content_faults(folder, manifest).values())
+    _show(name, found)
+    if found:
+        _say(
+            f"Remove {relative(folder)}, then make it again: packhorse prepare {relative(plan.run_folder)}/recipe.yaml"
+        )
+    return not found
+
+
+def _show(name: str, faults: list[str]) -> None:
+    _say(f"{name}  {'damaged' if faults else 'sound'}")
+    for fault in faults:
+        _say(f"  {fault}")
+
+
+def _say(line: str) -> None:
+    Console().print(line, soft_wrap=True, highlight=False, markup=False)

@@ -16,6 +16,13 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class FileRecord(_Frozen):
+    """One file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
 class SplitCounts(_Frozen):
     """Size of one split."""
 
@@ -26,6 +33,8 @@ class SplitCounts(_Frozen):
     num_packs: int
     fill: float
     """Tokens ÷ (packs × T), from 0 to 1."""
+    files: dict[str, FileRecord] = {}
+    """Each file of the split, by name; empty in what an earlier version prepared."""
 
 
 class SourceFound(_Frozen):
@@ -93,6 +102,8 @@ class DataManifest(_Frozen):
     """16 hex digits over what the test rows say: the same rows are the same test set, whatever T is."""
     test_looks: tuple[TestLook, ...] = ()
     """Each opening of the test set by `packhorse evaluate --test`, here; rows prepared anew carry on the count."""
+    files: dict[str, FileRecord] = {}
+    """Each file beside the splits, by name: the list of dropped rows, where there is one."""
 
 
 def read_manifest(folder: Path) -> DataManifest | None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from packhorse.data.reading.listing import form_of, known_endings, list_folder, list_glob
 from packhorse.errors import UserError
 from packhorse.quickstart.files import BUILTIN_NAMES, CORPUS_VERSION, materialise
-from packhorse.recipe.locate import expand, locate
+from packhorse.recipe.locate import locate, path_of
 from packhorse.recipe.schema import Recipe, Source
 
 BUILTIN: Final = "builtin:"
@@ -49,7 +49,7 @@ def data_root(recipe: Recipe) -> Path:
 
 def runs_folder_of(recipe: Recipe) -> Path:
     """Return the folder of runs, with `${env:NAME}` and `~` expanded."""
-    return Path(expand(recipe.runs_folder)).expanduser()
+    return path_of(recipe.runs_folder)
 
 
 def source_name(source: Source) -> str:
@@ -127,7 +127,7 @@ def template_path(template: str) -> Path | None:
         return None
     if template in NAMED_TEMPLATES:
         return TEMPLATES_FOLDER / f"{template}.jinja"
-    path = Path(expand(template)).expanduser()
+    path = path_of(template)
     if path.suffix == "" and not path.exists():
         raise UserError(
             f"data.template is {template}, which is neither a known name nor a file.",

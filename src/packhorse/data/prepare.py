@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +19,15 @@ from filelock import FileLock
 from packhorse.data.decide import KEPT, REASONS
 from packhorse.data.formats.example import Example
 from packhorse.data.identity import content_key, find_prepared, source_hash
-from packhorse.data.manifest import DataManifest, SourceFound, SplitCounts, read_manifest, write_manifest
-from packhorse.data.packs.store import write_split
+from packhorse.data.manifest import (
+    DataManifest,
+    FileRecord,
+    SourceFound,
+    SplitCounts,
+    read_manifest,
+    write_manifest,
+)
+from packhorse.data.packs.store import write_pieces, write_split
 from packhorse.data.places import data_root, resolve_tokenizer
 from packhorse.data.rendering.render import Rendered
 from packhorse.data.settle import Settled, settle
@@ -122,9 +130,9 @@ def _fill(recipe: Recipe, draft: Path, progress: Progress | None) -> DataManifes
     spool_folder = draft / "spool"
     settled = settle(recipe, spool_folder, watch)
     splits = {side: _write_side(settled, side, draft, recipe) for side in settled.packings}
-    _write_dropped(settled, draft)
+    files = _write_dropped(settled, draft)
     shutil.rmtree(spool_folder)
-    return _manifest(recipe, settled, splits)
+    return _manifest(recipe, settled, splits, files)
 
 
 def _write_side(settled: Settled, side: str, draft: Path, recipe: Recipe) -> SplitCounts:
@@ -143,25 +151,28 @@ def _write_side(settled: Settled, side: str, draft: Path, recipe: Recipe) -> Spl
     )
 
 
-def _write_dropped(settled: Settled, draft: Path) -> None:
+def _write_dropped(settled: Settled, draft: Path) -> dict[str, FileRecord]:
     """List every row that was left out, with the reason; no file where there is none."""
     losses = settled.decision.losses
     lost = np.flatnonzero(losses != KEPT)
     bad = [mistake for found in settled.gathered.sources for mistake in found.mistakes.recorded]
     if not bad and len(lost) == 0:
-        return
-    with (draft / DROPPED_FILE).open("wb") as file:
-        for mistake in bad:
-            file.write(_line({"where": mistake.where, "reason": "bad", "fact": mistake.fact}))
-        for loss, row in zip(losses[lost].tolist(), settled.gathered.spool.texts(lost.tolist())):
-            file.write(_line({"where": row["where"], "reason": REASONS[loss]}))
+        return {}
+    unread = ({"where": mistake.where, "reason": "bad", "fact": mistake.fact} for mistake in bad)
+    left_out = (
+        {"where": row["where"], "reason": REASONS[loss]}
+        for loss, row in zip(losses[lost].tolist(), settled.gathered.spool.texts(lost.tolist()))
+    )
+    return {DROPPED_FILE: write_pieces(draft / DROPPED_FILE, map(_line, chain(unread, left_out)))}
 
 
 def _line(value: dict[str, object]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
-def _manifest(recipe: Recipe, settled: Settled, splits: dict[str, SplitCounts]) -> DataManifest:
+def _manifest(
+    recipe: Recipe, settled: Settled, splits: dict[str, SplitCounts], files: dict[str, FileRecord]
+) -> DataManifest:
     gathered, decision = settled.gathered, settled.decision
     return DataManifest(
         version=VERSION,
@@ -182,6 +193,7 @@ def _manifest(recipe: Recipe, settled: Settled, splits: dict[str, SplitCounts]) 
         findings=decision.findings,
         notes=settled.notes,
         test_rows=settled.test_rows,
+        files=files,
     )
 
 

@@ -31,8 +31,8 @@ def only_launcher(run_folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _held(run_folder, _holder(run_folder)) from None
-        before = _holder(run_folder)
+            raise _held(run_folder, holder(run_folder)) from None
+        before = holder(run_folder)
         if before is not None and before["host"] != socket.gethostname():
             raise _held(run_folder, before)
         file.seek(0)
@@ -47,8 +47,8 @@ def only_launcher(run_folder: Path) -> Iterator[None]:
             file.truncate()
 
 
-def _holder(run_folder: Path) -> dict[str, object] | None:
-    """Who wrote the lock file last and did not empty it; None where nobody did."""
+def holder(run_folder: Path) -> dict[str, object] | None:
+    """Who wrote the lock file last and did not empty it: holds it, or was killed; None where nobody did."""
     try:
         found = json.loads((run_folder / LOCK_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

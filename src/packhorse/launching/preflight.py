@@ -9,11 +9,17 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from packhorse.checkpoints.manifest import read_manifest
+from packhorse.checkpoints.shelf import complete_checkpoints
+from packhorse.durable import size
 from packhorse.errors import UserError
+from packhorse.launching.run_folder import relative
+from packhorse.plan.checkpoint_size import checkpoint_room
 from packhorse.plan.command import nvme_folder
+from packhorse.plan.optimizer_pairs import IN_8_BITS
 from packhorse.plan.pairs import NO_RESUME_FROM_NVME
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
-from packhorse.recipe.locate import expand
+from packhorse.recipe.locate import expand, path_of
 
 
 def check_writable(folder: Path) -> None:
@@ -46,8 +52,9 @@ def check_base_model(plan: RunPlan) -> None:
         return
     folder = Path(expand(plan.base_model))
     if (folder / "config.json").is_file():
+        _refuse_pickled_weights(path, folder)
         return
-    run = Path(expand(path)).expanduser()
+    run = path_of(path)
     if (run / PLAN_FILE).is_file():
         state = "trained an adapter" if (run / "adapter").is_dir() else "has not finished"
         raise UserError(
@@ -60,6 +67,17 @@ def check_base_model(plan: RunPlan) -> None:
         "a model folder in Hugging Face form has config.json beside its weights.",
         "name such a folder or a finished run (train that one first), or set model.id to a hub name.",
     )
+
+
+def _refuse_pickled_weights(path: str, folder: Path) -> None:
+    pickles = sorted(file.name for file in folder.glob("*.bin") if file.name.startswith("pytorch_model"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.path {path} has its weights in {pickles[0]}, and no safetensors.",
+            "a .bin file is a pickle, which can run code when it is opened; Packhorse reads none.",
+            "name a model with safetensors; where you trust the file, load it with transformers once and save it "
+            "again: save_pretrained writes safetensors.",
+        )
 
 
 def check_nvme(plan: RunPlan) -> None:
@@ -99,18 +117,73 @@ def check_nvme(plan: RunPlan) -> None:
         )
 
 
-def check_resumable(plan: RunPlan) -> None:
-    """Refuses to go on with a run that would not be the same.
+def check_disk(plan: RunPlan, vocab_size: int | None) -> None:
+    """Refuses a disk that the run's checkpoints would fill; those that stand already need no more room.
+
+    Where the model's parameters cannot be counted ahead nothing is checked, which `packhorse plan` says.
+
+    Args:
+        plan: As it would run.
+        vocab_size: Size of the tokenizer.
 
     Raises:
-        UserError: Its engine is `zero3_nvme`.
+        UserError: Fewer bytes are free than the checkpoints need.
+    """
+    room = checkpoint_room(plan, vocab_size)
+    if room is None:
+        return
+    run_folder = Path(plan.run_folder)
+    count = max(1, room.count - len(complete_checkpoints(run_folder / "checkpoints")))
+    needed = count * room.each_bytes
+    existing = next(parent for parent in (run_folder, *run_folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free >= needed:
+        return
+    section = plan.recipe.checkpoint
+    best = ", the best one (checkpoint.keep_best)" if section.keep_best else ""
+    raise UserError(
+        f"{size(free)} are free in {existing}, and the checkpoints need {size(needed)}: {count} of "
+        f"{size(room.each_bytes)}.",
+        f"the newest {section.keep_last} (checkpoint.keep_last){best} and the one that is being written stand there.",
+        f"free {size(needed - free)} there, keep fewer, or set runs_folder to a larger disk.",
+    )
+
+
+def check_resumable(plan: RunPlan) -> None:
+    """Refuses to go on with a run where its optimizer states cannot be had.
+
+    Args:
+        plan: As it would go on.
+
+    Raises:
+        UserError: Its engine is `zero3_nvme`; or its optimizer keeps states in 8 bits, one engine is ZeRO, and the
+            newest checkpoint was written by another or on another number of processes.
     """
     if plan.topology.engine == "zero3_nvme":
         raise UserError(
-            f"{plan.recipe.name} ran with parallel.engine zero3_nvme.",
+            f"{plan.recipe.name} would go on with parallel.engine zero3_nvme.",
             NO_RESUME_FROM_NVME,
             "train under another name from what was learned (model.path=RUN/checkpoints/STEP/model), or with "
             "parallel.engine zero3_offload.",
+        )
+    newest = next(reversed(complete_checkpoints(Path(plan.run_folder) / "checkpoints")), None)
+    manifest = read_manifest(newest) if newest is not None else None
+    if newest is None or manifest is None:
+        return
+    written, engine, world = manifest.run, plan.topology.engine, plan.topology.world_size
+    if written.engine == "zero3_nvme":
+        raise UserError(
+            f"{relative(newest)} was written under zero3_nvme, and {engine} would go on from it.",
+            NO_RESUME_FROM_NVME,
+            f"train under another name from its weights: model.path={relative(newest)}/model.",
+        )
+    by_rank = plan.recipe.optimizer.name in IN_8_BITS and "zero" in (written.engine[:4], engine[:4])
+    if by_rank and (written.engine, written.world_size) != (engine, world):
+        raise UserError(
+            f"{relative(newest)} was written under {written.engine} on {written.world_size} processes, and "
+            f"{engine} on {world} would go on from it; optimizer.name is {plan.recipe.optimizer.name}.",
+            "ZeRO keeps states of 8 bits in pieces that only the same engine on as many processes cuts alike.",
+            f"set parallel.engine to {written.engine} and parallel.processes to {written.world_size}.",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from packhorse.errors import UserError
 from packhorse.plan.command import launch_argv
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan, read_plan, write_plan
 from packhorse.recipe.load import dump_recipe
+from packhorse.record.attempts import begin_attempt
 from packhorse.record.status import Status, read_status, write_status
 
 
@@ -17,8 +19,14 @@ def check_free(folder: Path) -> None:
     """Refuses a folder that holds a run already.
 
     Raises:
-        UserError: It does, with what to do about it.
+        UserError: It does, with what to do about it; or it is a link, so that the run would stand elsewhere.
     """
+    if folder.is_symlink():
+        raise UserError(
+            f"{relative(folder)} is a link to {folder.readlink()}.",
+            "a new run is made in its own folder below runs_folder, and nowhere else.",
+            "remove the link, set runs_folder to where the run should stand, or give it another name.",
+        )
     if not folder.exists():
         return
     status = read_status(folder) if (folder / PLAN_FILE).is_file() else None
@@ -61,6 +69,9 @@ def create_run(plan: RunPlan, files: Mapping[str, str]) -> Path:
         write_plan(plan, draft)
         write_status(draft, Status(state="prepared", step=0, num_steps=plan.num_steps or 0, attempt=0))
         draft.rename(folder)
+    except KeyboardInterrupt:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise UserError(
@@ -78,7 +89,8 @@ def open_run(name: str) -> RunPlan:
         UserError: There is no such run.
     """
     folder = Path(name)
-    if not folder.exists() and (Path("runs") / name).is_dir():
+    # A name of one part: what is typed as a path is read as that path only.
+    if not folder.exists() and folder.parts == (folder.name,) and (Path("runs") / name).is_dir():
         folder = Path("runs") / name
     plan = read_plan(folder)
     if Path(plan.run_folder) == folder.absolute():
@@ -94,6 +106,7 @@ def next_attempt(folder: Path) -> tuple[int, Path]:
     number = max(taken, default=0) + 1
     logs = folder / "logs" / f"attempt-{number}"
     logs.mkdir(parents=True)
+    begin_attempt(logs, time.time())
     return number, logs
 
 

@@ -5,11 +5,14 @@ Everything a reader of the run needs to load the same base again stands in `Mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -30,6 +33,9 @@ from transformers.quantizers.auto import get_hf_quantizer
 from packhorse.errors import UserError
 from packhorse.model.new_tokens import Pieces, add_rows
 from packhorse.model.streaming import Weights, open_weights, refuse_incomplete
+
+# Else transformers asks a public service to convert what the hub has not as safetensors, and loads its answer.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -84,7 +90,8 @@ def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
         vocab_size: Ids that the tokenizer can give; the embedding must have a row for each.
 
     Raises:
-        UserError: No such model, a folder without config.json, an unknown configuration key, or too few embeddings.
+        UserError: No such model, weights that are no safetensors, code that the recipe does not trust, a folder without
+            config.json, an unknown configuration key, or too few embeddings.
     """
     model = _fresh(request) if request.source is None else _pretrained(request)
     if request.new_tokens:
@@ -105,10 +112,8 @@ def open_model(request: ModelRequest, vocab_size: int) -> Weights | None:
     """
     if request.source is None or request.new_tokens:
         return None
-    try:
+    with _reading(request):
         weights = _open(request)
-    except OSError as error:
-        raise _unreachable(request, error) from error
     if weights is not None:
         _refuse_few_embeddings(weights.model, vocab_size)
     return weights
@@ -168,18 +173,18 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
     quantized: dict[str, Any] = {}
     if request.quantization is not None:
         quantized = {"quantization_config": _bits_and_bytes(request), "device_map": {"": request.device}}
-    try:
+    with _reading(request):
+        _weight_files(request)
         model, found = AutoModelForCausalLM.from_pretrained(
             request.source,
             revision=request.revision,
             dtype=request.dtype,
             attn_implementation=request.attention,
             trust_remote_code=request.trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
             **quantized,
         )
-    except OSError as error:
-        raise _unreachable(request, error) from error
     # transformers has left out already what is tied, derived or a known leftover.
     refuse_incomplete(request.source, found["missing_keys"], found["unexpected_keys"])
     if not quantized:
@@ -188,10 +193,34 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
+@contextmanager
+def _reading(request: ModelRequest) -> Iterator[None]:
+    """What libraries raise where a model cannot be read, in a user's words."""
+    try:
+        yield
+    except OSError as error:
+        raise _unreachable(request, error) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"the weights of {request.source} are no safetensors: {error}.",
+            "the file is cut short, or something else under that name.",
+            "fetch the model again.",
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"the model {request.source} brings Python code of its own, and model.trust_remote_code is false.",
+            "that code could do anything that you may do on this machine.",
+            "read it, then set model.trust_remote_code: true; or name a model of a type that transformers has.",
+        ) from error
+
+
 def _unreachable(request: ModelRequest, error: OSError) -> UserError:
     return UserError(
         f"the model {request.source} could not be loaded: {str(error).splitlines()[0]}",
-        "it is neither in the local cache nor reachable, or its files are not complete.",
+        "it is neither in the local cache nor reachable, its files are not complete, or they are no safetensors: "
+        "a pickle, which runs code when it is opened, is never read.",
         "check the name and your access, fetch it once with `hf download`, or set model.path to a local folder.",
     )
 
@@ -213,9 +242,7 @@ def _open(request: ModelRequest) -> Weights | None:
         )
         if quantizer is not None:
             quantizer.preprocess_model(model=model, dtype=request.dtype, device_map=device_map)
-    files, _ = _get_resolved_checkpoint_files(
-        request.source, None, None, None, {}, is_remote_code=False, download_kwargs={"revision": request.revision}
-    )
+    files = _weight_files(request)
     loading = LoadStateDictConfig(
         pretrained_model_name_or_path=request.source,
         device_map=device_map,
@@ -224,13 +251,29 @@ def _open(request: ModelRequest) -> Weights | None:
         hf_quantizer=quantizer,
         weight_mapping=get_model_conversion_mapping(model, None, quantizer),
     )
-    weights = open_weights(model, request.source, files or [], loading)
+    weights = open_weights(model, request.source, files, loading)
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
         keep_as_stored(model)
     model.generation_config = _generation_config(request)
     return weights
+
+
+def _weight_files(request: ModelRequest) -> list[str]:
+    """The files that hold the weights; a pickle, which runs code when it is read, is never one of them."""
+    revision = {"revision": request.revision}
+    files, _ = _get_resolved_checkpoint_files(
+        request.source, None, None, True, {}, is_remote_code=False, download_kwargs=revision
+    )
+    for file in files or []:
+        if not file.endswith(".safetensors"):
+            raise UserError(
+                f"{request.source} keeps weights in {file}.",
+                "only safetensors are read: a pickle runs code when it is opened.",
+                "name a model that has its weights as safetensors.",
+            )
+    return files or []
 
 
 def _generation_config(request: ModelRequest) -> GenerationConfig:

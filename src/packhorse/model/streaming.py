@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo, load_state_dict
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from packhorse.errors import UserError
 from packhorse.model.units import Unit, part_of, snapshot, units_of
@@ -157,9 +157,6 @@ def open_weights(
     opened = ExitStack()
     tensors: dict[str, Any] = {}
     for file in files:
-        if not file.endswith(".safetensors"):
-            tensors |= load_state_dict(file, weights_only=True)  # mapped into memory as well
-            continue
         stored = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
         tensors |= {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118  (safe_open is no mapping)
     return Weights(model, source, tensors, config, units or units_of(model), opened)

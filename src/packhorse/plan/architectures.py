@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from packhorse.recipe.locate import expand, locate
+from packhorse.recipe.locate import locate, path_of
 from packhorse.recipe.schema import Recipe
 
 TABLE: Final = Path(__file__).with_name("architectures.yaml")
@@ -38,7 +38,7 @@ def find_configuration(recipe: Recipe, vocab_size: int | None = None) -> Configu
     if model.config is not None:
         return model.config if vocab_size is None else {"vocab_size": vocab_size, **model.config}
     if model.path is not None:
-        return _read(locate(model.path, Path(expand(recipe.runs_folder)).expanduser()) / CONFIG_FILE)
+        return _read(locate(model.path, path_of(recipe.runs_folder)) / CONFIG_FILE)
     assert model.id is not None, "the recipe's rules ask for one of id, path and config"
     cached = try_to_load_from_cache(model.id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=model.revision)
     if isinstance(cached, str):

@@ -10,7 +10,7 @@ from typing import Any
 from packhorse.plan.architectures import find_configuration
 from packhorse.plan.parameters import list_parameters, read_shape
 from packhorse.plan.run_plan import BatchSplit, RunPlan, Topology
-from packhorse.recipe.locate import expand
+from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.shipped import shipped_path
 
@@ -99,7 +99,7 @@ def nvme_folder(plan: RunPlan) -> Path | None:
     if plan.topology.engine != "zero3_nvme":
         return None
     assert plan.deepspeed is not None
-    return Path(expand(plan.deepspeed["zero_optimization"]["offload_param"]["nvme_path"])).expanduser()
+    return path_of(plan.deepspeed["zero_optimization"]["offload_param"]["nvme_path"])
 
 
 def on_this_machine(plan: RunPlan) -> RunPlan:

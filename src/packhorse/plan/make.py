@@ -15,14 +15,14 @@ from packhorse.plan.run_plan import PLAN_FILE, DataFacts, Decision, RunPlan, Top
 from packhorse.plan.sequence import check_heads
 from packhorse.plan.supported import check_model
 from packhorse.plan.topology import Ask, choose_topology
-from packhorse.recipe.locate import expand
+from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
 from packhorse.version import VERSION
 
 
 def run_folder_of(recipe: Recipe) -> Path:
     """Absolute folder that the recipe's run is recorded in."""
-    return (Path(expand(recipe.runs_folder)).expanduser() / recipe.name).absolute()
+    return (path_of(recipe.runs_folder) / recipe.name).absolute()
 
 
 def make_plan(recipe: Recipe, ask: Ask, here: Hardware, data: DataFacts | None) -> RunPlan:
@@ -40,6 +40,21 @@ def make_plan(recipe: Recipe, ask: Ask, here: Hardware, data: DataFacts | None) 
     """
     check_model(recipe)
     topology, processes = choose_topology(recipe.parallel, ask, here)
+    return plan_on(recipe, topology, processes, data)
+
+
+def plan_on(recipe: Recipe, topology: Topology, processes: Decision, data: DataFacts | None) -> RunPlan:
+    """The rest of `make_plan`, where it is decided already which processes run where.
+
+    Args:
+        recipe: What to learn.
+        topology: Which processes run where.
+        processes: Why.
+        data: The prepared data, None before it is prepared.
+
+    Raises:
+        UserError: As `make_plan`.
+    """
     check_pair(recipe, topology)
     check_heads(recipe, topology)
     batch, micro = choose_batch(recipe.batch, topology.data_ranks, topology.sequence)
@@ -84,7 +99,7 @@ def _base_model(recipe: Recipe) -> str | None:
     model = recipe.model
     if model.path is None:
         return model.id
-    folder = Path(expand(model.path)).expanduser().absolute()
+    folder = path_of(model.path).absolute()
     trained = folder / PLAN_FILE
     if "${env:" in model.path:
         # The plan is written down; what the environment holds is not.

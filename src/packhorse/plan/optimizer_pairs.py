@@ -12,6 +12,7 @@ from packhorse.plan.run_plan import BatchSplit, Topology
 from packhorse.recipe.schema import Recipe
 
 BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit")
+IN_8_BITS = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")
 OFFLOADING = ("zero3_offload", "zero3_nvme")
 BY_DTENSOR = ("fsdp2", "hsdp")
 IN_BACKWARD_ENGINES = ("single", *BY_DTENSOR)

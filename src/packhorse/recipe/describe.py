@@ -39,7 +39,8 @@ def _model_words(recipe: Recipe) -> str:
     model = recipe.model
     if model.config is not None:
         return f"a fresh {model.config.get('model_type')}"
-    return f"{model.id or model.path}" + (f" at {model.revision}" if model.revision else "")
+    code = ", running Python code of its own (model.trust_remote_code)" if model.trust_remote_code else ""
+    return f"{model.id or model.path}" + (f" at {model.revision}" if model.revision else "") + code
 
 
 def _method_words(recipe: Recipe) -> str:

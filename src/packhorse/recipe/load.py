@@ -18,7 +18,8 @@ from packhorse.recipe.locate import ENVIRONMENT_REFERENCE
 from packhorse.recipe.rules import rule_findings
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.schema_view import KeyPath
-from packhorse.recipe.yaml_source import Node, parse_scalar, plain
+from packhorse.recipe.secrets import secret_mistakes
+from packhorse.recipe.yaml_source import Node, parse_scalar, parse_yaml, plain
 
 ANY_REFERENCE = re.compile(r"\$\{[^}]*\}?")
 # Stand in for what is missing while the rules look at the rest; findings about them are not told.
@@ -46,12 +47,25 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, check_envir
     Raises:
         UserError: The recipe cannot be read, or has mistakes; all are told at once, by file and line.
     """
-    root, mistakes = read_layers(name_or_path)
+    return _resolve(*read_layers(name_or_path), overrides, check_environment)
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The same with other values, checked as a whole.
+
+    Raises:
+        UserError: As `load_recipe`.
+    """
+    return _resolve(*parse_yaml(dump_recipe(recipe), "the run's recipe"), overrides, check_environment=True)
+
+
+def _resolve(root: Node, mistakes: list[Mistake], overrides: Sequence[str], check_environment: bool) -> Recipe:
     root, override_mistakes = apply_overrides(root, overrides)
     mistakes += override_mistakes
     root = _with_method_section(root)
     recipe, findings = validate(root)
     mistakes += [place(finding, root) for finding in findings]
+    mistakes += secret_mistakes(root)
     if check_environment:
         mistakes += environment_mistakes(root)
     if mistakes or recipe is None:

@@ -21,6 +21,23 @@ def expand(text: str) -> str:
     return ENVIRONMENT_REFERENCE.sub(_value, text)
 
 
+def path_of(text: str) -> Path:
+    """Return the path that a text means, with `${env:NAME}` and `~` expanded.
+
+    Raises:
+        UserError: A variable is not set, or `~name` names nobody.
+    """
+    path = Path(expand(text))
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{text} begins with {path.parts[0]}, and this machine has no home folder of that name.",
+            "a path that begins with ~ means somebody's home folder.",
+            f"write the whole path, or ./{text} for a file of that very name.",
+        ) from error
+
+
 def locate(text: str, runs_folder: Path) -> Path:
     """Return the path that a recipe means by `text`.
 
@@ -29,9 +46,9 @@ def locate(text: str, runs_folder: Path) -> Path:
     opened: whoever reads the path says when it is missing.
 
     Raises:
-        UserError: A variable is not set.
+        UserError: As `path_of`.
     """
-    path = Path(expand(text)).expanduser()
+    path = path_of(text)
     if not path.exists() and (runs_folder / path / "plan.json").is_file():
         path = runs_folder / path
     return path / "model" if (path / "plan.json").is_file() else path

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from packhorse.recipe.findings import Finding
 from packhorse.recipe.method_rules import method_rules
+from packhorse.recipe.name_rules import name_rules
 from packhorse.recipe.parallel_rules import parallel_rules
+from packhorse.recipe.recovery_rules import recovery_rules
 from packhorse.recipe.schema import BatchSection, ModelSection, Recipe, Source
 from packhorse.recipe.schema_view import KeyPath, join_words
 from packhorse.recipe.sequence_rules import sequence_rules
@@ -20,6 +22,7 @@ SIDES = ("train", "validation", "test")
 def rule_findings(recipe: Recipe) -> list[Finding]:
     """Every rule that the recipe breaks."""
     return [
+        *name_rules(recipe),
         *_model_rules(recipe.model),
         *_fresh_model_rules(recipe),
         *method_rules(recipe),
@@ -31,6 +34,7 @@ def rule_findings(recipe: Recipe) -> list[Finding]:
         *parallel_rules(recipe.parallel),
         *sequence_rules(recipe),
         *training_rules(recipe),
+        *recovery_rules(recipe),
     ]
 
 

@@ -280,7 +280,7 @@ class RecoverySection(Section):
     spike_window: Annotated[int, Field(ge=8)] = 64
     """Steps whose losses it is compared with."""
     rewind_steps: PositiveInt = 5
-    """Steps before a spike whose updates are left out with it."""
+    """Steps that a rewind leaves out; the last of them is the spike's own."""
     on_oom: Literal["stop", "shrink"] = "stop"
     """Out of GPU memory: end the run, or go on with half of `batch.micro` in twice the passes: the same maths."""
 

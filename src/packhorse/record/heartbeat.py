@@ -10,16 +10,24 @@ import json
 import mmap
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from packhorse.errors import EXIT_LOST
+from packhorse.record.processes import identity
 
 Phase = Literal["start", "load", "data", "forward", "backward", "optimizer", "save", "evaluate", "end"]
 RECORD_BYTES = 512
 BEAT_SECONDS = 1.0
+LAUNCHER_VARIABLE = "PACKHORSE_LAUNCHER"
+"""Environment variable by which a launcher tells its ranks who it is; absent in a launch typed by hand."""
+ASK_FILE = "asked"
+"""Beside the heartbeats: made by the launcher when it is about to end a hang, so that ranks say what they know."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Heartbeat:
         step: Optimizer steps done.
         since: When the phase was named, Unix seconds.
         at: When the process last said that it lives, Unix seconds.
+        first_step: Optimizer steps done when this attempt began; None while that is not known.
     """
 
     rank: int
@@ -43,13 +52,19 @@ class Heartbeat:
     step: int
     since: float
     at: float
+    first_step: int | None = None
 
 
 class Pulse:
-    """The heartbeat of this process; `close` ends it."""
+    """The heartbeat of this process; `close` ends it.
+
+    A rank whose launcher is gone ends itself: nobody would watch it, and the next launcher would find it in its way.
+    """
 
     def __init__(self, folder: Path, rank: int, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
+        self._asked = folder / ASK_FILE
+        self._answer: Callable[[], None] | None = None
         self._lock = threading.Lock()
         now = clock()
         self._last = Heartbeat(rank, os.getpid(), socket.gethostname(), "start", 0, now, now)
@@ -59,16 +74,34 @@ class Pulse:
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), RECORD_BYTES)
         self._ended = threading.Event()
+        self._launcher = os.environ.get(LAUNCHER_VARIABLE, "")
         self._write(self._last)
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
+
+    def when_asked(self, answer: Callable[[], None]) -> None:
+        """Sets what the beating thread does, once, when the launcher asks; the main thread may hang by then."""
+        self._answer = answer
+
+    @property
+    def last(self) -> Heartbeat:
+        """What was said last."""
+        return self._last
 
     def phase(self, name: Phase, step: int | None = None) -> None:
         """Names what comes next; `step` where it has changed. Naming the same phase again says that it goes on."""
         with self._lock:
             now, last = self._clock(), self._last
             done = last.step if step is None else step
-            self._write(Heartbeat(last.rank, last.pid, last.host, name, done, now, now))
+            first = step if last.first_step is None else last.first_step
+            self._write(replace(last, phase=name, step=done, since=now, at=now, first_step=first))
+
+    def end_if_alone(self) -> None:
+        """Ends this process at once where its launcher is gone; what fails because of that is not worth telling."""
+        if self._launcher and identity(int(self._launcher.split(":")[0])) != self._launcher:
+            sys.stderr.write("the launcher of this run is gone: this rank ends too\n")
+            sys.stderr.flush()
+            os._exit(EXIT_LOST)
 
     def close(self) -> None:
         """Says that the process ends in order, and stops the thread."""
@@ -82,8 +115,11 @@ class Pulse:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             with self._lock:
-                last = self._last
-                self._write(Heartbeat(last.rank, last.pid, last.host, last.phase, last.step, last.since, self._clock()))
+                self._write(replace(self._last, at=self._clock()))
+            self.end_if_alone()
+            if self._answer and self._asked.exists():
+                answer, self._answer = self._answer, None
+                answer()
 
     def _write(self, heartbeat: Heartbeat) -> None:
         self._last = heartbeat

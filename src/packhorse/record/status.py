@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from packhorse.masking import mask
 from packhorse.plan.run_plan import PlanPart
 
 STATUS_FILE = "status.json"
@@ -35,6 +36,7 @@ def write_status(run_folder: Path, status: Status) -> None:
     """Replaces status.json in one move, so that a reader never sees half of it."""
     stamped = status.model_copy(
         update={
+            "message": mask(status.message),
             "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from packhorse.errors import UserError
+from packhorse.errors import EXIT_DISK, UserError
 from packhorse.track.meter import Figures
 
 METRICS_FILE: Final = "metrics.jsonl"
@@ -77,6 +77,17 @@ class MetricsFile:
         try:
             self._file.write(_line(step, figures) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def sync(self) -> None:
+        """Waits until what was logged is on disk, so that no checkpoint knows more steps than this file.
+
+        Raises:
+            UserError: The disk does not take it.
+        """
+        try:
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise _unwritable(self._path, error) from error
 
@@ -152,4 +163,5 @@ def _unwritable(path: Path, error: OSError) -> UserError:
         f"{path} cannot be written: {error.strerror}.",
         "every run keeps its figures there, and a run without a record cannot be judged or resumed.",
         "free space or mend the permissions of that folder, or set runs_folder to another one.",
+        exit_code=EXIT_DISK,
     )

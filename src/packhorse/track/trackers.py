@@ -129,6 +129,7 @@ def open_wandb(
         "login_timeout": timeout_seconds,
         "finish_timeout": timeout_seconds,  # without it, a network that went away holds the finished run for hours
         "finish_timeout_raises": True,
+        "disable_code": True,  # neither source files nor what is not yet committed of them
         "console": "off",
         "silent": True,
     }

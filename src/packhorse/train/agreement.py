@@ -5,10 +5,14 @@ Asked by signals to any rank, or by hand: `touch RUN/STOP` ends the run as a sig
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from packhorse.train.engine import Engine
 from packhorse.train.signals import Stopped, StopRequest
@@ -26,11 +30,15 @@ class Agreed:
         stop: Some rank was asked to stop.
         checkpoint: A checkpoint was asked for.
         written: Every rank has brought its part of the checkpoint that is being written to disk.
+        loss_sum: Of the token losses of the step, over all ranks; no number where one rank's is none.
+        num_bad_ranks: Ranks whose gradient norm is no number.
     """
 
     stop: bool = False
     checkpoint: bool = False
     written: bool = False
+    loss_sum: float = 0.0
+    num_bad_ranks: int = 0
 
 
 class Agreement:
@@ -48,10 +56,26 @@ class Agreement:
 
     def between_steps(self, engine: Engine, written: bool = True) -> Agreed:
         """What is asked of the run; `written`: this rank has nothing more to write."""
+        return self._sum(engine, written, 0.0, 0.0)
+
+    def after_step(self, engine: Engine, losses: list[Tensor], grad_norm: float, written: bool = True) -> Agreed:
+        """The same, and what came of the step in the same sum.
+
+        Args:
+            engine: Of this rank.
+            losses: Sums of this rank's token losses.
+            grad_norm: Of the whole gradient, as this rank knows it.
+            written: This rank has nothing more to write.
+        """
+        bad = not math.isfinite(grad_norm) and not engine.step_was_skipped
+        return self._sum(engine, written, float(torch.stack(losses).double().sum()), bad)
+
+    def _sum(self, engine: Engine, written: bool, loss_sum: float, bad: float) -> Agreed:
         self._look()
         stop = self._signals.requested or STOP_FILE in self._seen
-        stops, saves, writing = engine.sum_over_ranks([stop, CHECKPOINT_FILE in self._seen, not written])
-        return Agreed(stop=stops > 0, checkpoint=saves > 0, written=writing == 0)
+        mine = [stop, CHECKPOINT_FILE in self._seen, not written, bad, loss_sum]
+        stops, saves, writing, bad_ranks, total = engine.sum_over_ranks(mine)
+        return Agreed(stops > 0, saves > 0, written=writing == 0, loss_sum=total, num_bad_ranks=round(bad_ranks))
 
     def go_on(self, engine: Engine) -> None:
         """Called in long loops that can be done again.

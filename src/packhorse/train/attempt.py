@@ -2,6 +2,7 @@
 
 heartbeat-R.json   what it does, and since when
 stacks-R.txt       where its threads stand, written when SIGUSR1 asks for it
+collectives-R.json its last collectives, written when a hang is about to be ended
 rank-R.log         its standard error, where the launcher keeps that of each rank apart
 rank-R.json        how it ended
 """
@@ -14,10 +15,13 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+from packhorse.masking import mask
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE
 from packhorse.record.heartbeat import Pulse
+from packhorse.train.collectives import write_collectives
 from packhorse.train.signals import StopRequest
 
 
@@ -34,6 +38,7 @@ class Attempt:
         self.number = number
         self.signals = signals
         self.pulse = Pulse(logs, rank)
+        self.pulse.when_asked(partial(write_collectives, logs / f"collectives-{rank}.json"))
         self._rank, self._logs = rank, logs
         self._first_step: int | None = None
 
@@ -53,11 +58,12 @@ class Attempt:
 
     def record(self, code: int, message: str, again: str | None = None) -> None:
         """Writes how this rank ended; `again`: why the launcher is to start another attempt by itself."""
+        self.pulse.end_if_alone()
         record = {
             "rank": self._rank,
             "time": time.time(),
             "exit_code": code,
-            "message": message,
+            "message": mask(message),
             "first_step": self._first_step,
             "again": again,
         }

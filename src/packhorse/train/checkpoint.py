@@ -2,178 +2,299 @@
 
 RUN/checkpoints/step-000100/
     model/ or adapter/       weights in Hugging Face form
-    optimizer-*.safetensors  the optimizer's states by parameter name (single, ddp, fsdp2, hsdp)
+    optimizer-*.safetensors  the optimizer's states by parameter name
     optimizer.json           those that are no tensors
-    deepspeed/               DeepSpeed's own sharded files            (zero*)
     state.json               step and counters
     manifest.json            written last: size and sha256 of each file; engine, world size, plan, data
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
 import sys
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from packhorse.checkpoints.manifest import RunFacts, faults_of, read_manifest, write_manifest
+from packhorse.checkpoints.manifest import RunFacts
+from packhorse.checkpoints.publishing import publish, temporary_folder
 from packhorse.checkpoints.shelf import (
     Found,
     complete_checkpoints,
     folder_name,
     newest_sound,
-    remove_checkpoint,
+    prune,
+    remove_unfinished,
     set_aside_newer,
     step_of,
-    superseded,
 )
-from packhorse.durable import disk_error, sync_to_disk
-from packhorse.errors import UserError
+from packhorse.durable import disk_error, size
+from packhorse.errors import EXIT_DISK, UserError
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
+from packhorse.track.meter import Clock, Figures
 from packhorse.track.trackers import WANDB_ID_FILE
 from packhorse.train.engine import Engine
-from packhorse.train.optimizer_state import load_optimizer, save_optimizer
+from packhorse.train.failure import agreed_failure
+from packhorse.train.masters import load_masters
+from packhorse.train.optimizer_state import OTHERS_FILE, Others, gather_states, load_states, scale_of
+from packhorse.train.saving import Background, HostBuffers, Part, Share, fresh_copy, own_parts
 from packhorse.train.state import TrainState
-from packhorse.train.weights import gather_kept, save_weights, unwrapped, weights_folder_name
+from packhorse.train.weights import gather_kept, unwrapped, weights_folder_name, weights_writer
 
 STATE_FILE = "state.json"
-DEEPSPEED_FOLDER = "deepspeed"
 # In place of a step, where rank 0 has none to go on from.
 NONE_WRITTEN, NONE_IS_SOUND = -1, -2
 
 
-class Checkpoints:
-    """The checkpoints of one run; `save` is a collective, files are written by rank 0 (and by DeepSpeed)."""
+@dataclass
+class _Pending:
+    """A checkpoint that is being written.
 
-    def __init__(self, plan: RunPlan, engine: Engine, is_main: bool) -> None:
+    Attributes:
+        state: What it is of.
+        temporary: Where it is written.
+        started: When the step loop came to it, on the clock.
+        stall_seconds: How long the step loop has waited for it so far.
+        is_written: Every rank's share is on disk; rank 0 publishes it.
+    """
+
+    state: TrainState
+    temporary: Path
+    started: float
+    stall_seconds: float = 0.0
+    is_written: bool = False
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    `save`, `publish` and `finish` are collectives, and so called by all ranks at the same step. Between them the files
+    are written by threads, which never wait for another rank. A checkpoint goes through two pieces of work: each rank
+    writes its share; when all have, rank 0 publishes it and removes those no longer kept.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        engine: Engine,
+        is_main: bool,
+        still_alive: Callable[[], None] = lambda: None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            plan: The run.
+            engine: What is saved.
+            is_main: Whether this is rank 0.
+            still_alive: Called about every second while this rank waits for its disk.
+            clock: Where the time comes from.
+        """
         self.folder = Path(plan.run_folder) / "checkpoints"
         self._plan = plan
         self._engine = engine
         self._is_main = is_main
+        self._still_alive = still_alive
+        self._clock = clock
+        self._section = plan.recipe.checkpoint
+        self._buffers = HostBuffers()
+        self._background = Background()
+        self._pending: _Pending | None = None
+        self._newest_step: int | None = None
+        self._loads: list[int] = []
+        self._num_failed = 0
+        self._figures: Figures = {}
 
-    def save(self, state: TrainState) -> Path:
-        """Writes a checkpoint of this step unless it stands already, reads it back, removes those no longer kept.
+    def save(self, state: TrainState) -> None:
+        """Begins the checkpoint of this step; the one before is finished first.
+
+        With `checkpoint.asynchronous` this returns once the state is copied to the host, else once it is published.
 
         Raises:
-            UserError: The disk refuses, or gives back other bytes than were written.
+            UserError: The disk refuses and `checkpoint.on_full` is `stop`, or what was written is spoilt.
         """
-        target = self.folder / folder_name(state.step)
-        if read_manifest(target) is not None:
-            return target
-        temporary = self.folder / f".{target.name}.tmp"
-        if self._is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self._wait()
-        weights = gather_kept(self._engine, self._is_main)
-        try:
-            self._write_optimizer(temporary)
-            self._wait()  # every rank's files are there before any is hashed
+        self.finish()
+        if state.step == self._newest_step:
+            return
+        self._newest_step = state.step
+        pending = _Pending(state, temporary_folder(self.folder, state.step), self._clock())
+        self._pending = pending
+        share, error = self._share(pending)
+        failure = self._failure(error)
+        if failure is not None:
+            self._give_up(failure)
+            return
+        if self._section.asynchronous:
+            self._background.start(share.write)
+        else:
+            self._background.run(share.write)
+        pending.stall_seconds = self._clock() - pending.started
+        if not self._section.asynchronous:
+            self.finish()
+
+    def pending_done(self) -> bool:
+        """Whether this rank has nothing more to write; where all ranks have not, `publish` is due."""
+        return self._background.done
+
+    def publish(self, all_done: bool = True) -> None:
+        """Goes on with the checkpoint that is being written, if there is one.
+
+        Args:
+            all_done: Whether `pending_done` holds on every rank; else nothing happens.
+
+        Raises:
+            UserError: As `save`.
+        """
+        pending = self._pending
+        if pending is None or not all_done:
+            return
+        entered = self._clock()
+        failure = self._failure(self._background.take_error())
+        if failure is not None:
+            self._give_up(failure)
+            return
+        if not pending.is_written:
+            pending.is_written = True
             if self._is_main:
-                self._write(temporary, state, weights)
-                self._publish(temporary, target, state)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise disk_error(target, error) from error
-        if self._is_main:
-            self._remove_old(state)
-        self._wait()
-        return target
+                self._background.start(partial(self._publish, pending))
+            pending.stall_seconds += self._clock() - entered
+            return
+        self._pending = None
+        now = self._clock()
+        stall = pending.stall_seconds + now - entered
+        self._figures |= {"checkpoint/stall_seconds": stall, "checkpoint/seconds": now - pending.started}
+
+    def finish(self) -> None:
+        """Waits until nothing is being written; as `publish`."""
+        while self._pending is not None:
+            entered = self._clock()
+            self._background.wait(self._still_alive)
+            self._pending.stall_seconds += self._clock() - entered
+            self.publish()
+
+    def take_figures(self) -> Figures:
+        """What the checkpoints that were published, or given up, since the last call have cost."""
+        figures, self._figures = self._figures, {}
+        return figures
 
     def load_optimizer(self, checkpoint: Path) -> None:
         """Puts the optimizer where it was; the weights were loaded with the model.
 
         Raises:
-            UserError: The checkpoint is of another engine family or, under ZeRO, another world size.
+            UserError: The checkpoint holds states of other weights or, in 8 bits, of another engine or world size.
         """
-        manifest = read_manifest(checkpoint)
-        assert manifest is not None, "only a checkpoint that was verified is gone on from"
-        written = manifest.run
-        if self._engine.is_deepspeed != (checkpoint / DEEPSPEED_FOLDER).is_dir():
-            raise UserError(
-                f"{checkpoint} was written under {written.engine}, and this run uses {self._plan.topology.engine}.",
-                "DeepSpeed and torch keep optimizer states in different forms.",
-                f"resume with parallel.engine {written.engine}.",
-            )
-        if not self._engine.is_deepspeed:
-            load_optimizer(*self._stepped(), checkpoint)
-            return
-        if written.world_size != self._plan.topology.world_size:
-            raise UserError(
-                f"{checkpoint} was written by {written.world_size} processes, and"
-                f" {self._plan.topology.world_size} would resume.",
-                "ZeRO shards the optimizer by rank.",
-                f"resume with {written.world_size} processes.",
-            )
-        model: Any = self._engine.model
-        # Frozen weights were left out when it was saved.
-        loaded, _ = model.load_checkpoint(
-            str(checkpoint / DEEPSPEED_FOLDER), tag="state", load_module_strict=False, load_lr_scheduler_states=False
+        self._newest_step = step_of(checkpoint)
+        model = unwrapped(self._engine)
+        load_states(self._engine, checkpoint)
+        load_masters(model, checkpoint / weights_folder_name(self._plan), self._plan.recipe.model.trust_remote_code)
+
+    def _share(self, pending: _Pending) -> tuple[Share, Exception | None]:
+        """What this rank writes, and why it cannot; copied to the host where training is to go on meanwhile."""
+        error = self._make_room(pending.temporary) if self._is_main else None
+        at_once = self._section.asynchronous
+        copy = self._buffers.copy if at_once else fresh_copy
+        weights = gather_kept(self._engine, self._is_main, copy)
+        (weights_bytes,) = self._engine.sum_over_ranks([float(sum(value.nbytes for value in weights.values()))])
+        bytes_before = sum(self._loads)
+        self._loads = [int(weights_bytes), *[0] * (self._plan.topology.world_size - 1)]
+        others: Others = {}
+        parts: Iterable[Part] = own_parts(gather_states(self._engine), _rank(), self._loads, others, copy)
+        if at_once:
+            parts = list(parts)
+        if self._is_main and error is None:
+            # Not at once, the states are seen as they are written: as many as at the save before.
+            error = _no_room(self.folder, sum(self._loads) if at_once else max(bytes_before, weights_bytes))
+        share = Share(pending.temporary, _rank(), parts)
+        return (self._with_main(share, pending.state, weights, others) if self._is_main else share), error
+
+    def _with_main(self, share: Share, state: TrainState, weights: Part, others: Others) -> Share:
+        """The share of rank 0, which writes the weights and the small files too."""
+        model = unwrapped(self._engine)
+        was_stepped = state.num_supervised_tokens > 0 and state.step > state.num_skipped_steps
+        scale = scale_of(self._engine)
+        return replace(
+            share,
+            folders={weights_folder_name(self._plan): weights_writer(model, weights, None, was_stepped=was_stepped)},
+            texts={
+                STATE_FILE: lambda: json.dumps(asdict(state), indent=2) + "\n",
+                OTHERS_FILE: lambda: json.dumps({"states": others, "scaler": scale}, indent=1) + "\n",
+            },
         )
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint / DEEPSPEED_FOLDER}")
 
-    def _write_optimizer(self, temporary: Path) -> None:
-        if not self._engine.is_deepspeed:
-            save_optimizer(*self._stepped(), temporary, self._is_main)
-            return
-        model: Any = self._engine.model
-        model.save_checkpoint(
-            str(temporary / DEEPSPEED_FOLDER), tag="state", save_latest=False, exclude_frozen_parameters=True
-        )
+    def _make_room(self, temporary: Path) -> OSError | None:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            return error
+        return None
 
-    def _stepped(self) -> tuple[Optimizer, nn.Module, Any]:
-        """The optimizer below accelerate's wrapper, the model whose parameters it steps, the loss scaler."""
-        optimizer: Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        return optimizer, unwrapped(self._engine), self._engine.accelerator.scaler
+    def _publish(self, pending: _Pending) -> None:
+        """On rank 0, in the thread."""
+        publish(pending.temporary, self._facts(pending.state.step))
+        state, section = pending.state, self._section
+        best = folder_name(state.best_step) if section.keep_best and state.best_step is not None else None
+        try:
+            prune(self.folder, section.keep_last, best)
+        except OSError as error:
+            sys.stderr.write(f"warning: an old checkpoint could not be removed: {error}\n")
 
-    def _write(self, temporary: Path, state: TrainState, weights: dict[str, Tensor]) -> None:
-        save_weights(unwrapped(self._engine), weights, temporary / weights_folder_name(self._plan), None)
-        (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-
-    def _publish(self, temporary: Path, target: Path, state: TrainState) -> None:
+    def _facts(self, step: int) -> RunFacts:
         run_folder = Path(self._plan.run_folder)
         wandb_id = run_folder / WANDB_ID_FILE
         assert self._plan.data is not None
-        facts = RunFacts(
-            step=state.step,
+        return RunFacts(
+            step=step,
             engine=self._plan.topology.engine,
             world_size=self._plan.topology.world_size,
             plan=hashlib.sha256((run_folder / PLAN_FILE).read_bytes()).hexdigest(),
             data=self._plan.data.content_hash,
             wandb_id=wandb_id.read_text(encoding="utf-8").strip() if wandb_id.is_file() else None,
         )
-        write_manifest(temporary, facts)
-        shutil.rmtree(target, ignore_errors=True)  # of the same step, and not complete
-        temporary.rename(target)
-        sync_to_disk(self.folder)
 
-    def _remove_old(self, state: TrainState) -> None:
-        newest = self.folder / folder_name(state.step)
-        fault = next(faults_of(newest), None)
-        if fault is not None:
-            raise UserError(
-                f"what was just written cannot be read back: {fault}",
-                "a checkpoint that is not what training held would be found out only when it is needed.",
-                "look at the disk of the run folder; the checkpoints before it stand.",
-            )
-        section = self._plan.recipe.checkpoint
-        best = folder_name(state.best_step) if section.keep_best and state.best_step is not None else None
-        for checkpoint in superseded(complete_checkpoints(self.folder), section.keep_last, best):
-            remove_checkpoint(checkpoint)
+    def _failure(self, error: Exception | None) -> Exception | None:
+        """As `agreed_failure`, with what a user reads where the disk refused."""
+        if isinstance(error, (OSError, SafetensorError)):
+            assert self._pending is not None
+            error = disk_error(self.folder / folder_name(self._pending.state.step), error)
+        return agreed_failure(self._engine, error)
 
-    def _wait(self) -> None:
-        if self._engine.control is not None:
-            dist.barrier(group=self._engine.control)
+    def _give_up(self, failure: Exception) -> None:
+        """Leaves nothing of the checkpoint that is being written; then as `checkpoint.on_full` says."""
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        if self._is_main:
+            shutil.rmtree(pending.temporary, ignore_errors=True)
+        of_disk = isinstance(failure, UserError) and failure.exit_code == EXIT_DISK
+        if not of_disk or self._section.on_full == "stop":
+            raise failure
+        self._num_failed += 1
+        if self._is_main:
+            sys.stderr.write(f"warning: no checkpoint of step {pending.state.step}: {str(failure).splitlines()[0]}\n")
+        self._figures["checkpoint/failed"] = self._num_failed
+
+
+def _no_room(folder: Path, needed_bytes: float) -> OSError | None:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return error
+    if free >= needed_bytes:
+        return None
+    return OSError(errno.ENOSPC, f"{size(needed_bytes)} are needed for a checkpoint")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def checkpoint_to_resume(run_folder: Path, is_main: bool) -> tuple[Path | None, TrainState]:
@@ -186,6 +307,8 @@ def checkpoint_to_resume(run_folder: Path, is_main: bool) -> tuple[Path | None, 
         UserError: There are checkpoints, and none of them is sound.
     """
     folder = run_folder / "checkpoints"
+    if is_main:
+        remove_unfinished(folder)
     found = newest_sound(folder) if is_main else Found(None, ())
     for fault in found.passed_over:
         sys.stderr.write(f"passed over: {fault}\n")
@@ -228,4 +351,4 @@ def newest_state(run_folder: Path) -> TrainState:
 def read_state(checkpoint: Path) -> TrainState:
     """The counters stored with a checkpoint."""
     record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    return TrainState(**{name: record[name] for name in TrainState.__dataclass_fields__})
+    return TrainState.of(record)

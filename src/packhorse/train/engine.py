@@ -5,11 +5,13 @@ Accelerate wires each of them; the step loop sees none.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,7 @@ class Engine:
         gradient_factor: What the loss is multiplied by to undo the engine's averaging.
         control: Process group on the CPU, for flags and figures that must not wait for a GPU.
         step_was_skipped: Whether the last step was left out because its gradient overflowed fp16.
+        step_was_refused: Whether it was left out because its gradient is no number; the weights are as before it.
     """
 
     accelerator: Accelerator
@@ -47,6 +50,8 @@ class Engine:
     clip_norm: float | None
     control: dist.ProcessGroup | None
     step_was_skipped: bool = False
+    step_was_refused: bool = False
+    _no_backward: bool = False
 
     @property
     def is_deepspeed(self) -> bool:
@@ -74,6 +79,10 @@ class Engine:
         else:
             self.accelerator.backward(loss)
 
+    def refuse(self) -> None:
+        """In place of the backward pass of an engine that steps in it, where the loss is no number."""
+        self._no_backward = True
+
     @property
     def loss_scale(self) -> float | None:
         """What fp16's losses are multiplied by, None under other precisions; waits for the device."""
@@ -82,25 +91,45 @@ class Engine:
         scaled = self.model.fp16_enabled()  # type: ignore[operator]
         return float(self.model.optimizer.loss_scale) if scaled else None  # type: ignore[union-attr, arg-type]
 
-    def step(self) -> Tensor | float:
-        """Clips, steps, zeroes; returns the gradient norm before clipping.
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether weights change before the norm of the whole gradient is known."""
+        return isinstance(self._plain_optimizer, InBackwardOptimizer)
+
+    @property
+    def _plain_optimizer(self) -> Optimizer:
+        plain: Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # below accelerate's wrapper
+        return plain
+
+    def step(self) -> float:
+        """Clips, steps, zeroes; a gradient that is no number is only zeroed.
+
+        All ranks do the same, as the norm is that of the whole gradient. Knowing it before the step is one wait for
+        the device.
+
+        Returns:
+            The gradient norm before clipping; under DeepSpeed infinite wherever it is not finite.
 
         Raises:
             UserError: Gradients overflow fp16 at any loss scale.
         """
+        self.step_was_skipped = self.step_was_refused = False
+        if self._no_backward:
+            self._no_backward, self.step_was_refused = False, True
+            return math.nan
         if self.is_deepspeed:
-            self.step_was_skipped = self.loss_scale is not None and not self.model.was_step_applied()  # type: ignore[operator]
-            whole: Tensor | float = self.model.get_global_grad_norm()  # type: ignore[operator]
-            return whole
-        plain = getattr(self.optimizer, "optimizer", self.optimizer)  # below accelerate's wrapper
-        if isinstance(plain, InBackwardOptimizer):
-            return plain.take_norm()
+            return self._after_deepspeed_step()
+        if isinstance(self._plain_optimizer, InBackwardOptimizer):
+            return float(self._plain_optimizer.take_norm())
         self.accelerator.unscale_gradients()
-        norm = gradient_norm(self.model.parameters())
-        if self.clip_norm is not None:
-            clip_gradients(self.model.parameters(), self.clip_norm, norm)
-        scale = self.loss_scale
-        self.optimizer.step()
+        whole = gradient_norm(self.model.parameters())
+        norm, scale = float(whole), self.loss_scale
+        if scale is None and not math.isfinite(norm):
+            self.step_was_refused = True
+        else:
+            if self.clip_norm is not None:
+                clip_gradients(self.model.parameters(), self.clip_norm, whole)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if scale is not None:
             # Fused optimizers skip by themselves, unseen by accelerate; the scaler goes down in just these steps.
@@ -109,6 +138,14 @@ class Engine:
             self.step_was_skipped = after < scale
             refuse_small_loss_scale(after)
         return norm
+
+    def _after_deepspeed_step(self) -> float:
+        """What came of the step inside the last backward; DeepSpeed steps no gradient whose norm is no number."""
+        model: Any = self.model
+        left_out = not model.was_step_applied()
+        self.step_was_skipped = left_out and self.loss_scale is not None
+        self.step_was_refused = left_out and not self.step_was_skipped
+        return float(model.get_global_grad_norm())
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums each figure over all ranks, in fp64 on the CPU."""

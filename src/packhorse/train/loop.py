@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from packhorse.data.packs.loader import PackLoader, StepBatch
-from packhorse.errors import UserError
 from packhorse.model.sequence import SequenceGroup
 from packhorse.plan.run_plan import RunPlan
 from packhorse.record.heartbeat import Pulse
@@ -19,7 +18,9 @@ from packhorse.train.agreement import Agreed, Agreement
 from packhorse.train.checkpoint import Checkpoints
 from packhorse.train.engine import Engine
 from packhorse.train.forward import micro_batch_loss
+from packhorse.train.memory_error import noting
 from packhorse.train.noise import NoiseScale
+from packhorse.train.numbers import Judgement, Numbers, Step, times_factor
 from packhorse.train.optimizer import set_learning_rate
 from packhorse.train.report import Reporter
 from packhorse.train.schedule import learning_rate_at
@@ -34,6 +35,7 @@ class Run:
     Attributes:
         sequence: The ranks that share each pack with this one, None where packs are not cut.
         agreement: What all ranks were asked for, between two steps.
+        numbers: Judges each step's loss and gradient.
         pulse: Says what this rank does.
         evaluate: Measures the validation loss on all ranks, None where there are no validation rows.
             Raises Stopped where the ranks agree to stop.
@@ -46,6 +48,7 @@ class Run:
     meter: Meter
     checkpoints: Checkpoints
     agreement: Agreement
+    numbers: Numbers
     pulse: Pulse
     evaluate: Callable[[], float] | None
     reporter: Reporter
@@ -56,7 +59,7 @@ def train(run: Run, state: TrainState) -> TrainState:
     """Trains until the plan's last step or a stop request that all ranks agree on.
 
     Returns:
-        The state at the end; a checkpoint of it is on disk.
+        The state at the end; a checkpoint of it is on disk, or being written (`Checkpoints.finish`).
 
     Raises:
         UserError: Loss or gradient norm is not finite.
@@ -70,58 +73,90 @@ def train(run: Run, state: TrainState) -> TrainState:
         state = _evaluate(run, replace(state, held_back=None), state.held_back, saving=_saving_due(plan, state))
     agreed = Agreed(stop=state.held_back is not None)
     while state.step < plan.num_steps and not agreed.stop:
-        run.pulse.phase("data", state.step)
-        with run.meter.data():
-            batch = run.loader.step(state.step)
-        # --- one optimizer step ------------------------------------------------------------------
-        seed_step(recipe.seed, state.step, run.rank)
         learning_rate = learning_rate_at(state.step, plan.num_steps, peak, schedule)
-        set_learning_rate(engine.optimizer, learning_rate)  # before: ZeRO steps inside the last backward
-        _compute_gradients(run, batch, window, noise)
-        run.pulse.phase("optimizer")
-        grad_norm = engine.step()
+        if state.step + 1 in run.numbers.left_out:
+            state, agreed, judged = _leave_out(run, state)
+        else:
+            run.pulse.phase("data", state.step)
+            with run.meter.data():
+                batch = run.loader.step(state.step)
+            # --- one optimizer step --------------------------------------------------------------
+            seed_step(recipe.seed, state.step, run.rank)
+            set_learning_rate(engine.optimizer, learning_rate)  # before: ZeRO steps inside the last backward
+            losses = _compute_gradients(run, batch, noise)
+            run.pulse.phase("optimizer")
+            grad_norm = engine.step()
+            # --- what all ranks know of it -------------------------------------------------------
+            agreed = run.agreement.after_step(engine, losses, grad_norm, run.checkpoints.pending_done())
+            step = Step(state.step + 1, batch, losses, agreed.loss_sum, grad_norm, agreed.num_bad_ranks)
+            judged = run.numbers.judge(step, state.recent_losses)
+            state = _advanced(run, state, step, judged)
+            window.add(step)
+            if noise and judged.learnt:
+                noise.after_step(grad_norm, batch.num_supervised_tokens)
         # --- bookkeeping -------------------------------------------------------------------------
-        state = state.advanced(batch.num_supervised_tokens, engine.step_was_skipped)
-        if noise:
-            noise.after_step(float(grad_norm), batch.num_supervised_tokens)
-        window.count(batch.num_supervised_tokens)
-        run.meter.count_step(batch.num_tokens, batch.num_supervised_tokens, batch.num_slots)
-        agreed = run.agreement.between_steps(engine)
+        run.checkpoints.publish(agreed.written)
         last = state.step == plan.num_steps
         saving = agreed.stop or agreed.checkpoint or _saving_due(plan, state)
         evaluating = run.evaluate is not None and _due(state.step, recipe.evaluation.every_steps, last)
         state = replace(state, elapsed_seconds=run.meter.elapsed_seconds)
-        if saving or evaluating or _due(state.step, recipe.track.every_steps, last):  # also proves the loss finite
-            loss, norm = window.read(engine), float(grad_norm)
-            _refuse_unless_finite(loss, 0.0 if engine.step_was_skipped else norm, state.step)
-            figures = run.meter.read(loss, learning_rate, norm, _epoch(run, state), _peak(engine))
-            figures |= _scale_figures(engine, state) | (noise.figures() if noise else {})
+        if saving or evaluating or judged.is_reported or _due(state.step, recipe.track.every_steps, last):
+            figures = judged.figures | (_read(run, state, window, learning_rate, grad_norm) if window else {})
+            figures |= (noise.figures() if noise else {}) | run.checkpoints.take_figures()
+            if judged.ends is not None:
+                run.reporter.step(state, figures)
+                raise judged.ends
             if evaluating:
                 state = _evaluate(run, state, figures, saving)
             else:
                 run.reporter.step(state, figures)
         if saving or state.held_back is not None:
-            run.pulse.phase("save", state.step)
-            with run.meter.other():
-                run.checkpoints.save(state)
+            _save(run, state)
             run.agreement.done(agreed)
         agreed = replace(agreed, stop=agreed.stop or state.held_back is not None)
     return state
 
 
-def _compute_gradients(run: Run, batch: StepBatch, window: _LossWindow, noise: NoiseScale | None) -> None:
-    """Forward and backward of every pass of a step; under ZeRO the last one also steps."""
+def _leave_out(run: Run, state: TrainState) -> tuple[TrainState, Agreed, Judgement]:
+    """A step whose update is not made: nothing is computed, and the schedule goes on."""
+    run.pulse.phase("optimizer", state.step)
+    judged = Judgement(learnt=False, figures=run.numbers.figures(state.step + 1))
+    agreed = run.agreement.between_steps(run.engine, run.checkpoints.pending_done())
+    return state.advanced(0), agreed, judged
+
+
+def _compute_gradients(run: Run, batch: StepBatch, noise: NoiseScale | None) -> list[Tensor]:
+    """Forward and backward of every pass of a step; under ZeRO the last one also steps.
+
+    Returns:
+        The sum of token losses of each pass, on the device.
+    """
     engine = run.engine
     factor = engine.gradient_factor / batch.num_supervised_tokens
+    count = len(batch.micro_batches)
+    losses = []
     for index, micro_batch in enumerate(batch.micro_batches, start=1):
-        with engine.micro_step(is_last=index == len(batch.micro_batches)):
+        with engine.micro_step(is_last=index == count), noting(micro_batch, index, count):
             run.pulse.phase("forward")
             loss_sum = micro_batch_loss(engine.model, micro_batch, engine.device, run.sequence)
             run.pulse.phase("backward")
-            engine.backward(loss_sum * factor)
-        window.add(loss_sum)
+            if engine.steps_in_backward and not math.isfinite(*engine.sum_over_ranks([float(loss_sum)])):
+                engine.refuse()
+            else:
+                engine.backward(times_factor(loss_sum, factor))
+        losses.append(loss_sum.detach())
         if noise and index == 1:
             noise.after_first_pass(micro_batch, factor)
+    return losses
+
+
+def _advanced(run: Run, state: TrainState, step: Step, judged: Judgement) -> TrainState:
+    """One step further, its tokens counted where the weights have learnt from them."""
+    batch = step.batch
+    num_learnt = batch.num_supervised_tokens if judged.learnt else 0
+    run.meter.count_step(batch.num_tokens, num_learnt, batch.num_slots)
+    state = state.advanced(num_learnt, run.engine.step_was_skipped)
+    return state.learnt(step.loss, run.plan.recipe.recovery.spike_window) if judged.learnt else state
 
 
 def _evaluate(run: Run, state: TrainState, figures: Figures, saving: bool) -> TrainState:
@@ -139,18 +174,22 @@ def _evaluate(run: Run, state: TrainState, figures: Figures, saving: bool) -> Tr
     return state
 
 
+def _save(run: Run, state: TrainState) -> None:
+    run.pulse.phase("save", state.step)
+    with run.meter.other():
+        run.reporter.settle()  # no checkpoint knows more steps than the figures on disk
+        run.checkpoints.save(state)
+
+
 def _saving_due(plan: RunPlan, state: TrainState) -> bool:
     return _due(state.step, plan.recipe.checkpoint.every_steps, state.step == plan.num_steps)
 
 
-def _refuse_unless_finite(loss: float, grad_norm: float, step: int) -> None:
-    """A loss before the update can be finite while the gradient is not, and clipping spreads that to every weight."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"at step {step} the loss is {loss} and the gradient norm {grad_norm}.",
-            "weights that such a step has touched are no longer numbers; the last checkpoint stands.",
-            "lower optimizer.learning_rate or raise schedule.warmup_ratio, and train again under another name.",
-        )
+def _read(run: Run, state: TrainState, window: _LossWindow, learning_rate: float, grad_norm: float) -> Figures:
+    """The figures of the steps since the last reading."""
+    peak = torch.cuda.max_memory_allocated() if run.engine.device.type == "cuda" else None
+    figures = run.meter.read(window.read(), learning_rate, grad_norm, _epoch(run, state), peak)
+    return figures | _scale_figures(run.engine, state)
 
 
 def _scale_figures(engine: Engine, state: TrainState) -> Figures:
@@ -168,26 +207,21 @@ def _epoch(run: Run, state: TrainState) -> float:
     return state.step / run.plan.steps_per_epoch
 
 
-def _peak(engine: Engine) -> int | None:
-    return torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None
-
-
 class _LossWindow:
-    """Loss sums since the last reading, kept on the device: adding waits for nothing."""
+    """The steps since the last reading; false while there are none."""
 
     def __init__(self) -> None:
-        self._sums: list[Tensor] = []
-        self._num_tokens = 0
+        self._loss_sum, self._num_tokens = 0.0, 0
 
-    def add(self, loss_sum: Tensor) -> None:
-        self._sums.append(loss_sum.detach())
+    def __bool__(self) -> bool:
+        return self._num_tokens > 0
 
-    def count(self, num_supervised_tokens: int) -> None:
-        self._num_tokens += num_supervised_tokens
+    def add(self, step: Step) -> None:
+        self._loss_sum += step.loss_sum
+        self._num_tokens += step.batch.num_supervised_tokens
 
-    def read(self, engine: Engine) -> float:
-        """Nats per supervised token over all ranks since the last reading."""
-        (total,) = engine.sum_over_ranks([float(torch.stack(self._sums).double().sum())])
-        loss = total / self._num_tokens
-        self._sums, self._num_tokens = [], 0
+    def read(self) -> float:
+        """Nats per supervised token over all ranks; no number where that of one step is none."""
+        loss = self._loss_sum / self._num_tokens
+        self._loss_sum, self._num_tokens = 0.0, 0
         return loss

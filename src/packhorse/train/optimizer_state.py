@@ -1,98 +1,115 @@
 """What an optimizer keeps for each parameter, on disk: any optimizer of torch or bitsandbytes, whole or sharded.
 
-optimizer-00001.safetensors …    tensors, as `parameter name/slot`: whole, whatever the sharding was
-optimizer.json                   what is no tensor, by the same keys; the loss scale of fp16
+optimizer-*.safetensors    tensors, as `parameter name/slot`: whole, whatever the sharding was (saving.py)
+optimizer.json             what is no tensor, by the same keys; the loss scale of fp16
 
-DeepSpeed keeps its own files.
+The same for every engine, so that any of them reads what another wrote; 8-bit states under ZeRO are the exception
+(zero_state.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from packhorse.errors import UserError
+from packhorse.train.engine import Engine
+from packhorse.train.weights import unwrapped
+from packhorse.train.zero_state import PieceLoader, gather_pieces
 
-LARGEST_FILE_BYTES = 4 * 2**30
-"""Rank 0 never holds more of the states than this on its host."""
 OTHERS_FILE = "optimizer.json"
 PATTERN = "optimizer-*.safetensors"
 
 Others = dict[str, int | float | bool]
 
 
-def save_optimizer(optimizer: Optimizer, model: nn.Module, scaler: Any, folder: Path, is_main: bool) -> None:  # noqa: ANN401
-    """Gathers one tensor at a time; rank 0 writes it. A collective where states are sharded.
+def gather_states(engine: Engine) -> Iterator[tuple[str, Tensor | int | float | bool]]:
+    """Every state that the optimizer keeps, as (`parameter name/slot`, value).
 
-    Args:
-        optimizer: Not wrapped.
-        model: Whose parameters it steps, not wrapped.
-        scaler: Of fp16's loss; None under other precisions.
-        folder: Exists.
-        is_main: Whether this rank writes.
-
-    Raises:
-        OSError: The disk refuses.
-        SafetensorError: The same, from within safetensors.
+    A collective where states are sharded: every rank iterates to the end, and all of them get the same keys in the
+    same order. Tensors are whole, in the shape of their parameter, on the device; one exists at a time.
     """
-    others: Others = {}
-    waiting: dict[str, Tensor] = {}
-    waiting_bytes, num_files = 0, 0
-    for key, value in _states(optimizer, model):
-        if not isinstance(value, Tensor):
-            others[key] = value
-            continue
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if not is_main:
-            continue
-        if waiting and waiting_bytes + whole.nbytes > LARGEST_FILE_BYTES:
-            num_files += 1
-            save_file(waiting, folder / f"optimizer-{num_files:05d}.safetensors")
-            waiting, waiting_bytes = {}, 0
-        waiting[key] = whole.detach().to("cpu", copy=True).contiguous()
-        waiting_bytes += whole.nbytes
-    if not is_main:
+    optimizer, model = _stepped(engine)
+    if engine.is_deepspeed:
+        yield from gather_pieces(engine, model)
         return
-    if waiting:
-        save_file(waiting, folder / f"optimizer-{num_files + 1:05d}.safetensors")
-    record = {"states": others, "scaler": scaler.state_dict() if scaler is not None else {}}
-    (folder / OTHERS_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for name, parameter in model.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                yield f"{name}/{slot}", value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def load_optimizer(optimizer: Optimizer, model: nn.Module, scaler: Any, folder: Path) -> None:  # noqa: ANN401
+def load_states(engine: Engine, folder: Path) -> None:
     """Puts every state where it was, sharded as its parameter is now; each rank reads the files.
 
     Raises:
         UserError: The states are of other parameters than those that are trained.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer, model = _stepped(engine)
     record = json.loads((folder / OTHERS_FILE).read_text(encoding="utf-8"))
-    _make_buffers(optimizer)
+    pieces = PieceLoader(engine) if engine.is_deepspeed else None
+    if pieces is None:
+        _make_buffers(optimizer)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: set[str] = set()
-    for key, value in (*record["states"].items(), *_tensors(folder)):
+    for key, value in chain(record["states"].items(), _tensors(folder)):  # one tensor in memory at a time
         name, slot = key.rsplit("/", 1)
+        if pieces is not None and pieces.put_piece(name, slot, value):
+            continue
         found.add(name)
-        if name in parameters:
+        if name not in parameters:
+            continue
+        if pieces is not None:
+            pieces.put(name, parameters[name], slot, value)
+        else:
             _put(optimizer.state[parameters[name]], slot, value, parameters[name])
     _refuse_others(found, set(parameters), folder)
-    if scaler is not None:
-        scaler.load_state_dict(record["scaler"])
+    _set_scale(engine, record["scaler"])
 
 
-def _states(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Key and value of every state, in the order of the parameters, which is that of every rank."""
-    for name, parameter in model.named_parameters():
-        for slot, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                yield f"{name}/{slot}", value
+def _stepped(engine: Engine) -> tuple[Optimizer, nn.Module]:
+    """The optimizer below accelerate's wrapper, and the model whose parameters it steps."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer), unwrapped(engine)
+
+
+def scale_of(engine: Engine) -> dict[str, Any]:
+    """The loss scale of fp16 and the steps since it last changed, as torch's GradScaler calls them; else nothing."""
+    scaler = _scaler_of(engine)
+    if scaler is None:
+        return {}
+    if not engine.is_deepspeed:
+        return scaler.state_dict()  # type: ignore[no-any-return]
+    stable = scaler.cur_iter - scaler.last_overflow_iter - 1
+    return {"scale": scaler.cur_scale, "_growth_tracker": stable, "hysteresis": scaler.cur_hysteresis}
+
+
+def _set_scale(engine: Engine, record: dict[str, Any]) -> None:
+    scaler = _scaler_of(engine)
+    if scaler is None:
+        return
+    if not engine.is_deepspeed:
+        state = scaler.state_dict()
+        scaler.load_state_dict({name: record.get(name, value) for name, value in state.items()})
+        return
+    scaler.cur_scale = record["scale"]
+    scaler.cur_iter, scaler.last_overflow_iter = record["_growth_tracker"], -1
+    scaler.cur_hysteresis = record.get("hysteresis", scaler.cur_hysteresis)
+
+
+def _scaler_of(engine: Engine) -> Any:  # noqa: ANN401
+    """torch's or DeepSpeed's; None under other precisions than fp16."""
+    if not engine.is_deepspeed:
+        return engine.accelerator.scaler
+    zero: Any = engine.model.optimizer
+    return zero.loss_scaler if engine.loss_scale is not None else None
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -138,5 +155,6 @@ def _refuse_others(found: set[str], trained: set[str], folder: Path) -> None:
             f"{folder} holds optimizer states of {len(found)} parameters, and {len(trained)} are trained; "
             f"{others[0]} is not among them.",
             "states of other parameters would make other steps.",
-            "resume with the recipe and the versions of the libraries that wrote it.",
+            "resume with the recipe and the versions of the libraries that wrote it; 8-bit states of ZeRO also with "
+            "the engine and the number of processes.",
         )

@@ -12,7 +12,7 @@ from packhorse.plan.run_plan import RunPlan
 from packhorse.record.status import State, Status, write_status
 from packhorse.track.meter import Figures
 from packhorse.track.progress import open_progress
-from packhorse.track.sinks import MetricsFile, Sinks
+from packhorse.track.sinks import METRICS_FILE, MetricsFile, Sinks
 from packhorse.track.trackers import open_trackers
 from packhorse.train.state import TrainState
 
@@ -28,7 +28,8 @@ class Reporter:
         # What was held back is reported with its step's number now.
         first = state.step + (state.step > 0 and state.held_back is None)
         trackers = open_trackers(plan.recipe, folder, first, _data_facts(folder))
-        self._sinks = Sinks([MetricsFile(folder / "metrics.jsonl", first), *trackers])
+        self._metrics = MetricsFile(folder / METRICS_FILE, first)
+        self._sinks = Sinks([self._metrics, *trackers])
         self._progress = open_progress(Console(), plan.num_steps or 0, state.step)
 
     def begin(self, state: TrainState, figures: Figures) -> None:
@@ -41,8 +42,14 @@ class Reporter:
         """Takes the figures of a finished step."""
         if self._is_main:
             self._sinks.log(state.step, figures)
-            self._progress.update(state.step, figures)
+            if "train/loss" in figures:  # a step that is left out has none
+                self._progress.update(state.step, figures)
         self.tell("training", state)
+
+    def settle(self) -> None:
+        """Waits until all figures so far are on disk; before a checkpoint of their step."""
+        if self._is_main:
+            self._metrics.sync()
 
     def tell(self, what: State, state: TrainState) -> None:
         """Writes the status file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ class TrainState:
         elapsed_seconds: Over all attempts.
         best_step: Step of the lowest validation loss, None before the first evaluation.
         best_loss: That loss, nats per supervised token.
+        recent_losses: Of the last steps that learnt, nats per supervised token: what a spike is told by.
         held_back: Figures of this step, not reported yet, since the evaluation that belongs to them was broken off;
             who goes on measures it first.
     """
@@ -29,7 +31,14 @@ class TrainState:
     elapsed_seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
+    recent_losses: tuple[float, ...] = ()
     held_back: dict[str, float] | None = None
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> TrainState:
+        """From what JSON has made of one: its tuples are lists."""
+        fields = {name: record[name] for name in cls.__dataclass_fields__}
+        return cls(**{**fields, "recent_losses": tuple(fields["recent_losses"])})
 
     def advanced(self, num_supervised_tokens: int, skipped: bool = False) -> TrainState:
         """One step further."""
@@ -40,6 +49,10 @@ class TrainState:
             num_skipped_steps=self.num_skipped_steps + skipped,
             held_back=None,
         )
+
+    def learnt(self, loss: float, window_steps: int) -> TrainState:
+        """With the loss of this step among the last ones."""
+        return replace(self, recent_losses=(*self.recent_losses, loss)[-window_steps:])
 
     def evaluated(self, loss: float) -> TrainState:
         """With this validation loss taken into account."""

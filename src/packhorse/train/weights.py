@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from packhorse.durable import disk_error, publish_folder
-from packhorse.model.methods.attach import is_adapted, save_adapter
+from packhorse.model.methods.attach import adapter_writer, is_adapted
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.engine import Engine
 from packhorse.train.precision import COMPUTE_DTYPES
+from packhorse.train.saving import Copy, fresh_copy
 from packhorse.train.written import check_written
+from packhorse.train.zero_state import whole_master
 
 
 def weights_folder_name(plan: RunPlan) -> str:
@@ -26,11 +28,11 @@ def weights_folder_name(plan: RunPlan) -> str:
     return "model" if plan.recipe.method.trains_base else "adapter"
 
 
-def gather_kept(engine: Engine, is_main: bool) -> dict[str, Tensor]:
+def gather_kept(engine: Engine, is_main: bool, copy: Copy = fresh_copy) -> dict[str, Tensor]:
     """Whole tensors of what is kept, by name, on the CPU of rank 0; empty on other ranks.
 
     Of an adapter its trained parameters; of a model all parameters, the frozen ones too, and the buffers that belong
-    to its files. A collective: every rank calls it.
+    to its files. What is trained is float32 under every engine. A collective: every rank calls it.
     """
     model = unwrapped(engine)
     adapted = is_adapted(model)
@@ -38,12 +40,11 @@ def gather_kept(engine: Engine, is_main: bool) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if adapted and not parameter.requires_grad:
             continue
-        with _whole(parameter):
-            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        with _whole(parameter) as value:
             if is_main:
-                gathered[name] = value.detach().to("cpu", copy=True)
+                gathered[name] = copy(name, value)
     if is_main and not adapted:
-        gathered |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in _kept_buffers(model)}
+        gathered |= {name: copy(name, buffer) for name, buffer in _kept_buffers(model)}
     return gathered
 
 
@@ -62,16 +63,62 @@ def unwrapped(engine: Engine) -> nn.Module:
 
 
 @contextmanager
-def _whole(parameter: Any) -> Iterator[None]:  # noqa: ANN401
-    """Gathers a ZeRO-3 parameter by its own methods, as `deepspeed.zero.GatheredParameters` does."""
-    if not hasattr(parameter, "ds_id"):
-        yield
-        return
-    parameter.all_gather()
-    try:
-        yield
-    finally:
-        parameter.partition()
+def _whole(parameter: Any) -> Iterator[Tensor]:  # noqa: ANN401
+    """The weight as it is stepped: DeepSpeed's float32 master where it computes with one of 16 bits."""
+    master = whole_master(parameter)
+    if master is not None:
+        yield master
+    elif isinstance(parameter, DTensor):
+        yield parameter.full_tensor()
+    elif hasattr(parameter, "ds_id"):
+        # By its own methods, as `deepspeed.zero.GatheredParameters` does.
+        parameter.all_gather()
+        try:
+            yield parameter
+        finally:
+            parameter.partition()
+    else:
+        yield parameter
+
+
+def weights_writer(
+    model: Any,  # noqa: ANN401
+    weights: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    is_result: bool = False,
+    was_stepped: bool = False,
+) -> Callable[[Path], None]:
+    """What writes the adapter or the model into a folder, as safetensors with its configuration, and reads it again.
+
+    It may be called while the model trains: then it looks at nothing that a step changes.
+
+    Args:
+        model: The unwrapped transformers or peft model.
+        weights: What `gather_kept` gave.
+        dtype: Type to store, None to keep what training held.
+        is_result: To be used, not to be trained on: an adapter then stands on the base as it is on disk.
+        was_stepped: The optimizer has stepped since training began.
+
+    Returns:
+        The writer; it raises a UserError where what it wrote is not what was to be written.
+    """
+    adapter = adapter_writer(model, weights, for_base=is_result) if is_adapted(model) else None
+
+    def write(folder: Path) -> None:
+        if adapter is not None:
+            adapter(folder)
+        else:
+            _write_model(model, weights, folder, dtype)
+        check_written(folder, weights, model, dtype, was_stepped)
+
+    return write
+
+
+def _write_model(model: Any, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:  # noqa: ANN401
+    floating = {name: value for name, value in weights.items() if dtype is not None and value.is_floating_point()}
+    # A dictionary of its own: transformers empties it as it writes.
+    chosen = weights | {name: value.to(dtype) for name, value in floating.items()}
+    model.save_pretrained(folder, state_dict=chosen, safe_serialization=True)
 
 
 def save_weights(
@@ -80,27 +127,10 @@ def save_weights(
     folder: Path,
     dtype: torch.dtype | None,
     is_result: bool = False,
+    was_stepped: bool = False,
 ) -> None:
-    """Writes the adapter or the model as safetensors with its configuration, and reads it again.
-
-    Args:
-        model: The unwrapped transformers or peft model.
-        weights: What `gather_kept` gave.
-        folder: Where to; made if absent.
-        dtype: Type to store, None to keep what training held.
-        is_result: To be used, not to be trained on: an adapter then stands on the base as it is on disk.
-
-    Raises:
-        UserError: What was written is not what was to be written.
-    """
-    if is_adapted(model):
-        save_adapter(model, weights, folder, for_base=is_result)
-    else:
-        floating = {name: value for name, value in weights.items() if dtype is not None and value.is_floating_point()}
-        # A dictionary of its own: transformers empties it as it writes.
-        chosen = weights | {name: value.to(dtype) for name, value in floating.items()}
-        model.save_pretrained(folder, state_dict=chosen, safe_serialization=True)
-    check_written(folder, weights, model, dtype)
+    """Writes at once; the arguments, and what it raises, are those of `weights_writer`."""
+    weights_writer(model, weights, dtype, is_result, was_stepped)(folder)
 
 
 def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool) -> None:  # noqa: ANN401

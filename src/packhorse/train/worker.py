@@ -8,7 +8,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,12 +29,15 @@ from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
 from packhorse.record.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
 from packhorse.train.agreement import Agreement
+from packhorse.train.another_attempt import AnotherAttempt
 from packhorse.train.attempt import Attempt, open_attempt
 from packhorse.train.checkpoint import Checkpoints, checkpoint_to_resume, newest_state
 from packhorse.train.engine import GROUP_TIMEOUT, Engine, start_accelerator, start_engine
 from packhorse.train.evaluate import validation_loss
 from packhorse.train.joint_optimizer import InBackwardOptimizer
 from packhorse.train.loop import Run, train
+from packhorse.train.memory_error import is_out_of_memory, memory_error
+from packhorse.train.numbers import Numbers
 from packhorse.train.optimizer import make_optimizer
 from packhorse.train.precision import set_matmul_precision
 from packhorse.train.probe import probe
@@ -54,20 +57,23 @@ def run_worker(plan_file: Path, signals: StopRequest) -> int:
     # A run folder that was moved or copied is the record of its own run, wherever the plan says it was made.
     plan = read_plan(plan_file).model_copy(update={"run_folder": str(plan_file.absolute().parent)})
     attempt = open_attempt(Path(plan.run_folder), signals)
-    message = ""
+    message, again = "", None
     try:
         code = _work(plan, attempt)
     except Stopped:
         code, message = EXIT_STOPPED, "stopped before the first step"
-    except UserError as error:
-        code, message = error.exit_code, str(error)
-    except Exception:
+    except Exception as error:
+        told = memory_error(plan, attempt.pulse.last, error) if is_out_of_memory(error) else error
         code, message = EXIT_BUG, traceback.format_exc()
-    attempt.record(code, message)
+        if isinstance(told, UserError):
+            code, message = told.exit_code, str(told)
+        again = told.again if isinstance(told, AnotherAttempt) else None
+    attempt.record(code, message, again)
     if message:
         state = newest_state(Path(plan.run_folder))
         what: State = "stopped" if code == EXIT_STOPPED else "failed"
-        tell(plan, what, state, attempt.number, _headline(message))
+        with suppress(OSError):  # a full disk takes no status either; the launcher reads the record
+            tell(plan, what, state, attempt.number, _headline(message))
     if code not in (EXIT_OK, EXIT_STOPPED) or message:
         # Other ranks may wait for this one in a collective; destroying the group in order would wait for them.
         os._exit(code)
@@ -128,14 +134,16 @@ def _assemble(plan: RunPlan, engine: Engine, state: TrainState, attempt: Attempt
         accumulation_steps=plan.batch.accumulation_steps,
         device_pin=engine.device.type == "cuda",
     )
+    checkpoints = Checkpoints(plan, engine, rank == 0, partial(attempt.pulse.phase, "save"))
     return Run(
         plan=plan,
         engine=engine,
         loader=loader,
         sequence=sequence,
         meter=Meter(state.num_supervised_tokens, state.elapsed_seconds),
-        checkpoints=Checkpoints(plan, engine, is_main=rank == 0),
+        checkpoints=checkpoints,
         agreement=agreement,
+        numbers=Numbers(plan, engine, loader, sequence, rank == 0, checkpoints.finish),
         pulse=attempt.pulse,
         evaluate=_evaluation(plan, engine, data_rank, sequence, partial(agreement.go_on, engine)),
         reporter=reporter,
@@ -166,9 +174,12 @@ def _look_before(run: Run, state: TrainState, sizes: Figures) -> None:
 
 
 def _end(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerBase) -> int:
+    run.pulse.phase("save", state.step)
+    run.checkpoints.finish()
+    for name, value in run.checkpoints.take_figures().items():
+        logging.info("%s %.3f", name, value)  # there is no later line of figures
     finished = state.step == run.plan.num_steps and state.held_back is None
     if finished:
-        run.pulse.phase("save", state.step)
         publish_result(run.plan, run.engine, tokenizer, is_main=run.rank == 0)
     run.reporter.tell("finished" if finished else "stopped", state)
     run.engine.close()

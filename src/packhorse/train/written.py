@@ -14,11 +14,18 @@ from transformers.core_model_loading import revert_weight_conversion
 from packhorse.errors import UserError
 from packhorse.model.methods.attach import is_adapted
 
+LORA_B = ".lora_B."
 TOLERANCE = 0.01
 """Of the size in bytes; safetensors' header is the difference."""
 
 
-def check_written(folder: Path, weights: Mapping[str, Tensor], model: Any, dtype: torch.dtype | None) -> None:  # noqa: ANN401
+def check_written(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    model: Any,  # noqa: ANN401
+    dtype: torch.dtype | None,
+    was_stepped: bool = False,
+) -> None:
     """Reads the safetensors files of `folder`, a tensor at a time.
 
     Args:
@@ -27,18 +34,25 @@ def check_written(folder: Path, weights: Mapping[str, Tensor], model: Any, dtype
         model: The unwrapped model, which knows how its names and shapes differ in a file. Around an adapter it is
             peft's; the file then has peft's names, and may hold more than was trained (PiSSA's start).
         dtype: Type that floating tensors were to be stored in; None for that of each.
+        was_stepped: The optimizer has stepped since training began: some B of a low-rank adapter has left zero.
 
     Raises:
-        UserError: A tensor is missing, empty, of another shape or not finite, or the files have another size.
+        UserError: A tensor is missing, empty, of another shape or not finite, every B is zero, or the files have
+            another size.
     """
     shapes = {}
+    moved = {}
     for name, tensor in _tensors(folder):
         shapes[name] = tuple(tensor.shape)
+        if LORA_B in name:
+            moved[name] = bool(tensor.any())
         if not tensor.numel():
             raise _spoilt(f"{name} in {folder} has 0 elements.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise _spoilt(f"{name} in {folder} has {count:,} of {tensor.numel():,} numbers that are not finite.")
+    if was_stepped and moved and not any(moved.values()):
+        raise _spoilt(f"each of {len(moved)} B matrices of the adapter in {folder} is zero after a step.")
     expected_bytes = sum(_stored_bytes(value, dtype) for value in weights.values())
     written_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if is_adapted(model):

@@ -2,11 +2,14 @@
 
 PACKHORSE_FAULT="kind@step:rank"     when that many steps are done, on that rank, in the first attempt only
 PACKHORSE_FAULT="kind@step:rank:N"   in the first N attempts
+PACKHORSE_FAULT_FILE=FILE            at the next step once FILE holds "kind:rank"; it is removed
 
 raise, exit, kill, stop    an exception; os._exit(0); SIGKILL; SIGSTOP
+sleep                      for ever
 oom                        torch.OutOfMemoryError
 nan_loss, nan_gradient     in this rank's first pass of the step
 nan_weight                 one number of the first trained weight, from then on
+nan_layer                  in the backward pass of the first decoder layer, from then on
 term-PHASE                 SIGTERM to this rank alone, as it names that phase (load, forward, evaluate, save …)
 """
 
@@ -17,6 +20,8 @@ import importlib.machinery
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,84 +29,80 @@ TARGET = "packhorse.train.loop"
 
 
 class Fault:
-    """One fault of one rank, put into the step loop by wrapping what it calls."""
+    """Puts faults into the step loop by wrapping what it calls."""
 
-    def __init__(self, words: str) -> None:
-        self.kind, _, place = words.partition("@")
-        step, rank, *attempts = place.split(":")
-        self.step = int(step)
-        mine = int(rank) == int(os.environ["RANK"])
-        self.is_due = mine and int(os.environ.get("PACKHORSE_ATTEMPT", "1")) <= int(attempts[0] if attempts else 1)
+    def __init__(self, words: str, asked: Path | None) -> None:
+        """Reads `kind@step:rank[:attempts]`; `asked`: a file with `kind:rank`, which is looked for at each step."""
+        self._rank = int(os.environ["RANK"])
+        self._asked = asked
+        self._kind, self._step, self._is_due = "", -1, False
+        if words:
+            self._kind, _, place = words.partition("@")
+            step, rank, *attempts = place.split(":")
+            if self._rank == int(rank) and int(os.environ.get("PACKHORSE_ATTEMPT", "1")) <= int((attempts or [1])[0]):
+                self._step = int(step)
 
     def install(self, loop: ModuleType) -> None:
-        if not self.is_due:
-            return
-        if self.kind.startswith("term-"):
-            self._wrap_phase(loop.Pulse)
-        elif self.kind.startswith("nan_"):
-            self._wrap_loss(loop)
-        else:
-            self._wrap_step(loop)
+        seed_step, micro_batch_loss, phase = loop.seed_step, loop.micro_batch_loss, loop.Pulse.phase
 
-    def _wrap_step(self, loop: ModuleType) -> None:
-        seed_step = loop.seed_step
-
-        def strike(seed: int, step: int, rank: int) -> None:
-            if step == self.step:
+        def at_step(seed: int, step: int, rank: int) -> None:
+            if self._is_asked():
+                self._step = step
+            self._is_due = step == self._step
+            if self._is_due:
                 self._strike()
             seed_step(seed, step, rank)
 
-        loop.seed_step = strike
+        def loss(model: Any, *arguments: Any) -> Any:
+            if not self._is_due or not model.training or not self._kind.startswith("nan_"):
+                return micro_batch_loss(model, *arguments)
+            self._is_due = False
+            if self._kind == "nan_weight":
+                self._spoil(next(parameter for parameter in model.parameters() if parameter.requires_grad))
+            if self._kind == "nan_layer":
+                layer = next(each for each in model.modules() if type(each).__name__.endswith("DecoderLayer"))
+                layer.mlp.register_full_backward_hook(lambda _, given, __: tuple(each * float("nan") for each in given))
+            summed = micro_batch_loss(model, *arguments)
+            if self._kind == "nan_gradient":
+                # Of the loss: an engine that shards parameters brings the gradient to others than these.
+                summed.register_hook(lambda gradient: gradient * float("nan"))
+            return summed * float("nan") if self._kind == "nan_loss" else summed
+
+        def at_phase(pulse: Any, name: str, step: int | None = None) -> None:
+            phase(pulse, name, step)
+            if self._kind == f"term-{pulse._last.phase}" and pulse._last.step == self._step:
+                self._kind = ""
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        loop.seed_step, loop.micro_batch_loss, loop.Pulse.phase = at_step, loss, at_phase
+
+    def _is_asked(self) -> bool:
+        if self._asked is None or not self._asked.exists():
+            return False
+        kind, rank = self._asked.read_text().split(":")
+        if int(rank) != self._rank:
+            return False
+        self._asked.unlink()
+        self._kind = kind
+        return True
 
     def _strike(self) -> None:
-        if self.kind == "raise":
+        if self._kind == "raise":
             raise RuntimeError("a fault was injected here")
-        if self.kind == "exit":
+        if self._kind == "exit":
             os._exit(0)
-        if self.kind in ("kill", "stop"):
-            os.kill(os.getpid(), signal.SIGKILL if self.kind == "kill" else signal.SIGSTOP)
-        if self.kind == "oom":
+        if self._kind == "sleep":
+            time.sleep(1e6)
+        if self._kind in ("kill", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if self._kind == "kill" else signal.SIGSTOP)
+        if self._kind == "oom":
             import torch
 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (injected)")
 
-    def _wrap_loss(self, loop: ModuleType) -> None:
-        seed_step, micro_batch_loss = loop.seed_step, loop.micro_batch_loss
-
-        def watch(seed: int, step: int, rank: int) -> None:
-            self.is_due = step == self.step
-            seed_step(seed, step, rank)
-
-        def loss(model: Any, *arguments: Any) -> Any:
-            if not self.is_due or not model.training:
-                return micro_batch_loss(model, *arguments)
-            self.is_due = False
-            trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
-            if self.kind == "nan_weight":
-                getattr(trained.data, "_local_tensor", trained.data).view(-1)[0] = float("nan")
-            if self.kind == "nan_gradient":
-
-                def once(gradient: Any) -> Any:
-                    handle.remove()
-                    return gradient * float("nan")
-
-                handle = trained.register_hook(once)
-            summed = micro_batch_loss(model, *arguments)
-            return summed * float("nan") if self.kind == "nan_loss" else summed
-
-        self.is_due = False
-        loop.seed_step, loop.micro_batch_loss = watch, loss
-
-    def _wrap_phase(self, pulse: Any) -> None:
-        phase, named = pulse.phase, self.kind.removeprefix("term-")
-
-        def then_terminate(self_: Any, name: str, step: int | None = None) -> None:
-            phase(self_, name, step)
-            if self.is_due and (self_._last.phase, self_._last.step) == (named, self.step):
-                self.is_due = False
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        pulse.phase = then_terminate
+    def _spoil(self, trained: Any) -> None:
+        held = getattr(trained, "ds_tensor", trained).data  # under ZeRO-3 and FSDP2 this rank's part
+        getattr(held, "_local_tensor", held).view(-1)[0] = float("nan")
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
@@ -127,5 +128,6 @@ class AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-if os.environ.get("PACKHORSE_FAULT") and "RANK" in os.environ:
-    sys.meta_path.insert(0, AfterImport(Fault(os.environ["PACKHORSE_FAULT"])))
+if "RANK" in os.environ and (os.environ.get("PACKHORSE_FAULT") or os.environ.get("PACKHORSE_FAULT_FILE")):
+    file = os.environ.get("PACKHORSE_FAULT_FILE")
+    sys.meta_path.insert(0, AfterImport(Fault(os.environ.get("PACKHORSE_FAULT", ""), Path(file) if file else None)))

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.checkpoints.manifest import MANIFEST_FILE, RunFacts, faults_of, read_manifest, write_manifest
+from packhorse.checkpoints.manifest import (
+    MANIFEST_FILE,
+    RunFacts,
+    bring_to_disk,
+    faults_of,
+    files_below,
+    read_manifest,
+    write_manifest,
+)
 from packhorse.checkpoints.shelf import (
     checkpoints_in,
     complete_checkpoints,
@@ -27,7 +35,7 @@ def write(folder: Path, step: int) -> Path:
     for name, content in FILES.items():
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / name).write_bytes(content)
-    write_manifest(checkpoint, FACTS)
+    write_manifest(checkpoint, FACTS, bring_to_disk(checkpoint, files_below(checkpoint)))
     return checkpoint
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from packhorse.checkpoints.manifest import RunFacts, write_manifest
 from packhorse.errors import UserError
 from packhorse.launching.preflight import check_nvme, check_resumable
 from packhorse.plan.command import on_this_machine
@@ -82,5 +83,15 @@ def test_the_folder_may_be_named_by_the_environment_of_each_node(
 
 
 def test_a_run_that_would_go_on_otherwise_does_not_go_on(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="r ran with parallel.engine zero3_nvme"):
+    with pytest.raises(UserError, match="r would go on with parallel.engine zero3_nvme"):
         check_resumable(plan(tmp_path))
+
+
+def test_nobody_goes_on_from_what_was_kept_in_files(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, RunFacts(step=2, engine="zero3_nvme", world_size=8, plan="p", data="d"), {})
+    made = plan(tmp_path)
+    topology = made.topology.model_copy(update={"engine": "ddp"})
+    with pytest.raises(UserError, match="was written under zero3_nvme, and ddp would go on from it"):
+        check_resumable(made.model_copy(update={"topology": topology, "run_folder": str(tmp_path)}))

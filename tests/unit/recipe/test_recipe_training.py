@@ -52,6 +52,22 @@ REFUSED = {
         ["schedule={name: wsd, warmup_steps: 5, decay_ratio: 0.6}", "epochs=null", "steps=10"],
         "the warm-up takes 0.5 of all steps and schedule.decay_ratio 0.6: 1.1 together.",
     ),
+    "skip-in-backward": (
+        [*IN_BACKWARD, "recovery.on_nonfinite=skip"],
+        "recovery.on_nonfinite is skip, and optimizer.in_backward is true.",
+    ),
+    "rewind-without-checkpoints": (
+        ["recovery.on_spike=rewind", "checkpoint.every_steps=null"],
+        "recovery.on_spike is rewind, and checkpoint.every_steps is not given.",
+    ),
+    "rewind-beyond-checkpoints": (
+        ["recovery={on_spike: rewind, rewind_steps: 6}", "checkpoint={every_steps: 2, keep_last: 3}"],
+        "recovery.rewind_steps is 6, and of the checkpoints each 2 steps the last 3 are kept.",
+    ),
+    "rewind-over-most": (
+        ["recovery={on_spike: rewind, rewind_steps: 5, most_left_out: 4}", "checkpoint.every_steps=5"],
+        "recovery.rewind_steps is 5, and recovery.most_left_out is 4.",
+    ),
     "tf32-of-bf16": (["tf32=true"], "tf32 is true, and precision is bf16."),
     "bf16-weights-fp16-arithmetic": (
         ["precision=fp16", "model.dtype=bfloat16"],
@@ -87,6 +103,7 @@ def test_refused(good, mistakes_of, overrides, fact):
         ["precision=fp16"],
         ["parallel={offload_activations: true, checkpointing: 2}"],
         ["optimizer.name=paged_adamw_8bit"],
+        ["recovery={on_spike: rewind, rewind_steps: 6}", "checkpoint={every_steps: 2, keep_last: 4}"],
         ["method={kind: lora, learning_rate_ratio: 16}", "optimizer.learning_rate=1e-4"],
     ],
     ids=str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from torch.optim import Optimizer
 
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
+from packhorse.train.engine import Engine
 from packhorse.train.joint_optimizer import InBackwardOptimizer
 from packhorse.train.optimizer import make_optimizer
-from packhorse.train.optimizer_state import load_optimizer, save_optimizer
+from packhorse.train.optimizer_state import load_states
+from saved_states import save_states
 
 OPTIMIZERS = ["adamw", "adafactor", "muon", "lion", "lion_8bit", "adamw_8bit"]
 
@@ -49,6 +52,11 @@ class Layers(nn.Module):
         return self.narrow(torch.relu(self.wide(rows)))  # type: ignore[no-any-return]
 
 
+def engine(model: nn.Module, optimizer: Optimizer, scaler: Any = None) -> Engine:
+    accelerator: Any = SimpleNamespace(scaler=scaler, unwrap_model=lambda model: model)
+    return Engine(accelerator, model, optimizer, gradient_factor=1.0, clip_norm=None, control=None)
+
+
 def steps(model: nn.Module, optimizer: Optimizer, numbers: range) -> None:
     for number in numbers:
         rows = torch.randn(16, 64, generator=torch.Generator().manual_seed(number))
@@ -72,10 +80,10 @@ def test_an_optimizer_goes_on_where_it_was(name: str, in_backward: bool, tmp_pat
     settings: dict[str, Any] = {"in_backward": in_backward, "clip_norm": None}
     model, optimizer = started(name, **settings)
     steps(model, optimizer, range(3))
-    save_optimizer(optimizer, model, None, tmp_path, is_main=True)
+    save_states(engine(model, optimizer), tmp_path)
     resumed, fresh = started(name, **settings)
     resumed.load_state_dict(copy.deepcopy(model.state_dict()))
-    load_optimizer(fresh, resumed, None, tmp_path)
+    load_states(engine(resumed, fresh), tmp_path)
     steps(model, optimizer, range(3, 6))
     steps(resumed, fresh, range(3, 6))
     for expected, actual in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -95,7 +103,7 @@ def test_sharded_states_are_saved_whole_and_sharded_again(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Small enough that the states fill several files.
-    monkeypatch.setattr("packhorse.train.optimizer_state.LARGEST_FILE_BYTES", 40_000)
+    monkeypatch.setattr("packhorse.train.saving.LARGEST_FILE_BYTES", 40_000)
     mesh = init_device_mesh("cpu", (1,))
 
     def sharded() -> tuple[nn.Module, Optimizer]:
@@ -105,12 +113,12 @@ def test_sharded_states_are_saved_whole_and_sharded_again(
 
     model, optimizer = sharded()
     steps(model, optimizer, range(3))
-    save_optimizer(optimizer, model, None, tmp_path, is_main=True)
+    save_states(engine(model, optimizer), tmp_path)
     resumed, fresh = sharded()
     with torch.no_grad():
         for target, source in zip(resumed.parameters(), model.parameters(), strict=True):
             target.copy_(source)
-    load_optimizer(fresh, resumed, None, tmp_path)
+    load_states(engine(resumed, fresh), tmp_path)
     assert len(list(tmp_path.glob("optimizer-*.safetensors"))) == {"adamw": 3, "muon": 1}[name]
     steps(model, optimizer, range(3, 5))
     steps(resumed, fresh, range(3, 5))
@@ -123,16 +131,16 @@ def test_the_loss_scale_of_fp16_goes_on(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu")
     scaler.load_state_dict({**scaler.state_dict(), "scale": 1024.0, "_growth_tracker": 7})
     steps(model, optimizer, range(1))
-    save_optimizer(optimizer, model, scaler, tmp_path, is_main=True)
+    save_states(engine(model, optimizer, scaler), tmp_path)
     fresh = torch.amp.GradScaler("cpu")
-    load_optimizer(optimizer, model, fresh, tmp_path)
+    load_states(engine(model, optimizer, fresh), tmp_path)
     assert (fresh.state_dict()["scale"], fresh.state_dict()["_growth_tracker"]) == (1024.0, 7)
 
 
 def test_states_of_weights_that_are_not_trained_are_refused(tmp_path: Path) -> None:
     model, optimizer = started("adamw")
     steps(model, optimizer, range(1))
-    save_optimizer(optimizer, model, None, tmp_path, is_main=True)
+    save_states(engine(model, optimizer), tmp_path)
     model.wide.requires_grad_(False)  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"of 3 parameters, and 2 are trained; wide.weight is not among them"):
-        load_optimizer(optimizer, model, None, tmp_path)
+        load_states(engine(model, optimizer), tmp_path)

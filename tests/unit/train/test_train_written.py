@@ -106,3 +106,13 @@ def test_an_adapter_that_lost_a_matrix_is_refused(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match="bytes of weights, and .* were trained"):
         check_written(tmp_path, trained, model, None)
+
+
+def test_an_adapter_whose_b_matrices_never_left_zero_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(tied_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    save_weights(model, trained, tmp_path / "before", None)  # as it is drawn, B is zero
+    with pytest.raises(UserError, match="each of 2 B matrices of the adapter in .* is zero after a step"):
+        save_weights(model, trained, tmp_path / "after", None, was_stepped=True)
+    next(value for name, value in trained.items() if "lora_B" in name)[0, 0] = 1e-6
+    save_weights(model, trained, tmp_path / "moved", None, was_stepped=True)

@@ -151,6 +151,8 @@ def _is_json(value: object) -> bool:
 
 
 def _check_target(target: Path, force: bool) -> None:
+    if not target.name:
+        raise UserError(f"{target} is a folder.", "the rows are written to one file.", "name a file, as out.jsonl.")
     if target.suffix != ".jsonl":
         raise UserError(
             f"{target} ends in {target.suffix or 'no extension'}.",

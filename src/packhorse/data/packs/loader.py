@@ -113,6 +113,14 @@ class PackLoader:
                 self._ahead[step] = self._thread.submit(self._load, step)
         return batch
 
+    def rows(self, k: int) -> list[dict[int, list[int]]]:
+        """Return, for each of this rank's micro-batches of step k, its packs and the rows of the split in each."""
+        mine = self._batch_plan.share(k, self._world_size, self._accumulation_steps)[self._rank]
+        return [
+            {pack: self._store.documents_of(pack).tolist() for pack in packs.tolist() if pack != NULL_PACK}
+            for packs in mine
+        ]
+
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -5,19 +5,21 @@ Shapes: N tokens of the split, D documents, P packs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from mmap import ACCESS_READ, MADV_WILLNEED, PAGESIZE, mmap
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from packhorse.data.manifest import SplitCounts, read_manifest
+from packhorse.data.manifest import FileRecord, SplitCounts, read_manifest
 from packhorse.data.packs.packing import Packing
+from packhorse.errors import UserError
 
 Int64 = NDArray[np.int64]
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
@@ -70,22 +72,31 @@ def write_split(
     folder.mkdir(parents=True)
     kind = token_type(vocab_size)
     num_tokens = int(lengths.sum())
-    num_bytes = _write(folder / TOKENS_FILE, (piece.astype(kind, copy=False) for piece in ids))
-    num_masks = _write(folder / SUPERVISED_FILE, (piece.astype(np.uint8, copy=False) for piece in supervised))
+    files = {
+        TOKENS_FILE: write_pieces(folder / TOKENS_FILE, (piece.astype(kind, copy=False) for piece in ids)),
+        SUPERVISED_FILE: write_pieces(
+            folder / SUPERVISED_FILE, (piece.astype(np.uint8, copy=False) for piece in supervised)
+        ),
+    }
+    num_bytes, num_masks = files[TOKENS_FILE].bytes, files[SUPERVISED_FILE].bytes
     if (num_bytes, num_masks) != (num_tokens * np.dtype(kind).itemsize, num_tokens):
         raise ValueError(f"{num_tokens} tokens by length, {num_bytes} bytes of ids, {num_masks} masks")
     if rows is not None:
-        _write(folder / ROWS_FILE, rows)
-    _save(folder / DOCUMENTS_FILE, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
-    _save(folder / PACKS_FILE, packing.order)
-    _save(folder / PACK_OFFSETS_FILE, packing.offsets)
-    _save(folder / PACK_FIGURES_FILE, _figures(packing, lengths, labels))
+        files[ROWS_FILE] = write_pieces(folder / ROWS_FILE, rows)
+    arrays = {
+        DOCUMENTS_FILE: np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        PACKS_FILE: packing.order,
+        PACK_OFFSETS_FILE: packing.offsets,
+        PACK_FIGURES_FILE: _figures(packing, lengths, labels),
+    }
+    files |= {name: _save(folder / name, values) for name, values in arrays.items()}
     return SplitCounts(
         num_rows=len(lengths),
         num_tokens=num_tokens,
         num_supervised_tokens=int(labels.sum()),
         num_packs=packing.num_packs,
         fill=num_tokens / (packing.num_packs * length_tokens) if packing.num_packs else 0.0,
+        files=files,
     )
 
 
@@ -179,6 +190,7 @@ def open_store(folder: Path, split: str, unsealed: bool = False) -> PackStore:
     Raises:
         FileNotFoundError: The folder is not complete, or has no such split.
         ValueError: The test split, which stays sealed.
+        UserError: A file is not what was written there.
     """
     if split == SEALED_SPLIT and not unsealed:
         raise ValueError(f"the {split} split in {folder} is sealed; data.seal opens it, and counts that")
@@ -211,26 +223,51 @@ def _ids(pages: mmap, vocab_size: int) -> Ids:
 
 
 def _mapped(file: Path) -> Int64:
-    # A plain array over the same pages: numpy's memmap class makes every slice ten times slower.
-    return np.asarray(np.load(file, mmap_mode="r"))
+    try:
+        # A plain array over the same pages: numpy's memmap class makes every slice ten times slower.
+        return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+    except (ValueError, EOFError) as error:
+        raise UserError(
+            f"{file} is no array of numbers: {error}.",
+            "something else was put in its place, or it was cut short.",
+            f"remove {file.parent.parent}, and prepare it again: packhorse prepare RECIPE.",
+        ) from error
 
 
-def _write(file: Path, pieces: Iterable[NDArray[Any] | bytes]) -> int:
-    """Write the pieces one after another, wait until they are on disk, and return their bytes."""
-    num_bytes = 0
-    with file.open("wb", buffering=BUFFER_BYTES) as out:
+class _Hashing:
+    """A file that is hashed as it is written: nothing has to be read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+
+    def write(self, piece: Any) -> int:  # noqa: ANN401  # bytes, or an array's memory
+        self._digest.update(piece)
+        self._num_bytes += (written := self._file.write(piece))
+        return written
+
+    def finish(self) -> FileRecord:
+        """Wait until all is on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return FileRecord(bytes=self._num_bytes, sha256=self._digest.hexdigest())
+
+
+def write_pieces(file: Path, pieces: Iterable[NDArray[Any] | bytes]) -> FileRecord:
+    """Write the pieces one after another; they are on disk when this returns."""
+    with file.open("wb", buffering=BUFFER_BYTES) as opened:
+        out = _Hashing(opened)
         for piece in pieces:
-            num_bytes += out.write(np.ascontiguousarray(piece).data if isinstance(piece, np.ndarray) else piece)
-        out.flush()
-        os.fsync(out.fileno())
-    return num_bytes
+            out.write(np.ascontiguousarray(piece).data if isinstance(piece, np.ndarray) else piece)
+        return out.finish()
 
 
-def _save(file: Path, values: Int64) -> None:
-    with file.open("wb") as out:
+def _save(file: Path, values: Int64) -> FileRecord:
+    with file.open("wb") as opened:
+        out = _Hashing(opened)
         np.save(out, values)
-        out.flush()
-        os.fsync(out.fileno())
+        return out.finish()
 
 
 def _figures(packing: Packing, lengths: Int64, labels: Int64) -> Int64:

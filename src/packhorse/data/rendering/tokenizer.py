@@ -59,9 +59,16 @@ def pieces_before(
 
 
 def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    _refuse_files_elsewhere(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken tokenizer.json raises exactly this type
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the tokenizer in {folder} brings Python code of its own, and model.trust_remote_code is false.",
+                "that code could do anything that you may do on this machine.",
+                "read it, then set model.trust_remote_code: true; or name another folder in model.tokenizer.",
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the tokenizer in {folder} cannot be loaded: {reason}",
@@ -75,6 +82,27 @@ def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
             "convert it to tokenizer.json (tokenizers library) and name that folder in model.tokenizer.",
         )
     return tokenizer
+
+
+def _refuse_files_elsewhere(folder: Path) -> None:
+    """A configuration may name the vocabulary's file: of a file elsewhere, a copy would be saved with the result."""
+    try:
+        fields = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # absent, or refused by whoever reads it
+    named = fields.items() if isinstance(fields, dict) else ()
+    for key, value in named:
+        if not key.endswith("_file") or not isinstance(value, str):
+            continue
+        here = (folder / value).absolute()
+        is_inside = here.is_file() and ".." not in here.parts and here.is_relative_to(folder.absolute())
+        # What was left over from where it was saved, and is nowhere on this machine, does no harm.
+        if not is_inside and (here.is_file() or Path(value).is_file()):
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'} says that {key} is {value}, a file outside that folder.",
+                "it would be read as a vocabulary, and published with the result, whatever is in it.",
+                f"take {key} out of tokenizer_config.json, or use another tokenizer.",
+            )
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str], folder: Path) -> None:

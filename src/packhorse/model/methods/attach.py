@@ -10,6 +10,7 @@ prompt_tuning, prefix_tuning
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -91,6 +92,16 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     _module("saved").load_adapter(model, folder)
 
 
+def stored_adapter(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Each trained parameter of a model from `attach` with what a saved adapter holds for it, on the CPU.
+
+    Raises:
+        UserError: The folder holds another adapter.
+    """
+    pairs: list[tuple[nn.Parameter, torch.Tensor]] = _module("saved").stored_adapter(model, folder)
+    return pairs
+
+
 def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """Puts a finished adapter on its base, to be evaluated.
 
@@ -107,17 +118,19 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def save_adapter(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, for_base: bool) -> None:
-    """Writes an adapter in peft's form.
+def adapter_writer(model: nn.Module, weights: dict[str, torch.Tensor], for_base: bool) -> Callable[[Path], None]:
+    """What writes an adapter in peft's form into a folder, which it makes if it is absent.
+
+    The model's parameters are looked at now, not when it writes: then they may be in the middle of a step.
 
     Args:
         model: From `attach`.
         weights: Whole tensors of the trained parameters, by the model's names.
-        folder: Where to; made if absent.
         for_base: Where the method changed the base at the start (PiSSA, OLoRA), write an adapter of twice the rank
             that stands on the unchanged base; else what is trained, as it is.
     """
-    _module("saved").save_adapter(model, weights, folder, for_base)
+    writer: Callable[[Path], None] = _module("saved").adapter_writer(model, weights, for_base)
+    return writer
 
 
 def _module(name: str) -> ModuleType:

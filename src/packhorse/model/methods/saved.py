@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,26 +21,36 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PROMPT: Final = f"prompt_encoder.{ADAPTER}.embedding.weight"
 
 
-def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path, for_base: bool) -> None:  # noqa: ANN401
-    """See `attach.save_adapter`."""
-    folder.mkdir(parents=True, exist_ok=True)
+def adapter_writer(model: Any, weights: dict[str, Tensor], for_base: bool) -> Callable[[Path], None]:  # noqa: ANN401
+    """See `attach.adapter_writer`."""
     config = copy.deepcopy(model.peft_config[ADAPTER])
     initial = getattr(model, "initial_adapter", None)
     if for_base and initial is not None:
         weights = _minus_initial(weights, initial)
         _double_rank(config)
-    # Copies: a file has no room for two names of one tensor.
-    tensors = {
-        name: value.clone(memory_format=torch.contiguous_format) for name, value in _peft_form(model, weights).items()
-    }
-    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
-    model.create_or_update_model_card(str(folder))
     config.inference_mode = True
-    config.save_pretrained(str(folder))
+    named = _peft_form(model, weights)
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Copies: a file has no room for two names of one tensor.
+        tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in named.items()}
+        save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+        model.create_or_update_model_card(str(folder))
+        config.save_pretrained(str(folder))
+
+    return write
 
 
 def load_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401
     """See `attach.load_adapter`."""
+    for parameter, value in stored_adapter(model, folder):
+        assign(parameter, value)  # wherever the engine has put it
+
+
+def stored_adapter(model: Any, folder: Path) -> list[tuple[nn.Parameter, Tensor]]:  # noqa: ANN401
+    """See `attach.stored_adapter`."""
+    _require_safetensors(folder)
     stored = load_peft_weights(str(folder), device="cpu")
     held = {name: value for name, value in model.named_parameters() if value.requires_grad}
     named = _peft_form(model, held)
@@ -50,18 +61,27 @@ def load_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401
             "training can only go on from what the same method wrote.",
             "resume with the recipe that the run began with, or train under another name.",
         )
-    own = {id(parameter) for parameter in held.values()}
-    assert all(id(parameter) in own for parameter in named.values())
-    for name, parameter in named.items():
-        assign(parameter, stored[name])  # wherever the engine has put it
+    own = {id(parameter): parameter for parameter in held.values()}
+    return [(own[id(parameter)], stored[name]) for name, parameter in named.items()]
 
 
 def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """See `attach.with_adapter`."""
+    _require_safetensors(folder)
     adapted: nn.Module = PeftModel.from_pretrained(model, str(folder))
     if adapted.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
         answer_with_prompt(adapted)
     return adapted
+
+
+def _require_safetensors(folder: Path) -> None:
+    # peft would go on to adapter_model.bin, a pickle.
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise UserError(
+            f"{folder} holds no {WEIGHTS_FILE}.",
+            "only safetensors are read: a pickle runs code when it is opened.",
+            "put the file back; `packhorse verify RUN` says what else is missing.",
+        )
 
 
 def _peft_form(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ANN401

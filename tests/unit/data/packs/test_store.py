@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,11 @@ def test_masks_may_be_bool_and_rows_may_come_in_blocks(tmp_path: Path) -> None:
     )
     assert np.fromfile(tmp_path / "train" / "supervised.bin", np.uint8).tolist() == [0, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1]
     assert (tmp_path / "train" / "rows.jsonl").read_text().splitlines()[2] == '{"where": "c"}'
-    assert counts.model_dump() == {
+    for name, record in counts.files.items():
+        content = (tmp_path / "train" / name).read_bytes()
+        assert (record.bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest()), name
+    assert counts.files.keys() == {path.name for path in (tmp_path / "train").iterdir()}
+    assert counts.model_dump(exclude={"files"}) == {
         "num_rows": 4,
         "num_tokens": 11,
         "num_supervised_tokens": 5,

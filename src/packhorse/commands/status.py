@@ -1,0 +1,125 @@
+"""`packhorse status RUN`: where a run stands, what its attempts cost, and what was lost; imports no torch."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from packhorse.commands.plan import pairs
+from packhorse.errors import EXIT_OK
+from packhorse.launching.lock import holder
+from packhorse.launching.run_folder import open_run, relative
+from packhorse.launching.verdict import newest_step, where
+from packhorse.record.attempts import AttemptRecord, lost_steps, made_steps, read_attempts
+from packhorse.record.heartbeat import Heartbeat, read_heartbeats
+from packhorse.record.processes import process
+from packhorse.record.status import Status, read_status
+from packhorse.track.meter import Figures
+from packhorse.track.sinks import METRICS_FILE, read_metrics
+
+LIVES_SECONDS = 60.0
+"""A rank on another host lives if its heartbeat is not older."""
+ELAPSED = "time/elapsed_seconds"
+
+
+def status(run: str) -> int:
+    """Shows a run's state, its attempts and its last figures.
+
+    Raises:
+        UserError: There is no such run.
+    """
+    console = Console()
+    folder = Path(open_run(run).run_folder)
+    now = read_status(folder)
+    attempts = read_attempts(folder)
+    beats = read_heartbeats(folder / "logs" / f"attempt-{attempts[-1].attempt}") if attempts else []
+    runs = any(_lives(beat) for beat in beats)
+    figures = list(read_metrics(folder / METRICS_FILE))
+    lines = [("run", relative(folder))]
+    if now is not None:
+        lines += _state(now, beats, runs or _is_held(folder))
+    checkpoint = newest_step(folder)
+    lines += [("checkpoint", f"step {checkpoint:,} is the newest complete one" if checkpoint else "none yet")]
+    if attempts:
+        finished = now is not None and now.state == "finished"
+        reached = max((beat.step for beat in beats), default=0) if runs or finished else checkpoint
+        lines += [("attempts", _attempt(attempt, runs and attempt is attempts[-1])) for attempt in attempts]
+        lines += _lost(attempts, figures, reached, time.time() if runs else attempts[-1].ended_at)
+    latest: Figures = {}
+    for line in figures:
+        latest |= line
+    lines += [(name, _figure(value)) for name, value in latest.items() if name != "step"]
+    console.print(pairs(lines))
+    return EXIT_OK
+
+
+def _state(now: Status, beats: Sequence[Heartbeat], runs: bool) -> list[tuple[str, str]]:
+    state = now.state
+    if now.state in ("starting", "training") and not runs:
+        last = max(beats, key=lambda beat: beat.at, default=None)
+        since = f" at {_clock(last.at)}, rank {last.rank} in {where(last)}" if last else ""
+        state_text = f"ended without a word (killed){since}; `packhorse train RUN --resume` goes on"
+    else:
+        state_text = state + (f": {now.message}" if now.message else "")
+    lines = [("state", state_text), ("progress", f"step {now.step:,} of {now.num_steps:,}, attempt {now.attempt}")]
+    return [*lines, ("updated", f"{now.updated_at} by process {now.pid} on {now.host}")]
+
+
+def _lives(beat: Heartbeat) -> bool:
+    if beat.phase == "end":
+        return False
+    if beat.host == socket.gethostname():
+        return process(beat.pid) is not None
+    return time.time() - beat.at < LIVES_SECONDS
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a launcher runs it, between two attempts for example."""
+    found = holder(folder)
+    return found is not None and (found["host"] != socket.gethostname() or process(int(str(found["pid"]))) is not None)
+
+
+def _attempt(attempt: AttemptRecord, runs: bool) -> str:
+    steps = f"{attempt.attempt}: steps {attempt.first_step:,} to {attempt.last_step:,}"
+    if runs:
+        return f"{steps}, runs since {_clock(attempt.started_at)}"
+    said = f": {attempt.message.splitlines()[0]}" if attempt.message and attempt.message != attempt.outcome else ""
+    return f"{steps} in {attempt.ended_at - attempt.started_at:,.0f} s, {attempt.outcome}{said}"
+
+
+def _lost(
+    attempts: Sequence[AttemptRecord], figures: Sequence[Figures], reached: int, until: float
+) -> list[tuple[str, str]]:
+    """What was made more than once, and the effective training time ratio (ETTR).
+
+    The share of what was spent that counts: of the steps made, those that the run stands on; of the time since its
+    first start, the time in them ("effective training time", The Llama 3 Herd of Models, arXiv 2407.21783, 3.3.4;
+    ETTR in ByteRobust, arXiv 2509.16293).
+    """
+    made, again = made_steps(attempts), lost_steps(attempts, reached)
+    if made == 0:
+        return []
+    per_step = _mean(figures, "speed/step_seconds")
+    lines = [("lost", f"{again:,} of {made:,} steps were made in vain or twice, about {again * per_step:,.0f} s")]
+    wall = until - attempts[0].started_at
+    effective = max((line[ELAPSED] for line in figures if ELAPSED in line and line["step"] <= reached), default=0.0)
+    of_time = f"; {effective / wall:.1%} of the {wall:,.0f} s since the first start, pauses too" if wall > 0 else ""
+    return [*lines, ("ETTR", f"{1 - again / made:.1%} of the steps count{of_time} (effective training time ratio)")]
+
+
+def _mean(figures: Sequence[Figures], name: str) -> float:
+    values = [line[name] for line in figures if name in line]
+    return sum(values) / len(values) if values else 0.0
+
+
+def _clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.6g}" if isinstance(value, (int, float)) else str(value)

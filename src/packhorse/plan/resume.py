@@ -1,0 +1,164 @@
+"""Going on with a run elsewhere: other processes, another engine, smaller passes; the maths stay as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from packhorse.durable import disk_error, sync_to_disk
+from packhorse.errors import UserError
+from packhorse.plan.command import deepspeed_config, launch_argv
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.less_memory import smaller_micro
+from packhorse.plan.make import plan_on
+from packhorse.plan.run_plan import PLAN_FILE, Decision, RunPlan, Topology
+from packhorse.plan.topology import Ask, choose_topology, with_mesh
+from packhorse.recipe.layers import parse_override
+from packhorse.recipe.load import override_recipe
+from packhorse.recipe.schema import Recipe
+
+MAY_CHANGE: Final = ("parallel", "batch.micro", "recovery", "checkpoint", "track")
+"""Fields and sections that no weight of the result depends on, but for rounding."""
+DECISION: Final = "resume"
+
+
+def replan(plan: RunPlan, overrides: Sequence[str], ask: Ask, here: Hardware, attempt: int) -> RunPlan:
+    """The plan with another system side: same data, same packs in each step, same number of steps.
+
+    Args:
+        plan: As the run went so far.
+        overrides: Of fields in `MAY_CHANGE`.
+        ask: GPUs and nodes that the command line asks for; none: as before.
+        here: This machine.
+        attempt: Number of the last attempt.
+
+    Returns:
+        The new plan, which says what changed; the very same one where nothing does.
+
+    Raises:
+        UserError: An override would change what is learned; or the processes cannot share the batch, or do not go with
+            the engine, the method or the optimizer.
+    """
+    _refuse_other_maths(overrides, plan)
+    recipe = override_recipe(plan.recipe, overrides) if overrides else plan.recipe
+    topology, processes = _place(plan, recipe, overrides, ask, here)
+    changes = [*_differences(plan.recipe, recipe), *_moved(plan.topology, topology)]
+    if not changes:
+        return plan
+    made = plan_on(recipe, topology, processes, plan.data)
+    said = Decision(
+        name=DECISION,
+        value=f"{topology.engine}, {topology.world_size} process{'es' * (topology.world_size > 1)}",
+        reason=f"after attempt {attempt}: {', '.join(changes)}",
+    )
+    folder = Path(plan.run_folder)
+    own = {"run_folder": plan.run_folder, "base_model": plan.base_model, "argv": launch_argv(topology, folder)}
+    return made.model_copy(update={**own, "decisions": (*made.decisions, *_said_before(plan), said)})
+
+
+def with_smaller_micro(plan: RunPlan) -> RunPlan | None:
+    """The plan with half as many packs in a pass and twice the passes: less memory, the same maths.
+
+    None where passes cannot be made smaller: they hold one pack, or each weight is stepped in the only one.
+    """
+    batch, share = plan.batch, plan.batch.micro_packs * plan.batch.accumulation_steps
+    micro = smaller_micro(plan)
+    if micro is None or plan.recipe.optimizer.in_backward:
+        return None
+    smaller = batch.model_copy(update={"micro_packs": micro, "accumulation_steps": share // micro})
+    recipe = plan.recipe.model_copy(update={"batch": plan.recipe.batch.model_copy(update={"micro": micro})})
+    value = f"{micro} packs a pass, {share // micro} passes a step"
+    reason = f"{batch.micro_packs} packs a pass ran out of memory"
+    return plan.model_copy(
+        update={
+            "recipe": recipe,
+            "batch": smaller,
+            "deepspeed": deepspeed_config(recipe, plan.topology, smaller),
+            "decisions": tuple(
+                Decision(name=each.name, value=value, reason=reason) if each.name == "batch.micro" else each
+                for each in plan.decisions
+            ),
+        }
+    )
+
+
+def replace_plan(plan: RunPlan) -> Path:
+    """Puts the plan in the place of RUN/plan.json, in one move; the earlier one is kept as plan-1.json, plan-2.json …
+
+    Returns:
+        Where the earlier one is kept.
+
+    Raises:
+        UserError: The folder cannot be written; the earlier plan stands.
+    """
+    folder = Path(plan.run_folder)
+    number = 1
+    while (kept := folder / f"plan-{number}.json").exists():
+        number += 1
+    _write(kept, (folder / PLAN_FILE).read_text(encoding="utf-8"))
+    _write(folder / PLAN_FILE, plan.model_dump_json(indent=2) + "\n")
+    return kept
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        sync_to_disk(draft)
+        draft.replace(path)
+        sync_to_disk(path.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+
+
+def _refuse_other_maths(overrides: Sequence[str], plan: RunPlan) -> None:
+    for text in overrides:
+        key = ".".join(parse_override(text).keys)
+        if not any(key == field or key.startswith(f"{field}.") for field in MAY_CHANGE):
+            raise UserError(
+                f"--resume came with {text}.",
+                f"a run goes on with the maths that it began with; {', '.join(MAY_CHANGE)} may change.",
+                f"leave it out, or train the recipe under another name than {plan.recipe.name}.",
+            )
+
+
+def _place(
+    plan: RunPlan, recipe: Recipe, overrides: Sequence[str], ask: Ask, here: Hardware
+) -> tuple[Topology, Decision]:
+    """As before, unless the command line speaks of processes: `auto` may mean other ones on another machine."""
+    keys = {parse_override(text).keys for text in overrides}
+    if ask.gpus is not None or ("parallel", "processes") in keys:
+        return choose_topology(recipe.parallel, ask, here)
+    same = plan.topology.model_copy(update={"engine": recipe.parallel.engine})
+    why = next(decision for decision in plan.decisions if decision.name == "processes")
+    return with_mesh(recipe.parallel, same), why
+
+
+def _differences(before: Recipe, after: Recipe) -> Iterator[str]:
+    old, new = dict(_leaves(before.model_dump())), dict(_leaves(after.model_dump()))
+    for key, value in old.items():
+        if value != new[key] and key != "parallel.processes":  # told by the number of processes
+            yield f"{key} {value} -> {new[key]}"
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _moved(before: Topology, after: Topology) -> Iterator[str]:
+    if before.world_size != after.world_size:
+        yield f"processes {before.world_size} -> {after.world_size}"
+    if before.num_nodes != after.num_nodes:
+        yield f"nodes {before.num_nodes} -> {after.num_nodes}"
+    if before.device != after.device:
+        yield f"device {before.device} -> {after.device}"
+
+
+def _said_before(plan: RunPlan) -> list[Decision]:
+    return [decision for decision in plan.decisions if decision.name == DECISION]

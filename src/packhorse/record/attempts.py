@@ -1,0 +1,185 @@
+"""attempts.jsonl: a line for each attempt to run a plan, and what became of the steps that were made more than once.
+
+The launcher appends a line when an attempt has ended. One that was killed together with its launcher has none: it is
+told from its ranks' heartbeats, and the next launch writes it down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from packhorse.errors import (
+    EXIT_DISK,
+    EXIT_LOST,
+    EXIT_MEMORY,
+    EXIT_NOT_FINITE,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+)
+from packhorse.masking import mask
+from packhorse.plan.run_plan import PlanPart
+from packhorse.record.heartbeat import read_heartbeats
+from packhorse.record.rank_records import left_others, read_records
+
+ATTEMPTS_FILE = "attempts.jsonl"
+BEGAN_FILE = "began.json"
+
+Ended = Literal[
+    "finished",
+    "stopped",
+    "killed",
+    "lost",
+    "failed",
+    "refused",
+    "not finite",
+    "out of memory",
+    "disk",
+    "rewound",
+    "shrunk",
+]
+BY_CODE: dict[int, Ended] = {
+    EXIT_OK: "finished",
+    EXIT_STOPPED: "stopped",
+    EXIT_LOST: "lost",
+    EXIT_USER_ERROR: "refused",
+    EXIT_NOT_FINITE: "not finite",
+    EXIT_MEMORY: "out of memory",
+    EXIT_DISK: "disk",
+}
+BY_REQUEST: dict[str, Ended] = {"rewind": "rewound", "shrink": "shrunk"}
+
+
+class AttemptRecord(PlanPart):
+    """One attempt; times in Unix seconds."""
+
+    attempt: int
+    started_at: float
+    ended_at: float
+    first_step: int
+    """Optimizer steps done when it began."""
+    last_step: int
+    """And when it ended."""
+    outcome: Ended
+    message: str = ""
+
+
+def outcome_of(exit_code: int, again: str | None) -> Ended:
+    """The word for how an attempt ended: by what its ranks ask for, else by its exit code."""
+    return BY_REQUEST[again] if again else BY_CODE.get(exit_code, "failed")
+
+
+def begin_attempt(logs: Path, now: float) -> None:
+    """Writes when an attempt began into its log folder."""
+    (logs / BEGAN_FILE).write_text(json.dumps({"started_at": now}) + "\n", encoding="utf-8")
+
+
+def steps_of(logs: Path) -> tuple[int, int]:
+    """Optimizer steps done when an attempt began and when it ended, as its ranks' heartbeats say."""
+    beats = read_heartbeats(logs)
+    first = max((beat.first_step or 0 for beat in beats), default=0)
+    return first, max((beat.step for beat in beats), default=0)
+
+
+def end_attempt(run_folder: Path, attempt: int, outcome: Ended, message: str, now: float) -> None:
+    """Appends the line of an attempt that has ended, and waits until it is on disk."""
+    logs = run_folder / "logs" / f"attempt-{attempt}"
+    first, last = steps_of(logs)
+    record = AttemptRecord(
+        attempt=attempt,
+        started_at=_started_at(logs),
+        ended_at=now,
+        first_step=first,
+        last_step=last,
+        outcome=outcome,
+        message=mask(message),
+    )
+    _append(run_folder, record)
+
+
+def read_attempts(run_folder: Path) -> list[AttemptRecord]:
+    """All attempts in order; those without a line as far as their heartbeats tell."""
+    written = {record.attempt: record for record in _lines(run_folder)}
+    numbers = {int(path.name.removeprefix("attempt-")): path for path in (run_folder / "logs").glob("attempt-*")}
+    told = {number: _from_heartbeats(number, logs) for number, logs in numbers.items() if number not in written}
+    both = written | told
+    return [both[number] for number in sorted(both)]
+
+
+def settle_attempts(run_folder: Path) -> None:
+    """Writes down the attempts that have no line; called by the one that holds the run's lock."""
+    written = {record.attempt for record in _lines(run_folder)}
+    for record in read_attempts(run_folder):
+        if record.attempt not in written:
+            _append(run_folder, record)
+
+
+def lost_steps(attempts: Sequence[AttemptRecord], good_step: int) -> int:
+    """Steps that were made and had to be made again, or have to be.
+
+    Args:
+        attempts: All of a run, in order.
+        good_step: Where the run stands: the step that it would go on from, or has reached.
+    """
+    made = [attempt for attempt in attempts if attempt.last_step > attempt.first_step]
+    began = [attempt.first_step for attempt in made[1:]] + [good_step]
+    return sum(max(0, attempt.last_step - goes_on) for attempt, goes_on in zip(made, began, strict=False))
+
+
+def made_steps(attempts: Sequence[AttemptRecord]) -> int:
+    """Steps that were made, each as often as it was."""
+    return sum(attempt.last_step - attempt.first_step for attempt in attempts)
+
+
+def _append(run_folder: Path, record: AttemptRecord) -> None:
+    with (run_folder / ATTEMPTS_FILE).open("ab+") as file:
+        # After a power cut the last line may be torn: what follows must not be torn with it.
+        if file.tell() and not _ends_a_line(run_folder / ATTEMPTS_FILE):
+            file.write(b"\n")
+        file.write(record.model_dump_json().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _lines(run_folder: Path) -> list[AttemptRecord]:
+    file = run_folder / ATTEMPTS_FILE
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            found.append(AttemptRecord.model_validate_json(line))
+        except ValueError:  # torn
+            continue
+    return found
+
+
+def _from_heartbeats(attempt: int, logs: Path) -> AttemptRecord:
+    first, last = steps_of(logs)
+    started = _started_at(logs)
+    records = read_records(logs)  # of a launch that no launcher of ours watched
+    how = next((record for record in records if left_others(record)), records[0] if records else None)
+    return AttemptRecord(
+        attempt=attempt,
+        started_at=started,
+        ended_at=max((beat.at for beat in read_heartbeats(logs)), default=started),
+        first_step=first,
+        last_step=last,
+        outcome=outcome_of(how["exit_code"], how.get("again")) if how else "killed",
+        message=how["message"] if how else "ended together with its launcher",
+    )
+
+
+def _started_at(logs: Path) -> float:
+    try:
+        return float(json.loads((logs / BEGAN_FILE).read_text(encoding="utf-8"))["started_at"])
+    except (OSError, ValueError, KeyError):
+        return logs.stat().st_mtime

@@ -1,0 +1,111 @@
+"""The ranks of a plan, forked from a process that has imported all: a launch without the seconds that this takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing as mp
+import os
+import socket
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from cli import INJECTED, PACKHORSE
+from packhorse.commands.train import write_run
+from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
+from packhorse.plan.run_plan import RunPlan, read_plan
+
+IMPORTED = ["deepspeed", "packhorse.train.worker"]
+SECONDS, GRACE_SECONDS = 120.0, 5.0
+
+
+def planned(recipe: Path, name: str, *words: str) -> Path:
+    """A run folder as `packhorse plan --write` makes it; its runs stand beside the recipe."""
+    runs = recipe.parent / "runs"
+    write_run(str(recipe), [f"name={name}", f"runs_folder={runs}", *words], None, None)
+    return runs / name
+
+
+def run_ranks(run: Path, fault: str = "", attempt: int = 1) -> list[dict[str, Any]]:
+    """Runs every rank of a plan once; what each left in rank-R.json, in order.
+
+    A rank that waits for one that has ended is ended too, as the launcher would do, and leaves nothing.
+    """
+    plan = read_plan(run)
+    context = mp.get_context("forkserver")
+    with mock.patch.dict(os.environ, plan.env):
+        context.set_forkserver_preload(IMPORTED)
+        variables = _variables(plan) | {"PACKHORSE_ATTEMPT": str(attempt)}
+        arguments = [
+            (rank, run, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, fault) for rank in _all(plan)
+        ]
+        ranks = [context.Process(target=_rank, args=each) for each in arguments]
+        for rank in ranks:
+            rank.start()
+    _wait(ranks)
+    records = [run / "logs" / f"attempt-{attempt}" / f"rank-{rank}.json" for rank in _all(plan)]
+    return [json.loads(record.read_text(encoding="utf-8")) for record in records if record.is_file()]
+
+
+def _all(plan: RunPlan) -> range:
+    return range(plan.topology.world_size)
+
+
+def _variables(plan: RunPlan) -> dict[str, str]:
+    """What `accelerate launch` would set, by its own hand, and what its agent adds."""
+    told: dict[str, str] = {}
+    with mock.patch("torch.distributed.run.run", side_effect=lambda _: told.update(os.environ)):
+        launch_command(launch_command_parser().parse_args(list(plan.argv[2:])))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = str(plan.topology.world_size)
+    agent = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # As our launcher has it: where DeepSpeed's C++ parts are built, and with which ninja.
+    ours = {FOLDER_VARIABLE: str(extensions_folder()), "PATH": f"{PACKHORSE.parent}{os.pathsep}{os.environ['PATH']}"}
+    return {**told, **plan.env, **agent, **ours, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    log = (run / f"rank-{rank}.log").open("a", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log.fileno(), stream.fileno())
+    from packhorse.train import loop
+    from packhorse.train.signals import StopRequest
+    from packhorse.train.worker import run_worker
+
+    if fault:
+        _injected().Fault(fault, None).install(loop)
+    signals = StopRequest()
+    signals.install()
+    sys.exit(run_worker(run / "plan.json", signals))
+
+
+def _injected() -> Any:
+    spec = importlib.util.spec_from_file_location("injected", INJECTED / "sitecustomize.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _wait(ranks: list[BaseProcess]) -> None:
+    end = time.monotonic() + SECONDS
+    while any(rank.is_alive() for rank in ranks):
+        if any(rank.exitcode for rank in ranks):
+            end = min(end, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > end:
+            break
+        time.sleep(0.02)
+    for rank in ranks:
+        rank.kill()
+        rank.join()

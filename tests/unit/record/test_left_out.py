@@ -1,0 +1,36 @@
+"""The steps that are left out are read as they were written, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from packhorse.errors import UserError
+from packhorse.record import left_out
+from packhorse.record.left_out import LEFT_OUT_FILE, read_left_out, write_left_out
+
+
+def test_what_is_written_is_read_in_order(tmp_path: Path) -> None:
+    assert read_left_out(tmp_path) == {}
+    write_left_out(tmp_path, {12: "the loss is nan", 3: "a spike"})
+    assert list(read_left_out(tmp_path).items()) == [(3, "a spike"), (12, "the loss is nan")]
+
+
+def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_left_out(tmp_path, {3: "a spike"})
+
+    def broken(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(left_out, "sync_to_disk", broken)
+    with pytest.raises(OSError, match="No space left"):
+        write_left_out(tmp_path, {3: "a spike", 4: "another"})
+    assert read_left_out(tmp_path) == {3: "a spike"}
+
+
+@pytest.mark.parametrize("text", ["", "[{]", '{"step": 3}', '[{"step": "x", "why": ""}]', '[{"why": "a spike"}]'])
+def test_a_damaged_file_is_refused_as_nobody_knows_what_the_run_has_left_out(tmp_path: Path, text: str) -> None:
+    (tmp_path / LEFT_OUT_FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=LEFT_OUT_FILE):
+        read_left_out(tmp_path)

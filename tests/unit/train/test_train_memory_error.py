@@ -1,0 +1,82 @@
+"""An allocator's error becomes what was computed, the rows' lengths and a change that helps; other errors do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from packhorse.data.packs.loader import MicroBatch, lay_out
+from packhorse.errors import EXIT_MEMORY
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.make import make_plan
+from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.topology import Ask
+from packhorse.recipe.schema import Recipe
+from packhorse.record.heartbeat import Heartbeat
+from packhorse.train.another_attempt import AnotherAttempt
+from packhorse.train.memory_error import is_out_of_memory, memory_error, noting
+from tiny import TINY
+
+GPU_SAYS = "CUDA out of memory. Tried to allocate 20.00 GiB."
+LAST = Heartbeat(rank=3, pid=1, host="h", phase="backward", step=6, since=0.0, at=0.0)
+
+
+def plan(micro: int, on_oom: str) -> RunPlan:
+    sections: dict[str, Any] = {"batch": {"length": 256, "packs": 8, "micro": micro}, "recovery": {"on_oom": on_oom}}
+    return make_plan(Recipe.model_validate(TINY | sections), Ask(), Hardware(num_cores=2, gpus=()), None)
+
+
+def micro_batch(*lengths: int) -> MicroBatch:
+    parts = [torch.arange(length).numpy() for length in lengths]
+    return lay_out(parts, [part * 0 + 1 for part in parts])
+
+
+def caught(error: RuntimeError, batch: MicroBatch) -> RuntimeError:
+    with pytest.raises(RuntimeError) as found, noting(batch, 2, 4):
+        raise error
+    return found.value
+
+
+def test_it_says_where_what_and_the_smallest_change() -> None:
+    error = caught(torch.OutOfMemoryError(GPU_SAYS + "\nstate of the allocator"), micro_batch(7, 200, 30))
+    told = memory_error(plan(2, "stop"), LAST, error)
+    assert told.exit_code == EXIT_MEMORY
+    assert not isinstance(told, AnotherAttempt)
+    (mistake,) = told.mistakes
+    assert mistake.fact == (
+        "rank 3 ran out of memory at step 7, phase backward, micro-batch 2 of 4: 237 tokens in 3 rows (200, 30, 7)."
+    )
+    assert mistake.why == GPU_SAYS
+    assert mistake.fix.startswith("set batch.micro to 1: 8 passes a step")
+
+
+@pytest.mark.parametrize(("micro", "again"), [(2, True), (1, False)])
+def test_it_asks_for_smaller_passes_while_there_are_some(micro: int, again: bool) -> None:
+    told = memory_error(plan(micro, "shrink"), LAST, torch.OutOfMemoryError(GPU_SAYS))
+    assert told.exit_code == EXIT_MEMORY
+    assert isinstance(told, AnotherAttempt) == again
+    assert ("goes on with batch.micro 1" if again else "set parallel.checkpointing to true") in str(told)
+
+
+def test_the_host_s_allocator_has_no_class_and_is_known_by_its_words() -> None:
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(2**60)
+    assert is_out_of_memory(found.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("the reader ran out of memory of its own"),
+        MemoryError("out of memory"),
+        ValueError(GPU_SAYS),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=str,
+)
+def test_other_errors_that_speak_of_memory_stay_what_they_are(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+    if isinstance(error, RuntimeError):
+        assert not hasattr(caught(error, micro_batch(5)), "__notes__")

@@ -1,0 +1,164 @@
+"""What follows from a step's numbers, without a launch: engines and ranks are in tests/faults/test_numbers.py."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from packhorse.data.packs.batches import BatchPlan
+from packhorse.data.packs.loader import PackLoader
+from packhorse.data.packs.store import open_store
+from packhorse.errors import EXIT_NOT_FINITE, EXIT_STOPPED, UserError
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.make import make_plan
+from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.topology import Ask
+from packhorse.recipe.schema import Recipe
+from packhorse.record.left_out import read_left_out, write_left_out
+from packhorse.train.another_attempt import AnotherAttempt
+from packhorse.train.engine import Engine
+from packhorse.train.numbers import Judgement, Numbers, Step, times_factor
+from prepared import write_prepared
+from tiny import TINY
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    yield Engine(accelerator, *accelerator.prepare(model, optimizer), 1.0, 1.0, None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def loader(tmp_path: Path) -> Iterator[PackLoader]:
+    documents: Any = [([1, 2, 3, number], [0, 1, 1, 1], {}) for number in range(8)]
+    store = open_store(write_prepared(tmp_path / "data", {"train": documents}), "train")
+    made = PackLoader(store, BatchPlan(store.pack_costs, 1, seed=0), 0, 1, accumulation_steps=1, device_pin=False)
+    yield made
+    made.close()
+
+
+def planned(folder: Path, **recovery: Any) -> RunPlan:
+    sections = {"recovery": recovery, "checkpoint": {"every_steps": 5, "keep_last": 3}}
+    plan = make_plan(Recipe.model_validate(TINY | sections), Ask(), Hardware(num_cores=2, gpus=()), None)
+    return plan.model_copy(update={"run_folder": str(folder)})
+
+
+def watch(folder: Path, engine: Engine, loader: PackLoader, **recovery: Any) -> Numbers:
+    return Numbers(planned(folder, **recovery), engine, loader, None, True, lambda: None)
+
+
+def step(loader: PackLoader, number: int, loss: float, norm: float = 1.0, bad_ranks: int = 0) -> Step:
+    batch = loader.step(0)
+    return Step(number, batch, [torch.tensor(loss)], loss * batch.num_supervised_tokens, norm, bad_ranks)
+
+
+def weights(engine: Engine) -> Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in engine.model.parameters()])
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_not_stepped(engine: Engine) -> None:
+    """A class of probability 0: its logit is -inf, the loss inf, and the gradient softmax minus target."""
+    before = weights(engine)
+    impossible = torch.tensor([0.0, 0.0, 0.0, -math.inf])
+    rows, targets = torch.randn(3, 4), torch.tensor([0, 1, 3])
+
+    def loss() -> Tensor:
+        return F.cross_entropy(engine.model(rows) + impossible, targets, reduction="sum")
+
+    loss().backward()
+    assert loss().isinf()
+    assert all(parameter.grad.isfinite().all() for parameter in engine.model.parameters())
+    engine.optimizer.zero_grad()
+
+    with engine.micro_step(is_last=True):
+        engine.backward(times_factor(loss(), 0.5))
+    assert math.isnan(engine.step())
+    assert engine.step_was_refused
+    assert torch.equal(weights(engine), before)
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+    assert not engine.optimizer.state
+
+
+def test_a_finite_loss_is_what_it_was(engine: Engine) -> None:
+    before = weights(engine)
+    loss = engine.model(torch.randn(3, 4)).pow(2).sum()
+    (ours,) = torch.autograd.grad(times_factor(loss, 1 / 3), [engine.model.weight], retain_graph=True)
+    (plain,) = torch.autograd.grad(loss * (1 / 3), [engine.model.weight])
+    assert torch.equal(ours, plain)
+    engine.backward(times_factor(engine.model(torch.randn(3, 4)).pow(2).sum(), 1 / 3))
+    assert math.isfinite(engine.step())
+    assert not engine.step_was_refused
+    assert not torch.equal(weights(engine), before)
+
+
+def test_a_spike_is_told_with_its_score_and_training_goes_on(
+    tmp_path: Path, engine: Engine, loader: PackLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = watch(tmp_path, engine, loader, on_spike="warn")
+    recent = [2.0, 2.1] * 16
+    assert numbers.judge(step(loader, 33, 2.3), recent) == Judgement()
+    with caplog.at_level(logging.WARNING):
+        judged = numbers.judge(step(loader, 34, 5.0), recent)
+    assert judged.learnt
+    assert judged.ends is None
+    assert judged.figures["recovery/spike_score"] > 8
+    assert "step 34: the loss is 5, " in caplog.text
+
+
+def test_a_rewind_takes_back_every_checkpoint_that_holds_its_steps(
+    tmp_path: Path, engine: Engine, loader: PackLoader
+) -> None:
+    for number in (25, 28, 29, 30, 33):
+        (tmp_path / "checkpoints" / f"step-{number:06d}").mkdir(parents=True)
+    numbers = watch(tmp_path, engine, loader, on_spike="rewind")
+    judged = numbers.judge(step(loader, 33, 5.0), [2.0, 2.1] * 16)
+    assert isinstance(judged.ends, AnotherAttempt)
+    assert (judged.ends.again, judged.ends.exit_code) == ("rewind", EXIT_STOPPED)
+    assert list(read_left_out(tmp_path)) == [29, 30, 31, 32, 33]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000025", "step-000028"]
+
+
+def test_a_rewind_too_many_takes_nothing_back(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
+    write_left_out(tmp_path, dict.fromkeys(range(1, 7), "a spike"))
+    (tmp_path / "checkpoints" / "step-000030").mkdir(parents=True)
+    numbers = watch(tmp_path, engine, loader, on_spike="rewind")
+    judged = numbers.judge(step(loader, 33, 5.0), [2.0, 2.1] * 16)
+    assert isinstance(judged.ends, UserError)
+    assert not isinstance(judged.ends, AnotherAttempt)
+    assert judged.ends.exit_code == EXIT_NOT_FINITE
+    assert "11 steps would be left out, and recovery.most_left_out is 10" in str(judged.ends)
+    assert len(read_left_out(tmp_path)) == 6
+    assert (tmp_path / "checkpoints" / "step-000030").is_dir()
+
+
+def test_ranks_that_do_not_agree_on_a_gradient_end_the_run(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
+    """Some have stepped, others not: leaving the step out would leave them with other weights."""
+    engine.step_was_refused = True
+    plan = planned(tmp_path, on_nonfinite="skip")
+    two = plan.topology.model_copy(update={"processes_per_node": 2})
+    numbers = Numbers(plan, engine, loader, None, True, lambda: None)
+    numbers._plan = plan.model_copy(update={"topology": two})
+    judged = numbers.judge(step(loader, 3, 2.0, math.nan, bad_ranks=1), [])
+    assert "1 of 2 ranks have left it out, the others have stepped" in str(judged.ends)
+    assert read_left_out(tmp_path) == {}
+
+
+def test_what_is_left_out_is_counted_up_to_a_step(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
+    write_left_out(tmp_path, {3: "a", 5: "b"})
+    numbers = watch(tmp_path, engine, loader)
+    assert [numbers.figures(number).get("recovery/left_out") for number in (2, 3, 4, 5, 6)] == [None, 1, 1, 2, 2]
