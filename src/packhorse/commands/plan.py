@@ -105,7 +105,7 @@ def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
         changes = changes_that_fit(wanted, case) if case is not None and not case.fits else []
         unknown = basis.reason if isinstance(basis, Unknown) else ""
         if wish.as_json:
-            _print_json(plan_value(made, case, unknown, changes, datetime.now()))
+            _print_json(plan_value(made, case, unknown, changes, _now()))
         else:
             vocab_size = manifest.vocab_size if manifest else None
             _show(console, made, vocab_size)
@@ -148,7 +148,7 @@ def _least(console: Console, wanted: Wanted, wish: Asked, manifest: DataManifest
         _print_json(least_value(found))
     else:
         console.print(least_table(found))
-        console.print(_assumed(basis), style="dim", highlight=False)
+        console.print(f"from {_assumed(basis)}", style="dim", highlight=False)
     return EXIT_OK
 
 
@@ -164,7 +164,7 @@ def _compare(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: 
         _print_json(ways_value(found, winner))
     else:
         console.print(ways_table(found, winner))
-        console.print(_assumed(basis), style="dim", highlight=False)
+        console.print(f"from {_assumed(basis)}", style="dim", highlight=False)
     return EXIT_OK
 
 
@@ -178,10 +178,8 @@ def _not_known(unknown: Unknown, recipe: Recipe) -> UserError:
 
 def _assumed(basis: Basis) -> str:
     if basis.packs.is_measured:
-        return f"from the {basis.packs.num_packs:,} packs of the prepared data; the speed is sure to about 30 %"
-    return (
-        "the data is not prepared: each pack is taken for one document, all supervised; the speed is sure to about 30 %"
-    )
+        return f"the {basis.packs.num_packs:,} packs of the prepared data"
+    return "the worst case, because the data is not prepared: each pack is one document, all supervised"
 
 
 def _diff(console: Console, before: RunPlan, after: RunPlan, as_json: bool) -> None:
@@ -281,8 +279,12 @@ def _show_costs(console: Console, case: Case | None, unknown: str, changes: Sequ
     elif not case.fits:
         console.print(f"nothing tried makes it fit; see packhorse plan RECIPE --gpus auto (asked: {gpus or 'here'})")
     console.print()
-    lines = [*storage_lines(case), *time_lines(case, datetime.now()), ("from", _assumed(case.basis))]
+    lines = [*storage_lines(case), *time_lines(case, _now()), ("from", _assumed(case.basis))]
     console.print(pairs(lines))
+
+
+def _now() -> datetime:
+    return datetime.now().astimezone()
 
 
 def _room(made: RunPlan, vocab_size: int | None) -> str:

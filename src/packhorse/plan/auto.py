@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from packhorse.plan.compare import Checkpointing, Wanted, Way, fastest, ways
+from packhorse.plan.compare import SAME_SPEED, Checkpointing, Wanted, Way, fastest, ways
 from packhorse.plan.cost.case import MARGIN, Basis, Case, case_of
 from packhorse.plan.make import make_plan
 from packhorse.plan.pairs import ENGINES
@@ -101,8 +101,10 @@ def _why(best: Way, case: Case, found: Sequence[Way]) -> str:
         )
     if len(tried) == 1:
         return f"the only way; {memory}"
+    if len(fitting) == 1:
+        return f"the only one of {len(tried)} ways that fits with {MARGIN:.0%} to spare: {memory}"
     slowest = max(each.step_seconds for each in fitting) / case.step_seconds - 1
-    rest = f", the others up to {slowest:.0%} slower" if slowest >= 0.005 else ", none is faster"
+    rest = f", the others up to {slowest:.0%} slower" if slowest > SAME_SPEED else ", the others are no faster"
     return (
         f"the fastest of {len(fitting)} ways that fit with {MARGIN:.0%} to spare ({len(tried)} tried): {memory}{rest}"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.plan.compare import Wanted, Way, checked_plan, fastest, ways, with_fields
 from packhorse.plan.cost.case import Basis, Case, case_of
@@ -31,7 +32,7 @@ class Change:
         words: In the recipe's fields, or flags of the command line.
         case: The plan with it.
         slower: Seconds of a step over those before, less 1.
-        result: Whether the weights that come out are the same.
+        result: Whether the weights that come out are the same, and what else it asks for.
     """
 
     words: str
@@ -101,7 +102,7 @@ def _together(wanted: Wanted, basis: Basis, case: Case) -> list[Change]:
         best = fastest([way for way in tried if way.case is not None and way.case.fits])
         if best is not None and best.case is not None:
             words = _words(_named(case.plan), best.case.plan.recipe)
-            found.append(Change(words, best.case, _slower(best.case, case), SAME_RESULT))
+            found.append(Change(words, best.case, _slower(best.case, case), _result(best.case, case, SAME_RESULT)))
     return found
 
 
@@ -137,7 +138,7 @@ def _fitting(
         shorter = recipe.batch.length != before.plan.batch.length_tokens
         case = case_of(plan, length if shorter else basis)
         if case is not None and case.fits:
-            found.append(Change(words, case, _slower(case, before), result))
+            found.append(Change(words, case, _slower(case, before), _result(case, before, result)))
     return found
 
 
@@ -153,6 +154,15 @@ def _with(recipe: Recipe, section: str, **fields: Any) -> Recipe:  # noqa: ANN40
 def _slower(case: Case, before: Case) -> float:
     """Of the same number of tokens."""
     return before.speed.tokens_per_second_per_gpu / case.speed.tokens_per_second_per_gpu - 1
+
+
+def _result(case: Case, before: Case, result: str) -> str:
+    """What comes out, and what is asked of the host where the device's burden moves there."""
+    host = case.storage.host_bytes
+    if case.plan.topology.engine not in OFFLOADING and not case.plan.recipe.parallel.offload_activations:
+        return result
+    more = host - before.storage.host_bytes
+    return f"{result}, {size(host)} of host memory a node ({'+' if more >= 0 else '-'}{size(abs(more))})"
 
 
 def _words(before: Recipe, after: Recipe) -> str:

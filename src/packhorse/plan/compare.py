@@ -185,8 +185,9 @@ def _sizes(wanted: Wanted, engine: Engine) -> list[int] | UserError:
     except UserError as error:
         return error
     batch = wanted.recipe.batch
-    # Packs that cannot be shared are refused when the first one is planned.
-    share = max(1, batch.packs // topology.data_ranks)
+    if batch.packs % topology.data_ranks:
+        return [1]  # which is refused when it is planned
+    share = batch.packs // topology.data_ranks
     most = max(1, MOST_TOKENS * topology.sequence // batch.length)
     return list(_divisors(share, most))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Final, Literal
 
@@ -56,19 +57,19 @@ class Held:
     storage: Storage = "plain"
     double: bool = False
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of weights."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def data_shape(self) -> tuple[int, ...]:
         """Shape of the tensor as it is stored; 4-bit weights lie two to a byte in elements of `width` bytes."""
         if self.storage in ("nf4", "fp4"):
             return (-(-self.size // (2 * self.width)), 1)
         return self.shape
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         """Bytes of the numbers."""
         if self.storage == "int8":
