@@ -87,6 +87,7 @@ def plan(
     price: str = "",
     network: str = "",
     compare: str = "False",
+    scale: str = "False",
     json: str = "False",
     argv: str = "False",
     diff: str = "",
@@ -99,6 +100,7 @@ def plan(
 
     packhorse plan RECIPE [--gpus 8xH100-80GB] [--nodes 1] [--price 2.50] [--network 400] [--json] [key=value …]
     packhorse plan RECIPE --gpus 8xA100-40GB --compare   every engine, micro-batch and checkpointing, and why each lost
+    packhorse plan RECIPE --gpus 8xH100-80GB --scale     the same on 1 to 4,096 GPUs, and what stops it
     packhorse plan RECIPE --gpus auto                    the fewest GPUs of each kind that hold it; autoxH100: of one
     packhorse plan RECIPE --gpus 16 --nodes 2 --write    prepares the data and makes the run folder, for a job script
 
@@ -106,7 +108,20 @@ def plan(
     --argv: the launch line alone. --diff RUN: what differs from a run's plan. --calibrate RUN: time by its steps.
     --write --force: even if the GPUs cannot hold it.
     """
-    flags = ("gpus", "nodes", "price", "network", "compare", "json", "argv", "diff", "calibrate", "write", "force")
+    flags = (
+        "gpus",
+        "nodes",
+        "price",
+        "network",
+        "compare",
+        "scale",
+        "json",
+        "argv",
+        "diff",
+        "calibrate",
+        "write",
+        "force",
+    )
     asked: dict[str, Any] = {"gpus": gpus, "nodes": _count("nodes", nodes)}
     run = {"recipe": recipe, "overrides": _overrides(overrides, more, flags)}
     forced = _switch("force", force)
@@ -114,7 +129,7 @@ def plan(
         return Action("train", "write_run", run | asked | {"force": forced})
     asked |= {"price": _amount("price", price), "network_gbit": _amount("network", network)}
     asked |= {"compare": _switch("compare", compare), "as_json": _switch("json", json), "argv": _switch("argv", argv)}
-    asked |= {"diff": diff, "calibrate": calibrate}
+    asked |= {"scale": _switch("scale", scale), "diff": diff, "calibrate": calibrate}
     return Action("plan", "plan", run | {"asked": asked})
 
 
@@ -194,7 +209,7 @@ VERBS: dict[str, Callable[..., Action]] = {
     verb.__name__: verb
     for verb in (recipes, check, prepare, convert, plan, train, status, verify, evaluate, chat, quickstart)
 }
-SWITCHES = ("--resume", "--write", "--force", "--test", "--again", "--compare", "--json", "--argv")
+SWITCHES = ("--resume", "--write", "--force", "--test", "--again", "--compare", "--scale", "--json", "--argv")
 
 
 def run() -> None:

@@ -18,12 +18,14 @@ from rich.text import Text
 from packhorse.commands.calibrate import measured_of
 from packhorse.commands.costs import Terms, Unknown, basis_of
 from packhorse.commands.parameters import parameter_lines, show_parameters
-from packhorse.commands.plan_values import least_value, plan_value, ways_value
+from packhorse.commands.plan_values import least_value, plan_value, scaling_value, ways_value
 from packhorse.commands.plan_view import (
     change_table,
     component_table,
     least_table,
     phase_table,
+    scaling_table,
+    stop_words,
     storage_lines,
     time_lines,
     verdict_words,
@@ -42,6 +44,7 @@ from packhorse.plan.checkpoint_size import checkpoint_room
 from packhorse.plan.compare import Wanted, every_way, fastest
 from packhorse.plan.cost.case import Basis, Case, case_of
 from packhorse.plan.cost.gpus import find_gpu, known_gpus, parse_gpus
+from packhorse.plan.cost.scaling import scale
 from packhorse.plan.difference import differences
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.least import least_hardware
@@ -62,6 +65,7 @@ class Asked:
         network_gbit: Gbit/s of one GPU between nodes.
         price: Of a GPU hour.
         compare: Every way to run the recipe, in place of one.
+        scale: Numbers of GPUs, in place of one.
         as_json: One JSON value in place of text.
         argv: The launch line alone.
         diff: A run that the plan is compared with.
@@ -73,6 +77,7 @@ class Asked:
     network_gbit: float | None = None
     price: float | None = None
     compare: bool = False
+    scale: bool = False
     as_json: bool = False
     argv: bool = False
     diff: str = ""
@@ -95,6 +100,8 @@ def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
     wanted = Wanted(loaded, ask, here, facts)
     if wish.compare:
         return _compare(console, wanted, basis, wish.as_json)
+    if wish.scale:
+        return _scale(console, wanted, basis, wish.as_json)
     made = plan_best(wanted, None if isinstance(basis, Unknown) else basis)
     case = None if isinstance(basis, Unknown) else case_of(made, basis)
     if wish.argv:
@@ -165,6 +172,26 @@ def _compare(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: 
     else:
         console.print(ways_table(found, winner))
         console.print(f"from {_assumed(basis)}", style="dim", highlight=False)
+    return EXIT_OK
+
+
+def _scale(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: bool) -> int:
+    """Weak scaling keeps the work of a GPU, strong scaling shares the recipe's own packs."""
+    if isinstance(basis, Unknown):
+        raise _not_known(basis, wanted.recipe)
+    recipe = plan_best(wanted, basis).recipe
+    weak, strong = (
+        scale(recipe, basis.shape, basis.packs, basis.gpu, mode, network_gb=basis.network_gb)
+        for mode in ("weak", "strong")
+    )
+    if as_json:
+        _print_json([scaling_value(weak), scaling_value(strong)])
+        return EXIT_OK
+    for each in (weak, strong):
+        console.print(scaling_table(each, basis.gpu.memory_bytes))
+        console.print(pairs([(f"{each.mode} scaling", stop_words(each))]))
+        console.print()
+    console.print(f"{basis.gpu.name}, {recipe.parallel.engine}; from {_assumed(basis)}", style="dim", highlight=False)
     return EXIT_OK
 
 

@@ -10,6 +10,7 @@ from packhorse.plan.changes import Change
 from packhorse.plan.compare import Way, why_not
 from packhorse.plan.cost.case import Case
 from packhorse.plan.cost.component import Component
+from packhorse.plan.cost.scaling import Scaling
 from packhorse.plan.least import Least
 from packhorse.plan.run_plan import RunPlan
 
@@ -59,6 +60,19 @@ def least_value(found: Sequence[Least]) -> list[Value]:
             value |= {"hours": case.speed.hours, "price": case.speed.price}
         values.append(value)
     return values
+
+
+def scaling_value(scaling: Scaling) -> Value:
+    """Weak or strong scaling; points that cannot be had say why."""
+    points = []
+    for point in scaling.points:
+        value: Value = {"gpus": point.gpus, "packs": point.packs, "refused": point.refused}
+        if point.estimate is not None:
+            value |= {"step_seconds": point.estimate.step_seconds, "tokens_per_second": point.tokens_per_second}
+            value |= {"efficiency": point.efficiency, "waiting": point.waiting, "required_bytes": point.required_bytes}
+        points.append(value)
+    stop = {"stopped_at": scaling.stopped_at, "stopped_by": scaling.stopped_by, "reason": scaling.reason}
+    return {"mode": scaling.mode, "points": points, **stop}
 
 
 def _costs(case: Case, now: datetime) -> Value:

@@ -14,6 +14,7 @@ from packhorse.plan.compare import Way, why_not
 from packhorse.plan.cost.case import MARGIN, Case
 from packhorse.plan.cost.component import Component
 from packhorse.plan.cost.memory import Phase
+from packhorse.plan.cost.scaling import Scaling
 from packhorse.plan.least import Least
 
 GIB = 2**30
@@ -197,3 +198,34 @@ def least_table(found: Sequence[Least]) -> Table:
         memory = (f"{case.required_bytes / GIB:.1f}", f"{least.gpu.memory_bytes / GIB:.1f}")
         table.add_row(f"{least.count}x{least.gpu.name}", settings, *memory, rate, run + price)
     return table
+
+
+def scaling_table(scaling: Scaling, card_bytes: int) -> Table:
+    """A line for each number of GPUs that can share the packs; those that are too few for the model are told.
+
+    Args:
+        scaling: Weak or strong.
+        card_bytes: Memory of one GPU.
+    """
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("GPUs", justify="right")
+    for heading in ("packs a step", "s a step", "tokens/s a GPU", "in all", "efficiency", "waiting", "GiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for point in scaling.points:
+        if point.estimate is not None:
+            speed = point.estimate
+            figures = (f"{speed.step_seconds:.2f}", f"{speed.tokens_per_second_per_gpu:,.0f}")
+            shares = (f"{point.efficiency:.0%}", f"{point.waiting:.0%}", f"{point.required_bytes / GIB:.1f}")
+            fits = "does not fit" if point.required_bytes > card_bytes else ""
+            table.add_row(
+                f"{point.gpus:,}", f"{point.packs:,}", *figures, f"{point.tokens_per_second:,.0f}", *shares, fits
+            )
+    return table
+
+
+def stop_words(scaling: Scaling) -> str:
+    """What stops it, and at how many GPUs."""
+    if scaling.stopped_at is None:
+        return scaling.reason
+    return f"stopped at {scaling.stopped_at:,} GPUs by {scaling.stopped_by}: {scaling.reason}"

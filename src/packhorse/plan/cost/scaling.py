@@ -7,11 +7,12 @@ packs, as the maths of a run demands.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from packhorse.errors import UserError
 from packhorse.plan.cost.gpus import GpuProfile
+from packhorse.plan.cost.memory import estimate_memory
 from packhorse.plan.cost.packs import PackFigures
 from packhorse.plan.cost.speed import SpeedEstimate, estimate_speed
 from packhorse.plan.hardware import Hardware
@@ -39,6 +40,7 @@ class ScalePoint:
         efficiency: Tokens per second of a GPU over those of the first point.
         waiting: Share of the step that is spent on transfers that nothing hides.
         refused: Why there is no estimate.
+        required_bytes: Memory of one GPU; the numbers that hold the run are for the reader to see.
     """
 
     gpus: int
@@ -47,6 +49,7 @@ class ScalePoint:
     efficiency: float
     waiting: float
     refused: str = ""
+    required_bytes: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,7 +103,7 @@ def scale(
             best = best or point.estimate.tokens_per_second_per_gpu
             efficiency = point.estimate.tokens_per_second_per_gpu / best
             waiting = waiting_share(point.estimate)
-            point = ScalePoint(count, point.packs, point.estimate, efficiency, waiting)
+            point = replace(point, efficiency=efficiency, waiting=waiting)
         points.append(point)
     return Scaling(mode, tuple(points), *_stop(points))
 
@@ -127,7 +130,10 @@ def _point(
         plan = make_plan(recipe.model_copy(update={"batch": batch}), Ask(count), Hardware(1, ()), None)
     except UserError as error:
         return ScalePoint(count, step_packs, None, 0.0, 0.0, error.mistakes[0].fact)
-    return ScalePoint(count, step_packs, estimate_speed(plan, shape, packs, gpu, network_gb), 0.0, 0.0)
+    memory = estimate_memory(plan, shape, packs)
+    required = memory.required_bytes if memory is not None else 0
+    speed = estimate_speed(plan, shape, packs, gpu, network_gb)
+    return ScalePoint(count, step_packs, speed, 0.0, 0.0, required_bytes=required)
 
 
 def _stop(points: Sequence[ScalePoint]) -> tuple[int | None, str, str]:
