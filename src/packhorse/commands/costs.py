@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packhorse.commands.parameters import why_not_counted
 from packhorse.data.manifest import DataManifest
 from packhorse.data.packs.store import open_store
 from packhorse.data.places import data_root
+from packhorse.data.sample import guess_packs
 from packhorse.plan.architectures import find_configuration
-from packhorse.plan.cost.case import Basis
+from packhorse.plan.cost.case import Basis, Guessed
 from packhorse.plan.cost.gpus import GpuProfile, gpu_of_device
 from packhorse.plan.cost.packs import PackFigures
 from packhorse.plan.hardware import Hardware
@@ -72,6 +73,14 @@ def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, term
             validation = _figures(folder, "validation", recipe)
     network = None if terms.network_gbit is None else terms.network_gbit * GBIT_TO_GB
     return Basis(shape, packs, gpu, validation, network, terms.price)
+
+
+def with_guess(basis: Basis, recipe: Recipe) -> Basis:
+    """The number of packs guessed from the first rows, where the steps hang on it."""
+    if basis.packs.is_measured or recipe.steps is not None:
+        return basis
+    guess = guess_packs(recipe)
+    return basis if guess is None else replace(basis, guessed=Guessed(guess.num_packs, guess.reason))
 
 
 def _gpu_here(here: Hardware) -> GpuProfile | Unknown:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.commands.calibrate import measured_of
-from packhorse.commands.costs import Terms, Unknown, basis_of
+from packhorse.commands.costs import Terms, Unknown, basis_of, with_guess
 from packhorse.commands.parameters import parameter_lines, show_parameters
 from packhorse.commands.plan_values import least_value, plan_value, scaling_value, ways_value
 from packhorse.commands.plan_view import (
@@ -95,8 +95,9 @@ def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
         return _least(console, Wanted(loaded, Ask(), here, facts), wish, manifest)
     ask, terms = read_gpus(wish.gpus, wish.nodes, wish.network_gbit, wish.price)
     basis = basis_of(loaded, manifest, here, terms)
-    if wish.calibrate:
-        basis = _calibrated(basis, wish.calibrate)
+    if not isinstance(basis, Unknown):
+        basis = with_guess(basis, loaded)
+        basis = replace(basis, measured=measured_of(open_run(wish.calibrate)) if wish.calibrate else None)
     wanted = Wanted(loaded, ask, here, facts)
     if wish.compare:
         return _compare(console, wanted, basis, wish.as_json)
@@ -133,10 +134,6 @@ def read_gpus(
     return Ask(asked.count if asked else None, nodes), Terms(kind, network_gbit, price)
 
 
-def _calibrated(basis: Basis | Unknown, run: str) -> Basis | Unknown:
-    return basis if isinstance(basis, Unknown) else replace(basis, measured=measured_of(open_run(run)))
-
-
 def _least(console: Console, wanted: Wanted, wish: Asked, manifest: DataManifest | None) -> int:
     """`--gpus auto`: the fewest GPUs of one kind, or of each."""
     name = wish.gpus.removeprefix("auto").lstrip("x×*").strip()
@@ -150,7 +147,7 @@ def _least(console: Console, wanted: Wanted, wish: Asked, manifest: DataManifest
     basis = basis_of(wanted.recipe, manifest, wanted.here, Terms(kinds[0], wish.network_gbit, wish.price))
     if isinstance(basis, Unknown):
         raise _not_known(basis, wanted.recipe)
-    found = least_hardware(wanted, basis, kinds)
+    found = least_hardware(wanted, with_guess(basis, wanted.recipe), kinds)
     if wish.as_json:
         _print_json(least_value(found))
     else:
@@ -206,7 +203,8 @@ def _not_known(unknown: Unknown, recipe: Recipe) -> UserError:
 def _assumed(basis: Basis) -> str:
     if basis.packs.is_measured:
         return f"the {basis.packs.num_packs:,} packs of the prepared data"
-    return "the worst case, because the data is not prepared: each pack is one document, all supervised"
+    guessed = f"; the number of steps is {basis.guessed.reason}" if basis.guessed is not None else ""
+    return "the worst case, because the data is not prepared: each pack is one document, all supervised" + guessed
 
 
 def _diff(console: Console, before: RunPlan, after: RunPlan, as_json: bool) -> None:

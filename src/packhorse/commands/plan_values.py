@@ -81,6 +81,8 @@ def _costs(case: Case, now: datetime) -> Value:
     return {
         "gpu": case.basis.gpu.name,
         "packs_are_measured": case.basis.packs.is_measured,
+        "guessed_packs": case.basis.guessed.num_packs if case.basis.guessed is not None else None,
+        "steps": case.num_steps,
         "memory": {
             "card_bytes": case.basis.gpu.memory_bytes,
             "required_bytes": memory.required_bytes,

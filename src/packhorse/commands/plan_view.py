@@ -114,9 +114,10 @@ def _run(case: Case, now: datetime) -> str:
     if speed.hours is None or speed.energy_kwh is None:
         return "known when the packs are counted: packhorse prepare"
     ready = now + timedelta(hours=speed.hours)
+    about = "about " * (case.plan.num_steps is None)
     said = (
-        f"{_seconds(speed.hours * 3600)} for {speed.num_steps:,} steps, without evaluations and checkpoints; started"
-        f" now, done {ready:%d %b %H:%M}; {speed.energy_kwh:,.1f} kWh at most"
+        f"{about}{_seconds(speed.hours * 3600)} for {about}{speed.num_steps:,} steps, without evaluations and"
+        f" checkpoints; started now, done {ready:%d %b %H:%M}; {speed.energy_kwh:,.1f} kWh at most"
     )
     if speed.price is not None:
         said += f"; {speed.price:,.2f} at {speed.price_per_gpu_hour:,.2f} a GPU hour"

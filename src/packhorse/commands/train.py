@@ -125,7 +125,10 @@ def _draft(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
     """The plan before the data is prepared; refused if weights and states alone are too much for the GPUs."""
     if isinstance(basis, Unknown):
         return plan_best(wanted, None)
-    return _fitting(wanted, replace(basis, packs=PackFigures.full(1)), force)
+    least = replace(basis, packs=PackFigures.full(1))
+    made = plan_best(wanted, least)
+    # The message has the figures of whole packs, which need more.
+    return made if force or Case(made, least).fits else _fitting(wanted, basis, force)
 
 
 def _fitting(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:

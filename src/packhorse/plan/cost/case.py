@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 from typing import Final, TypeVar
 
 from packhorse.plan.cost.gpus import GpuProfile
@@ -34,6 +35,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Guessed:
+    """Packs that nobody has counted yet.
+
+    Attributes:
+        num_packs: About.
+        reason: From what.
+    """
+
+    num_packs: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Basis:
     """What an estimate needs beside the plan.
 
@@ -45,6 +59,7 @@ class Basis:
         network_gb: GB/s of one GPU between nodes; None takes the profile's.
         price_per_gpu_hour: In any currency.
         measured: Corrects the speed.
+        guessed: How many packs there will about be, before they are prepared.
     """
 
     shape: Shape
@@ -54,6 +69,7 @@ class Basis:
     network_gb: float | None = None
     price_per_gpu_hour: float | None = None
     measured: Measured | None = None
+    guessed: Guessed | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,16 @@ class Case:
         basis = self.basis
         price, measured = basis.price_per_gpu_hour, basis.measured
         speed = _there(estimate_speed(self.plan, basis.shape, basis.packs, basis.gpu, basis.network_gb, price))
+        speed = replace(speed, num_steps=self.num_steps)
         return speed if measured is None else scaled(speed, measured.factor, measured.source)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the run; guessed where neither the recipe nor the packs on disk say them."""
+        plan, guessed = self.plan, self.basis.guessed
+        if plan.num_steps is not None or guessed is None:
+            return plan.num_steps
+        return (plan.recipe.epochs or 1) * ceil(guessed.num_packs / plan.batch.packs_per_step)
 
     @property
     def required_bytes(self) -> int:
