@@ -9,7 +9,6 @@ from packhorse.commands.parameters import why_not_counted
 from packhorse.data.manifest import DataManifest
 from packhorse.data.packs.store import open_store
 from packhorse.data.places import data_root
-from packhorse.data.sample import guess_packs
 from packhorse.plan.architectures import find_configuration
 from packhorse.plan.cost.case import Basis, Guessed
 from packhorse.plan.cost.gpus import GpuProfile, gpu_of_device
@@ -79,6 +78,9 @@ def with_guess(basis: Basis, recipe: Recipe) -> Basis:
     """The number of packs guessed from the first rows, where the steps hang on it."""
     if basis.packs.is_measured or recipe.steps is not None:
         return basis
+    # Only here: a run that goes on needs neither tokenizers nor pyarrow in this process.
+    from packhorse.data.sample import guess_packs
+
     guess = guess_packs(recipe)
     return basis if guess is None else replace(basis, guessed=Guessed(guess.num_packs, guess.reason))
 

@@ -284,7 +284,8 @@ def _show(console: Console, made: RunPlan, vocab_size: int | None) -> None:
         lines.append(("prepared", f"{facts.num_rows:,} rows in {facts.num_packs:,} packs, {facts.fill:.2%} full"))
     lines += [(decision.name, f"{decision.value}: {decision.reason}") for decision in made.decisions]
     lines += [("checkpoints", _room(made, vocab_size))]
-    lines += [("run folder", made.run_folder), ("command", shown(made.argv))]
+    env = " ".join(f"{name}={value}" for name, value in made.env.items())
+    lines += [("run folder", made.run_folder), ("command", shown(made.argv)), ("environment", env)]
     console.print(pairs(lines))
     show_parameters(console, made.recipe, vocab_size)
 

@@ -39,9 +39,10 @@ def make_plan(recipe: Recipe, ask: Ask, here: Hardware, data: DataFacts | None) 
             the processes.
     """
     check_model(recipe)
-    recipe = settled(recipe, "cuda" if ask.gpus is not None else here.device)
-    topology, processes = choose_topology(recipe.parallel, ask, here)
-    return plan_on(recipe, topology, processes, data)
+    plain = settled(recipe, "cuda" if ask.gpus is not None else here.device)
+    topology, processes = choose_topology(plain.parallel, ask, here)
+    made = plan_on(plain, topology, processes, data)
+    return made.model_copy(update={"decisions": (*made.decisions, *_settled(recipe, plain))})
 
 
 def plan_on(recipe: Recipe, topology: Topology, processes: Decision, data: DataFacts | None) -> RunPlan:
@@ -85,6 +86,17 @@ def plan_on(recipe: Recipe, topology: Topology, processes: Decision, data: DataF
             _dtype(recipe, topology.engine),
         ),
     )
+
+
+def _settled(asked: Recipe, plain: Recipe) -> list[Decision]:
+    """What `auto` became where there is no card to choose for."""
+    reason = "auto on a CPU: one way is as fast as another, and memory is not scarce"
+    values = [(name, getattr(plain.parallel, name)) for name in ("engine", "checkpointing")]
+    return [
+        Decision(name=f"parallel.{name}", value=str(value).lower(), reason=reason)
+        for name, value in values
+        if getattr(asked.parallel, name) != value
+    ]
 
 
 def _mesh(topology: Topology) -> list[Decision]:

@@ -126,6 +126,7 @@ def test_on_a_cpu_auto_is_plain() -> None:
     recipe = load_recipe("quickstart/full", AUTO)
     made = make_plan(recipe, Ask(), LAPTOP, None)
     assert (made.topology.engine, made.recipe.parallel.checkpointing) == ("ddp", False)
+    assert (made.chosen("parallel.engine"), made.chosen("parallel.checkpointing")) == ("ddp", "false")
 
 
 def test_auto_for_an_unknown_card_is_refused() -> None:
