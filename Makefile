@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install quickstart test lint bench parity clean
+.PHONY: install quickstart test lint bench parity chaos clean
 
 install: .venv/installed
 
@@ -34,6 +34,10 @@ bench: install
 # Every method under every engine: some two hundred launches of ten seconds and more; the table goes to docs/lab-log.md.
 parity: install
 	$(BIN)/python benchmarks/parity.py
+
+# Two hundred kills and twenty minutes of all kinds of faults, about an hour; the table goes to docs/lab-log.md.
+chaos: install
+	$(BIN)/python benchmarks/chaos.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

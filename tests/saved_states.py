@@ -8,14 +8,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from packhorse.train.engine import Engine
-from packhorse.train.optimizer_state import OTHERS_FILE, Others, gather_states, scale_of
-from packhorse.train.saving import Share, fresh_copy, own_parts
+from packhorse.train.optimizer_state import OTHERS_FILE, gather_states, scale_of
+from packhorse.train.saving import Others, Share, dealt, fresh_copy, in_files
 
 
 def save_states(engine: Engine, folder: Path) -> None:
     """Writes this rank's share; a collective where states are sharded. Rank 0 also writes what is no tensor."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     others: Others = {}
-    parts = list(own_parts(gather_states(engine), rank, [0] * ranks, others, fresh_copy))
+    states = dealt(gather_states(engine), [0] * ranks, others)
+    parts = list(in_files([(key, fresh_copy(value)) for key, value, owner in states if owner == rank]))
     text = json.dumps({"states": others, "scaler": scale_of(engine)})
     Share(folder, rank, parts, texts={OTHERS_FILE: lambda: text} if rank == 0 else {}).write()

@@ -1,4 +1,4 @@
-"""A tiny model whose checkpoints are written without a launch: one rank, the real `Checkpoints`."""
+"""A tiny model whose checkpoints are written without a launch, by the real `Checkpoints`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from packhorse.recipe.schema import Recipe
 from packhorse.train.checkpoint import Checkpoints
 from packhorse.train.engine import Engine
 from packhorse.train.optimizer import make_optimizer
+from packhorse.train.sharding import Fsdp2, make_mesh
 from packhorse.train.state import TrainState
 from tiny import TINY
 
@@ -42,10 +43,10 @@ SMALL = {
 }
 
 
-def make_run(folder: Path, processes: int = 1, make: bool = True, **checkpoint: Any) -> RunPlan:
+def make_run(folder: Path, processes: int = 1, engine: str = "ddp", make: bool = True, **checkpoint: Any) -> RunPlan:
     """A run's plan and, where asked to, its folder."""
     fields = {**TINY, "runs_folder": str(folder), "checkpoint": {"every_steps": 2, **checkpoint}}
-    recipe = Recipe.model_validate({**fields, "parallel": {"processes": processes}})
+    recipe = Recipe.model_validate({**fields, "parallel": {"processes": processes, "engine": engine}})
     plan = make_plan(recipe, Ask(None), detect_hardware(), DATA)
     if make:
         Path(plan.run_folder).mkdir(parents=True)
@@ -60,6 +61,8 @@ class Trainer:
         transformers_logging.disable_progress_bar()
         torch.manual_seed(0)
         self.model: nn.Module = LlamaForCausalLM(LlamaConfig(**{**SMALL, **model}))
+        if plan.topology.engine == "fsdp2":
+            Fsdp2(make_mesh(plan.topology, torch.device("cpu")), "fp32").root(self.model)
         self.optimizer = make_optimizer(self.model, plan.recipe)
         accelerator: Any = SimpleNamespace(scaler=None, unwrap_model=lambda model: model, device=torch.device("cpu"))
         self.engine = Engine(accelerator, self.model, self.optimizer, 1.0, clip_norm=None, control=None)

@@ -67,15 +67,18 @@ class Weather:
         self._draw = random.Random(seed)
         self._report = Report()
 
-    def pass_over(self, strikes: Sequence[str], wait: Callable[[random.Random], float], seconds: float) -> Report:
+    def pass_over(
+        self, strikes: Sequence[str], wait: Callable[[random.Random], float], seconds: float, from_strike: bool = False
+    ) -> Report:
         """Strikes while the run lasts, then lets it end.
 
         Args:
             strikes: Kinds of faults in the order in which they come; a method each.
-            wait: How long to wait before the next, seconds, once the ranks work.
+            wait: How long to wait before the next, seconds, once the ranks work; below 0: at once, working or not.
             seconds: The run must end within this time.
+            from_strike: These seconds count from the strike before, the start of the ranks among them.
         """
-        began = time.monotonic()
+        began = struck = time.monotonic()
         launcher = self._start(self._first)
         left = list(strikes)
         while launcher.poll() is None or launcher.returncode not in (0, 2):
@@ -83,7 +86,8 @@ class Weather:
             if launcher.poll() is not None:
                 self._report.tail = self._said()
                 launcher = self._start(self._again)
-            elif left and self._wait_for_work(launcher, wait(self._draw)):
+            elif left and self._wait_for_work(launcher, wait(self._draw), struck if from_strike else None):
+                struck = time.monotonic()
                 attempt = self._attempts()
                 if getattr(self, f"_{left[0]}")(launcher):
                     self._report.faults[left.pop(0)] += 1
@@ -112,15 +116,19 @@ class Weather:
         """Of the newest attempt."""
         return read_heartbeats(self.run / "logs" / f"attempt-{self._attempts()}")
 
-    def _wait_for_work(self, launcher: subprocess.Popen[bytes], seconds: float) -> bool:
-        """Waits until all ranks make steps, and then so long; False where the launcher ended. Below 0: at once."""
+    def _wait_for_work(self, launcher: subprocess.Popen[bytes], seconds: float, since: float | None) -> bool:
+        """Waits until all ranks make steps, and then so long, or until so long after `since`.
+
+        Returns:
+            False where the launcher ended.
+        """
         if seconds < 0:
             time.sleep(-seconds)
             return launcher.poll() is None
         while launcher.poll() is None:
             beats = self._beats()
             if len(beats) == RANKS and all(beat.phase in WORKING for beat in beats):
-                time.sleep(seconds)
+                time.sleep(seconds if since is None else max(0.0, since + seconds - time.monotonic()))
                 return launcher.poll() is None
             time.sleep(0.02)
         return False

@@ -75,6 +75,9 @@ def test_files_in_the_run_folder_save_and_stop_by_hand(folder: Path) -> None:
     (run / "STOP").touch()
     assert child.wait(timeout=30) == 75
     assert not (run / "STOP").exists()
+    (run / "STOP").touch()  # seen before the first step is made
+    assert packhorse(folder, "train", str(run), "--resume").code == 75
+    assert not (run / "STOP").exists(), "else no later attempt would come further"
 
 
 def wait_for(condition, seconds: float = 90) -> None:

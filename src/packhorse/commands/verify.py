@@ -13,6 +13,7 @@ from packhorse.data.stored import content_faults, recorded_files
 from packhorse.errors import EXIT_BUG, EXIT_OK
 from packhorse.launching.run_folder import open_run, relative
 from packhorse.plan.run_plan import RunPlan
+from packhorse.record.status import read_status
 
 
 def verify(run: str) -> int:
@@ -39,10 +40,11 @@ def _checkpoints(folder: Path) -> bool:
     for name, found in faults.items():
         _show(name, found)
     sound = [name for name, found in faults.items() if not found]
-    goes_on = (
-        f"`packhorse train {relative(folder.parent)} --resume` goes on from {sound[-1]}" if sound else "none is sound"
-    )
-    _say(f"{len(sound)} of {len(faults)} are sound; {goes_on}.")
+    status = read_status(folder.parent)
+    goes_on = f"; `packhorse train {relative(folder.parent)} --resume` goes on from {sound[-1]}" if sound else ""
+    if status is not None and status.state == "finished":
+        goes_on = "; the run is finished"
+    _say(f"{len(sound)} of {len(faults)} are sound{goes_on}.")
     return len(sound) == len(faults)
 
 

@@ -43,6 +43,7 @@ class Heartbeat:
         since: When the phase was named, Unix seconds.
         at: When the process last said that it lives, Unix seconds.
         first_step: Optimizer steps done when this attempt began; None while that is not known.
+        changes: How often the phase has changed; all ranks go through the same ones.
     """
 
     rank: int
@@ -53,6 +54,7 @@ class Heartbeat:
     since: float
     at: float
     first_step: int | None = None
+    changes: int = 0
 
 
 class Pulse:
@@ -94,7 +96,8 @@ class Pulse:
             now, last = self._clock(), self._last
             done = last.step if step is None else step
             first = step if last.first_step is None else last.first_step
-            self._write(replace(last, phase=name, step=done, since=now, at=now, first_step=first))
+            changes = last.changes + ((name, done) != (last.phase, last.step))
+            self._write(replace(last, phase=name, step=done, since=now, at=now, first_step=first, changes=changes))
 
     def end_if_alone(self) -> None:
         """Ends this process at once where its launcher is gone; what fails because of that is not worth telling."""
@@ -141,12 +144,13 @@ def hung(heartbeats: list[Heartbeat], now: float, timeout_seconds: float) -> Hea
     """The rank that the others wait for; None while all go on.
 
     First a process that is silent: stopped, or its host gone. Then, where every rank has been in its phase for longer
-    than the timeout, the one that is furthest behind: the others wait for it in a collective.
+    than the timeout, the one that is furthest behind: the others wait for it in a collective. In one and the same phase
+    that is the one that came last.
     """
     alive = [heartbeat for heartbeat in heartbeats if heartbeat.phase != "end"]
     silent = [heartbeat for heartbeat in alive if now - heartbeat.at > timeout_seconds]
     if silent:
         return min(silent, key=lambda heartbeat: heartbeat.at)
     if alive and all(now - heartbeat.since > timeout_seconds for heartbeat in alive):
-        return min(alive, key=lambda heartbeat: (heartbeat.step, heartbeat.since))
+        return min(alive, key=lambda heartbeat: (heartbeat.changes, -heartbeat.since))
     return None

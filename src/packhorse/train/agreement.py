@@ -86,15 +86,19 @@ class Agreement:
         if self.between_steps(engine).stop:
             raise Stopped
 
-    def done(self, agreed: Agreed) -> None:
-        """Takes away the files that were acted on, so that they are not acted on again."""
-        names = {STOP_FILE: agreed.stop, CHECKPOINT_FILE: agreed.checkpoint or agreed.stop}
-        for name in (name for name, acted_on in names.items() if acted_on and self._is_main):
-            self._files[name].unlink(missing_ok=True)
-            self._seen.discard(name)
+    def saved(self) -> None:
+        """Takes CHECKPOINT away once it was acted on, so that it is not acted on again."""
+        if self._is_main and CHECKPOINT_FILE in self._seen:
+            self._files[CHECKPOINT_FILE].unlink(missing_ok=True)
+            self._seen.discard(CHECKPOINT_FILE)
 
     def _look(self) -> None:
         now = self._clock()
         if self._is_main and now - self._looked >= LOOK_SECONDS:
             self._looked = now
             self._seen = {name for name, path in self._files.items() if path.exists()}
+
+
+def stopped(run_folder: Path) -> None:
+    """Takes STOP away when the attempt has ended by it, in whatever phase; else the next one would end too."""
+    (run_folder / STOP_FILE).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,9 @@ from packhorse.track.trackers import WANDB_ID_FILE
 from packhorse.train.engine import Engine
 from packhorse.train.failure import agreed_failure
 from packhorse.train.masters import load_masters
-from packhorse.train.optimizer_state import OTHERS_FILE, Others, gather_states, load_states, scale_of
-from packhorse.train.saving import Background, HostBuffers, Part, Share, fresh_copy, own_parts
+from packhorse.train.optimizer_state import OTHERS_FILE, gather_states, load_states, scale_of
+from packhorse.train.saving import Background, Others, Part, Share, dealt, fresh_copy, in_files
+from packhorse.train.snapshot import HostBuffers, ShardGroup, Snapshot
 from packhorse.train.state import TrainState
 from packhorse.train.weights import gather_kept, unwrapped, weights_folder_name, weights_writer
 
@@ -78,8 +79,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     `save`, `publish` and `finish` are collectives, and so called by all ranks at the same step. Between them the files
-    are written by threads, which never wait for another rank. A checkpoint goes through two pieces of work: each rank
-    writes its share; when all have, rank 0 publishes it and removes those no longer kept.
+    are written by threads, which wait for other ranks only to put FSDP2's shards together. A checkpoint goes through
+    two pieces of work: each rank writes its share; when all have, rank 0 publishes it and removes those no longer kept.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Checkpoints:
         still_alive: Callable[[], None] = lambda: None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """Nothing is written yet.
+        """Nothing is written yet. A collective under fsdp2 and hsdp.
 
         Args:
             plan: The run.
@@ -107,6 +108,8 @@ class Checkpoints:
         self._clock = clock
         self._section = plan.recipe.checkpoint
         self._buffers = HostBuffers()
+        sharded = self._section.asynchronous and plan.topology.engine in ("fsdp2", "hsdp")
+        self._shard_group = ShardGroup(plan.topology) if sharded else None
         self._background = Background()
         self._pending: _Pending | None = None
         self._newest_step: int | None = None
@@ -201,19 +204,23 @@ class Checkpoints:
         """What this rank writes, and why it cannot; copied to the host where training is to go on meanwhile."""
         error = self._make_room(pending.temporary) if self._is_main else None
         at_once = self._section.asynchronous
-        copy = self._buffers.copy if at_once else fresh_copy
-        weights = gather_kept(self._engine, self._is_main, copy)
+        snapshot = Snapshot(self._buffers, _rank(), self._shard_group) if at_once else None
+        weights = gather_kept(self._engine, self._is_main, snapshot)
         (weights_bytes,) = self._engine.sum_over_ranks([float(sum(value.nbytes for value in weights.values()))])
         bytes_before = sum(self._loads)
         self._loads = [int(weights_bytes), *[0] * (self._plan.topology.world_size - 1)]
         others: Others = {}
-        parts: Iterable[Part] = own_parts(gather_states(self._engine), _rank(), self._loads, others, copy)
-        if at_once:
-            parts = list(parts)
+        states = dealt(gather_states(self._engine, snapshot), self._loads, others)
+        if snapshot is not None:
+            for key, value, owner in states:
+                snapshot.hold_state(key, value, owner)
+            share = Share(pending.temporary, _rank(), in_files(snapshot.states()), snapshot.gather_weights)
+        else:
+            own = ((key, fresh_copy(value)) for key, value, owner in states if owner == _rank())
+            share = Share(pending.temporary, _rank(), in_files(own))
         if self._is_main and error is None:
             # Not at once, the states are seen as they are written: as many as at the save before.
             error = _no_room(self.folder, sum(self._loads) if at_once else max(bytes_before, weights_bytes))
-        share = Share(pending.temporary, _rank(), parts)
         return (self._with_main(share, pending.state, weights, others) if self._is_main else share), error
 
     def _with_main(self, share: Share, state: TrainState, weights: Part, others: Others) -> Share:

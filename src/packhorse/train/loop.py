@@ -112,7 +112,7 @@ def train(run: Run, state: TrainState) -> TrainState:
                 run.reporter.step(state, figures)
         if saving or state.held_back is not None:
             _save(run, state)
-            run.agreement.done(agreed)
+            run.agreement.saved()
         agreed = replace(agreed, stop=agreed.stop or state.held_back is not None)
     return state
 

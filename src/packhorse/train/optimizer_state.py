@@ -22,20 +22,22 @@ from torch.optim import Optimizer
 
 from packhorse.errors import UserError
 from packhorse.train.engine import Engine
+from packhorse.train.snapshot import Snapshot
 from packhorse.train.weights import unwrapped
 from packhorse.train.zero_state import PieceLoader, gather_pieces
 
 OTHERS_FILE = "optimizer.json"
 PATTERN = "optimizer-*.safetensors"
 
-Others = dict[str, int | float | bool]
 
-
-def gather_states(engine: Engine) -> Iterator[tuple[str, Tensor | int | float | bool]]:
+def gather_states(
+    engine: Engine, snapshot: Snapshot | None = None
+) -> Iterator[tuple[str, Tensor | int | float | bool]]:
     """Every state that the optimizer keeps, as (`parameter name/slot`, value).
 
     A collective where states are sharded: every rank iterates to the end, and all of them get the same keys in the
-    same order. Tensors are whole, in the shape of their parameter, on the device; one exists at a time.
+    same order. Tensors are whole, in the shape of their parameter, on the device; one exists at a time. Those whose
+    shards `snapshot` takes stay sharded.
     """
     optimizer, model = _stepped(engine)
     if engine.is_deepspeed:
@@ -43,8 +45,10 @@ def gather_states(engine: Engine) -> Iterator[tuple[str, Tensor | int | float | 
         return
     for name, parameter in model.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                yield f"{name}/{slot}", value.full_tensor() if isinstance(value, DTensor) else value
+            if value is None:
+                continue
+            stays = not isinstance(value, DTensor) or (snapshot is not None and snapshot.takes_shard(value))
+            yield f"{name}/{slot}", value if stays else value.full_tensor()
 
 
 def load_states(engine: Engine, folder: Path) -> None:

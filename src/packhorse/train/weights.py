@@ -18,7 +18,8 @@ from packhorse.model.methods.attach import adapter_writer, is_adapted
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.engine import Engine
 from packhorse.train.precision import COMPUTE_DTYPES
-from packhorse.train.saving import Copy, fresh_copy
+from packhorse.train.saving import fresh_copy
+from packhorse.train.snapshot import Snapshot
 from packhorse.train.written import check_written
 from packhorse.train.zero_state import whole_master
 
@@ -28,17 +29,31 @@ def weights_folder_name(plan: RunPlan) -> str:
     return "model" if plan.recipe.method.trains_base else "adapter"
 
 
-def gather_kept(engine: Engine, is_main: bool, copy: Copy = fresh_copy) -> dict[str, Tensor]:
+def gather_kept(engine: Engine, is_main: bool, snapshot: Snapshot | None = None) -> dict[str, Tensor]:
     """Whole tensors of what is kept, by name, on the CPU of rank 0; empty on other ranks.
 
     Of an adapter its trained parameters; of a model all parameters, the frozen ones too, and the buffers that belong
     to its files. What is trained is float32 under every engine. A collective: every rank calls it.
+
+    Args:
+        engine: What is trained.
+        is_main: Whether this is rank 0.
+        snapshot: What copies them; weights whose shards it takes are whole only after its `gather_weights`.
     """
+
+    def copy(name: str, value: Tensor) -> Tensor:
+        return fresh_copy(value) if snapshot is None else snapshot.copy(name, value)
+
     model = unwrapped(engine)
     adapted = is_adapted(model)
     gathered = {}
     for name, parameter in model.named_parameters():
         if adapted and not parameter.requires_grad:
+            continue
+        if snapshot is not None and snapshot.takes_shard(parameter):
+            room = snapshot.hold_weight(name, parameter)
+            if is_main:
+                gathered[name] = room
             continue
         with _whole(parameter) as value:
             if is_main:

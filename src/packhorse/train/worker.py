@@ -28,7 +28,7 @@ from packhorse.plan.command import nvme_folder, on_this_machine
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
 from packhorse.record.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
-from packhorse.train.agreement import Agreement
+from packhorse.train.agreement import Agreement, stopped
 from packhorse.train.another_attempt import AnotherAttempt
 from packhorse.train.attempt import Attempt, open_attempt
 from packhorse.train.checkpoint import Checkpoints, checkpoint_to_resume, newest_state
@@ -68,6 +68,8 @@ def run_worker(plan_file: Path, signals: StopRequest) -> int:
         if isinstance(told, UserError):
             code, message = told.exit_code, str(told)
         again = told.again if isinstance(told, AnotherAttempt) else None
+    if code == EXIT_STOPPED and again is None:
+        stopped(Path(plan.run_folder))
     attempt.record(code, message, again)
     if message:
         state = newest_state(Path(plan.run_folder))

@@ -76,8 +76,19 @@ def test_the_silent_rank_is_named_before_those_that_wait_for_it() -> None:
 
 
 def test_where_all_wait_the_rank_that_is_furthest_behind_is_named() -> None:
-    behind = beat(1, phase="data", step=4, since=NOW - 70)
-    assert hung([beat(0, phase="backward", since=NOW - 69), behind], NOW, 60) == behind
+    # Its phase began later: the other one has been waiting for longer.
+    behind = beat(1, phase="data", changes=40, since=NOW - 69)
+    assert hung([beat(0, phase="forward", changes=41, since=NOW - 70), behind], NOW, 60) == behind
+    last = beat(1, changes=41, since=NOW - 65)
+    assert hung([beat(0, changes=41, since=NOW - 70), last], NOW, 60) == last
+
+
+def test_phases_are_counted_when_they_change(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, 0)
+    for phase, step in (("load", None), ("load", None), ("data", 3), ("forward", None), ("data", 4), ("data", 5)):
+        pulse.phase(phase, step)
+    assert pulse.last.changes == 5
+    pulse.close()
 
 
 def test_a_record_that_is_half_written_is_left_out(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +15,44 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from packhorse.checkpoints.manifest import read_manifest
 from packhorse.checkpoints.shelf import newest_sound
 from packhorse.errors import EXIT_DISK, UserError
+from packhorse.plan.run_plan import Topology
+from packhorse.train import snapshot
 from packhorse.train.failure import agreed_failure
-from packhorse.train.saving import HostBuffers, Share, fresh_copy, own_parts
+from packhorse.train.saving import Share, dealt, fresh_copy, in_files
+from packhorse.train.sharding import make_mesh
+from packhorse.train.snapshot import HostBuffers, ShardGroup, Snapshot
 from saving_cases import Trainer, make_run, save_at
 
-RANKS = 2
+RANKS, SECONDS = 2, timedelta(seconds=60)
 
 
 def test_each_tensor_goes_to_the_rank_that_has_least_to_write() -> None:
     states: list[tuple[str, Any]] = [(f"{n}/exp_avg", torch.full((n,), float(n))) for n in (50, 10, 30, 20, 40, 5)]
     states.insert(2, ("1/step", 3))
-    seen: dict[str, torch.Tensor] = {}
-    for rank in range(RANKS):
-        loads, others = [200, 0], {}
-        for part in own_parts(states, rank, loads, others, fresh_copy):
-            assert seen.keys().isdisjoint(part)
-            seen |= part
-        assert others == {"1/step": 3}
-        assert loads == [480, 340], "200 bytes of weights are rank 0's from the start"
-    assert sorted(seen) == sorted(name for name, value in states if isinstance(value, torch.Tensor))
+    loads, others = [200, 0], {}
+    owners = {key: owner for key, _, owner in dealt(states, loads, others)}
+    assert others == {"1/step": 3}
+    assert loads == [480, 340], "200 bytes of weights are rank 0's from the start"
+    assert sorted(owners) == sorted(name for name, value in states if isinstance(value, torch.Tensor))
+    assert [sum(4 * int(key.split("/")[0]) for key in owners if owners[key] == rank) for rank in (0, 1)] == [280, 340]
+
+
+def test_a_file_ends_before_it_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packhorse.train.saving.LARGEST_FILE_BYTES", 100)
+    tensors = {name: torch.zeros(size, dtype=torch.uint8) for name, size in zip("abcde", (60, 40, 1, 300, 5))}
+    assert [list(part) for part in in_files(tensors.items())] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
 def test_a_copy_does_not_change_with_what_it_was_copied_from() -> None:
     buffers = HostBuffers()
-    for copy in (fresh_copy, buffers.copy):
+    for copy in (fresh_copy, partial(buffers.copy, "name")):
         tensor = torch.arange(6.0).reshape(2, 3).T
-        kept = copy("name", tensor)
+        kept = copy(tensor)
         tensor.zero_()
         assert kept.is_contiguous()
         assert torch.equal(kept, torch.arange(6.0).reshape(2, 3).T)
@@ -120,10 +130,16 @@ def test_a_spoilt_model_is_never_a_checkpoint_whatever_on_full_says(tmp_path: Pa
     assert [path.name for path in trainer.checkpoints.folder.iterdir()] == ["step-000002"]
 
 
-def of_two_ranks(rank: int, folder: str) -> None:
+def joined(rank: int, folder: str) -> None:
+    """So that a rank that waits for nothing fails, and does not wait for a day."""
+    dist.init_process_group("gloo", f"file://{folder}/store", SECONDS, RANKS, rank)
+    snapshot.GATHER_TIMEOUT = SECONDS  # type: ignore[misc]
+
+
+def of_two_ranks(rank: int, folder: str, engine: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=60), RANKS, rank)
-    plan = make_run(Path(folder) / "runs", processes=RANKS, make=rank == 0, asynchronous=True)
+    joined(rank, folder)
+    plan = make_run(Path(folder) / "runs", processes=RANKS, engine=engine, make=rank == 0, asynchronous=True)
     dist.barrier()
     trainer = Trainer(plan, is_main=rank == 0)
     trainer.engine.control = dist.new_group(backend="gloo")
@@ -143,11 +159,13 @@ def of_two_ranks(rank: int, folder: str) -> None:
     (Path(folder) / f"told-{rank}.json").write_text(json.dumps([told, repr(bug), repr(nothing)]))
     dist.barrier()
     save_at(trainer, 6)
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_ranks_write_a_share_each_and_what_fails_on_one_is_known_to_both(tmp_path: Path) -> None:
-    mp.spawn(of_two_ranks, (str(tmp_path),), nprocs=RANKS)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_ranks_write_a_share_each_and_what_fails_on_one_is_known_to_both(engine: str, tmp_path: Path) -> None:
+    mp.spawn(of_two_ranks, (str(tmp_path), engine), nprocs=RANKS)
     folder = tmp_path / "runs" / "tiny" / "checkpoints"
     first, last = (read_manifest(folder / name) for name in ("step-000002", "step-000006"))
     assert first is not None
@@ -166,3 +184,82 @@ def test_two_ranks_write_a_share_each_and_what_fails_on_one_is_known_to_both(tmp
     assert other_bug == "ValueError('on rank 1')"
     assert nothing == "None"
     assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000006"]
+
+
+def of_sharded_ranks(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    joined(rank, folder)
+    write = Share.write
+    for asynchronous in (False, True):
+        runs, may_write = Path(folder) / str(asynchronous), threading.Event()
+        plan = make_run(
+            runs, RANKS, "fsdp2", make=rank == 0, asynchronous=asynchronous, keep_last=9, on_full="continue"
+        )
+        dist.barrier()
+        shards_put_together(rank, plan.topology)
+        # Of 33 and 17 rows the ranks hold unequal parts, of the others equal ones.
+        trainer = Trainer(plan, is_main=rank == 0, vocab_size=33, intermediate_size=17)
+        trainer.engine.control = dist.new_group(backend="gloo")
+        if not asynchronous:
+            may_write.set()
+
+        def when_told(share: Share, told: threading.Event = may_write) -> None:
+            told.wait(30)
+            write(share)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Share, "write", when_told)
+            trainer.checkpoints.save(trainer.steps_to(2))
+            trainer.steps_to(4)
+            may_write.set()
+            trainer.steps_to(8)  # while the threads put together and write
+            trainer.checkpoints.finish()
+        save_at(trainer, 10)
+    if rank == 0:
+        (trainer.checkpoints.folder / ".step-000012.tmp" / "model" / "config.json").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("packhorse.train.checkpoint.Checkpoints._make_room", lambda self, temporary: None)
+        save_at(trainer, 12)  # rank 0 fails before the states are put together
+    save_at(trainer, 14)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_shards_put_together_beside_training_give_the_files_of_a_save_that_training_waits_for(tmp_path: Path) -> None:
+    mp.spawn(of_sharded_ranks, (str(tmp_path),), nprocs=RANKS)
+    at_once, beside = (tmp_path / kind / "tiny" / "checkpoints" for kind in ("False", "True"))
+    steps = ["step-000002", "step-000010", "step-000014"]
+    assert sorted(path.name for path in beside.iterdir()) == steps
+    first, second, _ = (content(beside / step) for step in steps)
+    assert [content(at_once / step) for step in steps[:2]] == [first, second]
+    assert {"model/model.safetensors", "optimizer-00000-001.safetensors", "optimizer-00001-001.safetensors"} <= set(
+        first
+    )
+    assert all(first[name] != second[name] for name in first if name.endswith(".safetensors"))
+
+
+def content(checkpoint: Path) -> dict[str, bytes]:
+    """Each file but the manifest, which knows the plan."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in files}
+
+
+def shards_put_together(rank: int, topology: Topology) -> None:
+    """Of any number of rows, on the rank that writes the tensor."""
+    mesh = make_mesh(topology, torch.device("cpu"))
+    held = Snapshot(HostBuffers(), rank, ShardGroup(topology))
+    shapes = [(4, 2), (5, 3), (1, 4), (3,), (2, 2, 2)]
+    tensors = {str(shape): torch.arange(1.0, 1 + math.prod(shape)).reshape(shape) for shape in shapes}
+    sharded = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
+    weights = {name: held.hold_weight(name, tensor) for name, tensor in sharded.items()}
+    for owner, (name, tensor) in enumerate(sharded.items()):
+        held.hold_state(f"{name}/state", tensor, owner % RANKS)
+    for tensor in sharded.values():
+        tensor.to_local().zero_()
+    held.gather_weights()
+    states = dict(held.states())
+    assert list(states) == [f"{name}/state" for name in list(tensors)[rank::RANKS]]
+    assert all(torch.equal(value, tensors[name.removesuffix("/state")]) for name, value in states.items())
+    assert rank != 0 or all(torch.equal(value, tensors[name]) for name, value in weights.items())
+    assert not held.takes_shard(distribute_tensor(tensors["(4, 2)"], mesh, [Shard(1)]))
+    assert not held.takes_shard(distribute_tensor(tensors["(4, 2)"], mesh, [Replicate()]))
