@@ -12,6 +12,7 @@ import errno
 import inspect
 import io
 import logging
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,35 +79,81 @@ def convert(
     return Action("convert", "convert", {**arguments, "force": _switch("force", force)})
 
 
-def plan(recipe: str, *overrides: str, gpus: str = "", nodes: str = "", write: str = "False", **more: str) -> Action:
-    """Show what would run, and why: topology, steps, command, files.
+def plan(
+    recipe: str,
+    *overrides: str,
+    gpus: str = "",
+    nodes: str = "",
+    price: str = "",
+    network: str = "",
+    compare: str = "False",
+    scale: str = "False",
+    json: str = "False",
+    argv: str = "False",
+    diff: str = "",
+    calibrate: str = "",
+    write: str = "False",
+    force: str = "False",
+    **more: str,
+) -> Action:
+    """Show what would run and why, whether it fits, how long it takes and what it costs; needs no GPU.
 
-    packhorse plan RECIPE [--gpus 8] [--nodes 1] [key=value …]
+    packhorse plan RECIPE [--gpus 8xH100-80GB] [--nodes 1] [--price 2.50] [--network 400] [--json] [key=value …]
+    packhorse plan RECIPE --gpus 8xA100-40GB --compare   every engine, micro-batch and checkpointing, and why each lost
+    packhorse plan RECIPE --gpus 8xH100-80GB --scale     the same on 1 to 4,096 GPUs, and what stops it
+    packhorse plan RECIPE --gpus auto                    the fewest GPUs of each kind that hold it; autoxH100: of one
     packhorse plan RECIPE --gpus 16 --nodes 2 --write    prepares the data and makes the run folder, for a job script
+
+    --price P: of a GPU hour. --network N: Gbit/s of one GPU between nodes. --json: one JSON value.
+    --argv: the launch line alone. --diff RUN: what differs from a run's plan. --calibrate RUN: time by its steps.
+    --write --force: even if the GPUs cannot hold it.
     """
-    arguments = {
-        "recipe": recipe,
-        "overrides": _overrides(overrides, more, ("gpus", "nodes", "write")),
-        "gpus": _count("gpus", gpus),
-        "nodes": _count("nodes", nodes),
-    }
-    return Action("train", "write_run", arguments) if _switch("write", write) else Action("plan", "plan", arguments)
+    flags = (
+        "gpus",
+        "nodes",
+        "price",
+        "network",
+        "compare",
+        "scale",
+        "json",
+        "argv",
+        "diff",
+        "calibrate",
+        "write",
+        "force",
+    )
+    asked: dict[str, Any] = {"gpus": gpus, "nodes": _count("nodes", nodes)}
+    run = {"recipe": recipe, "overrides": _overrides(overrides, more, flags)}
+    forced = _switch("force", force)
+    if _switch("write", write):
+        return Action("train", "write_run", run | asked | {"force": forced})
+    asked |= {"price": _amount("price", price), "network_gbit": _amount("network", network)}
+    asked |= {"compare": _switch("compare", compare), "as_json": _switch("json", json), "argv": _switch("argv", argv)}
+    asked |= {"scale": _switch("scale", scale), "diff": diff, "calibrate": calibrate}
+    return Action("plan", "plan", run | {"asked": asked})
 
 
 def train(
-    recipe: str, *overrides: str, gpus: str = "", resume: str = "False", restarts: str = "", **more: str
+    recipe: str,
+    *overrides: str,
+    gpus: str = "",
+    resume: str = "False",
+    restarts: str = "",
+    force: str = "False",
+    **more: str,
 ) -> Action:
     """Train a recipe on this machine, or go on with a run.
 
-    packhorse train RECIPE [--gpus 2] [--restarts 3] [key=value …]
-    packhorse train RUN --resume [--gpus 2] [--restarts 3] [parallel.engine=zero3 …]
+    packhorse train RECIPE [--gpus 2] [--restarts 3] [--force] [key=value …]
+    packhorse train RUN --resume [--gpus 2] [--restarts 3] [--force] [parallel.engine=zero3 …]
 
     --restarts N: a run that fails starts again by itself from its newest sound checkpoint, N times at most.
+    --force: even if the plan says that the GPUs cannot hold it.
     """
-    words = _overrides(overrides, more, ("gpus", "resume", "restarts"))
+    words = _overrides(overrides, more, ("gpus", "resume", "restarts", "force"))
     arguments = {"recipe": recipe, "overrides": words, "gpus": _count("gpus", gpus)}
     again = {"resume": _switch("resume", resume), "restarts": _count("restarts", restarts, at_least=0)}
-    return Action("train", "train", arguments | again)
+    return Action("train", "train", arguments | again | {"force": _switch("force", force)})
 
 
 def status(run: str) -> Action:
@@ -162,7 +209,7 @@ VERBS: dict[str, Callable[..., Action]] = {
     verb.__name__: verb
     for verb in (recipes, check, prepare, convert, plan, train, status, verify, evaluate, chat, quickstart)
 }
-SWITCHES = ("--resume", "--write", "--force", "--test", "--again")
+SWITCHES = ("--resume", "--write", "--force", "--test", "--again", "--compare", "--scale", "--json", "--argv")
 
 
 def run() -> None:
@@ -269,6 +316,22 @@ def _count(name: str, text: str, at_least: int = 1) -> int | None:
             f"give a whole number of {at_least} or more, for example --{name} 8.",
         )
     return int(text)
+
+
+def _amount(name: str, text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = math.nan
+    if not 0 < amount < math.inf:
+        raise UserError(
+            f"--{name} is {text}.",
+            "time and price are multiples of it.",
+            f"give a number above 0, for example --{name} {'2.50' if name == 'price' else '400'}.",
+        )
+    return amount
 
 
 def _switch(name: str, text: str) -> bool:

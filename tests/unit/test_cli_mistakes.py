@@ -100,7 +100,7 @@ CASES: dict[str, tuple[bytes, dict[str, Any], list[str], list[str]]] = {
     "mistyped command": (lines(CHAT), {}, ["trian"], ["trian", "packhorse train"]),
     "mistyped flag": (lines(CHAT), {}, ["train", "tiny.yaml", "--resme"], ["--resme", "--resume"]),
     "missing argument": (lines(CHAT), {}, ["train"], ["packhorse train RECIPE"]),
-    "a count that is none": (lines(CHAT), {}, ["plan", "tiny.yaml", "--gpus", "many"], ["--gpus is many"]),
+    "a count that is none": (lines(CHAT), {}, ["plan", "tiny.yaml", "--gpus", "many"], ["no GPU is called 'many'"]),
 }
 
 

@@ -30,7 +30,7 @@ def parameter_lines(recipe: Recipe, vocab_size: int | None) -> list[tuple[str, s
     """
     counts = _counts(recipe, vocab_size)
     if counts is None:
-        return [("parameters", f"{LATER}: {_why(recipe, vocab_size)}")]
+        return [("parameters", f"{LATER}: {why_not_counted(recipe, vocab_size)}")]
     share = counts.trainable / counts.total
     of = f"{share:.2%}" if counts.total == counts.base else f"{share:.2%} of {counts.total:,} with the adapter"
     return [("parameters", f"{counts.base:,}"), ("trainable", f"{counts.trainable:,} ({of})")]
@@ -42,7 +42,8 @@ def _counts(recipe: Recipe, vocab_size: int | None) -> ParameterCounts | None:
     return count_parameters(find_configuration(recipe, vocab_size), recipe.method)
 
 
-def _why(recipe: Recipe, vocab_size: int | None) -> str:
+def why_not_counted(recipe: Recipe, vocab_size: int | None) -> str:
+    """Why the model's parameters are not known before it is loaded."""
     if recipe.model.new_tokens:
         return "whether its embedding has rows to spare for model.new_tokens is seen then"
     configuration = find_configuration(recipe, vocab_size)

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from packhorse.commands.calibrate import measured_of
+from packhorse.commands.costs import Terms, Unknown, basis_of, with_guess
 from packhorse.commands.parameters import parameter_lines, show_parameters
+from packhorse.commands.plan_values import least_value, plan_value, scaling_value, ways_value
+from packhorse.commands.plan_view import (
+    change_table,
+    component_table,
+    least_table,
+    phase_table,
+    scaling_table,
+    stop_words,
+    storage_lines,
+    time_lines,
+    verdict_words,
+    ways_table,
+)
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.places import data_root
 from packhorse.data.stored import require_sizes
 from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.run_folder import relative
+from packhorse.launching.run_folder import open_run, relative
+from packhorse.plan.auto import NEEDS_MORE, plan_best
+from packhorse.plan.changes import Change, changes_that_fit
 from packhorse.plan.checkpoint_size import checkpoint_room
+from packhorse.plan.compare import Wanted, every_way, fastest
+from packhorse.plan.cost.case import Basis, Case, case_of
+from packhorse.plan.cost.gpus import find_gpu, known_gpus, parse_gpus
+from packhorse.plan.cost.scaling import scale
+from packhorse.plan.difference import differences
 from packhorse.plan.hardware import detect_hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.least import least_hardware
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.describe import summary
@@ -28,15 +55,173 @@ from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
 
 
-def plan(recipe: str, overrides: Sequence[str], gpus: int | None, nodes: int | None) -> int:
-    """Shows what would run; prepares nothing, writes nothing."""
+@dataclass(frozen=True)
+class Asked:
+    """What is to be shown beside the plan, and of which GPUs.
+
+    Attributes:
+        gpus: `8`, `8xH100-80GB`, `auto` or `autoxH100-80GB`; empty: as the recipe or this machine says.
+        nodes: Machines that share them.
+        network_gbit: Gbit/s of one GPU between nodes.
+        price: Of a GPU hour.
+        compare: Every way to run the recipe, in place of one.
+        scale: Numbers of GPUs, in place of one.
+        as_json: One JSON value in place of text.
+        argv: The launch line alone.
+        diff: A run that the plan is compared with.
+        calibrate: A run whose measured steps correct the time.
+    """
+
+    gpus: str = ""
+    nodes: int | None = None
+    network_gbit: float | None = None
+    price: float | None = None
+    compare: bool = False
+    scale: bool = False
+    as_json: bool = False
+    argv: bool = False
+    diff: str = ""
+    calibrate: str = ""
+
+
+def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
+    """Shows what would run, whether it fits, how long it takes; prepares nothing, writes nothing."""
+    wish = Asked(**asked)
     loaded = load_recipe(recipe, overrides, check_environment=False)
     manifest = manifest_if_prepared(loaded)
     facts = data_facts(data_root(loaded) / manifest.content_hash, manifest) if manifest else None
-    made = make_plan(loaded, Ask(gpus, nodes), detect_hardware(), facts)
-    vocab_size = manifest.vocab_size if manifest else None
-    _show(Console(), made, vocab_size)
+    console, here = Console(), detect_hardware()
+    if wish.gpus.startswith("auto"):
+        return _least(console, Wanted(loaded, Ask(), here, facts), wish, manifest)
+    ask, terms = read_gpus(wish.gpus, wish.nodes, wish.network_gbit, wish.price)
+    basis = basis_of(loaded, manifest, here, terms)
+    if not isinstance(basis, Unknown):
+        basis = with_guess(basis, loaded)
+        basis = replace(basis, measured=measured_of(open_run(wish.calibrate)) if wish.calibrate else None)
+    wanted = Wanted(loaded, ask, here, facts)
+    if wish.compare:
+        return _compare(console, wanted, basis, wish.as_json)
+    if wish.scale:
+        return _scale(console, wanted, basis, wish.as_json)
+    made = plan_best(wanted, None if isinstance(basis, Unknown) else basis)
+    case = None if isinstance(basis, Unknown) else case_of(made, basis)
+    if wish.argv:
+        console.print(shown(made.argv), soft_wrap=True, highlight=False, markup=False)
+    elif wish.diff:
+        _diff(console, open_run(wish.diff), made, wish.as_json)
+    else:
+        changes = changes_that_fit(wanted, case) if case is not None and not case.fits else []
+        unknown = basis.reason if isinstance(basis, Unknown) else ""
+        if wish.as_json:
+            _print_json(plan_value(made, case, unknown, changes, _now()))
+        else:
+            vocab_size = manifest.vocab_size if manifest else None
+            _show(console, made, vocab_size)
+            _show_costs(console, case, unknown, changes, wish.gpus)
     return EXIT_OK
+
+
+def read_gpus(
+    gpus: str, nodes: int | None, network_gbit: float | None = None, price: float | None = None
+) -> tuple[Ask, Terms]:
+    """What `--gpus`, `--nodes` and what belongs to them say.
+
+    Raises:
+        UserError: `--gpus` is no number of GPUs, or no GPU is called so.
+    """
+    asked = parse_gpus(gpus) if gpus else None
+    kind = asked.gpu if asked else None
+    return Ask(asked.count if asked else None, nodes), Terms(kind, network_gbit, price)
+
+
+def _least(console: Console, wanted: Wanted, wish: Asked, manifest: DataManifest | None) -> int:
+    """`--gpus auto`: the fewest GPUs of one kind, or of each."""
+    name = wish.gpus.removeprefix("auto").lstrip("x×*").strip()
+    kinds = [find_gpu(name)] if name else list(known_gpus().values())
+    if wish.nodes is not None:
+        raise UserError(
+            f"--nodes is {wish.nodes}, and --gpus is {wish.gpus}.",
+            "as many nodes are taken as the GPUs need, at 8 a node.",
+            "leave --nodes out.",
+        )
+    basis = basis_of(wanted.recipe, manifest, wanted.here, Terms(kinds[0], wish.network_gbit, wish.price))
+    if isinstance(basis, Unknown):
+        raise _not_known(basis, wanted.recipe)
+    found = least_hardware(wanted, with_guess(basis, wanted.recipe), kinds)
+    if wish.as_json:
+        _print_json(least_value(found))
+    else:
+        console.print(least_table(found))
+        console.print(f"from {_assumed(basis)}", style="dim", highlight=False)
+    return EXIT_OK
+
+
+def _compare(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: bool) -> int:
+    if isinstance(basis, Unknown):
+        raise _not_known(basis, wanted.recipe)
+    found = every_way(wanted, basis)
+    winner = fastest([way for way in found if way.engine not in NEEDS_MORE])
+    if winner is None:
+        errors = {way.engine: way.error for way in found if way.error is not None}
+        raise errors.get("ddp") or next(iter(errors.values()))
+    if as_json:
+        _print_json(ways_value(found, winner))
+    else:
+        console.print(ways_table(found, winner))
+        console.print(f"from {_assumed(basis)}", style="dim", highlight=False)
+    return EXIT_OK
+
+
+def _scale(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: bool) -> int:
+    """Weak scaling keeps the work of a GPU, strong scaling shares the recipe's own packs."""
+    if isinstance(basis, Unknown):
+        raise _not_known(basis, wanted.recipe)
+    recipe = plan_best(wanted, basis).recipe
+    weak, strong = (
+        scale(recipe, basis.shape, basis.packs, basis.gpu, mode, network_gb=basis.network_gb)
+        for mode in ("weak", "strong")
+    )
+    if as_json:
+        _print_json([scaling_value(weak), scaling_value(strong)])
+        return EXIT_OK
+    for each in (weak, strong):
+        console.print(scaling_table(each, basis.gpu.memory_bytes))
+        console.print(pairs([(f"{each.mode} scaling", stop_words(each))]))
+        console.print()
+    console.print(f"{basis.gpu.name}, {recipe.parallel.engine}; from {_assumed(basis)}", style="dim", highlight=False)
+    return EXIT_OK
+
+
+def _not_known(unknown: Unknown, recipe: Recipe) -> UserError:
+    return UserError(
+        f"memory and time of {recipe.name} are not known: {unknown.reason}.",
+        "ways and GPUs are compared by them.",
+        "name the GPU as --gpus 8xH100-80GB does, and a model whose config.json is on this machine.",
+    )
+
+
+def _assumed(basis: Basis) -> str:
+    if basis.packs.is_measured:
+        return f"the {basis.packs.num_packs:,} packs of the prepared data"
+    guessed = f"; the number of steps is {basis.guessed.reason}" if basis.guessed is not None else ""
+    return "the worst case, because the data is not prepared: each pack is one document, all supervised" + guessed
+
+
+def _diff(console: Console, before: RunPlan, after: RunPlan, as_json: bool) -> None:
+    found = differences(before, after)
+    if as_json:
+        _print_json([{"field": each.field, "run": each.before, "plan": each.after} for each in found])
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("field", relative(before.run_folder), "this plan"):
+        table.add_column(heading, overflow="fold")
+    for each in found:
+        table.add_row(each.field, Text(str(each.before)), Text(str(each.after)))
+    console.print(table if found else "the plans are the same")
+
+
+def _print_json(value: Any) -> None:  # noqa: ANN401
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
@@ -99,9 +284,33 @@ def _show(console: Console, made: RunPlan, vocab_size: int | None) -> None:
         lines.append(("prepared", f"{facts.num_rows:,} rows in {facts.num_packs:,} packs, {facts.fill:.2%} full"))
     lines += [(decision.name, f"{decision.value}: {decision.reason}") for decision in made.decisions]
     lines += [("checkpoints", _room(made, vocab_size))]
-    lines += [("run folder", made.run_folder), ("command", shown(made.argv))]
+    env = " ".join(f"{name}={value}" for name, value in made.env.items())
+    lines += [("run folder", made.run_folder), ("command", shown(made.argv)), ("environment", env)]
     console.print(pairs(lines))
     show_parameters(console, made.recipe, vocab_size)
+
+
+def _show_costs(console: Console, case: Case | None, unknown: str, changes: Sequence[Change], gpus: str) -> None:
+    console.print()
+    if case is None:
+        console.print(pairs([("memory, time", f"not known: {unknown}")]))
+        return
+    console.print(pairs([("memory", verdict_words(case))]))
+    console.print(phase_table(case))
+    console.print()
+    console.print(component_table(case))
+    if changes:
+        console.print()
+        console.print(change_table(changes))
+    elif not case.fits:
+        console.print(f"nothing tried makes it fit; see packhorse plan RECIPE --gpus auto (asked: {gpus or 'here'})")
+    console.print()
+    lines = [*storage_lines(case), *time_lines(case, _now()), ("from", _assumed(case.basis))]
+    console.print(pairs(lines))
+
+
+def _now() -> datetime:
+    return datetime.now().astimezone()
 
 
 def _room(made: RunPlan, vocab_size: int | None) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.commands.plan import data_facts, require_data, shown
+from packhorse.commands.costs import Terms, Unknown, basis_of
+from packhorse.commands.plan import data_facts, read_gpus, require_data, shown
 from packhorse.data.identity import find_prepared
-from packhorse.data.manifest import read_manifest
+from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.places import data_root
 from packhorse.data.stored import require_sizes
 from packhorse.errors import EXIT_OK, EXIT_STOPPED, UserError
@@ -18,16 +20,28 @@ from packhorse.launching.preflight import check_base_model, check_disk, check_nv
 from packhorse.launching.recovery import run_to_end
 from packhorse.launching.run_folder import check_free, create_run, open_run, relative
 from packhorse.launching.stop import StoppedEarly, stop_signals
-from packhorse.plan.hardware import detect_hardware
-from packhorse.plan.make import make_plan, run_folder_of
+from packhorse.plan.auto import plan_best
+from packhorse.plan.compare import Wanted
+from packhorse.plan.cost.case import Basis, Case
+from packhorse.plan.cost.packs import PackFigures
+from packhorse.plan.hardware import Hardware, detect_hardware
+from packhorse.plan.make import run_folder_of
 from packhorse.plan.resume import replace_plan, replan
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.plan.topology import Ask, check_machine
+from packhorse.plan.verdict import check_memory
 from packhorse.recipe.load import load_recipe
 from packhorse.record.status import read_status
 
 
-def train(recipe: str, overrides: Sequence[str], gpus: int | None, resume: bool, restarts: int | None = None) -> int:
+def train(
+    recipe: str,
+    overrides: Sequence[str],
+    gpus: int | None,
+    resume: bool,
+    restarts: int | None = None,
+    force: bool = False,
+) -> int:
     """Prepares the data where it is not there, then trains; or goes on with a run.
 
     Raises:
@@ -41,9 +55,9 @@ def train(recipe: str, overrides: Sequence[str], gpus: int | None, resume: bool,
     with stop_signals() as stop:
         try:
             made = (
-                _resumed(recipe, overrides, gpus)
+                _resumed(recipe, overrides, gpus, force)
                 if resume
-                else _new_run(recipe, overrides, Ask(gpus), console, local=True)
+                else _new_run(recipe, overrides, Ask(gpus), Terms(), console, local=True, force=force)
             )
         except StoppedEarly:
             say("stopped before training; nothing is half-written: the same command starts again")
@@ -63,15 +77,18 @@ def train(recipe: str, overrides: Sequence[str], gpus: int | None, resume: bool,
     return outcome.exit_code
 
 
-def write_run(recipe: str, overrides: Sequence[str], gpus: int | None, nodes: int | None) -> int:
+def write_run(recipe: str, overrides: Sequence[str], gpus: str, nodes: int | None, force: bool = False) -> int:
     """Makes the run folder, with the data prepared, for a launch elsewhere; starts nothing."""
     console = Console()
-    made = _new_run(recipe, overrides, Ask(gpus, nodes), console, local=False)
+    ask, terms = read_gpus(gpus, nodes)
+    made = _new_run(recipe, overrides, ask, terms, console, local=False, force=force)
     console.print(f"planned {relative(made.run_folder)}: {shown(made.argv)}", soft_wrap=True, highlight=False)
     return EXIT_OK
 
 
-def _new_run(recipe: str, overrides: Sequence[str], ask: Ask, console: Console, *, local: bool) -> RunPlan:
+def _new_run(
+    recipe: str, overrides: Sequence[str], ask: Ask, terms: Terms, console: Console, *, local: bool, force: bool
+) -> RunPlan:
     if (Path(recipe) / PLAN_FILE).is_file():
         raise UserError(
             f"{recipe} is a run, not a recipe.",
@@ -80,7 +97,8 @@ def _new_run(recipe: str, overrides: Sequence[str], ask: Ask, console: Console, 
         )
     loaded = load_recipe(recipe, overrides)
     here = detect_hardware()
-    draft = make_plan(loaded, ask, here, None)
+    wanted = Wanted(loaded, ask, here, None)
+    draft = _draft(wanted, basis_of(loaded, None, here, terms), force)
     # All that can be refused without reading a row is refused before the rows are read.
     if local:
         check_machine(draft.topology, here)
@@ -96,14 +114,34 @@ def _new_run(recipe: str, overrides: Sequence[str], ask: Ask, console: Console, 
 
         manifest = prepare_with_progress(loaded, console).manifest
     require_sizes(data_root(loaded) / manifest.content_hash, manifest)
-    made = make_plan(loaded, ask, here, data_facts(data_root(loaded) / manifest.content_hash, manifest))
+    facts = data_facts(data_root(loaded) / manifest.content_hash, manifest)
+    made = _fitting(replace(wanted, data=facts), basis_of(loaded, manifest, here, terms), force)
     check_disk(made, manifest.vocab_size)
     create_run(made, {"data.json": manifest.model_dump_json(indent=2) + "\n"})
     return made
 
 
-def _resumed(run: str, overrides: Sequence[str], gpus: int | None) -> RunPlan:
-    made = open_run(run)
+def _draft(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
+    """The plan before the data is prepared; refused if weights and states alone are too much for the GPUs."""
+    if isinstance(basis, Unknown):
+        return plan_best(wanted, None)
+    least = replace(basis, packs=PackFigures.full(1))
+    made = plan_best(wanted, least)
+    # The message has the figures of whole packs, which need more.
+    return made if force or Case(made, least).fits else _fitting(wanted, basis, force)
+
+
+def _fitting(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
+    if isinstance(basis, Unknown):
+        return plan_best(wanted, None)
+    made = plan_best(wanted, basis)
+    if not force:
+        check_memory(wanted, Case(made, basis))
+    return made
+
+
+def _resumed(run: str, overrides: Sequence[str], gpus: int | None, force: bool) -> RunPlan:
+    before = made = open_run(run)
     now = read_status(Path(made.run_folder))
     if now is not None and now.state == "finished":
         raise UserError(
@@ -118,4 +156,16 @@ def _resumed(run: str, overrides: Sequence[str], gpus: int | None) -> RunPlan:
     manifest = read_manifest(Path(require_data(made).folder))
     assert manifest is not None
     check_disk(made, manifest.vocab_size)
-    return made
+    return made if made == before else _still_fitting(made, manifest, here, force)
+
+
+def _still_fitting(made: RunPlan, manifest: DataManifest, here: Hardware, force: bool) -> RunPlan:
+    """Another plan of a run, which its GPUs must hold as a new one's."""
+    basis = basis_of(made.recipe, manifest, here, Terms())
+    if isinstance(basis, Unknown) or made.topology.device == "cpu":
+        return made
+    topology = made.topology
+    if not force:
+        ask = Ask(topology.world_size, topology.num_nodes)
+        check_memory(Wanted(made.recipe, ask, here, made.data), Case(made, basis))
+    return Case(made, basis).noted()

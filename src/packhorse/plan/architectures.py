@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,8 +46,9 @@ def find_configuration(recipe: Recipe, vocab_size: int | None = None) -> Configu
     return published().get(model.id)
 
 
+@cache
 def published() -> Mapping[str, Configuration]:
-    """The shipped table: hub name -> configuration."""
+    """The shipped table: hub name -> configuration. Read once: comparing plans asks for it a hundred times."""
     table: Mapping[str, Configuration] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     return table
 

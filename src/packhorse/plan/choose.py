@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from packhorse.errors import UserError
-from packhorse.plan.run_plan import BatchSplit, Decision
-from packhorse.recipe.schema import BatchSection
+from packhorse.plan.run_plan import BatchSplit, Decision, Device
+from packhorse.recipe.schema import BatchSection, Recipe
 
 # A forward pass of about this many tokens keeps one device busy; more only costs memory.
 TOKENS_PER_PASS = 4096
+
+
+def settled(recipe: Recipe, device: Device) -> Recipe:
+    """The recipe without `auto` in `parallel`, where there is no card to choose for.
+
+    Raises:
+        UserError: The run is on GPUs: what fits them is not known.
+    """
+    parallel = recipe.parallel
+    asked = [name for name in ("engine", "checkpointing") if getattr(parallel, name) == "auto"]
+    if not asked:
+        return recipe
+    if device == "cuda":
+        fields = " and ".join(f"parallel.{name}" for name in asked)
+        raise UserError(
+            f"{fields} {'is' if len(asked) == 1 else 'are'} auto, and how much memory the run takes of which GPU is not"
+            " known.",
+            "the fastest way that fits is chosen by the figures of the GPU and the shape of the model.",
+            f"name the GPU, for example packhorse plan RECIPE --gpus 8xH100-80GB, or set {fields}.",
+        )
+    # Host memory is not scarce as a GPU's is, and one way is as fast as another.
+    plain = {name: "ddp" if name == "engine" else False for name in asked}
+    return recipe.model_copy(update={"parallel": parallel.model_copy(update=plain)})
 
 
 def choose_batch(batch: BatchSection, data_ranks: int, sequence: int = 1) -> tuple[BatchSplit, Decision]:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from packhorse.errors import UserError
-from packhorse.plan.choose import choose_batch
+from packhorse.plan.choose import choose_batch, settled
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.optimizer_pairs import check_stepping
@@ -39,8 +39,10 @@ def make_plan(recipe: Recipe, ask: Ask, here: Hardware, data: DataFacts | None) 
             the processes.
     """
     check_model(recipe)
-    topology, processes = choose_topology(recipe.parallel, ask, here)
-    return plan_on(recipe, topology, processes, data)
+    plain = settled(recipe, "cuda" if ask.gpus is not None else here.device)
+    topology, processes = choose_topology(plain.parallel, ask, here)
+    made = plan_on(plain, topology, processes, data)
+    return made.model_copy(update={"decisions": (*made.decisions, *_settled(recipe, plain))})
 
 
 def plan_on(recipe: Recipe, topology: Topology, processes: Decision, data: DataFacts | None) -> RunPlan:
@@ -75,8 +77,26 @@ def plan_on(recipe: Recipe, topology: Topology, processes: Decision, data: DataF
         deepspeed=deepspeed_config(recipe, topology, batch),
         argv=launch_argv(topology, folder),
         env=worker_env(topology),
-        decisions=(processes, *_mesh(topology), micro, steps, _attention(recipe, topology.device), _dtype(recipe)),
+        decisions=(
+            processes,
+            *_mesh(topology),
+            micro,
+            steps,
+            _attention(recipe, topology.device),
+            _dtype(recipe, topology.engine),
+        ),
     )
+
+
+def _settled(asked: Recipe, plain: Recipe) -> list[Decision]:
+    """What `auto` became where there is no card to choose for."""
+    reason = "auto on a CPU: one way is as fast as another, and memory is not scarce"
+    values = [(name, getattr(plain.parallel, name)) for name in ("engine", "checkpointing")]
+    return [
+        Decision(name=f"parallel.{name}", value=str(value).lower(), reason=reason)
+        for name, value in values
+        if getattr(asked.parallel, name) != value
+    ]
 
 
 def _mesh(topology: Topology) -> list[Decision]:
@@ -135,7 +155,7 @@ def _attention(recipe: Recipe, device: str) -> Decision:
     return Decision(name="model.attention", value="sdpa", reason="SDPA per document: exact on any device")
 
 
-def _dtype(recipe: Recipe) -> Decision:
+def _dtype(recipe: Recipe, engine: str) -> Decision:
     asked = recipe.model.dtype
     if asked != "auto":
         return Decision(name="model.dtype", value=asked, reason="model.dtype of the recipe")
@@ -143,7 +163,7 @@ def _dtype(recipe: Recipe) -> Decision:
         return Decision(name="model.dtype", value="float32", reason="precision is fp32")
     if recipe.method.trains_base:
         reason = f"trained weights keep fp32 masters under {recipe.precision}"
-        if recipe.parallel.engine.startswith("zero"):
+        if engine.startswith("zero"):
             reason += f"; DeepSpeed computes with {recipe.precision} copies of them"
         return Decision(name="model.dtype", value="float32", reason=reason)
     value = "bfloat16" if recipe.precision == "bf16" else "float16"

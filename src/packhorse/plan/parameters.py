@@ -67,7 +67,7 @@ _TIED: Final[Mapping[str, Any]] = {"tie_word_embeddings": True}
 FAMILIES: Final[Mapping[str, _Family]] = {
     "llama": _Family(_UNTIED),
     "mistral": _Family({**_UNTIED, "num_key_value_heads": 8}),
-    "mixtral": _Family({**_UNTIED, "num_key_value_heads": 8, "num_local_experts": 8}),
+    "mixtral": _Family({**_UNTIED, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen2": _Family({**_UNTIED, "num_key_value_heads": 32}, query_bias=True),
     "qwen3": _Family({**_UNTIED, "num_key_value_heads": 32, "head_dim": 128}, head_norms=True),
     "qwen3_moe": _Family(
@@ -75,6 +75,7 @@ FAMILIES: Final[Mapping[str, _Family]] = {
             **_UNTIED,
             "num_key_value_heads": 4,
             "num_experts": 128,
+            "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
             "decoder_sparse_step": 1,
         },
@@ -104,8 +105,10 @@ class Shape:
         family: Its `model_type`.
         head_width: Width of one attention head.
         experts: Experts in a layer that has them, else 0.
+        active_experts: Experts that each token goes through, of those.
         expert_width: Width of one expert's MLP.
         sparse_layers: Layers that have experts in place of an MLP.
+        windows: For each layer, how many tokens back attention looks; None: to the document's start.
     """
 
     family: str
@@ -120,8 +123,10 @@ class Shape:
     attention_bias: bool
     mlp_bias: bool
     experts: int
+    active_experts: int
     expert_width: int
     sparse_layers: frozenset[int]
+    windows: tuple[int | None, ...]
 
 
 def read_shape(configuration: Configuration | None) -> Shape | None:
@@ -135,6 +140,9 @@ def read_shape(configuration: Configuration | None) -> Shape | None:
         return None
     layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
     experts = fields.get({"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}.get(name, ""), 0)
+    if name == "qwen3_moe":
+        # transformers 5 writes the key's other name.
+        experts = known.get("num_experts", known.get("num_local_experts", experts))
     dense, every = fields.get("mlp_only_layers", ()), fields.get("decoder_sparse_step", 1)
     return Shape(
         family=name,
@@ -149,9 +157,28 @@ def read_shape(configuration: Configuration | None) -> Shape | None:
         attention_bias=fields.get("attention_bias", False),
         mlp_bias=fields.get("mlp_bias", False) and name == "llama",
         experts=experts,
+        active_experts=fields["num_experts_per_tok"] if experts else 0,
         expert_width=fields["moe_intermediate_size"] if name == "qwen3_moe" else fields["intermediate_size"],
         sparse_layers=frozenset(at for at in range(layers) if experts and at not in dense and (at + 1) % every == 0),
+        windows=_windows(name, configuration, layers),
     )
+
+
+def _windows(family: str, configuration: Configuration, layers: int) -> tuple[int | None, ...]:
+    """As the configuration classes of transformers fill in what config.json leaves out."""
+    # A Mistral that says null looks at all; one that says nothing does not.
+    window = configuration.get("sliding_window", {"mistral": 4096, "gemma3_text": 4096}.get(family))
+    slides = family in ("mistral", "mixtral", "phi3", "gemma3_text") or configuration.get("use_sliding_window", False)
+    if window is None or not slides:
+        return (None,) * layers
+    kinds = configuration.get("layer_types")
+    if kinds is None and family == "gemma3_text":
+        pattern = configuration.get("sliding_window_pattern", 6)
+        kinds = ["full_attention" if (at + 1) % pattern == 0 else "sliding_attention" for at in range(layers)]
+    elif kinds is None:
+        first = configuration.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
+        kinds = ["sliding_attention" if at >= first else "full_attention" for at in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def list_parameters(shape: Shape) -> list[Parameter]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from packhorse.durable import disk_error, sync_to_disk
 from packhorse.errors import UserError
+from packhorse.plan.choose import settled
 from packhorse.plan.command import deepspeed_config, launch_argv
+from packhorse.plan.difference import leaves
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.less_memory import smaller_micro
 from packhorse.plan.make import plan_on
@@ -41,12 +43,12 @@ def replan(plan: RunPlan, overrides: Sequence[str], ask: Ask, here: Hardware, at
             the engine, the method or the optimizer.
     """
     _refuse_other_maths(overrides, plan)
-    recipe = override_recipe(plan.recipe, overrides) if overrides else plan.recipe
+    recipe = settled(override_recipe(plan.recipe, overrides) if overrides else plan.recipe, plan.topology.device)
     topology, processes = _place(plan, recipe, overrides, ask, here)
     changes = [*_differences(plan.recipe, recipe), *_moved(plan.topology, topology)]
     if not changes:
         return plan
-    made = plan_on(recipe, topology, processes, plan.data)
+    made = _no_fuller(plan_on(recipe, topology, processes, plan.data), plan)
     said = Decision(
         name=DECISION,
         value=f"{topology.engine}, {topology.world_size} process{'es' * (topology.world_size > 1)}",
@@ -57,24 +59,40 @@ def replan(plan: RunPlan, overrides: Sequence[str], ask: Ask, here: Hardware, at
     return made.model_copy(update={**own, "decisions": (*made.decisions, *_said_before(plan), said)})
 
 
+def _no_fuller(made: RunPlan, before: RunPlan) -> RunPlan:
+    """Passes that were chosen to fit stay as they are, or as near below as the new share of a process allows."""
+    chosen = before.predicted is not None and made.recipe.batch.micro == "auto"
+    # Weights that are stepped in the backward pass take one pass a step, whatever it holds.
+    if not chosen or made.recipe.optimizer.in_backward:
+        return made
+    share = made.batch.micro_packs * made.batch.accumulation_steps
+    micro = max(n for n in range(1, before.batch.micro_packs + 1) if share % n == 0)
+    return made if micro == made.batch.micro_packs else with_micro(made, micro, "as before, or less")
+
+
 def with_smaller_micro(plan: RunPlan) -> RunPlan | None:
     """The plan with half as many packs in a pass and twice the passes: less memory, the same maths.
 
     None where passes cannot be made smaller: they hold one pack, or each weight is stepped in the only one.
     """
-    batch, share = plan.batch, plan.batch.micro_packs * plan.batch.accumulation_steps
-    micro = smaller_micro(plan)
+    batch, micro = plan.batch, smaller_micro(plan)
     if micro is None or plan.recipe.optimizer.in_backward:
         return None
-    smaller = batch.model_copy(update={"micro_packs": micro, "accumulation_steps": share // micro})
-    recipe = plan.recipe.model_copy(update={"batch": plan.recipe.batch.model_copy(update={"micro": micro})})
+    smaller = with_micro(plan, micro, f"{batch.micro_packs} packs a pass ran out of memory")
+    section = plan.recipe.batch.model_copy(update={"micro": micro})
+    return smaller.model_copy(update={"recipe": plan.recipe.model_copy(update={"batch": section})})
+
+
+def with_micro(plan: RunPlan, micro: int, reason: str) -> RunPlan:
+    """The plan with so many packs in a pass; the recipe's own word stays."""
+    share = plan.batch.micro_packs * plan.batch.accumulation_steps
+    batch = plan.batch.model_copy(update={"micro_packs": micro, "accumulation_steps": share // micro})
     value = f"{micro} packs a pass, {share // micro} passes a step"
-    reason = f"{batch.micro_packs} packs a pass ran out of memory"
     return plan.model_copy(
         update={
-            "recipe": recipe,
-            "batch": smaller,
-            "deepspeed": deepspeed_config(recipe, plan.topology, smaller),
+            "batch": batch,
+            "deepspeed": deepspeed_config(plan.recipe, plan.topology, batch),
+            "predicted": None,
             "decisions": tuple(
                 Decision(name=each.name, value=value, reason=reason) if each.name == "batch.micro" else each
                 for each in plan.decisions
@@ -137,18 +155,10 @@ def _place(
 
 
 def _differences(before: Recipe, after: Recipe) -> Iterator[str]:
-    old, new = dict(_leaves(before.model_dump())), dict(_leaves(after.model_dump()))
+    old, new = dict(leaves(before.model_dump())), dict(leaves(after.model_dump()))
     for key, value in old.items():
         if value != new[key] and key != "parallel.processes":  # told by the number of processes
             yield f"{key} {value} -> {new[key]}"
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _moved(before: Topology, after: Topology) -> Iterator[str]:

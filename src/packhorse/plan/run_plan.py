@@ -84,6 +84,21 @@ class Decision(PlanPart):
     reason: str
 
 
+class Predicted(PlanPart):
+    """What the plan counted on before anything was allocated."""
+
+    gpu: str
+    """Name of its profile."""
+    memory_bytes: int
+    """Of the card."""
+    required_bytes: int
+    """Of one GPU at the fullest moment, with what is assumed to lie outside torch's allocator."""
+    phase: str
+    """In which it is fullest."""
+    step_seconds: float
+    """Without evaluations and checkpoints."""
+
+
 class RunPlan(PlanPart):
     """A run, complete.
 
@@ -109,6 +124,8 @@ class RunPlan(PlanPart):
     env: dict[str, str]
     """Environment variables that the worker sets for itself before it imports torch. Never a secret."""
     decisions: tuple[Decision, ...]
+    predicted: Predicted | None = None
+    """None where the GPUs or the model's shape are not known."""
 
     def chosen(self, name: str) -> str:
         """The value of an automatic choice."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from packhorse.errors import UserError
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.run_plan import Decision, Topology
-from packhorse.recipe.schema import ParallelSection
+from packhorse.recipe.schema import Engine, ParallelSection
 
 GPUS_PER_NODE = 8
 THREADS_PER_GPU = 8
@@ -57,13 +57,18 @@ def _place(parallel: ParallelSection, ask: Ask, here: Hardware) -> tuple[Topolog
         count, reason = wanted, "parallel.processes of the recipe"
     topology = Topology(
         device=here.device,
-        engine=parallel.engine,
+        engine=_engine(parallel),
         num_nodes=1,
         processes_per_node=count,
         threads_per_process=max(1, here.num_cores // count),
     )
     where = "GPUs" if here.gpus else "CPU cores"
     return topology, Decision(name="processes", value=str(count), reason=f"{reason} ({available} {where} here)")
+
+
+def _engine(parallel: ParallelSection) -> Engine:
+    assert parallel.engine != "auto", "auto is settled before processes are placed"
+    return parallel.engine
 
 
 def _asked_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tuple[Topology, Decision]:
@@ -82,7 +87,7 @@ def _asked_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tupl
         )
     topology = Topology(
         device="cuda",
-        engine=parallel.engine,
+        engine=_engine(parallel),
         num_nodes=num_nodes,
         processes_per_node=gpus // num_nodes,
         threads_per_process=THREADS_PER_GPU,

@@ -92,7 +92,7 @@ def count_parameters(configuration: Configuration | None, method: Method) -> Par
         extra = _virtual(method, shape)
         modules = (*_by_module(parameters, {}), ModuleCount(method.kind, 1, extra, extra[0] * extra[1], _area(extra)))
         return ParameterCounts(base, _area(extra), base + _area(extra), modules)
-    trained = _trained(parameters, method, shape)
+    trained = trained_by_name(parameters, method, shape)
     if trained is None:
         return None
     trainable = sum(trained.values())
@@ -100,8 +100,11 @@ def count_parameters(configuration: Configuration | None, method: Method) -> Par
     return ParameterCounts(base, trainable, base + beside, _by_module(parameters, trained))
 
 
-def _trained(parameters: Sequence[Parameter], method: Method, shape: Shape) -> dict[str, int] | None:
-    """Trained weights by name of the parameter that they are, or stand beside."""
+def trained_by_name(parameters: Sequence[Parameter], method: Method, shape: Shape) -> dict[str, int] | None:
+    """Number of trained weights by name of the parameter that they are, or stand beside.
+
+    None where the choice is the library's; prompt and prefix tuning train nothing that stands beside a parameter.
+    """
     if isinstance(method, LoraMethod):
         return _lora(parameters, method, shape)
     if isinstance(method, Ia3Method):

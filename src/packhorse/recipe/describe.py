@@ -22,7 +22,8 @@ def summary(recipe: Recipe) -> list[tuple[str, str]]:
     batch, optimizer, schedule = recipe.batch, recipe.optimizer, recipe.schedule
     warmup = f"{schedule.warmup_steps} steps" if schedule.warmup_steps else f"{schedule.warmup_ratio:.0%}"
     length = f"{recipe.steps:,} steps" if recipe.steps else f"{recipe.epochs} epochs"
-    checkpointing = ", checkpointing" if recipe.parallel.checkpointing else ""
+    auto = " auto" if recipe.parallel.checkpointing == "auto" else ""
+    checkpointing = f", checkpointing{auto}" if recipe.parallel.checkpointing else ""
     return [
         ("model", _model_words(recipe)),
         ("method", _method_words(recipe)),

@@ -176,7 +176,7 @@ class BatchSection(Section):
     packs: PositiveInt = 16
     """Packs in one optimizer step, over all devices."""
     micro: PositiveInt | Literal["auto"] = "auto"
-    """Packs in one forward pass of one device: memory and speed, never the result."""
+    """Packs in one forward pass of one device: memory and speed, never the result; `auto`: the fastest that fit."""
 
 
 class OptimizerSection(Section):
@@ -218,8 +218,8 @@ class ScheduleSection(Section):
 class ParallelSection(Section):
     """How devices share the work."""
 
-    engine: Engine = "ddp"
-    """What is sharded: nothing (single, ddp), optimizer (zero1), gradients too (zero2), weights too (zero3, fsdp2)."""
+    engine: Engine | Literal["auto"] = "ddp"
+    """Shards nothing (single, ddp), optimizer (zero1), gradients (zero2), weights (zero3, fsdp2); `auto`: the best."""
     processes: PositiveInt | Literal["auto"] = "auto"
     """Processes in all, one a GPU. `auto`: every GPU of this machine, or one process on the CPU."""
     sequence: PositiveInt = 1
@@ -228,8 +228,8 @@ class ParallelSection(Section):
     """Processes that shard one copy of the weights under `hsdp`; absent, those of one node."""
     nvme: str | None = None
     """Folder on a fast local disk for what `zero3_nvme` keeps there."""
-    checkpointing: bool | PositiveInt = False
-    """Recompute activations in the backward pass: a third more compute, far less memory; n: of every n-th layer."""
+    checkpointing: bool | PositiveInt | Literal["auto"] = False
+    """Recompute activations: a third more compute, far less memory; n: every n-th layer; `auto`: where it must be."""
     offload_activations: bool = False
     """Keep what is stored for the backward pass in host memory."""
 

@@ -57,7 +57,8 @@ def memory_error(plan: RunPlan, last: Heartbeat, error: BaseException) -> UserEr
         error: The allocator's.
     """
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
-    fact = f"rank {last.rank} ran out of memory at step {last.step + 1}, phase {last.phase}{notes}{_peak()}."
+    where = f"at step {last.step + 1}, phase {last.phase}{notes}"
+    fact = f"rank {last.rank} ran out of memory {where}{_peak()}{_planned(plan)}."
     why = str(error).strip().splitlines()[0]
     smaller = with_smaller_micro(plan)
     if plan.recipe.recovery.on_oom == "shrink" and smaller is not None:
@@ -65,6 +66,17 @@ def memory_error(plan: RunPlan, last: Heartbeat, error: BaseException) -> UserEr
         fix = f"recovery.on_oom is shrink: `packhorse train` goes on with batch.micro {micro}, the same result."
         return AnotherAttempt("shrink", fact, why, fix, EXIT_MEMORY)
     return UserError(fact, why, f"{less_memory(plan)}; then `--resume`.", exit_code=EXIT_MEMORY)
+
+
+def _planned(plan: RunPlan) -> str:
+    """What the plan counted on."""
+    planned = plan.predicted
+    if planned is None:
+        return ""
+    return (
+        f"; the plan counted on {planned.required_bytes / 2**30:.1f} of {planned.memory_bytes / 2**30:.1f} GiB of"
+        f" {planned.gpu}, fullest in {planned.phase}"
+    )
 
 
 def _peak() -> str:

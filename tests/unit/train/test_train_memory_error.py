@@ -11,7 +11,7 @@ from packhorse.data.packs.loader import MicroBatch, lay_out
 from packhorse.errors import EXIT_MEMORY
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.make import make_plan
-from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.run_plan import Predicted, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
 from packhorse.record.heartbeat import Heartbeat
@@ -19,6 +19,7 @@ from packhorse.train.another_attempt import AnotherAttempt
 from packhorse.train.memory_error import is_out_of_memory, memory_error, noting
 from tiny import TINY
 
+GIB = 2**30
 GPU_SAYS = "CUDA out of memory. Tried to allocate 20.00 GiB."
 LAST = Heartbeat(rank=3, pid=1, host="h", phase="backward", step=6, since=0.0, at=0.0)
 
@@ -50,6 +51,15 @@ def test_it_says_where_what_and_the_smallest_change() -> None:
     )
     assert mistake.why == GPU_SAYS
     assert mistake.fix.startswith("set batch.micro to 1: 8 passes a step")
+
+
+def test_it_says_what_the_plan_counted_on() -> None:
+    predicted = Predicted(gpu="A10-24GB", memory_bytes=24 * GIB, required_bytes=18 * GIB, phase="loss", step_seconds=1)
+    told = memory_error(
+        plan(1, "stop").model_copy(update={"predicted": predicted}), LAST, torch.OutOfMemoryError(GPU_SAYS)
+    )
+    assert "; the plan counted on 18.0 of 24.0 GiB of A10-24GB, fullest in loss." in told.mistakes[0].fact
+    assert "the plan counted" not in str(memory_error(plan(1, "stop"), LAST, torch.OutOfMemoryError(GPU_SAYS)))
 
 
 @pytest.mark.parametrize(("micro", "again"), [(2, True), (1, False)])

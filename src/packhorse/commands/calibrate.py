@@ -1,0 +1,50 @@
+"""`--calibrate RUN`: how a run's measured steps compare with what its own plan predicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from packhorse.commands.costs import Terms, Unknown, basis_of
+from packhorse.data.manifest import read_manifest
+from packhorse.errors import UserError
+from packhorse.launching.run_folder import relative
+from packhorse.plan.cost.case import Measured, case_of
+from packhorse.plan.cost.gpus import find_gpu
+from packhorse.plan.cost.speed import measured_step_seconds
+from packhorse.plan.hardware import detect_hardware
+from packhorse.plan.run_plan import RunPlan
+from packhorse.track.sinks import METRICS_FILE, read_metrics
+
+
+def measured_of(run: RunPlan) -> Measured:
+    """Measured over predicted seconds of a step of a run.
+
+    Raises:
+        UserError: It was no run on known GPUs, or has too few figures.
+    """
+    name = relative(run.run_folder)
+    if run.topology.device == "cpu":
+        raise UserError(
+            f"{name} ran on a CPU.",
+            "the time of a GPU's step says nothing there.",
+            "leave --calibrate out, or name a run that trained on GPUs.",
+        )
+    seconds = measured_step_seconds(read_metrics(Path(run.run_folder) / METRICS_FILE))
+    if seconds is None:
+        raise UserError(
+            f"{name} has no two figures of speed.",
+            "the first step warms up, so that one more is needed.",
+            "let it run for some steps more, with track.every_steps 1.",
+        )
+    terms = Terms(find_gpu(run.predicted.gpu)) if run.predicted is not None else Terms()
+    manifest = read_manifest(Path(run.data.folder)) if run.data is not None else None
+    basis = basis_of(run.recipe, manifest, detect_hardware(), terms)
+    case = None if isinstance(basis, Unknown) else case_of(run, basis)
+    if case is None:
+        why = basis.reason if isinstance(basis, Unknown) else ""
+        raise UserError(
+            f"what {name} should have taken is not known: {why}.",
+            "a measured step corrects the estimate of that very step.",
+            "leave --calibrate out, or run the command where the run's GPUs and model are.",
+        )
+    return Measured(seconds / case.step_seconds, f"{name}, {seconds:.2f} s a step measured")

@@ -1,0 +1,103 @@
+"""What an estimate is made on: the GPUs that were named or are here, the model's shape, the packs on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from packhorse.commands.parameters import why_not_counted
+from packhorse.data.manifest import DataManifest
+from packhorse.data.packs.store import open_store
+from packhorse.data.places import data_root
+from packhorse.plan.architectures import find_configuration
+from packhorse.plan.cost.case import Basis, Guessed
+from packhorse.plan.cost.gpus import GpuProfile, gpu_of_device
+from packhorse.plan.cost.packs import PackFigures
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.parameters import read_shape
+from packhorse.plan.trainable import count_parameters
+from packhorse.recipe.schema import Recipe
+
+GBIT_TO_GB = 1 / 8
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the user says of the GPUs beside their number.
+
+    Attributes:
+        gpu: Of which kind; None: those of this machine.
+        network_gbit: Gbit/s of one GPU between nodes.
+        price: Of a GPU hour.
+    """
+
+    gpu: GpuProfile | None = None
+    network_gbit: float | None = None
+    price: float | None = None
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Why memory and time cannot be said."""
+
+    reason: str
+
+
+def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, terms: Terms) -> Basis | Unknown:
+    """What is known of model, packs and GPU, or what is not.
+
+    Args:
+        recipe: Its model, method and length.
+        manifest: Of the prepared data; None takes the worst that the length allows.
+        here: This machine.
+        terms: Of the command line.
+
+    Raises:
+        UserError: The user's own GPU profiles are wrong, or a file of the data is not what was written.
+    """
+    gpu = terms.gpu or _gpu_here(here)
+    if isinstance(gpu, Unknown):
+        return gpu
+    vocab_size = manifest.vocab_size if manifest is not None else None
+    configuration = find_configuration(recipe, vocab_size)
+    shape = read_shape(configuration)
+    if shape is None or count_parameters(configuration, recipe.method) is None:
+        return Unknown(why_not_counted(recipe, vocab_size))
+    packs, validation = PackFigures.full(recipe.batch.length), None
+    if manifest is not None:
+        folder = data_root(recipe) / manifest.content_hash
+        packs = _figures(folder, "train", recipe)
+        split = manifest.splits.get("validation")
+        if split is not None and split.num_packs:
+            validation = _figures(folder, "validation", recipe)
+    network = None if terms.network_gbit is None else terms.network_gbit * GBIT_TO_GB
+    return Basis(shape, packs, gpu, validation, network, terms.price)
+
+
+def with_guess(basis: Basis, recipe: Recipe) -> Basis:
+    """The number of packs guessed from the first rows, where the steps hang on it."""
+    if basis.packs.is_measured or recipe.steps is not None:
+        return basis
+    # Only here: a run that goes on needs neither tokenizers nor pyarrow in this process.
+    from packhorse.data.sample import guess_packs
+
+    guess = guess_packs(recipe)
+    return basis if guess is None else replace(basis, guessed=Guessed(guess.num_packs, guess.reason))
+
+
+def _gpu_here(here: Hardware) -> GpuProfile | Unknown:
+    """The card of this machine; where they differ, nothing is said of them."""
+    if not here.gpus:
+        return Unknown("which GPU is not known: --gpus 8xH100-80GB says it")
+    names = sorted(set(here.gpus))
+    if len(names) > 1:
+        return Unknown(f"this machine has different GPUs ({', '.join(names)}): --gpus 2xNAME says for which to plan")
+    found = gpu_of_device(names[0])
+    if found is None:
+        return Unknown(f"{names[0]} is not among the GPUs that are known: describe it in ./gpus.yaml (docs/speed.md)")
+    return found
+
+
+def _figures(folder: Path, split: str, recipe: Recipe) -> PackFigures:
+    store = open_store(folder, split)
+    return PackFigures.of_store(recipe.batch.length, store.pack_figures, store.documents)

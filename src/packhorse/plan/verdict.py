@@ -1,0 +1,47 @@
+"""Refuses a run that its GPUs cannot hold, before anything is read or allocated."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from packhorse.errors import UserError
+from packhorse.plan.changes import Change, changes_that_fit
+from packhorse.plan.compare import Wanted
+from packhorse.plan.cost.case import Case
+
+GIB: Final = 2**30
+MOST_NAMED: Final = 3
+
+
+def check_memory(wanted: Wanted, case: Case) -> None:
+    """Refuses what needs more than the card has.
+
+    Args:
+        wanted: What was planned.
+        case: Its plan.
+
+    Raises:
+        UserError: It does, with the largest parts, and the changes that fit.
+    """
+    if case.fits:
+        return
+    card, peak = case.basis.gpu, case.memory.peak
+    parts = sorted(peak.components, key=lambda part: -part.bytes)[:MOST_NAMED]
+    largest = ", ".join(f"{part.name} {part.bytes / GIB:.1f} GiB" for part in parts)
+    raise UserError(
+        f"the run needs {case.required_bytes / GIB:.1f} GiB on each GPU, and {card.name} has"
+        f" {card.memory_bytes / GIB:.1f} GiB.",
+        f"it is fullest in {peak.name}: {largest}.",
+        f"{_fix(changes_that_fit(wanted, case))}; or --force, if you know better.",
+    )
+
+
+def _fix(changes: list[Change]) -> str:
+    if not changes:
+        return "see `packhorse plan RECIPE --gpus auto` for the least hardware that holds it"
+    said = [
+        f"{change.words} ({change.case.required_bytes / GIB:.1f} GiB, {1 / (1 + change.slower) - 1:+.0%} speed,"
+        f" {change.result})"
+        for change in changes[:MOST_NAMED]
+    ]
+    return f"set {', or '.join(said)}"

@@ -1,0 +1,287 @@
+"""What a rank really holds: weights, gradients, optimizer states, and what is kept for the backward pass, in bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from packhorse.data.packs.loader import MicroBatch, lay_out
+from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
+from packhorse.plan.cost import states
+from packhorse.plan.cost.activations import count_activations
+from packhorse.plan.cost.held import held_weights
+from packhorse.plan.cost.packs import PackFigures
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.make import make_plan
+from packhorse.plan.parameters import Shape, read_shape
+from packhorse.plan.run_plan import DataFacts, RunPlan
+from packhorse.plan.topology import Ask
+from packhorse.recipe.schema import Recipe
+from packhorse.train.engine import Engine, start_accelerator, start_engine
+from packhorse.train.forward import micro_batch_loss
+from packhorse.train.optimizer import make_optimizer
+from packhorse.train.setup import training_model
+
+CPU = torch.device("cpu")
+SMALL_BUCKET = 2**16
+Figures = dict[str, int]
+
+
+def save_model(folder: Path, config: dict[str, Any]) -> None:
+    """A model with random weights in Hugging Face form."""
+    fields = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, **config}
+    kind = fields.pop("model_type")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).save_pretrained(folder)
+
+
+def plan_of(folder: Path, lengths: Sequence[int], processes: int = 1, **sections: Any) -> RunPlan:
+    """A plan on the CPU whose pass is one pack of documents of these lengths; 1 pack a step and process."""
+    length = sum(lengths)
+    fields = {
+        "name": "r",
+        "model": {"path": str(folder)},
+        "data": {"sources": [{"path": "r.jsonl"}]},
+        "optimizer": {"learning_rate": 1e-4, "clip_norm": 1.0},
+        "steps": 2,
+        "batch": {"length": length, "packs": processes, "micro": 1},
+        **sections,
+    }
+    fields["parallel"] = {"engine": "single", **sections.get("parallel", {}), "processes": processes}
+    counts = {"num_rows": 4, "num_packs": 4, "num_tokens": 4 * length, "num_supervised_tokens": 4 * length}
+    data = DataFacts(folder=str(folder), content_hash="0", tokenizer=str(folder), fill=1.0, **counts)
+    plan = make_plan(Recipe.model_validate(fields), Ask(), Hardware(num_cores=2, gpus=()), data)
+    if plan.deepspeed is None:
+        return plan
+    # Buckets for a small model: what is in them is known, and not measured here.
+    zero = {**plan.deepspeed["zero_optimization"], "reduce_bucket_size": SMALL_BUCKET}
+    return plan.model_copy(update={"deepspeed": {**plan.deepspeed, "zero_optimization": zero}})
+
+
+def shape_of(folder: Path) -> Shape:
+    """Of a model on disk."""
+    shape = read_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    assert shape is not None
+    return shape
+
+
+def figures_of(lengths: Sequence[int]) -> PackFigures:
+    """Of one pack of documents of these lengths."""
+    squares = sum(length**2 for length in lengths)
+    full = PackFigures.full(sum(lengths))
+    return replace(full, supervised_max=sum(lengths) - len(lengths), squares_max=squares, longest_document=max(lengths))
+
+
+def predicted(plan: RunPlan, folder: Path, lengths: Sequence[int]) -> Figures:
+    """What the plan says, by component."""
+    shape, packs = shape_of(folder), figures_of(lengths)
+    held = held_weights(plan, shape)
+    assert held is not None
+    return {
+        "weights": sum(part.bytes for part in states.weights(plan, held) if part.name != "persistent weights"),
+        "gradients": states.final_gradients(plan, held) + states.kept_gradients(plan, held),
+        "optimizer": states.optimizer_states(plan, held) + states.masters(plan, held),
+        "activations": count_activations(plan, shape, held, packs).kept,
+    }
+
+
+def measured(plan: RunPlan, lengths: Sequence[int]) -> Figures:
+    """What one step of the real model and engine holds on this rank."""
+    accelerator = start_accelerator(plan)
+    model = training_model(plan, _tokenizer(), CPU, None, lambda: None)
+    engine = start_engine(accelerator, plan, model, make_optimizer(model, plan.recipe))
+    kept = KeptTensors(model)
+    with engine.micro_step(is_last=True), kept:
+        loss = micro_batch_loss(engine.model, micro_batch(lengths), CPU)
+    figures = {"activations": kept.bytes}
+    if engine.is_deepspeed:
+        engine.model.backward(loss)
+        figures["gradients"] = _bytes_of(_zero_gradients(engine))
+        engine.model.step()
+    else:
+        engine.accelerator.backward(loss)
+        figures["gradients"] = _bytes_of(parameter.grad for parameter in model.parameters())
+        engine.step()
+    figures["weights"] = _bytes_of(weight_tensors(model))
+    figures["optimizer"] = _bytes_of(_state_tensors(engine))
+    return figures
+
+
+def micro_batch(lengths: Sequence[int]) -> MicroBatch:
+    """Documents of these lengths, every token supervised."""
+    ids = [(np.arange(length) % 50 + 2).astype(np.uint16) for length in lengths]
+    return lay_out(ids, [np.ones(length, np.uint8) for length in lengths])
+
+
+class LivePeak(TorchDispatchMode):
+    """The most bytes of new tensors that exist at once, as torch's allocator would count them on a GPU.
+
+    What an operator allocates within itself is not seen, such as logits in the forward pass of torch's chunked loss.
+    """
+
+    def __init__(self, there_before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there_before}
+        self._now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operator and counts what it returns."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._sizes:
+                storage = tensor.untyped_storage()
+                self._sizes[storage._cdata] = storage.nbytes()
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata)
+        self.peak = max(self.peak, self._now)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
+
+
+def measured_peak(plan: RunPlan, lengths: Sequence[int]) -> int:
+    """Bytes at the fullest moment of the backward pass of a second step, in one process."""
+    accelerator = start_accelerator(plan)
+    model = training_model(plan, _tokenizer(), CPU, None, lambda: None)
+    engine = start_engine(accelerator, plan, model, make_optimizer(model, plan.recipe))
+    engine.accelerator.backward(micro_batch_loss(engine.model, micro_batch(lengths), CPU))
+    engine.step()
+    stay = [*weight_tensors(model), *_state_tensors(engine)]
+    live = LivePeak([*stay, *model.parameters(), *model.buffers()])
+    with live:
+        loss = micro_batch_loss(engine.model, micro_batch(lengths), CPU)
+        live.peak = 0
+        engine.accelerator.backward(loss)
+    return _bytes_of(stay) + live.peak
+
+
+class KeptTensors(saved_tensors_hooks):
+    """Bytes that autograd keeps, each storage once; weights, gathered ones too, are not among them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._fixed = {_address(tensor) for tensor in (*weight_tensors(model), *model.buffers())}
+        self._kept: dict[int, Tensor] = {}
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        address = _address(tensor)
+        if address not in self._fixed and address not in {_address(each) for each in self._model.parameters()}:
+            self._kept[address] = tensor  # held, so that no other tensor gets its address
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Of all storages together."""
+        return _bytes_of(self._kept.values())
+
+
+def weight_tensors(model: nn.Module) -> list[Tensor]:
+    """This rank's parts of all weights, and what belongs to packed ones."""
+    found: list[Tensor] = []
+    for parameter in model.parameters():
+        found.append(getattr(parameter, "ds_tensor", parameter))
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found += [state.absmax, state.code]
+            if state.nested:
+                found += [state.offset, state.state2.absmax]
+        found += [parameter.SCB] if isinstance(getattr(parameter, "SCB", None), Tensor) else []
+    return found
+
+
+def _zero_gradients(engine: Engine) -> list[Tensor]:
+    optimizer: Any = engine.model.optimizer
+    if hasattr(optimizer, "grad_partitions_flat_buffer"):
+        return [optimizer.grad_partitions_flat_buffer]
+    return [part for parts in optimizer.averaged_gradients.values() for part in parts or ()]
+
+
+def _state_tensors(engine: Engine) -> list[Tensor]:
+    optimizer: Any = engine.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    if engine.is_deepspeed:
+        zero: Any = engine.model.optimizer
+        found += getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+    return found
+
+
+def _bytes_of(tensors: Iterable[Tensor | None]) -> int:
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors if each is not None]
+    return sum({_address(each): each.untyped_storage().nbytes() for each in local}.values())
+
+
+def _address(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="a")
+
+
+# --- two ranks ------------------------------------------------------------------------------------
+
+Case = tuple[str, str, str]
+"""Engine, method, precision."""
+
+
+def measure_ranks(rank: int, world: int, folder: str, ports: list[int], cases: list[Case], lengths: list[int]) -> None:
+    """One of `world` processes; rank 0 writes what it measured and what the plan says to `folder`/measured.json."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "FSDP_VERSION": "2"}
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    os.environ[FOLDER_VARIABLE] = str(extensions_folder())
+    torch.set_num_threads(1)
+    results = []
+    for port, (engine, method, precision) in zip(ports, cases, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        _forget_the_last_case()
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = str(engine.startswith("zero")).lower()
+        os.environ["ACCELERATE_USE_FSDP"] = str(engine == "fsdp2").lower()
+        model = Path(folder) / "model"
+        plan = plan_of(model, lengths, world, method=method, precision=precision, parallel={"engine": engine})
+        results.append([measured(plan, lengths), predicted(plan, model, lengths)])
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        (Path(folder) / "measured.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+def _forget_the_last_case() -> None:
+    """Accelerate and DeepSpeed keep their groups in globals."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    import_module("deepspeed.comm.comm").cdb = None
+    groups = import_module("deepspeed.utils.groups")
+    for name in ("_WORLD_GROUP", "_DATA_PARALLEL_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP"):
+        setattr(groups, name, None)
+
+
+def make_extensions_free() -> None:
+    """As a launch does before it starts ranks: a lock that nobody holds would stop DeepSpeed for ever."""
+    remove_abandoned_locks(extensions_folder())

@@ -1,0 +1,271 @@
+"""Memory that the plan tells, against what papers and libraries' documentation say, by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from packhorse.plan.architectures import find_configuration
+from packhorse.plan.cost import activations, states
+from packhorse.plan.cost.component import total_bytes
+from packhorse.plan.cost.held import Held, held_weights
+from packhorse.plan.cost.memory import MemoryEstimate, Phase, estimate_memory
+from packhorse.plan.cost.packs import PackFigures
+from packhorse.plan.cost.storage import StorageEstimate, estimate_storage
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.make import make_plan
+from packhorse.plan.parameters import Shape, list_parameters, read_shape
+from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.topology import Ask
+from packhorse.plan.trainable import count_parameters
+from packhorse.recipe.load import load_recipe
+from packhorse.recipe.schema import Recipe
+from packhorse.recipe.shipped import list_recipes
+
+GIB = 2**30
+EIGHT_B = "meta-llama/Llama-3.1-8B"
+EIGHT_B_WEIGHTS = 8_030_261_248
+LAPTOP = Hardware(num_cores=2, gpus=())
+
+
+def planned(
+    gpus: int = 8, model: str = EIGHT_B, engine: str = "zero3", nodes: int | None = None, **more: Any
+) -> RunPlan:
+    parallel = {"engine": engine, **more.pop("parallel", {})}
+    fields = {
+        "name": "r",
+        "model": {"id": model, "tokenizer": "builtin:tokenizer"},
+        "method": "full",
+        "data": {"sources": [{"path": "r.jsonl"}]},
+        "optimizer": {"learning_rate": 1e-5},
+        "batch": {"length": 2048, "packs": 64, "micro": 1},
+        "steps": 9,
+        "parallel": parallel,
+        **more,
+    }
+    return make_plan(Recipe.model_validate(fields), Ask(gpus=gpus, nodes=nodes), LAPTOP, None)
+
+
+def shape_of(plan: RunPlan) -> Shape:
+    shape = read_shape(find_configuration(plan.recipe))
+    assert shape is not None
+    return shape
+
+
+def memory(plan: RunPlan, length: int | None = None) -> MemoryEstimate:
+    found = estimate_memory(plan, shape_of(plan), PackFigures.full(length or plan.batch.length_tokens))
+    assert found is not None
+    return found
+
+
+def storage(plan: RunPlan) -> StorageEstimate:
+    found = estimate_storage(plan, shape_of(plan), PackFigures.full(plan.batch.length_tokens))
+    assert found is not None
+    return found
+
+
+def of(phase: Phase, name: str) -> int:
+    return sum(part.bytes for part in phase.components if part.name == name)
+
+
+# Weights, gradients and states of Adam in mixed precision: bytes a weight, R = 8 (ZeRO, arXiv 1910.02054, figure 1).
+# Packhorse keeps float32 weights where nothing is DeepSpeed's, and adds gradients up in float32.
+BYTES = {
+    "single": (4, 4, 8),
+    "ddp": (4, 4, 8),
+    "zero1": (2, 2 / 8, 12 / 8),
+    "zero2": (2, 4 / 8, 12 / 8),
+    "zero3": (2 / 8, 4 / 8, 12 / 8),
+    "fsdp2": (4 / 8, 4 / 8, 8 / 8),
+}
+
+
+@pytest.mark.parametrize("engine", BYTES)
+def test_states_of_a_full_fine_tune_are_those_of_the_zero_paper(engine: str) -> None:
+    step = memory(planned(1 if engine == "single" else 8, engine=engine)).phase("optimizer")
+    found = (
+        of(step, "weights") + of(step, "persistent weights"),
+        of(step, "gradients"),
+        of(step, "masters") + of(step, "optimizer states"),
+    )
+    assert found == pytest.approx([each * EIGHT_B_WEIGHTS for each in BYTES[engine]], rel=2e-3)
+
+
+def test_4_bit_weights_take_half_a_byte_and_their_doubly_quantised_scales_an_eighth_of_a_bit_more_than_an_8th() -> None:
+    plan = planned(1, engine="single", method="qlora")
+    held = held_weights(plan, shape_of(plan))
+    assert held is not None
+    packed = [each for each in held if each.storage == "nf4"]
+    size = sum(each.size for each in packed)
+    assert size == 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336)
+    assert sum(each.data_bytes for each in packed) == size // 2
+    # QLoRA, section 3: 8/64 + 32/(64 x 256) = 0.127 bits a weight.
+    assert sum(each.constant_bytes for each in packed) * 8 / size == pytest.approx(0.127, abs=5e-4)
+    single = planned(1, engine="single", method={"kind": "qlora", "double_quantization": False})
+    plain = held_weights(single, shape_of(single))
+    assert plain is not None
+    assert sum(each.constant_bytes for each in plain) * 8 / size == pytest.approx(0.5, abs=5e-4)
+
+
+def test_experts_are_not_quantised_because_bitsandbytes_takes_linear_layers_only() -> None:
+    plan = planned(1, "mistralai/Mixtral-8x7B-v0.1", "single", method={"kind": "qlora", "target": ["q_proj"]})
+    held = held_weights(plan, shape_of(plan))
+    assert held is not None
+    experts = [each for each in held if ".experts." in each.name]
+    assert experts
+    assert all(each.storage == "plain" and each.width == 2 for each in experts)
+
+
+OPTIMIZERS = {
+    "adamw": 8,
+    "adamw_8bit": 2 + 2 * 4 / 256,
+    "lion": 4,
+    "lion_8bit": 1 + 4 / 256,
+    "muon": 4,
+    "adafactor": 0,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_keeps_what_its_page_says(name: str) -> None:
+    betas = {"betas": [0.9, 0.99]} if "lion" in name else {}
+    plan = planned(1, engine="single", optimizer={"name": name, "learning_rate": 1e-5, **betas})
+    held = held_weights(plan, shape_of(plan))
+    assert held is not None
+    expected = OPTIMIZERS[name] * EIGHT_B_WEIGHTS
+    if name == "muon":
+        expected += 4 * 2 * 128_256 * 4096  # AdamW's for embedding and head
+    assert states.optimizer_states(plan, held) == pytest.approx(expected, rel=2e-3, abs=2e-3 * EIGHT_B_WEIGHTS)
+
+
+def test_paged_states_lie_on_the_host() -> None:
+    plan = planned(1, engine="single", optimizer={"name": "paged_adamw", "learning_rate": 1e-5})
+    plan = plan.model_copy(update={"topology": plan.topology.model_copy(update={"device": "cuda"})})
+    assert of(memory(plan).phase("optimizer"), "optimizer states") == 0
+    assert of(Phase("", storage(plan).host), "optimizer states") == pytest.approx(8 * EIGHT_B_WEIGHTS, rel=1e-3)
+
+
+def test_recomputed_layers_keep_their_inputs_alone() -> None:
+    """2 x t x H bytes a layer, of Korthikanti et al. 2022 (arXiv 2205.05198), section 4; in float32 twice that."""
+    plan = planned(1, engine="single", method="lora", parallel={"checkpointing": True})
+    kept = memory(plan).activations
+    assert [layer.input for layer in kept.layers] == [2 * 2048 * 4096] * 32
+    assert kept.recomputed > 20 * kept.layers[0].input
+    whole = memory(planned(1, engine="single", method="lora")).activations
+    assert whole.kept > 15 * kept.kept
+    every_fourth = memory(planned(1, engine="single", method="lora", parallel={"checkpointing": 4})).activations
+    assert [layer.recomputed for layer in every_fourth.layers] == [True, False, False, False] * 8
+    assert kept.kept < every_fourth.kept < whole.kept
+
+
+def test_offloaded_inputs_move_from_the_device_to_the_host() -> None:
+    on = {"checkpointing": True, "offload_activations": True}
+    plan = planned(8, engine="zero3", parallel=on)
+    away, here = memory(plan).activations, memory(planned(8, parallel={"checkpointing": True})).activations
+    assert here.kept - away.kept == away.on_host == 32 * 2 * 2048 * 4096
+    assert of(Phase("", storage(plan).host), "activations") == 8 * away.on_host
+
+
+def test_activations_grow_with_tokens_and_sequence_ranks_share_them() -> None:
+    short, long = (memory(planned(8), length).activations.kept for length in (1024, 4096))
+    assert long == pytest.approx(4 * short, rel=2e-2)
+    plan = planned(8, parallel={"sequence": 4})
+    shared = memory(plan, 4096).activations
+    assert shared.tokens == 1024
+    assert shared.kept == pytest.approx(short, rel=5e-2)
+
+
+def test_the_loss_holds_one_chunk_of_logits() -> None:
+    from packhorse.plan.cost.memory import FP32
+
+    chunk = activations.CHUNK_TOKENS * 128_256 * FP32
+    for length in (1024, 8192):
+        assert memory(planned(8, method="lora"), length).activations.logits - 2 * (length - 1) * 4096 == chunk
+
+
+def test_passes_before_the_last_leave_whole_gradients_under_fsdp2_and_parts_under_zero() -> None:
+    several, one = ({"length": 2048, "packs": packs, "micro": 1} for packs in (16, 8))
+    assert of(memory(planned(engine="fsdp2", batch=several)).phase("loss"), "gradients") == 4 * EIGHT_B_WEIGHTS
+    assert of(memory(planned(engine="fsdp2", batch=one)).phase("loss"), "gradients") == 0
+    parts = of(memory(planned(engine="zero2", batch=several)).phase("loss"), "gradients")
+    assert parts == pytest.approx(4 * EIGHT_B_WEIGHTS / 8, rel=1e-6)
+
+
+def test_buckets_are_those_of_the_deepspeed_json() -> None:
+    plan = planned(engine="zero2")
+    assert plan.deepspeed is not None
+    backward = memory(plan).phase("backward")
+    assert of(backward, "reduce buckets") == 2 * 200_000_000 * 2  # two, for overlap_comm
+    zero = {**plan.deepspeed["zero_optimization"], "reduce_bucket_size": 1000, "overlap_comm": False}
+    other = plan.model_copy(update={"deepspeed": {**plan.deepspeed, "zero_optimization": zero}})
+    assert of(memory(other).phase("backward"), "reduce buckets") == 2000
+
+
+def test_zero3_keeps_a_billion_weights_gathered_and_the_json_can_say_less() -> None:
+    plan = planned(engine="zero3")
+    assert of(memory(plan).phase("loss"), "gathered weights") == pytest.approx(2e9, rel=1e-6)
+    assert plan.deepspeed is not None
+    zero = {**plan.deepspeed["zero_optimization"], "stage3_max_live_parameters": 10**8}
+    less = plan.model_copy(update={"deepspeed": {**plan.deepspeed, "zero_optimization": zero}})
+    # Then it is the largest unit, the embedding.
+    assert of(memory(less).phase("loss"), "gathered weights") == pytest.approx(2 * 128_256 * 4096, rel=1e-3)
+
+
+def test_offload_leaves_no_states_on_the_device_and_all_of_them_on_the_host() -> None:
+    plan = planned(engine="zero3_offload")
+    step = memory(plan).phase("optimizer")
+    assert of(step, "weights") + of(step, "masters") + of(step, "optimizer states") + of(step, "gradients") == 0
+    # 2 weights, 4 gradients, 4 masters, 8 states.
+    assert storage(plan).host_bytes - of(Phase("", storage(plan).host), "processes") > 18 * EIGHT_B_WEIGHTS
+    two_nodes = storage(planned(16, engine="zero3_offload", nodes=2))
+    assert of(Phase("", two_nodes.host), "weights") == pytest.approx(EIGHT_B_WEIGHTS, rel=1e-3)
+
+
+def test_disk_holds_the_checkpoints_that_are_kept_and_the_one_that_is_written() -> None:
+    plan = planned(checkpoint={"keep_last": 3, "keep_best": False})
+    (checkpoints,) = [part for part in storage(plan).disk if part.name == "checkpoints"]
+    assert checkpoints.bytes == pytest.approx((3 + 1) * 12 * EIGHT_B_WEIGHTS, rel=1e-3)
+    (adapter,) = [part for part in storage(planned(method="lora")).disk if part.name == "checkpoints"]
+    assert adapter.bytes == pytest.approx(4 * 12 * 83_886_080, rel=1e-3)
+
+
+def test_whole_weights_are_never_loaded_where_they_are_cut() -> None:
+    assert memory(planned(engine="fsdp2")).phase("load").bytes < 4 * EIGHT_B_WEIGHTS / 8 + 3 * GIB
+    assert memory(planned(engine="zero2")).phase("load").bytes >= 4 * EIGHT_B_WEIGHTS
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in list_recipes() if "quickstart" not in recipe.name])
+def test_every_shipped_recipe_is_estimated_and_every_component_says_why(name: str) -> None:
+    recipe = load_recipe(name)
+    plan = make_plan(recipe, Ask(gpus=8), LAPTOP, None)
+    shape = shape_of(plan)
+    counts = count_parameters(find_configuration(recipe), recipe.method)
+    held = held_weights(plan, shape)
+    assert held is not None
+    assert counts is not None
+    assert (sum(e.size for e in held), sum(e.size for e in held if e.trained)) == (counts.total, counts.trainable)
+    estimate = memory(plan)
+    assert estimate.required_bytes == estimate.peak.bytes + total_bytes(estimate.outside)
+    for phase in estimate.phases:
+        assert all(part.bytes > 0 and part.reason and part.name for part in phase.components), phase.name
+    assert storage(plan).host_bytes > 0
+
+
+def test_an_estimate_imports_no_torch() -> None:
+    code = (
+        "import sys, packhorse.plan.cost.memory, packhorse.plan.cost.storage;"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(done.stdout.replace("'", '"')) == []
+
+
+def test_held_covers_every_parameter_of_the_model() -> None:
+    plan = planned()
+    held = held_weights(plan, shape_of(plan))
+    assert held is not None
+    assert [each.name for each in held if isinstance(each, Held)] == [e.name for e in list_parameters(shape_of(plan))]

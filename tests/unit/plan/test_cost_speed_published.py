@@ -1,0 +1,247 @@
+"""Predicted beside published: every row of the figures that others measured and told, with the reason of each gap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from packhorse.plan.architectures import find_configuration, published
+from packhorse.plan.cost.gpus import find_gpu
+from packhorse.plan.cost.packs import PackFigures
+from packhorse.plan.cost.scaling import scale
+from packhorse.plan.cost.speed import PUBLISHED, SpeedEstimate, estimate_speed
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.make import make_plan
+from packhorse.plan.parameters import read_shape
+from packhorse.plan.topology import Ask
+from packhorse.recipe.load import load_recipe
+from packhorse.recipe.schema import Recipe
+
+PAGE = Path(__file__).parents[3] / "docs" / "speed.md"
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+LLAMA_2_70B = {**LLAMA_2_7B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+LLAMA_2_70B |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+MODELS = {
+    "3B": published()["meta-llama/Llama-3.2-3B"],
+    "8B": published()["meta-llama/Llama-3.1-8B"],
+    "70B": published()["meta-llama/Llama-3.1-70B"],
+    "Llama 2 7B": LLAMA_2_7B,
+    "Llama 2 70B": LLAMA_2_70B,
+}
+LORA = {"kind": "lora", "rank": 16, "dropout": 0.0}
+QLORA = {**LORA, "kind": "qlora"}
+IN_BACKWARD = {"name": "paged_adamw_8bit", "in_backward": True, "clip_norm": None}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published run, said as a recipe of ours; what the source does not say is chosen as it would have to be."""
+
+    name: str
+    tokens_per_second: float
+    gpu: str
+    model: str
+    method: Any
+    length: int
+    micro: int = 1
+    count: int = 1
+    engine: str = "single"
+    checkpointing: Any = False
+    packs: int | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    other_gpu: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    def estimate(self) -> SpeedEstimate:
+        recipe = Recipe.model_validate(
+            {
+                "name": "published",
+                "model": {"config": dict(MODELS[self.model])},
+                "method": self.method,
+                "data": {"sources": [{"path": "rows.jsonl"}]},
+                "batch": {"length": self.length, "packs": self.packs or self.micro * self.count, "micro": self.micro},
+                "optimizer": {"learning_rate": 1e-4, **self.optimizer},
+                "steps": 100,
+                "parallel": {"engine": self.engine, "checkpointing": self.checkpointing},
+            }
+        )
+        plan = make_plan(recipe, Ask(self.count), Hardware(2, ()), None)
+        shape = read_shape(recipe.model.config)
+        assert shape is not None
+        gpu = find_gpu(self.gpu).model_copy(update=self.other_gpu)
+        estimate = estimate_speed(plan, shape, PackFigures.full(self.length), gpu)
+        assert estimate is not None
+        return estimate
+
+
+COMPILED = "compiled: norms, rotary embedding, activation and adapters are fused there, eager here"
+TITAN = {"bandwidth_gb": 2400.0}
+SHARDED: dict[str, Any] = {"engine": "fsdp2", "checkpointing": True}
+A100 = {"gpu": "A100-80GB", "model": "3B", "length": 4096, "micro": 2}
+ROWS = [
+    Row(
+        "8B LoRA, NeMo AutoModel", 12_473, "H100", "8B", LORA, 4096, packs=32,
+        reason="theirs has fused kernels for LoRA and norms; here peft lifts the adapters' inputs to float32",
+    ),
+    Row(
+        "8B full, torchtitan, eager", 5_762, "H100", "8B", "full", 8192, micro=2, count=8,
+        engine="fsdp2", checkpointing=2, other_gpu=TITAN,
+        reason="their H100 are held to 500 W of 700; their selective checkpointing is taken for every second layer",
+    ),
+    Row(
+        "8B full, torchtitan, compiled", 6_667, "H100", "8B", "full", 8192, micro=2, count=8,
+        engine="fsdp2", checkpointing=2, other_gpu=TITAN,
+    ),
+    Row("70B LoRA, NeMo AutoModel", 1_092, "H100", "70B", LORA, 4096, count=8, packs=32, **SHARDED),
+    Row("70B LoRA, torchtune", 437, "A100-80GB", "70B", LORA, 2048, micro=2, count=8, **SHARDED),
+    Row(
+        "70B full, torchtune, offloaded", 196, "A100-80GB", "70B", "full", 2048, micro=2, count=8,
+        engine="zero3_offload", checkpointing=True,
+        reason="their AdamW steps bfloat16 weights on the host, ours float32 masters; the host's speed is assumed",
+    ),
+    Row(
+        "70B QLoRA, fsdp_qlora", 786, "H100", "Llama 2 70B", QLORA, 2048, micro=8, count=4, **SHARDED,
+        reason="software of early 2024 gave the H100 1.9 times the A100; their products differ by 2.9",
+    ),
+    Row("70B QLoRA, fsdp_qlora", 390, "A100-40GB", "Llama 2 70B", QLORA, 2048, micro=4, count=8, **SHARDED),
+    Row("70B QLoRA, fsdp_qlora", 414, "A100-40GB", "Llama 2 70B", QLORA, 2048, micro=4, count=4, **SHARDED),
+    Row("8B full, torchtune", 1_650, "4090", "8B", "full", 2048, 2, checkpointing=True, optimizer=IN_BACKWARD),
+    Row(
+        "8B LoRA, torchtune", 3_083, "4090", "8B", LORA, 2048, micro=2, checkpointing=True,
+        reason="compiled, and the 72 MB of cache of a 4090 keep some of what is taken to go through its memory",
+    ),
+    Row("8B QLoRA, torchtune", 2_413, "4090", "8B", QLORA, 2048, micro=2, checkpointing=True, reason=COMPILED),
+    Row("3B full, torchtune, packed", 7_075, method="full", **A100),
+    Row("3B full, + compile", 8_998, method="full", **A100, reason=COMPILED),
+    Row("3B full, + chunked loss", 9_174, method="full", **A100, reason=COMPILED),
+    Row("3B full, + checkpointing", 7_210, method="full", **A100, checkpointing=True, reason=COMPILED),
+    Row(
+        "3B full, + 8-bit Adam", 6_960, method="full", **A100,
+        checkpointing=True, optimizer={"name": "adamw_8bit"}, reason=COMPILED,
+    ),
+    Row("3B LoRA, torchtune", 8_210, method=LORA, **A100, checkpointing=True, reason=COMPILED),
+    Row("3B QLoRA, torchtune", 8_035, method=QLORA, **A100, checkpointing=True, reason=COMPILED),
+    Row(
+        "7B LoRA DDP, fsdp_qlora", 2_400, "4090", "Llama 2 7B", LORA, 2048, micro=4, count=2,
+        engine="ddp", checkpointing=True,
+        reason="theirs keeps adapters in bfloat16; under ddp ours are float32, and peft lifts their inputs",
+    ),
+    Row("7B LoRA FSDP, fsdp_qlora", 2_180, "4090", "Llama 2 7B", LORA, 2048, micro=6, count=2, **SHARDED),
+    Row(
+        "7B QLoRA DDP, fsdp_qlora", 2_330, "4090", "Llama 2 7B", QLORA, 2048, micro=8, count=2,
+        engine="ddp", checkpointing=True,
+        reason="theirs keeps adapters in bfloat16; under ddp ours are float32, and peft lifts their inputs",
+    ),
+    Row(
+        "7B LoRA DDP, fsdp_qlora", 1_190, "3090", "Llama 2 7B", LORA, 2048, micro=4, count=2,
+        engine="ddp", checkpointing=True,
+        reason="as on the 4090; theirs are held to 280 W of 350",
+    ),
+]  # fmt: skip
+IDS = [f"{row.name}, {row.count} x {row.gpu}" for row in ROWS]
+
+
+def gap(row: Row) -> float:
+    return row.estimate().tokens_per_second_per_gpu / row.tokens_per_second - 1
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_predicted_beside_published(row: Row) -> None:
+    assert abs(gap(row)) < 0.46
+    assert bool(row.reason) == (abs(gap(row)) > 0.10)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.reason == COMPILED], ids=lambda row: row.name)
+def test_what_compilation_fuses_is_enough_to_explain_it(row: Row) -> None:
+    estimate = row.estimate()
+    fused = ("elementwise", "adapters", "casts", "logits")
+    rest = sum(part.seconds for part in estimate.parts if part.name not in fused)
+    slow = estimate.tokens_per_second_per_gpu
+    assert slow < row.tokens_per_second < 1.05 * slow * estimate.step_seconds / rest
+
+
+def test_the_uncertainty_that_is_told_holds_for_three_quarters_of_them() -> None:
+    within = [abs(gap(row)) <= PUBLISHED for row in ROWS]
+    assert sum(within) / len(within) >= 0.75
+    assert median(gap(row) for row in ROWS) < 0  # rather too slow than too fast: most of these are compiled
+
+
+def test_the_order_of_the_3b_ladder_is_theirs() -> None:
+    """Checkpointing costs; 8-bit Adam and adapters cost nothing much beside it; QLoRA is a little slower than LoRA."""
+    speed = {row.name: row.estimate().tokens_per_second_per_gpu for row in ROWS if row.model == "3B"}
+    assert speed["3B full, + checkpointing"] < 0.85 * speed["3B full, torchtune, packed"]
+    assert 0.95 < speed["3B QLoRA, torchtune"] / speed["3B LoRA, torchtune"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "limit"),
+    [("8B", "full", 20_500), ("8B", "lora", 29_800), ("70B", "full", 2_284), ("70B", "lora", 3_363)],
+)
+def test_no_prediction_passes_the_limit_of_the_hardware(name: str, method: str, limit: float) -> None:
+    kind = {"kind": "lora", "rank": 1, "dropout": 0.0} if method == "lora" else method
+    estimate = Row("", 0, "H100", name, kind, 4096).estimate()
+    assert estimate.tokens_per_second_per_gpu / estimate.mfu == pytest.approx(limit, rel=0.01)
+    assert estimate.mfu < estimate.hfu < 0.7
+
+
+def test_a_7b_under_fsdp_loses_what_it_lost_on_2048_gpus() -> None:
+    """Fernandez et al. 2024 (arXiv 2411.13055): 37 % fewer tokens a GPU on 2,048 H100 than on 128, MFU .41 of them."""
+    few, many = (
+        Row("", 0, "H100", "Llama 2 7B", "full", 4096, micro=2, count=count, engine="fsdp2").estimate()
+        for count in (128, 2048)
+    )
+    assert many.tokens_per_second_per_gpu / few.tokens_per_second_per_gpu == pytest.approx(0.63, abs=0.04)
+    assert few.mfu == pytest.approx(0.41, abs=0.05)
+
+
+def test_the_table_of_the_documentation_is_this() -> None:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    for row in ROWS:
+        assert table_line(row) in lines
+
+
+def table_line(row: Row) -> str:
+    speed = row.estimate().tokens_per_second_per_gpu
+    figures = f"{row.tokens_per_second:,.0f} | {round(speed, -1 if speed > 2000 else 0):,.0f} | {gap(row):+.0%}"
+    return f"| {row.name} | {row.count} × {row.gpu} | {figures} | {row.reason} |"
+
+
+SCALED: dict[str, tuple[str, list[str]]] = {
+    "LoRA, zero3": ("llama3.3-70b/lora", []),
+    "LoRA, fsdp2": ("llama3.3-70b/lora", ["parallel.engine=fsdp2"]),
+    "QLoRA, fsdp2": ("llama3.3-70b/qlora", []),
+    "full, zero3": ("llama3.3-70b/lora", ["method=full"]),
+    "full, fsdp2": ("llama3.3-70b/lora", ["method=full", "parallel.engine=fsdp2"]),
+    "full, hsdp": ("llama3.3-70b/lora", ["method=full", "parallel.engine=hsdp"]),
+}
+
+
+def scaling_line(name: str) -> str:
+    recipe = load_recipe(*SCALED[name], check_environment=False)
+    shape = read_shape(find_configuration(recipe))
+    assert shape is not None
+    counts = (8, 64, 256, 512, 1024, 2048, 4096)
+    found = scale(recipe, shape, PackFigures.full(recipe.batch.length), find_gpu("H100"), "weak", counts)
+    speeds = [point.estimate.tokens_per_second_per_gpu for point in found.points if point.estimate is not None]
+    end = f"{found.stopped_at:,}: {found.stopped_by}" if found.stopped_at else "beyond 4,096"
+    return f"| {name} | {' | '.join(f'{speed:,.0f}' for speed in speeds)} | {end} |"
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_scaling_table_of_the_documentation_is_this(name: str) -> None:
+    assert scaling_line(name) in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+if __name__ == "__main__":
+    print("\n".join([*map(table_line, ROWS), *map(scaling_line, SCALED)]))
