@@ -1,0 +1,77 @@
+"""RUN/jobs.jsonl: the jobs that were submitted for a run, a line each, and what has become of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+from packhorse.launching.slurm.client import JobState, job_states
+from packhorse.plan.run_plan import PlanPart
+
+JOBS_FILE: Final = "jobs.jsonl"
+
+Kind = Literal["prepare", "train", "evaluate", "verify", "doctor"]
+
+
+class JobRecord(PlanPart):
+    """One job as it was submitted; times in Unix seconds."""
+
+    job_id: str
+    kind: Kind
+    submitted_at: float
+    argv: tuple[str, ...]
+    """The whole command, `sbatch` first."""
+    depends_on: tuple[str, ...] = ()
+    """Jobs that must end well before it begins."""
+    expected_start: float | None = None
+    """When Slurm thought that it may begin, before it was submitted."""
+    goes_on_from: str | None = None
+    """The job whose work it goes on with, where the site lets no job be queued again."""
+
+
+def append_job(run_folder: Path, record: JobRecord) -> None:
+    """Adds a line, and waits until it is on disk."""
+    with (run_folder / JOBS_FILE).open("ab") as file:
+        file.write(record.model_dump_json().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jobs(run_folder: Path) -> list[JobRecord]:
+    """All jobs in the order in which they were submitted; a line that was torn is left out."""
+    file = run_folder / JOBS_FILE
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            found.append(JobRecord.model_validate_json(line))
+        except ValueError:
+            continue
+    return found
+
+
+def live_jobs(run_folder: Path) -> list[tuple[JobRecord, JobState]]:
+    """The run's jobs that wait or run now; tasks of an array each on their own.
+
+    Raises:
+        NoSlurmError: There is no Slurm here, and the run has jobs.
+        SlurmError: Slurm does not answer.
+    """
+    records = read_jobs(run_folder)
+    return [(record, state) for record, state in with_states(records) if state is not None and state.is_live]
+
+
+def with_states(records: Sequence[JobRecord]) -> list[tuple[JobRecord, JobState | None]]:
+    """Each job with what Slurm knows of it; None where Slurm has forgotten it.
+
+    Raises:
+        NoSlurmError: There is no Slurm here, and there are jobs.
+        SlurmError: Slurm does not answer.
+    """
+    states = job_states([record.job_id for record in records]) if records else {}
+    found: list[tuple[JobRecord, JobState | None]] = []
+    for record in records:
+        own = [state for state in states.values() if state.job_id.partition("_")[0] == record.job_id.partition("_")[0]]
+        found += [(record, state) for state in own] or [(record, None)]
+    return found
