@@ -31,6 +31,7 @@ from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.plan.topology import Ask, check_machine
 from packhorse.plan.verdict import check_memory
 from packhorse.recipe.load import load_recipe
+from packhorse.recipe.sweep import check_single
 from packhorse.record.status import read_status
 
 
@@ -96,6 +97,7 @@ def _new_run(
             f"go on with it: packhorse train {recipe} --resume.",
         )
     loaded = load_recipe(recipe, overrides)
+    check_single(loaded, recipe)
     here = detect_hardware()
     wanted = Wanted(loaded, ask, here, None)
     draft = _draft(wanted, basis_of(loaded, None, here, terms), force)

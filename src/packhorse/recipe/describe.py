@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from packhorse.recipe.methods import LoraMethod
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.schema_view import JsonSchema, fields_of, recipe_schema, resolve, words_for
+from packhorse.recipe.sweep import expand, is_sweep
 
 TABLE_HEAD = "| field | takes | default | meaning |\n|---|---|---|---|"
 
@@ -32,6 +33,7 @@ def summary(recipe: Recipe) -> list[tuple[str, str]]:
         ("length", length),
         ("learning rate", f"{optimizer.learning_rate:g}, {schedule.name}, warm-up {warmup}"),
         ("parallel", f"{recipe.parallel.engine}, {recipe.precision}{checkpointing}"),
+        *([("sweep", _sweep_words(recipe))] if is_sweep(recipe) else []),
         ("run", f"{recipe.runs_folder}/{recipe.name}"),
     ]
 
@@ -42,6 +44,11 @@ def _model_words(recipe: Recipe) -> str:
         return f"a fresh {model.config.get('model_type')}"
     code = ", running Python code of its own (model.trust_remote_code)" if model.trust_remote_code else ""
     return f"{model.id or model.path}" + (f" at {model.revision}" if model.revision else "") + code
+
+
+def _sweep_words(recipe: Recipe) -> str:
+    runs = expand(recipe)
+    return f"{len(runs)} runs: " + "; ".join(f"{run.number}: {' '.join(run.overrides)}" for run in runs)
 
 
 def _method_words(recipe: Recipe) -> str:

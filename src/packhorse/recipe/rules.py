@@ -12,6 +12,7 @@ from packhorse.recipe.recovery_rules import recovery_rules
 from packhorse.recipe.schema import BatchSection, ModelSection, Recipe, Source
 from packhorse.recipe.schema_view import KeyPath, join_words
 from packhorse.recipe.sequence_rules import sequence_rules
+from packhorse.recipe.sweep_rules import sweep_rules
 from packhorse.recipe.training_rules import training_rules
 
 SHARES_TOLERANCE = 1e-6
@@ -35,6 +36,7 @@ def rule_findings(recipe: Recipe) -> list[Finding]:
         *sequence_rules(recipe),
         *training_rules(recipe),
         *recovery_rules(recipe),
+        *sweep_rules(recipe),
     ]
 
 

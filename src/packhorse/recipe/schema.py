@@ -300,6 +300,15 @@ class TrackSection(Section):
     """TensorBoard event files in the run folder."""
 
 
+class SweepSection(Section):
+    """Many runs of one recipe, as one job array: `packhorse submit` makes them. One of `grid` and `runs`."""
+
+    grid: dict[str, Any] = {}
+    """Lists of values for dotted fields, e.g. `optimizer.learning_rate: [1e-4, 3e-4]`; a run for each combination."""
+    runs: list[dict[str, Any]] = []
+    """Runs one by one, each by the fields that set it apart, e.g. `{optimizer.learning_rate: 1e-4, seed: 1}`."""
+
+
 class Recipe(Section):
     """One training run, complete: the same recipe, data and seed give the same curve on any machine."""
 
@@ -329,3 +338,4 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     recovery: RecoverySection = RecoverySection()
     track: TrackSection = TrackSection()
+    sweep: SweepSection = SweepSection()
