@@ -38,6 +38,7 @@ from packhorse.data.stored import require_sizes
 from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.run_folder import open_run, relative
+from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.auto import NEEDS_MORE, plan_best
 from packhorse.plan.changes import Change, changes_that_fit
 from packhorse.plan.checkpoint_size import checkpoint_room
@@ -240,7 +241,8 @@ def require_data(plan: RunPlan) -> DataFacts:
     Raises:
         UserError: It is gone, or a file of it is missing or has another size.
     """
-    assert plan.data is not None, "a run folder is only made once its data is prepared"
+    require_planned(plan)
+    assert plan.data is not None
     manifest = read_manifest(Path(plan.data.folder))
     if manifest is not None:
         require_sizes(Path(plan.data.folder), manifest)

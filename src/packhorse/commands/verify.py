@@ -12,6 +12,7 @@ from packhorse.data.manifest import MANIFEST_FILE, read_manifest
 from packhorse.data.stored import content_faults, recorded_files
 from packhorse.errors import EXIT_BUG, EXIT_OK
 from packhorse.launching.run_folder import open_run, relative
+from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.run_plan import RunPlan
 from packhorse.record.status import read_status
 
@@ -49,7 +50,8 @@ def _checkpoints(folder: Path) -> bool:
 
 
 def _prepared_data(plan: RunPlan) -> bool:
-    assert plan.data is not None, "a run folder is only made once its data is prepared"
+    require_planned(plan)
+    assert plan.data is not None
     folder = Path(plan.data.folder)
     # Not the run's copy of it: data that was prepared again, of files that lie elsewhere now, names other places.
     manifest = read_manifest(folder)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from packhorse.errors import UserError
 from packhorse.plan.command import launch_argv
+from packhorse.plan.resume import replace_plan
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan, read_plan, write_plan
 from packhorse.recipe.load import dump_recipe
 from packhorse.record.attempts import begin_attempt
-from packhorse.record.status import Status, read_status, write_status
+from packhorse.record.status import State, Status, read_status, write_status
 
 
 def check_free(folder: Path) -> None:
@@ -34,8 +35,9 @@ def check_free(folder: Path) -> None:
         _set_aside(folder)
         return
     state = f"a run that is {status.state} at step {status.step} of {status.num_steps}" if status else "files"
-    goes_on = status is not None and status.state != "finished"
-    resume = f"go on with `packhorse train {relative(folder)} --resume`, or " if goes_on else ""
+    verbs = {"finished": "", "waiting": f"packhorse submit {relative(folder)}"}
+    verb = verbs.get(status.state, f"packhorse train {relative(folder)} --resume") if status else ""
+    resume = f"go on with `{verb}`, or " if verb else ""
     raise UserError(
         f"{relative(folder)} holds {state} already.",
         "a run folder is the record of one run and is never written over.",
@@ -67,7 +69,7 @@ def create_run(plan: RunPlan, files: Mapping[str, str]) -> Path:
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
         write_plan(plan, draft)
-        write_status(draft, Status(state="prepared", step=0, num_steps=plan.num_steps or 0, attempt=0))
+        write_status(draft, _new(plan))
         draft.rename(folder)
     except KeyboardInterrupt:
         shutil.rmtree(draft, ignore_errors=True)
@@ -80,6 +82,25 @@ def create_run(plan: RunPlan, files: Mapping[str, str]) -> Path:
             "set runs_folder to a folder that you may write, with free space.",
         ) from error
     return folder
+
+
+def complete_run(plan: RunPlan, files: Mapping[str, str]) -> None:
+    """Gives a run that waited for its data the given files, and the plan that they are in; the run is then prepared.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    folder = Path(plan.run_folder)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    replace_plan(plan)
+    write_status(folder, _new(plan))
+
+
+def _new(plan: RunPlan) -> Status:
+    state: State = "prepared" if plan.data is not None else "waiting"
+    message = "" if plan.data is not None else "its data is not prepared yet"
+    return Status(state=state, step=0, num_steps=plan.num_steps or 0, attempt=0, message=message)
 
 
 def open_run(name: str) -> RunPlan:

@@ -22,10 +22,12 @@ class Ask:
     Attributes:
         gpus: GPUs in all (`--gpus`), None to take what the recipe or the machine says.
         nodes: Machines that share them (`--nodes`).
+        on_cpus: The machines have no GPUs; they share `parallel.processes`.
     """
 
     gpus: int | None = None
     nodes: int | None = None
+    on_cpus: bool = False
 
 
 def choose_topology(parallel: ParallelSection, ask: Ask, here: Hardware) -> tuple[Topology, Decision]:
@@ -42,12 +44,10 @@ def choose_topology(parallel: ParallelSection, ask: Ask, here: Hardware) -> tupl
 def _place(parallel: ParallelSection, ask: Ask, here: Hardware) -> tuple[Topology, Decision]:
     if ask.gpus is not None:
         return _asked_gpus(parallel, ask.gpus, ask.nodes)
+    if ask.on_cpus:
+        return _asked_cpus(parallel, ask.nodes or 1, here)
     if ask.nodes is not None:
-        raise UserError(
-            f"--nodes is {ask.nodes} and --gpus is not given.",
-            "GPUs are shared out over the nodes; without them the number of nodes would be ignored.",
-            f"give both, for example --gpus {8 * ask.nodes} --nodes {ask.nodes}.",
-        )
+        return _asked_nodes(parallel, ask.nodes, here)
     wanted = parallel.processes
     available = len(here.gpus) if here.gpus else here.num_cores
     if wanted == "auto":
@@ -64,6 +64,33 @@ def _place(parallel: ParallelSection, ask: Ask, here: Hardware) -> tuple[Topolog
     )
     where = "GPUs" if here.gpus else "CPU cores"
     return topology, Decision(name="processes", value=str(count), reason=f"{reason} ({available} {where} here)")
+
+
+def _asked_nodes(parallel: ParallelSection, nodes: int, here: Hardware) -> tuple[Topology, Decision]:
+    """Nodes without GPUs: the recipe's processes, shared out over them."""
+    count = parallel.processes
+    if here.gpus or count == "auto":
+        raise UserError(
+            f"--nodes is {nodes} and --gpus is not given.",
+            "GPUs are shared out over the nodes; without them the number of nodes would be ignored.",
+            f"give both, for example --gpus {8 * nodes} --nodes {nodes}; for nodes without GPUs set "
+            f"parallel.processes, for example to {nodes}.",
+        )
+    if count % nodes:
+        raise UserError(
+            f"parallel.processes is {count}, which {nodes} nodes cannot share equally.",
+            "each node runs the same number of processes.",
+            f"set parallel.processes to {_nearest_multiples(count, nodes)}.",
+        )
+    topology = Topology(
+        device="cpu",
+        engine=_engine(parallel),
+        num_nodes=nodes,
+        processes_per_node=count // nodes,
+        threads_per_process=max(1, here.num_cores // (count // nodes)),
+    )
+    reason = f"parallel.processes of the recipe, on the CPUs of {nodes} nodes: {count // nodes} on each"
+    return topology, Decision(name="processes", value=str(count), reason=reason)
 
 
 def _engine(parallel: ParallelSection) -> Engine:
@@ -97,6 +124,26 @@ def _asked_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tupl
         value=str(gpus),
         reason=f"--gpus {gpus}: {gpus // num_nodes} GPUs on each of {num_nodes} nodes, a process a GPU",
     )
+
+
+def _asked_cpus(parallel: ParallelSection, nodes: int, here: Hardware) -> tuple[Topology, Decision]:
+    """Machines without GPUs, each with the cores of `here`."""
+    count = nodes if parallel.processes == "auto" else parallel.processes
+    if count % nodes:
+        raise UserError(
+            f"parallel.processes is {count}, which {nodes} nodes cannot share equally.",
+            "each node runs the same number of processes.",
+            f"set parallel.processes to {_nearest_multiples(count, nodes)}, or --nodes to a divisor of {count}.",
+        )
+    topology = Topology(
+        device="cpu",
+        engine=_engine(parallel),
+        num_nodes=nodes,
+        processes_per_node=count // nodes,
+        threads_per_process=max(1, here.num_cores * nodes // count),
+    )
+    shared = f"{count // nodes} on each of {nodes} nodes without GPUs"
+    return topology, Decision(name="processes", value=str(count), reason=shared)
 
 
 def with_mesh(parallel: ParallelSection, flat: Topology) -> Topology:

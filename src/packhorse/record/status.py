@@ -13,7 +13,7 @@ from packhorse.plan.run_plan import PlanPart
 
 STATUS_FILE = "status.json"
 
-State = Literal["prepared", "starting", "training", "stopped", "failed", "finished"]
+State = Literal["waiting", "prepared", "starting", "training", "stopped", "failed", "finished"]
 
 
 class Status(PlanPart):

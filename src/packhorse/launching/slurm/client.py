@@ -6,6 +6,7 @@ Their text is the interface: `--json` came late and differs by version, and the 
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -190,7 +191,7 @@ def associations() -> list[tuple[str, str, tuple[str, ...]]]:
 
     A partition that is empty stands for all.
     """
-    user = f"user={os.environ.get('USER') or os.environ.get('LOGNAME') or str(os.getuid())}"
+    user = f"user={pwd.getpwuid(os.getuid()).pw_name}"
     try:
         out, _ = _ask(["sacctmgr", "--noheader", "--parsable2", "show", "assoc", user, "format=account,partition,qos"])
     except UserError:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
+from packhorse.errors import UserError
+from packhorse.launching.run_folder import relative
 from packhorse.launching.slurm.client import JobState, job_states
-from packhorse.plan.run_plan import PlanPart
+from packhorse.plan.run_plan import PlanPart, RunPlan
 
 JOBS_FILE: Final = "jobs.jsonl"
 
@@ -75,3 +77,22 @@ def with_states(records: Sequence[JobRecord]) -> list[tuple[JobRecord, JobState 
         own = [state for state in states.values() if state.job_id.partition("_")[0] == record.job_id.partition("_")[0]]
         found += [(record, state) for state in own] or [(record, None)]
     return found
+
+
+def require_planned(plan: RunPlan) -> None:
+    """Refuses to launch a run whose data is not prepared yet.
+
+    Raises:
+        UserError: It is not; the job that prepares it is named.
+    """
+    if plan.data is not None:
+        return
+    folder = Path(plan.run_folder)
+    job = next((record for record in reversed(read_jobs(folder)) if record.kind == "prepare"), None)
+    who = f"job {job.job_id} prepares it" if job else "no job prepares it"
+    raise UserError(
+        f"the data of {relative(folder)} is not prepared yet; {who}.",
+        "a run is planned to its end, and started, once its packs are counted.",
+        f"wait for that job (`packhorse status {relative(folder)}`), or prepare it here: "
+        f"packhorse prepare {relative(folder)}.",
+    )
