@@ -47,7 +47,9 @@ def _place(parallel: ParallelSection, ask: Ask, here: Hardware) -> tuple[Topolog
     if ask.on_cpus:
         return _asked_cpus(parallel, ask.nodes or 1, here)
     if ask.nodes is not None:
-        return _asked_nodes(parallel, ask.nodes, here)
+        if here.gpus or parallel.processes == "auto":
+            raise _no_gpus_asked(ask.nodes)
+        return _asked_cpus(parallel, ask.nodes, here)
     wanted = parallel.processes
     available = len(here.gpus) if here.gpus else here.num_cores
     if wanted == "auto":
@@ -66,31 +68,13 @@ def _place(parallel: ParallelSection, ask: Ask, here: Hardware) -> tuple[Topolog
     return topology, Decision(name="processes", value=str(count), reason=f"{reason} ({available} {where} here)")
 
 
-def _asked_nodes(parallel: ParallelSection, nodes: int, here: Hardware) -> tuple[Topology, Decision]:
-    """Nodes without GPUs: the recipe's processes, shared out over them."""
-    count = parallel.processes
-    if here.gpus or count == "auto":
-        raise UserError(
-            f"--nodes is {nodes} and --gpus is not given.",
-            "GPUs are shared out over the nodes; without them the number of nodes would be ignored.",
-            f"give both, for example --gpus {8 * nodes} --nodes {nodes}; for nodes without GPUs set "
-            f"parallel.processes, for example to {nodes}.",
-        )
-    if count % nodes:
-        raise UserError(
-            f"parallel.processes is {count}, which {nodes} nodes cannot share equally.",
-            "each node runs the same number of processes.",
-            f"set parallel.processes to {_nearest_multiples(count, nodes)}.",
-        )
-    topology = Topology(
-        device="cpu",
-        engine=_engine(parallel),
-        num_nodes=nodes,
-        processes_per_node=count // nodes,
-        threads_per_process=max(1, here.num_cores // (count // nodes)),
+def _no_gpus_asked(nodes: int) -> UserError:
+    return UserError(
+        f"--nodes is {nodes} and --gpus is not given.",
+        "GPUs are shared out over the nodes; without them the number of nodes would be ignored.",
+        f"give both, for example --gpus {8 * nodes} --nodes {nodes}; for nodes without GPUs set "
+        f"parallel.processes, for example to {nodes}.",
     )
-    reason = f"parallel.processes of the recipe, on the CPUs of {nodes} nodes: {count // nodes} on each"
-    return topology, Decision(name="processes", value=str(count), reason=reason)
 
 
 def _engine(parallel: ParallelSection) -> Engine:

@@ -86,6 +86,14 @@ def test_more_than_the_machine_has_is_refused(ask: Ask, processes: int | str, fi
     assert fix in str(caught.value)
 
 
-def test_nodes_without_gpus_are_refused() -> None:
+def test_nodes_without_gpus_are_refused_where_nobody_says_how_many_processes_they_run() -> None:
     with pytest.raises(UserError, match="--nodes is 2 and --gpus is not given"):
         choose_topology(ParallelSection(), Ask(nodes=2), LAPTOP)
+
+
+def test_nodes_without_gpus_share_the_processes_of_the_recipe() -> None:
+    topology, said = choose_topology(ParallelSection(processes=4, engine="ddp"), Ask(nodes=2), LAPTOP)
+    assert (topology.device, topology.num_nodes, topology.processes_per_node) == ("cpu", 2, 2)
+    assert "2 nodes" in said.reason
+    with pytest.raises(UserError, match="parallel.processes is 5, which 2 nodes cannot share"):
+        choose_topology(ParallelSection(processes=5, engine="ddp"), Ask(nodes=2), LAPTOP)
