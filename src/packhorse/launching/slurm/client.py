@@ -167,6 +167,16 @@ def requeue(job_id: str) -> None:
     _ask(["scontrol", "requeue", job_id])
 
 
+def depend_on(job_id: str, ids: Sequence[str]) -> None:
+    """Lets a job that waits begin once these have ended well, in place of those that it waited for.
+
+    Raises:
+        NoSlurmError: There is no Slurm here.
+        SlurmError: Slurm refuses, or does not answer.
+    """
+    _ask(["scontrol", "update", f"JobId={job_id}", f"Dependency=afterok:{':'.join(ids)}"])
+
+
 def version() -> str:
     """Slurm's version, such as `22.05.8`.
 
