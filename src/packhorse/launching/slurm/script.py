@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -49,6 +49,8 @@ class JobRequest:
         partition: Partition; None takes the site's default.
         qos: Quality of service.
         signal_seconds: How long before its end the script is told; None where it need not be.
+        constraint: Features that its nodes must have.
+        options: Further options of sbatch.
     """
 
     name: str
@@ -61,27 +63,35 @@ class JobRequest:
     partition: str | None = None
     qos: str | None = None
     signal_seconds: int | None = None
+    constraint: str | None = None
+    options: tuple[str, ...] = ()
 
 
 def train_request(
     site: SiteProfile, name: str, logs: Path, num_nodes: int, gpus_per_node: int, time: str, signal_seconds: int
 ) -> JobRequest:
     """A job that trains, with what the site gives to so many GPUs of a node."""
-    cpus = site.cpus_per_gpu * gpus_per_node if site.cpus_per_gpu and gpus_per_node else site.cpus_per_node
+    asked = gpu_request(site, name, logs, "job", gpus_per_node)
+    return replace(asked, name=name, time=time, num_nodes=num_nodes, signal_seconds=signal_seconds)
+
+
+def gpu_request(site: SiteProfile, name: str, logs: Path, kind: str, gpus: int) -> JobRequest:
+    """A job of one command on so many GPUs of one node; on a site without GPUs, on a node's CPUs."""
+    cpus = site.cpus_per_gpu * gpus if site.cpus_per_gpu and gpus else site.cpus_per_node
     memory = mebibytes_of(site.memory_per_node) if site.memory_per_node else None
-    if site.memory_per_gpu and gpus_per_node:
-        memory = mebibytes_of(site.memory_per_gpu) * gpus_per_node
+    if site.memory_per_gpu and gpus:
+        memory = mebibytes_of(site.memory_per_gpu) * gpus
     return JobRequest(
-        name=name,
-        output=str(logs / "job-%j.out"),
-        time=time,
-        num_nodes=num_nodes,
-        gpus_per_node=gpus_per_node,
+        name=f"{name}-{kind}",
+        output=str(logs / f"{kind}-%j.out"),
+        time=site.time,
+        gpus_per_node=gpus,
         cpus_per_node=cpus,
         memory_mib=memory,
         partition=site.partition,
         qos=site.qos,
-        signal_seconds=signal_seconds,
+        constraint=site.constraint,
+        options=tuple(site.options),
     )
 
 
@@ -138,7 +148,7 @@ def directives(site: SiteProfile, request: JobRequest) -> list[str]:
         ("account", site.account),
         ("partition", request.partition),
         ("qos", request.qos),
-        ("constraint", site.constraint if request.gpus_per_node or not one else None),
+        ("constraint", request.constraint),
         ("nodes", request.num_nodes),
         ("ntasks", 1) if one else ("ntasks-per-node", 1),
         _gpus(site, request.gpus_per_node),
@@ -153,7 +163,7 @@ def directives(site: SiteProfile, request: JobRequest) -> list[str]:
         ("mail-type", ",".join(site.mail_on) if site.mail else None),
     ]
     words = [f"--{name}={value}" if value != "" else f"--{name}" for name, value in options if value is not None]
-    return [_with_note(word) for word in [*words, *site.options]]
+    return [_with_note(word) for word in [*words, *request.options]]
 
 
 def site_lines(site: SiteProfile, programs: str | None, trains: bool) -> list[str]:
