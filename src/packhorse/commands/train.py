@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from packhorse.commands.costs import Terms, Unknown, basis_of
+from packhorse.commands.fitting import draft_plan, fitting_plan
 from packhorse.commands.plan import data_facts, read_gpus, require_data, shown
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import DataManifest, read_manifest
@@ -20,10 +21,8 @@ from packhorse.launching.preflight import check_base_model, check_disk, check_nv
 from packhorse.launching.recovery import run_to_end
 from packhorse.launching.run_folder import check_free, create_run, open_run, relative
 from packhorse.launching.stop import StoppedEarly, stop_signals
-from packhorse.plan.auto import plan_best
 from packhorse.plan.compare import Wanted
-from packhorse.plan.cost.case import Basis, Case
-from packhorse.plan.cost.packs import PackFigures
+from packhorse.plan.cost.case import Case
 from packhorse.plan.hardware import Hardware, detect_hardware
 from packhorse.plan.make import run_folder_of
 from packhorse.plan.resume import replace_plan, replan
@@ -100,7 +99,7 @@ def _new_run(
     check_single(loaded, recipe)
     here = detect_hardware()
     wanted = Wanted(loaded, ask, here, None)
-    draft = _draft(wanted, basis_of(loaded, None, here, terms), force)
+    draft = draft_plan(wanted, basis_of(loaded, None, here, terms), force)
     # All that can be refused without reading a row is refused before the rows are read.
     if local:
         check_machine(draft.topology, here)
@@ -117,28 +116,9 @@ def _new_run(
         manifest = prepare_with_progress(loaded, console).manifest
     require_sizes(data_root(loaded) / manifest.content_hash, manifest)
     facts = data_facts(data_root(loaded) / manifest.content_hash, manifest)
-    made = _fitting(replace(wanted, data=facts), basis_of(loaded, manifest, here, terms), force)
+    made = fitting_plan(replace(wanted, data=facts), basis_of(loaded, manifest, here, terms), force)
     check_disk(made, manifest.vocab_size)
     create_run(made, {"data.json": manifest.model_dump_json(indent=2) + "\n"})
-    return made
-
-
-def _draft(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
-    """The plan before the data is prepared; refused if weights and states alone are too much for the GPUs."""
-    if isinstance(basis, Unknown):
-        return plan_best(wanted, None)
-    least = replace(basis, packs=PackFigures.full(1))
-    made = plan_best(wanted, least)
-    # The message has the figures of whole packs, which need more.
-    return made if force or Case(made, least).fits else _fitting(wanted, basis, force)
-
-
-def _fitting(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
-    if isinstance(basis, Unknown):
-        return plan_best(wanted, None)
-    made = plan_best(wanted, basis)
-    if not force:
-        check_memory(wanted, Case(made, basis))
     return made
 
 
@@ -158,10 +138,10 @@ def _resumed(run: str, overrides: Sequence[str], gpus: int | None, force: bool) 
     manifest = read_manifest(Path(require_data(made).folder))
     assert manifest is not None
     check_disk(made, manifest.vocab_size)
-    return made if made == before else _still_fitting(made, manifest, here, force)
+    return made if made == before else _stillfitting_plan(made, manifest, here, force)
 
 
-def _still_fitting(made: RunPlan, manifest: DataManifest, here: Hardware, force: bool) -> RunPlan:
+def _stillfitting_plan(made: RunPlan, manifest: DataManifest, here: Hardware, force: bool) -> RunPlan:
     """Another plan of a run, which its GPUs must hold as a new one's."""
     basis = basis_of(made.recipe, manifest, here, Terms())
     if isinstance(basis, Unknown) or made.topology.device == "cpu":

@@ -147,7 +147,7 @@ def _place(
 ) -> tuple[Topology, Decision]:
     """As before, unless the command line speaks of processes: `auto` may mean other ones on another machine."""
     keys = {parse_override(text).keys for text in overrides}
-    if ask.gpus is not None or ("parallel", "processes") in keys:
+    if ask.gpus is not None or ask.on_cpus or ("parallel", "processes") in keys:
         return choose_topology(recipe.parallel, ask, here)
     same = plan.topology.model_copy(update={"engine": recipe.parallel.engine})
     why = next(decision for decision in plan.decisions if decision.name == "processes")

@@ -1,0 +1,41 @@
+"""Plans that are to be run: refused where the GPUs cannot hold them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from packhorse.commands.costs import Unknown
+from packhorse.plan.auto import plan_best
+from packhorse.plan.compare import Wanted
+from packhorse.plan.cost.case import Basis, Case
+from packhorse.plan.cost.packs import PackFigures
+from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.verdict import check_memory
+
+
+def draft_plan(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
+    """The plan before the data is prepared; refused if weights and states alone are too much for the GPUs.
+
+    Raises:
+        UserError: As `plan.auto.plan_best`; or they are.
+    """
+    if isinstance(basis, Unknown):
+        return plan_best(wanted, None)
+    least = replace(basis, packs=PackFigures.full(1))
+    made = plan_best(wanted, least)
+    # The message has the figures of whole packs, which need more.
+    return made if force or Case(made, least).fits else fitting_plan(wanted, basis, force)
+
+
+def fitting_plan(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
+    """The plan; refused if the GPUs cannot hold it, where that is known.
+
+    Raises:
+        UserError: As `plan.auto.plan_best`; or they cannot.
+    """
+    if isinstance(basis, Unknown):
+        return plan_best(wanted, None)
+    made = plan_best(wanted, basis)
+    if not force:
+        check_memory(wanted, Case(made, basis))
+    return made
