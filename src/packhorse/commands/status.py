@@ -5,15 +5,18 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
 
 from packhorse.commands.plan import pairs
+from packhorse.commands.status_jobs import clock, failure_lines, job_lines, read_stages, state_words
+from packhorse.commands.status_sweep import show_sweep
 from packhorse.errors import EXIT_OK
 from packhorse.launching.lock import holder
 from packhorse.launching.run_folder import open_run, relative
+from packhorse.launching.slurm.stages import Stage
+from packhorse.launching.slurm.sweep_folder import find_sweep
 from packhorse.launching.verdict import newest_step, where
 from packhorse.record.attempts import AttemptRecord, lost_steps, made_steps, read_attempts
 from packhorse.record.heartbeat import Heartbeat, read_heartbeats
@@ -28,21 +31,29 @@ ELAPSED = "time/elapsed_seconds"
 
 
 def status(run: str) -> int:
-    """Shows a run's state, its attempts and its last figures.
+    """Shows a run's state, its jobs, its attempts and its last figures; of a sweep a line a run.
 
     Raises:
         UserError: There is no such run.
     """
     console = Console()
+    sweep = find_sweep(run)
+    if sweep is not None:
+        show_sweep(sweep, console)
+        return EXIT_OK
     folder = Path(open_run(run).run_folder)
     now = read_status(folder)
+    stages, silent = read_stages(folder, now)
     attempts = read_attempts(folder)
     beats = read_heartbeats(folder / "logs" / f"attempt-{attempts[-1].attempt}") if attempts else []
     runs = any(_lives(beat) for beat in beats)
     figures = list(read_metrics(folder / METRICS_FILE))
     lines = [("run", relative(folder))]
     if now is not None:
-        lines += _state(now, beats, runs or _is_held(folder))
+        lines += _state(now, beats, runs or _is_held(folder), stages)
+    lines += job_lines(folder, stages, silent)
+    if not runs and (any(stage.became == "failed" for stage in stages) or (now is not None and now.state == "failed")):
+        lines += failure_lines(folder, attempts)
     checkpoint = newest_step(folder)
     lines += [("checkpoint", f"step {checkpoint:,} is the newest complete one" if checkpoint else "none yet")]
     if attempts:
@@ -58,15 +69,26 @@ def status(run: str) -> int:
     return EXIT_OK
 
 
-def _state(now: Status, beats: Sequence[Heartbeat], runs: bool) -> list[tuple[str, str]]:
-    state = now.state
-    if now.state in ("starting", "training") and not runs:
+def is_under_way(folder: Path) -> bool:
+    """Whether a rank or a launcher of the run lives, or a job of it waits or runs."""
+    attempts = read_attempts(folder)
+    beats = read_heartbeats(folder / "logs" / f"attempt-{attempts[-1].attempt}") if attempts else []
+    stages, _ = read_stages(folder, read_status(folder))
+    return any(map(_lives, beats)) or _is_held(folder) or any(stage.became in ("waits", "runs") for stage in stages)
+
+
+def _state(now: Status, beats: Sequence[Heartbeat], runs: bool, stages: Sequence[Stage]) -> list[tuple[str, str]]:
+    state_text = now.state + (f": {now.message}" if now.message else "")
+    if not runs and (queued := state_words(stages)):
+        state_text = f"{now.state}; {queued}"
+    elif now.state in ("starting", "training") and not runs:
         last = max(beats, key=lambda beat: beat.at, default=None)
-        since = f" at {_clock(last.at)}, rank {last.rank} in {where(last)}" if last else ""
-        state_text = f"ended without a word (killed){since}; `packhorse train RUN --resume` goes on"
-    else:
-        state_text = state + (f": {now.message}" if now.message else "")
-    lines = [("state", state_text), ("progress", f"step {now.step:,} of {now.num_steps:,}, attempt {now.attempt}")]
+        since = f" at {clock(last.at)}, rank {last.rank} in {where(last)}" if last else ""
+        verb = "packhorse resume RUN" if stages else "packhorse train RUN --resume"
+        state_text = f"ended without a word (killed){since}; `{verb}` goes on"
+    lines = [("state", state_text)]
+    if now.num_steps:
+        lines.append(("progress", f"step {now.step:,} of {now.num_steps:,}, attempt {now.attempt}"))
     return [*lines, ("updated", f"{now.updated_at} by process {now.pid} on {now.host}")]
 
 
@@ -87,7 +109,7 @@ def _is_held(folder: Path) -> bool:
 def _attempt(attempt: AttemptRecord, runs: bool) -> str:
     steps = f"{attempt.attempt}: steps {attempt.first_step:,} to {attempt.last_step:,}"
     if runs:
-        return f"{steps}, runs since {_clock(attempt.started_at)}"
+        return f"{steps}, runs since {clock(attempt.started_at)}"
     said = f": {attempt.message.splitlines()[0]}" if attempt.message and attempt.message != attempt.outcome else ""
     return f"{steps} in {attempt.ended_at - attempt.started_at:,.0f} s, {attempt.outcome}{said}"
 
@@ -115,10 +137,6 @@ def _lost(
 def _mean(figures: Sequence[Figures], name: str) -> float:
     values = [line[name] for line in figures if name in line]
     return sum(values) / len(values) if values else 0.0
-
-
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def _figure(value: float) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from packhorse.launching.slurm.client import depend_on, submit_script
+from packhorse.errors import EXIT_OK, UserError
+from packhorse.launching.slurm.client import depend_on_any, submit_script
 from packhorse.launching.slurm.jobs import JobRecord, append_job, live_jobs, read_jobs
 from packhorse.launching.slurm.stages import ORDER, Stage
 
@@ -54,29 +56,46 @@ def submit_again(run_folder: Path, left: Sequence[JobRecord]) -> list[JobRecord]
     return submitted
 
 
-def follow(run_folder: Path, before: str, after: str) -> list[str]:
-    """Lets the run's jobs that wait for one job wait for another one, which goes on with its work.
+def follow(run_folder: Path, job_id: str, follower: str) -> list[str]:
+    """Lets the jobs that wait for a training job wait for that one or for the one that goes on if it is cut short.
 
-    Called by the first job before it ends: afterwards Slurm would end those that wait for it.
+    Where the site lets no job be queued again, each training job submits its follower when it begins.
 
     Args:
         run_folder: The run's.
-        before: The job that ends now.
-        after: The one that goes on.
+        job_id: The job that trains now.
+        follower: The one that begins where it does not end well.
 
     Returns:
         The jobs that wait.
 
     Raises:
+        NoSlurmError: There is no Slurm here.
         SlurmError: Slurm refuses, or does not answer.
     """
-    records = read_jobs(run_folder)
-    goes_on_from = {record.job_id: record.goes_on_from for record in records}
-    earlier = {before}
-    each: str | None = before
-    while each := goes_on_from.get(each or ""):
-        earlier.add(each)
-    waiting = [record for record, state in live_jobs(run_folder) if state.is_waiting and earlier & {*record.depends_on}]
+    goes_on_from = {record.job_id: record.goes_on_from for record in read_jobs(run_folder)}
+    line = {job_id}
+    before = goes_on_from.get(job_id)
+    while before is not None:
+        line.add(before)
+        before = goes_on_from.get(before)
+    waiting = [record for record, state in live_jobs(run_folder) if state.is_waiting and line & {*record.depends_on}]
     for record in waiting:
-        depend_on(record.job_id, [*(number for number in record.depends_on if number not in earlier), after])
+        depend_on_any(record.job_id, [job_id, follower])
     return [record.job_id for record in waiting]
+
+
+def main(words: Sequence[str]) -> int:
+    """`python -m packhorse.launching.slurm.chain RUN JOB FOLLOWER`: what a job script types; returns the exit code."""
+    run_folder, job_id, follower = words
+    try:
+        waiting = follow(Path(run_folder), job_id, follower)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stdout.write(f"jobs that wait for {job_id} or {follower} now: {' '.join(waiting) or 'none'}\n")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

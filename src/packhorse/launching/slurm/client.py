@@ -167,14 +167,15 @@ def requeue(job_id: str) -> None:
     _ask(["scontrol", "requeue", job_id])
 
 
-def depend_on(job_id: str, ids: Sequence[str]) -> None:
-    """Lets a job that waits begin once these have ended well, in place of those that it waited for.
+def depend_on_any(job_id: str, ids: Sequence[str]) -> None:
+    """Lets a job that waits begin once one of these has ended well, in place of what it waited for.
 
     Raises:
         NoSlurmError: There is no Slurm here.
         SlurmError: Slurm refuses, or does not answer.
     """
-    _ask(["scontrol", "update", f"JobId={job_id}", f"Dependency=afterok:{':'.join(ids)}"])
+    any_of = "?".join(f"afterok:{each}" for each in ids)
+    _ask(["scontrol", "update", f"JobId={job_id}", f"Dependency={any_of}"])
 
 
 def version() -> str:

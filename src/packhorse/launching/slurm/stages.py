@@ -19,7 +19,7 @@ from packhorse.plan.run_plan import PlanPart
 from packhorse.record.status import Status
 
 ENDED_FILE: Final = "ended.jsonl"
-Became = Literal["done", "failed", "not run", "waits", "runs", "replaced"]
+Became = Literal["done", "failed", "not run", "waits", "runs", "replaced", "unknown"]
 REASONS: Final = {
     "Priority": "other jobs come first",
     "Resources": "the nodes that it asks for are busy",
@@ -64,7 +64,8 @@ class Stage:
     Attributes:
         record: As it was submitted.
         state: What Slurm knows of it; None where it has forgotten it, or is not here.
-        became: `not run`: one that it waits for did not end well. `replaced`: the same was submitted again.
+        became: `not run`: one that it waits for did not end well. `replaced`: the same was submitted again. `unknown`:
+            it may live; there is no Slurm here to ask.
         why: In words; empty where there is nothing to say.
     """
 
@@ -97,7 +98,10 @@ def read_ends(run_folder: Path) -> dict[str, StageEnd]:
 
 
 def stages_of(
-    jobs: Sequence[tuple[JobRecord, JobState | None]], ends: dict[str, StageEnd], now: Status | None
+    jobs: Sequence[tuple[JobRecord, JobState | None]],
+    ends: Mapping[str, StageEnd],
+    now: Status | None,
+    asked: bool = True,
 ) -> list[Stage]:
     """What became of each job, in the order in which they were submitted.
 
@@ -105,6 +109,7 @@ def stages_of(
         jobs: Those of one run, as `with_states` gives them.
         ends: What the jobs said when they ended.
         now: The run's status.
+        asked: Slurm was asked; else a job that has not told its end may live.
     """
     newest = {record.kind: record.job_id for record, _ in jobs}
     follows = {record.goes_on_from: record.job_id for record, _ in jobs if record.goes_on_from}
@@ -116,6 +121,8 @@ def stages_of(
         stage = _stage(record, state, ends.get(record.job_id), now, waits_for)
         if newest[record.kind] != record.job_id and not (state is not None and state.is_live):
             stage = Stage(record, state, "replaced", f"job {newest[record.kind]} took its place")
+        if state is None and not asked and stage.became in ("failed", "not run") and record.job_id not in ends:
+            stage = Stage(record, state, "unknown", "there is no Slurm here to ask")
         became[record.job_id] = stage
     return [became[record.job_id] for record, _ in jobs]
 

@@ -1,0 +1,86 @@
+"""The lines of `packhorse status` about a run's jobs: what each does, why one waits, why the rest do not run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from packhorse.launching.first_failure import first_failure
+from packhorse.launching.run_folder import relative
+from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmError
+from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
+from packhorse.launching.slurm.stages import Stage, read_ends, stages_of
+from packhorse.record.attempts import AttemptRecord
+from packhorse.record.status import Status
+
+LABELS = {
+    "waits": "waits",
+    "done": "done",
+    "failed": "did not end well",
+    "not run": "does not run",
+    "unknown": "unknown",
+}
+
+
+def read_stages(run_folder: Path, now: Status | None) -> tuple[list[Stage], str]:
+    """The jobs of a run and what became of them; beside it why Slurm does not tell, empty where it does."""
+    records = read_jobs(run_folder)
+    jobs: Sequence[tuple[JobRecord, JobState | None]] = [(record, None) for record in records]
+    silent = ""
+    try:
+        jobs = with_states(records)
+    except (NoSlurmError, SlurmError) as error:
+        silent = error.mistakes[0].fact
+    return stages_of(jobs, read_ends(run_folder), now, asked=not silent), silent
+
+
+def job_lines(run_folder: Path, stages: Sequence[Stage], silent: str) -> list[tuple[str, str]]:
+    """A line a job, those that others took the place of in one; then what to do where some did not end well."""
+    shown = [stage for stage in stages if stage.became != "replaced"]
+    earlier = [f"{stage.record.job_id} ({stage.record.kind})" for stage in stages if stage.became == "replaced"]
+    lines = [("jobs before", ", ".join(earlier))] if earlier else []
+    lines += [("job", f"{stage.record.job_id} {stage.record.kind}: {words_of(stage)}") for stage in shown]
+    if silent:
+        lines.append(("Slurm", f"what its jobs do now is not known: {silent}"))
+    broken = any(stage.became in ("failed", "not run") for stage in shown)
+    if broken and not any(stage.became in ("waits", "runs") for stage in shown):
+        lines.append(("next", f"mend it, then `packhorse resume {relative(run_folder)}` goes on from there"))
+    return lines
+
+
+def words_of(stage: Stage) -> str:
+    """What a job does, in words."""
+    state = stage.state
+    if stage.became == "runs" and state is not None:
+        again = f", queued again {state.restarts} time{'s' * (state.restarts > 1)}" if state.restarts else ""
+        since = f" since {clock(state.expected_start)}" if state.expected_start else ""
+        limit = f", time limit {state.time_limit}" if state.time_limit else ""
+        ends = "" if state.state == "RUNNING" else f" ({state.state})"
+        return f"runs{ends} on {state.nodes}{since}{limit}{again}"
+    said = LABELS[stage.became] + (f": {stage.why}" if stage.why else "")
+    expected = state.expected_start if state is not None and stage.became == "waits" else None
+    return said + (f"; it may begin at {clock(expected)}" if expected and expected > time.time() else "")
+
+
+def state_words(stages: Sequence[Stage]) -> str:
+    """What is said in place of `killed` of a run whose job waits in the queue; empty where none does."""
+    waiting = next((stage for stage in stages if stage.record.kind == "train" and stage.became == "waits"), None)
+    if waiting is None:
+        return ""
+    why = f": {waiting.why}" if waiting.why else ""
+    return f"job {waiting.record.job_id} waits in the queue{why}"
+
+
+def failure_lines(run_folder: Path, attempts: Sequence[AttemptRecord]) -> list[tuple[str, str]]:
+    """The last lines of what failed first, and where all of it stands."""
+    found = first_failure(run_folder, attempts[-1].attempt if attempts else None)
+    if found is None:
+        return []
+    return [("failed first", "\n".join([f"{found.who}; its last lines (all of it in {found.file}):", *found.lines]))]
+
+
+def clock(seconds: float) -> str:
+    """A moment as it is read here."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
