@@ -103,7 +103,9 @@ def _lives(beat: Heartbeat) -> bool:
 def _is_held(folder: Path) -> bool:
     """Whether a launcher runs it, between two attempts for example."""
     found = holder(folder)
-    return found is not None and (found["host"] != socket.gethostname() or process(int(str(found["pid"]))) is not None)
+    if found is None or "job" in found:  # of a job, Slurm and the heartbeats tell whether it lives
+        return False
+    return found["host"] != socket.gethostname() or process(int(str(found["pid"]))) is not None
 
 
 def _attempt(attempt: AttemptRecord, runs: bool) -> str:

@@ -38,7 +38,6 @@ def submit_again(run_folder: Path, left: Sequence[JobRecord]) -> list[JobRecord]
         NoSlurmError: There is no Slurm here.
         SlurmError: A job is refused; those before it stay.
     """
-    (run_folder / CANCEL_FILE).unlink(missing_ok=True)
     submitted: list[JobRecord] = []
     for record in left:
         depends_on = tuple(each.job_id for each in submitted[-1:])

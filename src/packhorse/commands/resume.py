@@ -1,0 +1,89 @@
+"""`packhorse resume RUN`: goes on the way the run was started: its jobs are submitted again, or it trains here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from packhorse.commands.train import train
+from packhorse.errors import EXIT_OK, UserError
+from packhorse.launching.lock import only_launcher
+from packhorse.launching.run_folder import open_run, relative
+from packhorse.launching.slurm.chain import CANCEL_FILE, left_of, submit_again
+from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
+from packhorse.launching.slurm.stages import read_ends, stages_of
+from packhorse.launching.slurm.submit import refuse_live
+from packhorse.launching.slurm.sweep_folder import find_sweep, member_folder, read_sweep
+from packhorse.record.status import read_status
+
+
+def resume(run: str, overrides: Sequence[str], gpus: int | None, restarts: int | None, force: bool) -> int:
+    """Goes on with a run, or with those of a sweep that did not end well.
+
+    Args:
+        run: Name or folder of the run.
+        overrides: As `packhorse train RUN --resume` takes them, of a run that was started here.
+        gpus: The same.
+        restarts: The same.
+        force: The same.
+
+    Raises:
+        UserError: There is no such run, it is live or finished, or Slurm refuses.
+    """
+    sweep = find_sweep(run)
+    folder = sweep or Path(open_run(run).run_folder)
+    if sweep is None and not read_jobs(folder):
+        return train(run, overrides, gpus, resume=True, restarts=restarts, force=force)
+    given = [*overrides, *([f"--gpus {gpus}"] if gpus else []), *([f"--restarts {restarts}"] if restarts else [])]
+    if given:
+        raise UserError(
+            f"{relative(folder)} runs as jobs of Slurm, and resume came with {' '.join(given)}.",
+            "its jobs are submitted again as their scripts stand in the run folder.",
+            f"leave it out; `packhorse train {relative(folder)} --resume` goes on on this machine, and takes it.",
+        )
+    if sweep is not None:
+        return _resume_sweep(sweep)
+    submitted = _again(folder)
+    if not submitted:
+        raise UserError(
+            f"{relative(folder)} is finished: each of its jobs ended well.",
+            "there is nothing left to run.",
+            f"see `packhorse status {relative(folder)}`.",
+        )
+    _say(folder, submitted)
+    return EXIT_OK
+
+
+def _resume_sweep(sweep: Path) -> int:
+    """Each run that is not done goes on in a job of its own; those that wait or run are left alone."""
+    console = Console()
+    refuse_live(sweep)
+    done = 0
+    for member in read_sweep(sweep).runs:
+        run = member_folder(sweep, member.number)
+        submitted = _again(run)
+        done += not submitted
+        if submitted:
+            _say(run, submitted)
+    if done:
+        console.print(f"{done} runs are finished already", highlight=False)
+    return EXIT_OK
+
+
+def _again(folder: Path) -> list[JobRecord]:
+    now = read_status(folder)
+    with only_launcher(folder):
+        refuse_live(folder)
+        left = left_of(stages_of(with_states(read_jobs(folder)), read_ends(folder), now))
+        if left:
+            (folder / CANCEL_FILE).unlink(missing_ok=True)
+        return submit_again(folder, left)
+
+
+def _say(folder: Path, submitted: Sequence[JobRecord]) -> None:
+    console = Console()
+    for record in submitted:
+        after = f", once job {record.depends_on[-1]} has ended well" if record.depends_on else ""
+        console.print(f"{relative(folder)}: job {record.job_id} {record.kind}{after}", highlight=False, soft_wrap=True)
