@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from packhorse.checkpoints.manifest import read_manifest
@@ -14,7 +15,7 @@ from packhorse.checkpoints.shelf import complete_checkpoints
 from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.launching.run_folder import relative
-from packhorse.plan.checkpoint_size import checkpoint_room
+from packhorse.plan.checkpoint_size import CheckpointRoom, checkpoint_room
 from packhorse.plan.command import nvme_folder
 from packhorse.plan.optimizer_pairs import IN_8_BITS
 from packhorse.plan.pairs import NO_RESUME_FROM_NVME
@@ -117,6 +118,20 @@ def check_nvme(plan: RunPlan) -> None:
         )
 
 
+def room_to_come(plan: RunPlan, vocab_size: int | None) -> CheckpointRoom | None:
+    """What the run's checkpoints still need beside those that stand; None where it cannot be counted ahead.
+
+    Args:
+        plan: As it would run.
+        vocab_size: Size of the tokenizer.
+    """
+    room = checkpoint_room(plan, vocab_size)
+    if room is None:
+        return None
+    standing = len(complete_checkpoints(Path(plan.run_folder) / "checkpoints"))
+    return replace(room, count=max(1, room.count - standing))
+
+
 def check_disk(plan: RunPlan, vocab_size: int | None) -> None:
     """Refuses a disk that the run's checkpoints would fill; those that stand already need no more room.
 
@@ -129,12 +144,10 @@ def check_disk(plan: RunPlan, vocab_size: int | None) -> None:
     Raises:
         UserError: Fewer bytes are free than the checkpoints need.
     """
-    room = checkpoint_room(plan, vocab_size)
+    room = room_to_come(plan, vocab_size)
     if room is None:
         return
-    run_folder = Path(plan.run_folder)
-    count = max(1, room.count - len(complete_checkpoints(run_folder / "checkpoints")))
-    needed = count * room.each_bytes
+    needed, run_folder = room.total_bytes, Path(plan.run_folder)
     existing = next(parent for parent in (run_folder, *run_folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free >= needed:
@@ -142,7 +155,7 @@ def check_disk(plan: RunPlan, vocab_size: int | None) -> None:
     section = plan.recipe.checkpoint
     best = ", the best one (checkpoint.keep_best)" if section.keep_best else ""
     raise UserError(
-        f"{size(free)} are free in {existing}, and the checkpoints need {size(needed)}: {count} of "
+        f"{size(free)} are free in {existing}, and the checkpoints need {size(needed)}: {room.count} of "
         f"{size(room.each_bytes)}.",
         f"the newest {section.keep_last} (checkpoint.keep_last){best} and the one that is being written stand there.",
         f"free {size(needed - free)} there, keep fewer, or set runs_folder to a larger disk.",

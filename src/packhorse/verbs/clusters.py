@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packhorse.verbs.words import Action, count, switch
+from packhorse.verbs.words import Action, count_of, switch_of
 
 
 def doctor(
@@ -21,6 +21,6 @@ def doctor(
     --gpus-per-node N: in place of the site's. --fast: without bandwidth, renames and W&B. --dry-run: the command alone.
     Exit code 1 where a row is broken; the first one is named below the table.
     """
-    sizes = {"nodes": count("nodes", nodes), "gpus_per_node": count("gpus-per-node", gpus_per_node, at_least=0)}
-    switches = {"fast": switch("fast", fast), "dry_run": switch("dry-run", dry_run)}
+    sizes = {"nodes": count_of("nodes", nodes), "gpus_per_node": count_of("gpus-per-node", gpus_per_node, at_least=0)}
+    switches = {"fast": switch_of("fast", fast), "dry_run": switch_of("dry-run", dry_run)}
     return Action("doctor", "doctor", {"run": run, "site": site, **sizes, **switches})

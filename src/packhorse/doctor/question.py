@@ -1,0 +1,67 @@
+"""What to ask: from a run, or from a folder alone."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from packhorse.data.manifest import read_manifest
+from packhorse.doctor.facts import Question
+from packhorse.doctor.folder import plan_sha256
+from packhorse.launching.preflight import room_to_come
+from packhorse.plan.run_plan import RunPlan
+from packhorse.recipe.locate import expand
+
+
+def question_of_run(plan: RunPlan, scratch: str, fast: bool) -> Question:
+    """What a run needs: its nodes, its folder, room for its checkpoints, its weights and data.
+
+    Raises:
+        UserError: Its prepared data, or its model, names an environment variable that is not set here.
+    """
+    topology, recipe, data = plan.topology, plan.recipe, plan.data
+    manifest = read_manifest(Path(data.folder)) if data is not None else None
+    room = room_to_come(plan, manifest.vocab_size if manifest is not None else None)
+    model_folder = expand(plan.base_model) if recipe.model.path is not None and plan.base_model is not None else ""
+    folder = Path(plan.run_folder)
+    return Question(
+        num_nodes=topology.num_nodes,
+        gpus_per_node=topology.processes_per_node if topology.device == "cuda" else 0,
+        folder=str(folder),
+        token=secrets.token_hex(8),
+        plan_sha256=plan_sha256(folder),
+        needed_bytes=room.total_bytes if room is not None else 0,
+        weights_bytes=_weights_bytes(model_folder),
+        model_folder=model_folder,
+        model_id=recipe.model.id or "",
+        model_revision=recipe.model.revision,
+        data_folder=data.folder if data is not None else "",
+        scratch=scratch,
+        wandb=recipe.track.wandb,
+        fast=fast,
+        **_rendezvous(),
+    )
+
+
+def question_of_place(folder: Path, num_nodes: int, gpus_per_node: int, scratch: str, fast: bool) -> Question:
+    """What any run would need: nodes, GPUs, network, and a folder that all see."""
+    return Question(
+        num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node,
+        folder=str(folder.absolute()),
+        token=secrets.token_hex(8),
+        scratch=scratch,
+        fast=fast,
+        **_rendezvous(),
+    )
+
+
+def _weights_bytes(model_folder: str) -> int:
+    return sum(file.stat().st_size for file in Path(model_folder).glob("*.safetensors")) if model_folder else 0
+
+
+def _rendezvous() -> dict[str, str | int]:
+    """As the job script has set it for the ranks; else the nodes choose."""
+    port = os.environ.get("MASTER_PORT", "")
+    return {"master_addr": os.environ.get("MASTER_ADDR", ""), "master_port": int(port) if port.isdecimal() else 0}

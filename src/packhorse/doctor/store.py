@@ -1,0 +1,96 @@
+"""Whether this node finds what the run will read, where HF_HUB_OFFLINE makes it look: nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from packhorse.data.manifest import read_manifest
+from packhorse.data.stored import size_faults
+from packhorse.doctor.facts import Question, StoreFacts
+from packhorse.doctor.meeting import in_words
+from packhorse.errors import UserError
+
+CONFIG_FILE: Final = "config.json"
+INDEX_FILE: Final = "model.safetensors.index.json"
+HUB_CACHE: Final = HF_HUB_CACHE
+WANDB_URL: Final = "https://api.wandb.ai"
+WANDB_SECONDS: Final = 3.0
+
+
+def store_facts(node_id: int, question: Question) -> StoreFacts:
+    """Weights, prepared data, and on the first node, where rank 0 logs, W&B."""
+    found, model_fault = _model(question)
+    host, error = "", ""
+    if node_id == 0 and not question.fast and question.wandb in ("auto", "online"):
+        host, error = _reach_wandb()
+    return StoreFacts(
+        model_found=found,
+        model_fault=model_fault,
+        data_fault=_data_fault(question.data_folder),
+        wandb_host=host,
+        wandb_error=error,
+    )
+
+
+def _model(question: Question) -> tuple[str, str]:
+    """Folder of the weights, and what is wrong with it."""
+    if question.model_folder:
+        folder = Path(question.model_folder)
+        return str(folder), weights_fault(folder)
+    if not question.model_id:
+        return "", ""
+    cached = try_to_load_from_cache(
+        question.model_id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=question.model_revision
+    )
+    if not isinstance(cached, str):
+        return "", f"{question.model_id} is not in {HUB_CACHE}"
+    folder = Path(cached).parent
+    return str(folder), weights_fault(folder)
+
+
+def weights_fault(folder: Path) -> str:
+    """What is missing of a model folder; empty where it is whole."""
+    try:
+        if not (folder / CONFIG_FILE).is_file():
+            return f"{folder} holds no {CONFIG_FILE}"
+        index = folder / INDEX_FILE
+        if not index.is_file():
+            return "" if any(file.is_file() for file in folder.glob("*.safetensors")) else f"{folder} holds no weights"
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    except (ValueError, KeyError, AttributeError) as error:
+        return f"{folder / INDEX_FILE} cannot be read: {error}"
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    return f"{folder} lacks {len(missing)} of {len(shards)} files of weights: {missing[0]}" if missing else ""
+
+
+def _data_fault(folder: str) -> str:
+    if not folder:
+        return ""
+    place = Path(folder)
+    try:
+        manifest = read_manifest(place)
+    except UserError as error:
+        return error.mistakes[0].fact
+    if manifest is None:
+        return f"{folder} holds no prepared data"
+    return next(iter(size_faults(place, manifest).values()), "")
+
+
+def _reach_wandb() -> tuple[str, str]:
+    url = urlsplit(os.environ.get("WANDB_BASE_URL") or WANDB_URL)
+    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((host, port), timeout=WANDB_SECONDS).close()
+    except OSError as error:
+        return host, in_words(error)
+    return host, ""
