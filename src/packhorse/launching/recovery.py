@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def run_to_end(plan: RunPlan, restarts: int, stop: StopSignals, say: Callable[[s
             continue
         if outcome.exit_code not in MAY_SUCCEED or used == restarts:
             return outcome
-        if _same_again(read_attempts(folder)):
+        if same_again(read_attempts(folder)):
             say("not started again: the attempt before failed at the same step with the same words")
             return outcome
         used += 1
@@ -65,7 +65,7 @@ def _again(folder: Path, why: str, count: str = "") -> str:
     return f"{relative(folder)}: {why}; starting again from step {step}{count}"
 
 
-def _same_again(attempts: list[AttemptRecord]) -> bool:
+def same_again(attempts: Sequence[AttemptRecord]) -> bool:
     """Whether the last two attempts failed alike, so that a third would too; a lost rank is no such failure."""
     if len(attempts) < 2 or attempts[-1].outcome == "lost":
         return False

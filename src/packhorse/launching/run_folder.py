@@ -12,7 +12,7 @@ from packhorse.plan.command import launch_argv
 from packhorse.plan.resume import replace_plan
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan, read_plan, write_plan
 from packhorse.recipe.load import dump_recipe
-from packhorse.record.attempts import begin_attempt
+from packhorse.record.attempts import Begun, begin_attempt
 from packhorse.record.status import State, Status, read_status, write_status
 
 
@@ -121,13 +121,13 @@ def open_run(name: str) -> RunPlan:
     return plan.model_copy(update={"run_folder": str(moved), "argv": launch_argv(plan.topology, moved)})
 
 
-def next_attempt(folder: Path) -> tuple[int, Path]:
-    """Number and log folder of the next attempt to run the plan."""
+def next_attempt(folder: Path, begun: Begun | None = None) -> tuple[int, Path]:
+    """Number and log folder of the next attempt to run the plan; `begun`: what is known of it beside the time."""
     taken = [int(path.name.removeprefix("attempt-")) for path in (folder / "logs").glob("attempt-*")]
     number = max(taken, default=0) + 1
     logs = folder / "logs" / f"attempt-{number}"
     logs.mkdir(parents=True)
-    begin_attempt(logs, time.time())
+    begin_attempt(logs, begun or Begun(started_at=time.time()))
     return number, logs
 
 

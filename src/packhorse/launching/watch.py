@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from packhorse.launching.agent import failures
 from packhorse.launching.processes import is_of
 from packhorse.plan.run_plan import RunPlan
-from packhorse.record.heartbeat import Heartbeat, hung, read_heartbeats
+from packhorse.record.heartbeat import Heartbeat, hung, read_heartbeats, with_grace
 from packhorse.record.processes import process
 from packhorse.record.rank_records import is_cause, left_others, read_records
 
@@ -23,8 +23,6 @@ Kind = Literal["dead", "hung", "left", "stuck"]
 
 FAILED_SECONDS = 3.0
 """A rank has failed: how long the others may take to say what they know."""
-START_SECONDS = 300.0
-"""How long a rank may take at least until its first heartbeat: it imports torch, maybe from a slow disk."""
 END_SECONDS = 60.0
 """All ranks have ended in order: how long their processes may still take."""
 ASLEEP_SECONDS = 5.0
@@ -87,7 +85,8 @@ class Watch:
             return Ending("left", self.heartbeats[left[0]["rank"]])
         if not silent and now - records[-1]["time"] > END_SECONDS:
             return Ending("stuck", max(self.heartbeats.values(), key=lambda beat: beat.at))
-        waiting = hung([self._awake(beat) for beat in silent], now, self._plan.recipe.recovery.hang_seconds)
+        seconds = self._plan.recipe.recovery.hang_seconds
+        waiting = hung([with_grace(beat, self._awake_since, seconds) for beat in silent], now, seconds)
         return self._hung(self.heartbeats[waiting.rank]) if waiting else None
 
     @staticmethod
@@ -101,11 +100,3 @@ class Watch:
         own = [record for record in records if left_others(record) and is_cause(record)]
         gone.sort(key=lambda beat: (told.index(beat.pid) if beat.pid in told else len(told), beat.at))
         return gone[0] if gone and not own else None
-
-    def _awake(self, beat: Heartbeat) -> Heartbeat:
-        """The heartbeat as if nothing had been due while the launcher slept, or before a rank's start is over."""
-        grace = 0.0
-        if beat.phase == "start":
-            grace = max(0.0, START_SECONDS - self._plan.recipe.recovery.hang_seconds)
-        floor = self._awake_since + grace
-        return replace(beat, at=max(beat.at + grace, floor), since=max(beat.since + grace, floor))

@@ -6,7 +6,6 @@ told from its ranks' heartbeats, and the next launch writes it down.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,14 +67,25 @@ class AttemptRecord(PlanPart):
     message: str = ""
 
 
+class Begun(PlanPart):
+    """What is known when an attempt begins."""
+
+    started_at: float
+    """Unix seconds."""
+    from_step: int = 0
+    """Step of the newest complete checkpoint; told by jobs only."""
+    chain: str = ""
+    """The first of the jobs that go on with each other; empty where no job runs it."""
+
+
 def outcome_of(exit_code: int, again: str | None) -> Ended:
     """The word for how an attempt ended: by what its ranks ask for, else by its exit code."""
     return BY_REQUEST[again] if again else BY_CODE.get(exit_code, "failed")
 
 
-def begin_attempt(logs: Path, now: float) -> None:
-    """Writes when an attempt began into its log folder."""
-    (logs / BEGAN_FILE).write_text(json.dumps({"started_at": now}) + "\n", encoding="utf-8")
+def begin_attempt(logs: Path, begun: Begun) -> None:
+    """Writes what is known of an attempt that begins into its log folder."""
+    (logs / BEGAN_FILE).write_text(begun.model_dump_json() + "\n", encoding="utf-8")
 
 
 def steps_of(logs: Path) -> tuple[int, int]:
@@ -87,7 +97,7 @@ def steps_of(logs: Path) -> tuple[int, int]:
 
 def end_attempt(run_folder: Path, attempt: int, outcome: Ended, message: str, now: float) -> None:
     """Appends the line of an attempt that has ended, and waits until it is on disk."""
-    logs = run_folder / "logs" / f"attempt-{attempt}"
+    logs = _logs(run_folder, attempt)
     first, last = steps_of(logs)
     record = AttemptRecord(
         attempt=attempt,
@@ -104,8 +114,8 @@ def end_attempt(run_folder: Path, attempt: int, outcome: Ended, message: str, no
 def read_attempts(run_folder: Path) -> list[AttemptRecord]:
     """All attempts in order; those without a line as far as their heartbeats tell."""
     written = {record.attempt: record for record in _lines(run_folder)}
-    numbers = {int(path.name.removeprefix("attempt-")): path for path in (run_folder / "logs").glob("attempt-*")}
-    told = {number: _from_heartbeats(number, logs) for number, logs in numbers.items() if number not in written}
+    untold = [number for number in _numbers(run_folder) if number not in written]
+    told = {number: _from_heartbeats(number, _logs(run_folder, number)) for number in untold}
     both = written | told
     return [both[number] for number in sorted(both)]
 
@@ -133,6 +143,39 @@ def lost_steps(attempts: Sequence[AttemptRecord], good_step: int) -> int:
 def made_steps(attempts: Sequence[AttemptRecord]) -> int:
     """Steps that were made, each as often as it was."""
     return sum(attempt.last_step - attempt.first_step for attempt in attempts)
+
+
+def last_sign_of_life(run_folder: Path) -> float:
+    """When the newest attempt began, or one of its ranks last said that it lives; Unix seconds, 0 without attempts."""
+    logs = _logs(run_folder, max(_numbers(run_folder), default=0))
+    if not logs.is_dir():
+        return 0.0
+    return max([_started_at(logs), *(beat.at for beat in read_heartbeats(logs) if beat.phase != "end")])
+
+
+def in_vain(run_folder: Path, chain: str, newest_step: int) -> int:
+    """How many of the last attempts in a row, all of these jobs, have left no newer checkpoint than there was.
+
+    Args:
+        run_folder: The run's.
+        chain: The first of the jobs.
+        newest_step: Of the checkpoint that stands now.
+    """
+    count, after = 0, newest_step
+    for attempt in sorted(_numbers(run_folder), reverse=True):
+        begun = _begun(_logs(run_folder, attempt))
+        if begun is None or begun.chain != chain or after > begun.from_step:
+            break
+        count, after = count + 1, begun.from_step
+    return count
+
+
+def _numbers(run_folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("attempt-")) for path in (run_folder / "logs").glob("attempt-*")]
+
+
+def _logs(run_folder: Path, attempt: int) -> Path:
+    return run_folder / "logs" / f"attempt-{attempt}"
 
 
 def _append(run_folder: Path, record: AttemptRecord) -> None:
@@ -178,8 +221,13 @@ def _from_heartbeats(attempt: int, logs: Path) -> AttemptRecord:
     )
 
 
-def _started_at(logs: Path) -> float:
+def _begun(logs: Path) -> Begun | None:
     try:
-        return float(json.loads((logs / BEGAN_FILE).read_text(encoding="utf-8"))["started_at"])
-    except (OSError, ValueError, KeyError):
-        return logs.stat().st_mtime
+        return Begun.model_validate_json((logs / BEGAN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _started_at(logs: Path) -> float:
+    begun = _begun(logs)
+    return logs.stat().st_mtime if begun is None else begun.started_at

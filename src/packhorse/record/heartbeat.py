@@ -24,6 +24,8 @@ from packhorse.record.processes import identity
 Phase = Literal["start", "load", "data", "forward", "backward", "optimizer", "save", "evaluate", "end"]
 RECORD_BYTES = 512
 BEAT_SECONDS = 1.0
+START_SECONDS = 300.0
+"""How long a rank may take at least until its first heartbeat: it imports torch, maybe from a slow disk."""
 LAUNCHER_VARIABLE = "PACKHORSE_LAUNCHER"
 """Environment variable by which a launcher tells its ranks who it is; absent in a launch typed by hand."""
 ASK_FILE = "asked"
@@ -67,6 +69,7 @@ class Pulse:
         self._clock = clock
         self._asked = folder / ASK_FILE
         self._answer: Callable[[], None] | None = None
+        self._at_each_beat: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         now = clock()
         self._last = Heartbeat(rank, os.getpid(), socket.gethostname(), "start", 0, now, now)
@@ -84,6 +87,10 @@ class Pulse:
     def when_asked(self, answer: Callable[[], None]) -> None:
         """Sets what the beating thread does, once, when the launcher asks; the main thread may hang by then."""
         self._answer = answer
+
+    def at_each_beat(self, look: Callable[[], None]) -> None:
+        """Sets what the beating thread does each time."""
+        self._at_each_beat = look
 
     @property
     def last(self) -> Heartbeat:
@@ -123,6 +130,7 @@ class Pulse:
             if self._answer and self._asked.exists():
                 answer, self._answer = self._answer, None
                 answer()
+            self._at_each_beat()
 
     def _write(self, heartbeat: Heartbeat) -> None:
         self._last = heartbeat
@@ -138,6 +146,12 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
         except (OSError, ValueError, TypeError):
             continue
     return sorted(found, key=lambda heartbeat: heartbeat.rank)
+
+
+def with_grace(beat: Heartbeat, floor: float, hang_seconds: float) -> Heartbeat:
+    """The heartbeat as if nothing had been due before `floor`, nor for some minutes of a rank's start."""
+    grace = max(0.0, START_SECONDS - hang_seconds) if beat.phase == "start" else 0.0
+    return replace(beat, at=max(beat.at, floor) + grace, since=max(beat.since, floor) + grace)
 
 
 def hung(heartbeats: list[Heartbeat], now: float, timeout_seconds: float) -> Heartbeat | None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from packhorse.record.requests import CHECKPOINT_FILE, STOP_FILE
 from packhorse.train.engine import Engine
 from packhorse.train.signals import Stopped, StopRequest
 
-STOP_FILE, CHECKPOINT_FILE = "STOP", "CHECKPOINT"
 LOOK_SECONDS = 1.0
 """Between two looks for these files: on a shared file system a look is a message to a server."""
 

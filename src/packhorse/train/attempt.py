@@ -20,9 +20,10 @@ from pathlib import Path
 
 from packhorse.masking import mask
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE
-from packhorse.record.heartbeat import Pulse
+from packhorse.record.heartbeat import LAUNCHER_VARIABLE, Pulse
 from packhorse.train.collectives import write_collectives
 from packhorse.train.signals import StopRequest
+from packhorse.train.standstill import Standstill, end_hung
 
 
 class Attempt:
@@ -38,8 +39,11 @@ class Attempt:
         self.number = number
         self.signals = signals
         self.pulse = Pulse(logs, rank)
-        self.pulse.when_asked(partial(write_collectives, logs / f"collectives-{rank}.json"))
         self._rank, self._logs = rank, logs
+        # Open for the whole life of the process: a handler cannot open files.
+        self._stacks = (logs / f"stacks-{rank}.txt").open("w", encoding="utf-8")
+        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
+        self.pulse.when_asked(self._write_collectives)
         self._first_step: int | None = None
 
     def begins_at(self, step: int) -> None:
@@ -56,8 +60,23 @@ class Attempt:
         self.pulse.phase("load")
         self.signals.raise_if_requested()
 
-    def record(self, code: int, message: str, again: str | None = None) -> None:
-        """Writes how this rank ended; `again`: why the launcher is to start another attempt by itself."""
+    def watch_others(self, world_size: int, hang_seconds: float) -> None:
+        """Ends this rank where the run stands still, unless a launcher of ours watches it from outside."""
+        if os.environ.get(LAUNCHER_VARIABLE):
+            return
+        self.pulse.when_asked(self._say_last_words)
+        end = partial(end_hung, self._logs, self._say_last_words, self._record_hang)
+        self.pulse.at_each_beat(Standstill(self._logs, world_size, hang_seconds, lambda: self.pulse.last, end).beat)
+
+    def record(self, code: int, message: str, again: str | None = None, hung: int | None = None) -> None:
+        """Writes how this rank ended.
+
+        Args:
+            code: Its exit code.
+            message: What it has to say; empty where it ended in order.
+            again: Why the launcher is to start another attempt by itself.
+            hung: The rank that it has waited for too long.
+        """
         self.pulse.end_if_alone()
         record = {
             "rank": self._rank,
@@ -66,6 +85,8 @@ class Attempt:
             "message": mask(message),
             "first_step": self._first_step,
             "again": again,
+            "hung": hung,
+            "signalled": self.signals.requested,
         }
         draft = self._logs / f".rank-{self._rank}.json"
         draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -73,6 +94,16 @@ class Attempt:
         if message:
             sys.stderr.write(f"rank {self._rank}: {message}\n")
             sys.stderr.flush()
+
+    def _record_hang(self, code: int, message: str, hung: int) -> None:
+        self.record(code, message, hung=hung)
+
+    def _write_collectives(self) -> None:
+        write_collectives(self._logs / f"collectives-{self._rank}.json")
+
+    def _say_last_words(self) -> None:
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        self._write_collectives()
 
 
 def open_attempt(run_folder: Path, signals: StopRequest) -> Attempt:
@@ -85,7 +116,4 @@ def open_attempt(run_folder: Path, signals: StopRequest) -> Attempt:
         log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, sys.stderr.fileno())
         os.close(log)
-    # Open for the whole life of the process: a handler cannot open files.
-    stacks = (logs / f"stacks-{rank}.txt").open("w", encoding="utf-8")
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     return Attempt(number, rank, logs, signals)

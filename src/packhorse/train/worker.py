@@ -57,6 +57,7 @@ def run_worker(plan_file: Path, signals: StopRequest) -> int:
     # A run folder that was moved or copied is the record of its own run, wherever the plan says it was made.
     plan = read_plan(plan_file).model_copy(update={"run_folder": str(plan_file.absolute().parent)})
     attempt = open_attempt(Path(plan.run_folder), signals)
+    attempt.watch_others(plan.topology.world_size, plan.recipe.recovery.hang_seconds)
     message, again = "", None
     try:
         code = _work(plan, attempt)
@@ -120,7 +121,14 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
         sizes: Figures = {"model/num_parameters": count.total, "model/num_trainable": count.trainable}
         _look_before(run, state, sizes)
         state = train(run, state)
-        return _end(run, state, tokenizer)
+        code = _end(run, state, tokenizer)
+    # Last: a rank that has ended may be the reason for a job to end the others, and rank 0 has trackers to close.
+    engine.close()
+    offloaded = nvme_folder(plan)
+    if offloaded is not None:
+        # Every rank of a node tries; none reads it any more.
+        shutil.rmtree(offloaded, ignore_errors=True)
+    return code
 
 
 def _assemble(plan: RunPlan, engine: Engine, state: TrainState, attempt: Attempt, reporter: Reporter, rank: int) -> Run:
@@ -184,11 +192,6 @@ def _end(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerBase) -> int
     if finished:
         publish_result(run.plan, run.engine, tokenizer, is_main=run.rank == 0)
     run.reporter.tell("finished" if finished else "stopped", state)
-    run.engine.close()
-    offloaded = nvme_folder(run.plan)
-    if offloaded is not None:
-        # Every rank of a node tries; none reads it any more.
-        shutil.rmtree(offloaded, ignore_errors=True)
     return EXIT_OK if finished else EXIT_STOPPED
 
 

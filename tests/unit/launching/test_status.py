@@ -14,7 +14,7 @@ from launching_cases import planned
 from packhorse.checkpoints.manifest import RunFacts, bring_to_disk, write_manifest
 from packhorse.commands.status import status
 from packhorse.launching.lock import LOCK_FILE
-from packhorse.record.attempts import begin_attempt, end_attempt
+from packhorse.record.attempts import Begun, begin_attempt, end_attempt
 from packhorse.record.status import Status, write_status
 
 NOBODY = 2**22 + 1  # above the kernel's highest process number
@@ -42,7 +42,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def attempt(folder: Path, number: int, first: int, last: int, pid: int) -> None:
     logs = folder / "logs" / f"attempt-{number}"
     logs.mkdir(parents=True, exist_ok=True)
-    begin_attempt(logs, 100.0 * number)
+    begin_attempt(logs, Begun(started_at=100.0 * number))
     beat = {"rank": 0, "pid": pid, "host": socket.gethostname(), "phase": "backward", "step": last, "since": 250.0}
     (logs / "heartbeat-0.json").write_text(json.dumps(beat | {"at": 260.0, "first_step": first}))
 

@@ -11,6 +11,7 @@ from packhorse.errors import EXIT_BUG, EXIT_OK
 from packhorse.record.attempts import (
     ATTEMPTS_FILE,
     AttemptRecord,
+    Begun,
     begin_attempt,
     end_attempt,
     lost_steps,
@@ -29,7 +30,7 @@ def attempt(number: int, first: int, last: int) -> AttemptRecord:
 def logs_of(run: Path, number: int, first: int | None = None, step: int = 0, at: float = 0) -> Path:
     logs = run / "logs" / f"attempt-{number}"
     logs.mkdir(parents=True)
-    begin_attempt(logs, 100.0 * number)
+    begin_attempt(logs, Begun(started_at=100.0 * number))
     beat = {"rank": 0, "pid": 1, "host": "h", "phase": "data", "step": step, "since": at, "at": at, "first_step": first}
     (logs / "heartbeat-0.json").write_text(json.dumps(beat))
     return logs
