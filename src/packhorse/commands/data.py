@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from packhorse.commands.parameters import parameter_lines, show_parameters
 from packhorse.commands.plan import manifest_if_prepared, pairs
+from packhorse.commands.waiting import prepare_run
 from packhorse.data.audit import audit
 from packhorse.data.audit_report import AuditReport
 from packhorse.data.places import runs_folder_of
@@ -19,6 +20,7 @@ from packhorse.data.prepare import PreparedData
 from packhorse.data.prepare import prepare as prepare_data
 from packhorse.errors import EXIT_OK
 from packhorse.launching.run_folder import relative
+from packhorse.plan.run_plan import PLAN_FILE
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
@@ -57,6 +59,9 @@ def check(recipe: str, overrides: Sequence[str]) -> int:
 def prepare(recipe: str, overrides: Sequence[str]) -> int:
     """Prepares the recipe's data and shows what became of every row."""
     console = Console()
+    if (Path(recipe) / PLAN_FILE).is_file() and not overrides:
+        prepare_run(recipe, console)
+        return EXIT_OK
     done = prepare_with_progress(load_recipe(recipe, overrides), console)
     console.print(f"{'found' if done.was_warm else 'prepared'} {done.folder}", soft_wrap=True, highlight=False)
     console.print()

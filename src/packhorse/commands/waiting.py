@@ -1,0 +1,83 @@
+"""Runs that were submitted before their data was prepared: a job prepares it, and plans them to the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from packhorse.commands.costs import Terms, basis_of
+from packhorse.commands.fitting import fitting_plan
+from packhorse.commands.plan import data_facts
+from packhorse.data.manifest import DataManifest
+from packhorse.data.places import data_root
+from packhorse.errors import UserError
+from packhorse.launching.preflight import check_disk
+from packhorse.launching.run_folder import complete_run, open_run
+from packhorse.launching.slurm.site import SiteProfile
+from packhorse.plan.compare import Wanted
+from packhorse.plan.cost.gpus import find_gpu
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.topology import Ask
+from packhorse.recipe.load import dump_recipe
+from packhorse.record.status import Status, write_status
+
+SITE_RECORD = "site.json"
+"""RUN/site.json: the profile that the run was submitted with."""
+
+
+def prepare_run(run: str, console: Console) -> None:
+    """Prepares the data of a run, and plans the run with it where it waits for that.
+
+    Raises:
+        UserError: The rows cannot be prepared, or the run does not fit its GPUs; a run that waits has then failed.
+    """
+    from packhorse.commands.data import prepare_with_progress
+
+    plan = open_run(run)
+    try:
+        done = prepare_with_progress(plan.recipe, console)
+        if plan.data is None:
+            _complete(plan, done.manifest)
+    except UserError as error:
+        if plan.data is None:
+            said = f"its data could not be prepared: {str(error).splitlines()[0]}"
+            write_status(Path(plan.run_folder), Status(state="failed", step=0, num_steps=0, attempt=0, message=said))
+        raise
+    console.print(f"{'found' if done.was_warm else 'prepared'} {done.folder}", soft_wrap=True, highlight=False)
+
+
+def _complete(plan: RunPlan, manifest: DataManifest) -> None:
+    """The plan anew, for the same nodes and GPUs, with as many steps as the packs make."""
+    topology, recipe = plan.topology, plan.recipe
+    on_cpus = topology.device == "cpu"
+    ask = Ask(None if on_cpus else topology.world_size, topology.num_nodes, on_cpus)
+    here = Hardware(num_cores=topology.threads_per_process * topology.processes_per_node, gpus=())
+    facts = data_facts(data_root(recipe) / manifest.content_hash, manifest)
+    record = Path(plan.run_folder) / SITE_RECORD
+    site = SiteProfile.model_validate_json(record.read_text(encoding="utf-8")) if record.is_file() else None
+    made = fitting_plan(
+        Wanted(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms_of(site)), is_forced(plan)
+    )
+    made = made.model_copy(update={"run_folder": plan.run_folder, "base_model": plan.base_model})
+    check_disk(made, manifest.vocab_size)
+    complete_run(
+        made, {"recipe.yaml": dump_recipe(made.recipe), "data.json": manifest.model_dump_json(indent=2) + "\n"}
+    )
+
+
+def terms_of(site: SiteProfile | None) -> Terms:
+    """What a site profile says of its GPUs.
+
+    Raises:
+        UserError: No GPU is called so.
+    """
+    if site is None or site.gpu is None or site.gpus_per_node == 0:
+        return Terms()
+    return Terms(find_gpu(site.gpu), site.network_gbit)
+
+
+def is_forced(plan: RunPlan) -> bool:
+    """Whether the run was submitted with `--force`."""
+    return any(decision.name == "force" for decision in plan.decisions)
