@@ -23,7 +23,8 @@ from fire.decorators import SetParseFn
 
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_USER_ERROR, UserError
 from packhorse.masking import mask_output
-from packhorse.verbs.jobs import cancel, logs, resume, site, status, submit
+from packhorse.verbs.clusters import doctor
+from packhorse.verbs.jobs import cancel, logs, pipeline, resume, site, status, submit
 from packhorse.verbs.runs import chat, check, convert, evaluate, plan, prepare, quickstart, recipes, train, verify
 from packhorse.verbs.words import Action
 
@@ -37,10 +38,12 @@ VERBS: dict[str, Callable[..., Action]] = {
         plan,
         train,
         submit,
+        pipeline,
         status,
         logs,
         cancel,
         resume,
+        doctor,
         verify,
         evaluate,
         chat,
@@ -58,6 +61,7 @@ SWITCHES = (
     "--scale",
     "--json",
     "--argv",
+    "--fast",
     "--follow",
     "--now",
     "--dry-run",

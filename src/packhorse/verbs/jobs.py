@@ -7,6 +7,9 @@ from typing import Any
 from packhorse.errors import UserError
 from packhorse.verbs.words import Action, count_of, overrides_of, switch_of
 
+ASKED = ("nodes", "gpus-per-node", "site", "time", "dry-run", "force")
+"""Flags of verbs that submit."""
+
 
 def status(run: str) -> Action:
     """Show a run's state, its jobs, its last figures, its attempts, and what was lost; of a sweep a line a run.
@@ -73,14 +76,32 @@ def submit(
     --site FILE|NAME: what the cluster is like, ./site.yaml if not given; `packhorse site` writes a first one.
     --time T: limit of one job; a run that takes longer goes on in the next. --force: even if the GPUs cannot hold it.
     """
-    flags = ("nodes", "gpus-per-node", "site", "time", "dry-run", "force")
-    asked: dict[str, Any] = {
-        "nodes": count_of("nodes", nodes),
-        "gpus_per_node": count_of("gpus-per-node", gpus_per_node),
-    }
-    asked |= {"site": site, "time": time, "dry_run": switch_of("dry-run", dry_run), "force": switch_of("force", force)}
-    words = overrides_of(overrides, more, flags)
+    asked = _asked(nodes, gpus_per_node, site, time, dry_run, force)
+    words = overrides_of(overrides, more, ASKED)
     return Action("submit", "submit", {"recipe": recipe, "overrides": words, "asked": asked})
+
+
+def pipeline(
+    recipe: str,
+    *overrides: str,
+    nodes: str = "",
+    gpus_per_node: str = "",
+    site: str = "",
+    time: str = "",
+    dry_run: str = "False",
+    force: str = "False",
+    **more: str,
+) -> Action:
+    """Submit a recipe with what comes after: prepare, train, evaluate, verify, each once the one before ended well.
+
+    packhorse pipeline RECIPE [--nodes 2] [--gpus-per-node 8] [--site site.yaml] [--time 24:00:00] [key=value …]
+    packhorse pipeline RECIPE --dry-run    prints the job scripts and the commands, runs nothing
+
+    Flags: as for packhorse submit. Where a job fails the rest do not run, and packhorse resume goes on from there.
+    """
+    asked = _asked(nodes, gpus_per_node, site, time, dry_run, force)
+    words = overrides_of(overrides, more, ASKED)
+    return Action("pipeline", "pipeline", {"recipe": recipe, "overrides": words, "asked": asked})
 
 
 def site(target: str = "site.yaml", partition: str = "", name: str = "") -> Action:
@@ -89,3 +110,14 @@ def site(target: str = "site.yaml", partition: str = "", name: str = "") -> Acti
     packhorse site [site.yaml] [--partition gpu] [--name mycluster]
     """
     return Action("site", "site", {"target": target, "partition": partition, "name": name})
+
+
+def _asked(nodes: str, gpus_per_node: str, site: str, time: str, dry_run: str, force: str) -> dict[str, Any]:
+    return {
+        "nodes": count_of("nodes", nodes),
+        "gpus_per_node": count_of("gpus-per-node", gpus_per_node),
+        "site": site,
+        "time": time,
+        "dry_run": switch_of("dry-run", dry_run),
+        "force": switch_of("force", force),
+    }
