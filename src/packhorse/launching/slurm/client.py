@@ -22,6 +22,7 @@ ANSWER_SECONDS: Final = 60.0
 LIVE: Final = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD",
                "REQUEUE_FED", "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT")  # fmt: skip
 WAITING: Final = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+NO_CLUSTER: Final = "Could not establish a configuration source"
 STARTS = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+) in partition (\S+)")
 FIELD = re.compile(r"(?:^|\s)([A-Za-z][\w/:]*)=")
 NO_VALUE: Final = ("", "(null)", "N/A", "Unknown", "None", "UNLIMITED", "n/a")
@@ -36,11 +37,11 @@ class SlurmError(UserError):
 
 
 class NoSlurmError(UserError):
-    """Slurm's programs are not on PATH."""
+    """Slurm's programs are not on PATH, or know of no cluster."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, found: bool = False) -> None:
         super().__init__(
-            f"there is no Slurm here: {program} is not on PATH.",
+            f"there is no Slurm here: {program} " + ("knows of no cluster." if found else "is not on PATH."),
             "jobs are submitted with Slurm's own programs.",
             "type this on a login node of the cluster; --dry-run shows the script anywhere.",
         )
@@ -54,11 +55,13 @@ class Expected:
         starts_at: Unix seconds; None where Slurm does not say.
         nodes: As Slurm writes them, such as `node[1-2]`.
         partition: Where it would run.
+        note: Why it may not start for now, in words.
     """
 
     starts_at: float | None
     nodes: str
     partition: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -271,6 +274,8 @@ def _ask(words: Sequence[str], text: str = "") -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         said = f"nothing for {ANSWER_SECONDS:.0f} s"
         raise SlurmError(words[0], said, "see whether `sinfo` answers, and try again.") from None
+    if done.returncode and NO_CLUSTER in done.stderr:
+        raise NoSlurmError(words[0], found=True)
     if done.returncode:
         raise SlurmError(words[0], _reason(done.stderr or done.stdout), f"see `man {words[0]}`.")
     return done.stdout, done.stderr

@@ -13,6 +13,7 @@ from packhorse.launching.slurm.site import SiteProfile, seconds_of
 
 GPUS_OF_NODE = re.compile(r"gpu(?::([^:,(]+))??:(\d+)")
 SLURM_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
+NOT_UP: Final = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "MAINT", "NOT_RESPONDING", "POWERED_DOWN"}
 Refused = tuple[str, str]
 """The fact, and the fix; why stands in Slurm's own words."""
 
@@ -61,6 +62,30 @@ def too_much(site: SiteProfile, request: JobRequest) -> UserError | None:
                 f"set --time to {_shown(longest)} or less: a run that takes longer goes on in the next job.",
             )
     return None
+
+
+def nodes_are_down(error: SlurmError, request: JobRequest) -> str:
+    """Why `--test-only` refuses what `sbatch` would take: nodes that fit the job are down or drained for now.
+
+    Returns:
+        How many of how many; empty where that is not the reason.
+    """
+    if "node configuration" not in error.said.lower():
+        return ""
+    fitting = [node for node in _nodes(request) if _fits(node, request)]
+    up = [node for node in fitting if not set(re.split(r"[+*~#!%$@^-]", node.get("State", ""))) & NOT_UP]
+    if not len(up) < request.num_nodes <= len(fitting):
+        return ""
+    return f"{len(fitting) - len(up)} of the {len(fitting)} nodes that fit it are down or drained"
+
+
+def _fits(node: Mapping[str, str], request: JobRequest) -> bool:
+    return (
+        sum(count for _, count in gpus_of(node)) >= request.gpus_per_node
+        and int(node.get("CPUTot", "0")) >= (request.cpus_per_node or 1)
+        and int(node.get("RealMemory", "0")) >= (request.memory_mib or 1)
+        and (not request.constraint or request.constraint in node.get("AvailableFeatures", "").split(","))
+    )
 
 
 def allowed_accounts() -> list[str]:

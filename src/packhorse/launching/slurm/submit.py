@@ -15,7 +15,7 @@ from packhorse.launching.run_folder import relative
 from packhorse.launching.slurm.chain import chained
 from packhorse.launching.slurm.client import Expected, SlurmError, cancel, expect_start, submit_script
 from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, live_jobs
-from packhorse.launching.slurm.refusals import explained, too_much
+from packhorse.launching.slurm.refusals import explained, nodes_are_down, too_much
 from packhorse.launching.slurm.script import JobRequest
 from packhorse.launching.slurm.site import SiteProfile
 
@@ -74,7 +74,10 @@ def check_jobs(site: SiteProfile, jobs: Sequence[PlannedJob]) -> list[Expected]:
         try:
             found.append(expect_start(job.script))
         except SlurmError as error:
-            raise explained(error, site, job.request) from error
+            note = nodes_are_down(error, job.request)
+            if not note:
+                raise explained(error, site, job.request) from error
+            found.append(Expected(None, "", "", note))
     return found
 
 
