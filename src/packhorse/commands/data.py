@@ -20,6 +20,7 @@ from packhorse.data.prepare import PreparedData
 from packhorse.data.prepare import prepare as prepare_data
 from packhorse.errors import EXIT_OK
 from packhorse.launching.run_folder import relative
+from packhorse.launching.slurm.sweep_folder import find_sweep, member_folder, read_sweep
 from packhorse.plan.run_plan import PLAN_FILE
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
@@ -61,6 +62,11 @@ def prepare(recipe: str, overrides: Sequence[str]) -> int:
     console = Console()
     if (Path(recipe) / PLAN_FILE).is_file() and not overrides:
         prepare_run(recipe, console)
+        return EXIT_OK
+    sweep = find_sweep(recipe) if not overrides else None
+    if sweep is not None:
+        for member in read_sweep(sweep).runs:
+            prepare_run(str(member_folder(sweep, member.number)), console)
         return EXIT_OK
     done = prepare_with_progress(load_recipe(recipe, overrides), console)
     console.print(f"{'found' if done.was_warm else 'prepared'} {done.folder}", soft_wrap=True, highlight=False)

@@ -89,7 +89,7 @@ def submission(
     Raises:
         UserError: Anything that the user can mend.
     """
-    run = Path(open_run(recipe).run_folder) if _is_run(recipe) else None
+    run = Path(open_run(recipe).run_folder) if is_run(recipe) else None
     profile = with_time(_site(site, run), time)
     if gpus_per_node is not None and gpus_per_node > profile.gpus_per_node:
         raise UserError(
@@ -159,7 +159,8 @@ def with_time(site: SiteProfile, time: str) -> SiteProfile:
     return site.model_copy(update={"time": time})
 
 
-def _is_run(name: str) -> bool:
+def is_run(name: str) -> bool:
+    """Whether a run is called so, or stands there."""
     return any((folder / PLAN_FILE).is_file() for folder in (Path(name), Path("runs") / name))
 
 

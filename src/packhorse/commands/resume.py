@@ -16,6 +16,7 @@ from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
 from packhorse.launching.slurm.stages import read_ends, stages_of
 from packhorse.launching.slurm.submit import refuse_live
 from packhorse.launching.slurm.sweep_folder import find_sweep, member_folder, read_sweep
+from packhorse.plan.run_plan import read_plan
 from packhorse.record.status import read_status
 
 
@@ -73,10 +74,11 @@ def _resume_sweep(sweep: Path) -> int:
 
 
 def _again(folder: Path) -> list[JobRecord]:
-    now = read_status(folder)
+    has_data = read_plan(folder).data is not None
     with only_launcher(folder):
         refuse_live(folder)
-        left = left_of(stages_of(with_states(read_jobs(folder)), read_ends(folder), now))
+        jobs = with_states(read_jobs(folder))
+        left = left_of(stages_of(jobs, read_ends(folder), read_status(folder), has_data))
         if left:
             (folder / CANCEL_FILE).unlink(missing_ok=True)
         return submit_again(folder, left)

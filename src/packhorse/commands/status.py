@@ -43,7 +43,7 @@ def status(run: str) -> int:
         return EXIT_OK
     folder = Path(open_run(run).run_folder)
     now = read_status(folder)
-    stages, silent = read_stages(folder, now)
+    stages, silent = read_stages(folder)
     attempts = read_attempts(folder)
     beats = read_heartbeats(folder / "logs" / f"attempt-{attempts[-1].attempt}") if attempts else []
     runs = any(_lives(beat) for beat in beats)
@@ -73,7 +73,7 @@ def is_under_way(folder: Path) -> bool:
     """Whether a rank or a launcher of the run lives, or a job of it waits or runs."""
     attempts = read_attempts(folder)
     beats = read_heartbeats(folder / "logs" / f"attempt-{attempts[-1].attempt}") if attempts else []
-    stages, _ = read_stages(folder, read_status(folder))
+    stages, _ = read_stages(folder)
     return any(map(_lives, beats)) or _is_held(folder) or any(stage.became in ("waits", "runs") for stage in stages)
 
 

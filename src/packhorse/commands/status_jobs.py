@@ -12,8 +12,9 @@ from packhorse.launching.run_folder import relative
 from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmError
 from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
 from packhorse.launching.slurm.stages import Stage, read_ends, stages_of
+from packhorse.plan.run_plan import read_plan
 from packhorse.record.attempts import AttemptRecord
-from packhorse.record.status import Status
+from packhorse.record.status import read_status
 
 LABELS = {
     "waits": "waits",
@@ -24,16 +25,19 @@ LABELS = {
 }
 
 
-def read_stages(run_folder: Path, now: Status | None) -> tuple[list[Stage], str]:
+def read_stages(run_folder: Path) -> tuple[list[Stage], str]:
     """The jobs of a run and what became of them; beside it why Slurm does not tell, empty where it does."""
     records = read_jobs(run_folder)
+    if not records:
+        return [], ""
     jobs: Sequence[tuple[JobRecord, JobState | None]] = [(record, None) for record in records]
     silent = ""
     try:
         jobs = with_states(records)
     except (NoSlurmError, SlurmError) as error:
         silent = error.mistakes[0].fact
-    return stages_of(jobs, read_ends(run_folder), now, asked=not silent), silent
+    has_data = read_plan(run_folder).data is not None
+    return stages_of(jobs, read_ends(run_folder), read_status(run_folder), has_data, asked=not silent), silent
 
 
 def job_lines(run_folder: Path, stages: Sequence[Stage], silent: str) -> list[tuple[str, str]]:

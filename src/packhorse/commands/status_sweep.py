@@ -55,7 +55,7 @@ def line_of(folder: Path, member: SweepMember) -> Line:
     """Where one run stands."""
     run = member_folder(folder, member.number)
     now = read_status(run)
-    stages, _ = read_stages(run, now)
+    stages, _ = read_stages(run)
     figures = list(read_metrics(run / METRICS_FILE))
     losses = [line[LOSS] for line in figures if LOSS in line]
     held_out = [line[HELD_OUT] for line in figures if HELD_OUT in line]

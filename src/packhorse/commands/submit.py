@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from packhorse.commands.planned_jobs import planned_jobs, submission
+from packhorse.commands.planned_jobs import is_run, planned_jobs, submission
 from packhorse.commands.sending import show_or_send
+from packhorse.commands.submit_sweep import submit_sweep
+from packhorse.recipe.load import load_recipe
+from packhorse.recipe.sweep import is_sweep
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,14 @@ class Asked:
 
 
 def submit(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
-    """Submits a recipe as a new run, or a run that is there to go on with it.
+    """Submits a recipe as a new run, or as one for each run of its sweep; or a run that is there to go on with it.
 
     Raises:
         UserError: Anything that the user can mend, before a job is sent; or Slurm refuses one.
     """
     wish = Asked(**asked)
+    if not is_run(recipe) and is_sweep(load_recipe(recipe, overrides)):
+        size = (wish.nodes, wish.gpus_per_node)
+        return submit_sweep(recipe, overrides, wish.site, *size, wish.time, wish.force, wish.dry_run)
     found = submission(recipe, overrides, wish.site, wish.nodes, wish.gpus_per_node, wish.time, wish.force)
     return show_or_send(found, planned_jobs(found), wish.dry_run)

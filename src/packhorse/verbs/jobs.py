@@ -63,6 +63,7 @@ def submit(
     gpus_per_node: str = "",
     site: str = "",
     time: str = "",
+    array: str = "",
     dry_run: str = "False",
     force: str = "False",
     **more: str,
@@ -71,13 +72,14 @@ def submit(
 
     packhorse submit RECIPE [--nodes 2] [--gpus-per-node 8] [--site site.yaml] [--time 24:00:00] [key=value …]
     packhorse submit RUN [--nodes 2] [--gpus-per-node 8] [--time 24:00:00] [parallel.engine=zero3 …]
+    packhorse submit RECIPE --array seed=1,2,3             a run for each value, as one job array; so does `sweep:`
     packhorse submit RECIPE --site university --dry-run    prints the job script and the commands, runs nothing
 
     --site FILE|NAME: what the cluster is like, ./site.yaml if not given; `packhorse site` writes a first one.
     --time T: limit of one job; a run that takes longer goes on in the next. --force: even if the GPUs cannot hold it.
     """
     asked = _asked(nodes, gpus_per_node, site, time, dry_run, force)
-    words = overrides_of(overrides, more, ASKED)
+    words = [*overrides_of(overrides, more, (*ASKED, "array")), *_array(array)]
     return Action("submit", "submit", {"recipe": recipe, "overrides": words, "asked": asked})
 
 
@@ -121,3 +123,15 @@ def _asked(nodes: str, gpus_per_node: str, site: str, time: str, dry_run: str, f
         "dry_run": switch_of("dry-run", dry_run),
         "force": switch_of("force", force),
     }
+
+
+def _array(text: str) -> list[str]:
+    """`seed=1,2,3` as an override of the recipe's `sweep`."""
+    key, equals, values = text.partition("=")
+    if text and not (key and equals and values):
+        raise UserError(
+            f"--array is {text}.",
+            "it says which field is varied, and over which values.",
+            "write it as --array seed=1,2,3.",
+        )
+    return [f"sweep.grid.{key}=[{values}]"] if text else []

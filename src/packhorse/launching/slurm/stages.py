@@ -1,7 +1,7 @@
 """What became of each job of a run, and of a chain of them why the rest do not run.
 
 Slurm forgets a job some minutes after its end (MinJobAge), unless the site keeps accounts. So what counts is what the
-run folder says: status.json of training, a line in RUN/ended.jsonl of any other job.
+run folder says: status.json of training, plan.json of preparing, a line in RUN/ended.jsonl of any other job.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def stages_of(
     jobs: Sequence[tuple[JobRecord, JobState | None]],
     ends: Mapping[str, StageEnd],
     now: Status | None,
+    has_data: bool,
     asked: bool = True,
 ) -> list[Stage]:
     """What became of each job, in the order in which they were submitted.
@@ -109,6 +110,7 @@ def stages_of(
         jobs: Those of one run, as `with_states` gives them.
         ends: What the jobs said when they ended.
         now: The run's status.
+        has_data: Its data is prepared.
         asked: Slurm was asked; else a job that has not told its end may live.
     """
     newest = {record.kind: record.job_id for record, _ in jobs}
@@ -118,7 +120,8 @@ def stages_of(
         waits_for = [
             became[each] for each in (_last(number, follows) for number in record.depends_on) if each in became
         ]
-        stage = _stage(record, state, ends.get(record.job_id), now, waits_for)
+        done = has_data if record.kind == "prepare" else record.kind == "train" and _is_finished(now)
+        stage = _stage(record, state, ends.get(record.job_id), now, waits_for, done)
         if newest[record.kind] != record.job_id and not (state is not None and state.is_live):
             stage = Stage(record, state, "replaced", f"job {newest[record.kind]} took its place")
         if state is None and not asked and stage.became in ("failed", "not run") and record.job_id not in ends:
@@ -134,19 +137,29 @@ def _last(job_id: str, follows: Mapping[str, str]) -> str:
     return job_id
 
 
+def _is_finished(now: Status | None) -> bool:
+    return now is not None and now.state == "finished"
+
+
 def _stage(
-    record: JobRecord, state: JobState | None, end: StageEnd | None, now: Status | None, waits_for: Sequence[Stage]
+    record: JobRecord,
+    state: JobState | None,
+    end: StageEnd | None,
+    now: Status | None,
+    waits_for: Sequence[Stage],
+    done: bool,
 ) -> Stage:
+    """What became of a job; `done`: the run folder holds what it was to make."""
     if state is not None and state.is_live:
         return _live(record, state, waits_for)
-    if record.kind == "train" and now is not None and now.state == "finished":
+    if done:
         return Stage(record, state, "done")
     if end is not None:
         return Stage(record, state, "failed" if end.exit_code else "done", _exit_words(end.exit_code))
     broken = next((each for each in waits_for if each.became in ("failed", "not run", "replaced")), None)
     if broken is not None:
         return Stage(record, state, "not run", f"job {broken.record.job_id} ({broken.record.kind}) {_did(broken)}")
-    if state is not None and state.state == "COMPLETED" and record.kind != "train":
+    if state is not None and state.state == "COMPLETED" and record.kind in ("evaluate", "verify", "doctor"):
         return Stage(record, state, "done")
     return Stage(record, state, "failed", _end_words(state, now if record.kind == "train" else None))
 
