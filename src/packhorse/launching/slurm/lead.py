@@ -45,10 +45,9 @@ def signal_lead(
     saves = [line[SAVE] for line in lines if SAVE in line]
     step = max(steps) if steps else step_seconds or 0.0
     save = max(saves) if saves else (checkpoint_bytes or 0) / SAVED_BYTES_PER_SECOND
-    if saves:
-        how = f"a step of {step:,.1f} s and a save of {save:,.1f} s were measured"
-    else:
-        how = f"a step of {step:,.1f} s and a save of {save:,.1f} s are expected" if step + save else "nothing is known"
+    how = f"a step of {step:,.1f} s and a save of {save:,.1f} s " + ("were measured" if saves else "are expected")
+    if not step + save:
+        how = "neither step nor save is known"
     needed = math.ceil(step + save)
     least = f", {LEAST_SECONDS} s at least" if needed < LEAST_SECONDS else ""
     return Lead(max(needed, LEAST_SECONDS) + AFTER_SECONDS, f"{how}{least}, and {AFTER_SECONDS} s to end")

@@ -25,6 +25,7 @@ SITE_BEGINS: Final = "# --- site ---"
 SITE_ENDS: Final = "# --- end of site ---"
 DIRECTIVE: Final = "#SBATCH "
 SAFE_PATH = re.compile(r"/[A-Za-z0-9._@+,=:/-]*")
+SAFE_LOG = re.compile(r"[a-z-]+-(%j|%A_%a)\.out")
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NOTES: Final = {
     "--ntasks-per-node": "one launcher a node; it starts one rank a GPU",
@@ -140,8 +141,9 @@ def directives(site: SiteProfile, request: JobRequest) -> list[str]:
     """
     if SAFE_NAME.fullmatch(request.name) is None:
         raise _breaks("the name of the job", request.name, "name")
-    if SAFE_PATH.fullmatch(request.output.replace("%j", "").replace("%A_%a", "")) is None:
-        raise _breaks("the path of the run", str(Path(request.output).parent.parent), "runs_folder")
+    output = Path(request.output)
+    if SAFE_PATH.fullmatch(str(output.parent)) is None or SAFE_LOG.fullmatch(output.name) is None:
+        raise _breaks("the path of the run", str(output.parent.parent), "runs_folder")
     one = request.num_nodes == 1 and request.signal_seconds is None
     options = [
         ("job-name", request.name),
@@ -195,11 +197,6 @@ def quoted(text: str) -> str:
     parts.append(text[end:])
     words = [part if number % 2 else shlex.quote(part) for number, part in enumerate(parts) if part]
     return "".join(words) or "''"
-
-
-def fits_a_directive(path: Path) -> bool:
-    """Whether a path can stand in a `#SBATCH` line."""
-    return SAFE_PATH.fullmatch(str(path)) is not None
 
 
 def _filled(name: str, site: SiteProfile, request: JobRequest, programs: str | None) -> str:

@@ -149,6 +149,8 @@ class SiteProfile(Section):
             raise ValueError("memory_per_gpu and memory_per_node are both given; one of them says it")
         if self.gpus_per_node and self.cpus_per_node:
             raise ValueError("cpus_per_node is for nodes without GPUs; write cpus_per_gpu")
+        if self.container and self.programs:
+            raise ValueError("programs and container are both given, and a container brings its own programs")
         if self.longest_time and seconds_of(self.time) > seconds_of(self.longest_time):
             raise ValueError(f"time is {self.time}, more than longest_time {self.longest_time}")
         return self

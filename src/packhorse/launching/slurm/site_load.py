@@ -135,7 +135,9 @@ def _schema_at(path: KeyPath) -> dict[str, Any] | None:
             return None
         options = [_resolved(each) for each in found.get("anyOf", [found])]
         children = [
-            each.get("properties", {}).get(step) or each.get("additionalProperties") or each.get("items")
+            each.get("properties", {}).get(step)
+            or next(iter(each.get("patternProperties", {}).values()), None)
+            or each.get("items")
             for each in options
         ]
         found = next((_resolved(child) for child in children if isinstance(child, dict)), None)
