@@ -124,15 +124,16 @@ def _run(
     ender = threading.Timer(seconds, lambda: _end(child)) if seconds is not None else None
     if ender is not None:
         ender.start()
-    try:
-        assert child.stdout is not None
-        out = child.stdout.read()
-        code = child.wait()
-        listener.join(1.0)
-    finally:
-        if ender is not None:
-            ender.cancel()
-        _end(child)
+    with child:
+        try:
+            assert child.stdout is not None
+            out = child.stdout.read()
+            code = child.wait()
+            listener.join(1.0)
+        finally:
+            if ender is not None:
+                ender.cancel()
+            _end(child)
     return out, "".join(heard), code
 
 

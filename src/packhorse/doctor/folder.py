@@ -50,7 +50,8 @@ def examine_folder(node_id: int, question: Question, meeting: Meeting) -> Folder
     facts = {"exists": folder.is_dir(), "kind": file_system(folder), "plan_sha256": plan_sha256(folder)}
     facts["sees_start"] = _read(place / START_FILE) == question.token
     write_error, lock_error, speed = _write(place, node_id, question)
-    sees = _look_for_others(place, question)
+    expected = set(range(question.num_nodes)) - ({node_id} if write_error else set())
+    sees = _look_for(expected, place, question.token)
     renames: tuple[int, int, str] = (0, 0, "")
     if not question.fast and question.num_nodes > 1:
         renames = _renames(place, node_id, meeting)
@@ -107,14 +108,13 @@ def _write(place: Path, node_id: int, question: Question) -> tuple[str, str, flo
     return "", lock_error, size / seconds if size == LARGE_BYTES else None
 
 
-def _look_for_others(place: Path, question: Question) -> tuple[int, ...]:
+def _look_for(expected: set[int], place: Path, token: str) -> tuple[int, ...]:
+    """Nodes of which the file is seen, soon or after a while: network file systems show it late."""
     seen: set[int] = set()
     end = time.monotonic() + SEE_SECONDS
     while True:
-        for node_id in range(question.num_nodes):
-            if node_id not in seen and _read(place / str(node_id)) == question.token:
-                seen.add(node_id)
-        if len(seen) == question.num_nodes or time.monotonic() > end:
+        seen |= {node_id for node_id in expected - seen if _read(place / str(node_id)) == token}
+        if seen == expected or time.monotonic() > end:
             return tuple(sorted(seen))
         time.sleep(0.1)
 

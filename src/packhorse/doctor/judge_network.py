@@ -48,6 +48,9 @@ def port_row(question: Question, nodes: Sequence[NodeFacts]) -> Row | None:
         return None
     port, master = nodes[0].network.master_port, nodes[0].network.master_addr
     first = nodes[0].network.hub_error if nodes[0].node_id == 0 else ""
+    name = name_row(question, nodes)
+    if name is not None and name.verdict == "broken":
+        return Row("port", "not tried", "the first node's name does not lead to it; see above")
     if first:
         return Row("port", "broken", first, "set MASTER_PORT to a port that is free there, for example 29511.")
     lost = [node for node in nodes if node.network.hub_error]

@@ -108,7 +108,14 @@ class Meeting:
                 write_line(self._stream, {"barrier": name})
                 read_line(self._stream)
             except (OSError, ValueError):  # the first node is gone
-                self._stream = None
+                self.close()
+
+    def close(self) -> None:
+        """Leaves: the others no longer wait for this node."""
+        if self._stream is not None:
+            with suppress(OSError):
+                self._stream.close()
+            self._stream = None
 
 
 def join(address: str, port: int, member: Mapping[str, Any], seconds: float = MEET_SECONDS) -> Meeting:
@@ -135,6 +142,7 @@ def join(address: str, port: int, member: Mapping[str, Any], seconds: float = ME
 def _introduced(connection: socket.socket, member: Mapping[str, Any]) -> Meeting:
     connection.settimeout(ANSWER_SECONDS)
     stream = connection.makefile("rwb")
+    connection.close()  # when the stream is
     try:
         asked_at = time.time()
         write_line(stream, dict(member))
@@ -142,6 +150,7 @@ def _introduced(connection: socket.socket, member: Mapping[str, Any]) -> Meeting
         half = (time.time() - asked_at) / 2
         members = read_line(stream)["members"]
     except (OSError, ValueError, KeyError) as error:
+        stream.close()
         return Meeting(error=f"what answers there is not the first node: {in_words(error)}")
     skew = asked_at + half - answer["time"]
     return Meeting({each["node_id"]: each for each in members}, skew, "", stream)

@@ -60,6 +60,7 @@ class Network:
     def close(self) -> None:
         """Closes this node's ports."""
         self.close_listener()
+        self.meeting.close()
         if self._hub is not None:
             self._hub.close()
 

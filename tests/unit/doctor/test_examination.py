@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from doctor_cases import QUESTION, sound_nodes
+
+from packhorse.cli import main
+from packhorse.doctor.__main__ import main as in_job
+from packhorse.doctor.examination import short_job_words
+from packhorse.doctor.facts import Question
+from packhorse.doctor.judge import judge
+from packhorse.doctor.meeting import open_port
+from packhorse.doctor.node import first_host, from_lines, to_lines
+from packhorse.doctor.rows import first_broken
+from packhorse.launching.slurm.site import SiteProfile
+from tiny import write_tiny
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        ("node1", "node1"),
+        ("node[1-4]", "node1"),
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("a,b[1-2]", "a"),
+        ("r[1-2]n[07-09]", "r1n07"),
+        ("", ""),
+    ],
+)
+def test_first_host_of_an_allocation(names: str, first: str) -> None:
+    assert first_host(names) == first
+
+
+def test_answers_come_back_whole_through_labels_and_other_lines() -> None:
+    lines = [f"{number}: {line}" for number, node in enumerate(sound_nodes()) for line in to_lines(node)]
+    assert all(len(line) < 1000 for line in lines)
+    mixed = [*lines, "0: bash: warning: setlocale: cannot change locale", "srun: error: something"]
+    random.Random(0).shuffle(mixed)
+    assert from_lines(mixed) == sound_nodes()
+    # A node of which a line is missing has not answered.
+    assert [node.node_id for node in from_lines(mixed[:-1] if lines[-1] == mixed[-1] else lines[:-1])] == [0]
+
+
+def ask_two_nodes(question: Question, environment: dict[str, str] | None = None) -> list[str]:
+    """Both nodes' part, as srun starts it; they share this machine."""
+    command = [sys.executable, "-m", "packhorse.doctor.node", question.model_dump_json()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (environment or {})
+    nodes = [
+        subprocess.Popen(command, env=environment | {"SLURM_NODEID": str(number)}, stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    return [line for node in nodes for line in node.communicate(timeout=60)[0].splitlines()]
+
+
+@pytest.fixture
+def question(tmp_path: Path) -> Question:
+    with open_port(0) as probe:
+        port = probe.getsockname()[1]
+    (tmp_path / ".packhorse-doctor-ab").mkdir()
+    (tmp_path / ".packhorse-doctor-ab/start").write_text("ab")
+    return Question(
+        num_nodes=2,
+        gpus_per_node=0,
+        folder=str(tmp_path),
+        token="ab",
+        fast=True,
+        master_addr="127.0.0.1",
+        master_port=port,
+    )
+
+
+def test_two_nodes_meet_and_are_judged(question: Question) -> None:
+    found = from_lines(ask_two_nodes(question, {"GLOO_SOCKET_IFNAME": "lo"}))
+    rows = judge(question, found)
+    assert first_broken(rows) is None, rows
+    assert {row.name: row.verdict for row in rows}["between nodes"] == "ok"
+    assert max(node.seconds for node in found) < 5
+
+
+def test_an_interface_that_is_not_there(question: Question) -> None:
+    rows = judge(question, from_lines(ask_two_nodes(question, {"GLOO_SOCKET_IFNAME": "ib9"})))
+    broken = first_broken(rows)
+    assert broken is not None
+    assert broken.name == "interface"
+    assert "GLOO_SOCKET_IFNAME is ib9" in broken.fact
+
+
+def test_a_job_of_three_minutes_asks_for_what_the_site_says() -> None:
+    site = SiteProfile.model_validate(
+        {
+            "name": "there",
+            "account": "proj",
+            "partition": "gpu",
+            "gpus_asked_by": "gres",
+            "gpu_type": "h100",
+            "modules": ["cuda/12.8"],
+            "network_interface": "ib0",
+            "environment": {"HF_HOME": "/shared/a folder; touch canary"},
+            "options": ["--exclusive"],
+        }
+    )
+    words = short_job_words(QUESTION, site, "/shared/venv/bin")
+    assert words[: words.index("bash")] == [
+        "--job-name=packhorse-doctor", "--account=proj", "--partition=gpu", "--nodes=2", "--ntasks-per-node=1",
+        "--gres=gpu:h100:2", "--time=00:03:00", "--exclusive", "--ntasks=2", "--label", "--kill-on-bad-exit=0",
+    ]  # fmt: skip
+    before = words[words.index("-c") + 1]
+    assert "module load cuda/12.8 || exit 2" in before
+    assert "export NCCL_SOCKET_IFNAME==ib0 GLOO_SOCKET_IFNAME=ib0" in before
+    assert "export HF_HOME='/shared/a folder; touch canary'" in before
+    assert words[-4:] == ["-", "python", "-m", "packhorse.doctor.node"]
+
+
+def test_dry_run_shows_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("site.yaml").write_text("name: there\ngpus_per_node: 4\n")
+    assert main(["doctor", "--site", "site.yaml", "--nodes", "3", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[0] == "srun"
+    assert {"--nodes=3", "--gpus-per-node=4"} <= set(words)
+    asked = json.loads(words[-1])
+    assert (asked["num_nodes"], asked["gpus_per_node"], asked["folder"]) == (3, 4, str(tmp_path))
+    assert list(tmp_path.iterdir()) == [tmp_path / "site.yaml"]
+
+
+def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    Path("site.yaml").write_text("name: there\n")
+    assert main(["doctor", "--site", "site.yaml"]) == 2
+    assert "there is no Slurm here: srun is not on PATH" in capsys.readouterr().err
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path)
+    assert main(["plan", "tiny.yaml", "--write"]) == 0
+    return tmp_path / "runs/tiny"
+
+
+def test_doctor_of_a_run_here(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["doctor", "runs/tiny", "--fast"]) == 0
+    said = capsys.readouterr().out
+    assert "first broken" not in said
+    plan = json.loads((run / "plan.json").read_text())
+    next(Path(plan["data"]["folder"]).rglob("*.bin")).unlink()
+    assert main(["doctor", "runs/tiny", "--fast"]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "first broken: data: on" in told
+    assert "fix: prepare it where all nodes see it" in told
+    assert not [path for path in run.iterdir() if path.name.startswith(".packhorse-doctor")]
+
+
+def test_the_two_halves_of_a_job_script(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert in_job(["ask", "runs/tiny"]) == 0
+    text = capsys.readouterr().out.strip()
+    command = [sys.executable, "-m", "packhorse.doctor.node", text]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE, timeout=60
+    )
+    for lines, code, words in (
+        (done.stdout.decode(), 0, "doctor: "),
+        ("0: bash: line 1: python: command not found\n", 1, "python: command not found"),
+    ):
+        (run / "said").write_text(lines)
+        with (run / "said").open() as said:
+            monkeypatch.setattr("sys.stdin", said)
+            assert in_job(["judge", text]) == code
+        assert words in " ".join(capsys.readouterr().err.split())
+    assert not [path for path in run.iterdir() if path.name.startswith(".packhorse-doctor")]

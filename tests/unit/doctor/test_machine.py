@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from packhorse.doctor.facts import Question
+from packhorse.doctor.machine import file_system, gpu_facts, memory_limit, room_facts, torch_cuda, versions
+from packhorse.doctor.store import store_facts, weights_fault
+
+SMI = "0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 4\n1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 20000\n"
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of that name that prints what stands in a file; there is no GPU here."""
+    (tmp_path / "said").write_text(SMI)
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\ncat "{tmp_path}/said"; exit $(cat "{tmp_path}/code" 2>/dev/null || echo 0)\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def test_versions_are_those_that_are_imported() -> None:
+    found = versions()
+    assert {"python", "packhorse", "torch", "accelerate", "transformers"} <= set(found)
+    import accelerate
+
+    assert found["accelerate"] == accelerate.__version__
+
+
+def test_the_first_of_two_installations_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = tmp_path / "transformers-4.0.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert versions()["transformers"] == "4.0.0"
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [(None, ["0", "1"]), ("1", ["1"]), ("1,0", ["1", "0"]), ("GPU-bbbb", ["1"]), ("0,7,1", ["0"]), ("", [])],
+)
+def test_gpus_that_the_job_may_see(
+    visible: str | None, indices: list[str], nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = gpu_facts()
+    assert [gpu.index for gpu in found.gpus] == indices
+    assert (found.installed, found.error) == (2, "")
+    assert [gpu.used_mib for gpu in found.gpus if gpu.index == "1"] == [20000] * ("1" in indices)
+
+
+def test_a_driver_that_fails_is_told(nvidia_smi: Path) -> None:
+    (nvidia_smi / "said").write_text("Unable to determine the device handle for GPU 0000:4E:00.0: Unknown Error\n")
+    (nvidia_smi / "code").write_text("9")
+    assert "ended with 9: Unable to determine the device handle" in gpu_facts().error
+
+
+def test_cuda_of_torch_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert torch_cuda() == (torch.version.cuda or "")
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError\n")
+    (package / "version.py").write_text("__version__ = '2.13.0+cu128'\ncuda: Optional[str] = '12.8'\nhip = None\n")
+    monkeypatch.delitem(__import__("sys").modules, "torch")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch_cuda() == "12.8"
+
+
+def test_the_least_of_all_limits_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    job = groups / "system.slice/job_7/step_0"
+    for folder in (proc / "self", job):
+        folder.mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal:       65536000 kB\nMemFree: 1 kB\n")
+    (proc / "self/cgroup").write_text("0::/system.slice/job_7/step_0\n")
+    (job / "memory.max").write_text("max\n")
+    assert memory_limit(proc, groups) == (65536000 * 1024, "the machine")
+    (job.parent / "memory.max").write_text(f"{8 * 2**30}\n")
+    assert memory_limit(proc, groups) == (8 * 2**30, "its cgroup")
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4000")
+    assert memory_limit(proc, groups) == (4000 * 2**20, "its Slurm job")
+    (proc / "self/cgroup").write_text("5:cpuset:/\n4:memory:/job\n")
+    (groups / "memory/job").mkdir(parents=True)
+    (groups / "memory/job/memory.limit_in_bytes").write_text(f"{2**30}\n")
+    assert memory_limit(proc, groups) == (2**30, "its cgroup")
+
+
+def test_file_system_of_a_path(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nnfs:/x {tmp_path} nfs4 rw 0 0\nnfs:/y {tmp_path}/run lustre rw 0 0\n")
+    kinds = [file_system(tmp_path / name, mounts) for name in ("runs", "run", "run/first", "..")]
+    assert kinds == ["nfs4", "lustre", "lustre", "ext4"]
+
+
+def test_scratch_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    assert "Not a directory" in room_facts(str(tmp_path / "file" / "scratch")).scratch_error
+    assert "NO_SUCH_VARIABLE is not set" in room_facts("${env:NO_SUCH_VARIABLE}").scratch_error
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    found = room_facts("")
+    assert (found.scratch, found.scratch_error) == (str(tmp_path), "")
+    assert found.scratch_free_bytes > 0
+
+
+def test_weights_that_are_not_whole(tmp_path: Path) -> None:
+    assert weights_fault(tmp_path) == f"{tmp_path} holds no config.json"
+    (tmp_path / "config.json").write_text("{}")
+    assert weights_fault(tmp_path) == f"{tmp_path} holds no weights"
+    (tmp_path / "model-1.safetensors").touch()
+    assert weights_fault(tmp_path) == ""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
+    # A file of the hub's cache is a link, which stays when what it leads to is gone.
+    (tmp_path / "model-2.safetensors").symlink_to(tmp_path / "gone")
+    assert weights_fault(tmp_path) == f"{tmp_path} lacks 1 of 2 files of weights: model-2.safetensors"
+    index.write_text("{")
+    assert "cannot be read" in weights_fault(tmp_path)
+
+
+def test_what_is_not_there_is_told_without_a_look_at_the_hub(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    asked = Question(num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", fast=True)
+    found = store_facts(0, asked.model_copy(update={"model_id": "org/nothing", "data_folder": str(data)}))
+    assert "org/nothing is not in " in found.model_fault
+    assert found.data_fault == f"{data} holds no prepared data"
