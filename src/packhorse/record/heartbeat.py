@@ -159,12 +159,13 @@ def hung(heartbeats: list[Heartbeat], now: float, timeout_seconds: float) -> Hea
 
     First a process that is silent: stopped, or its host gone. Then, where every rank has been in its phase for longer
     than the timeout, the one that is furthest behind: the others wait for it in a collective. In one and the same phase
-    that is the one that came last.
+    that is the one that came last. One that has fallen silent since comes before them all.
     """
     alive = [heartbeat for heartbeat in heartbeats if heartbeat.phase != "end"]
     silent = [heartbeat for heartbeat in alive if now - heartbeat.at > timeout_seconds]
     if silent:
         return min(silent, key=lambda heartbeat: heartbeat.at)
     if alive and all(now - heartbeat.since > timeout_seconds for heartbeat in alive):
-        return min(alive, key=lambda heartbeat: (heartbeat.changes, -heartbeat.since))
+        fell_silent = [heartbeat for heartbeat in alive if now - heartbeat.at > timeout_seconds / 2]
+        return min(fell_silent or alive, key=lambda heartbeat: (heartbeat.changes, -heartbeat.since))
     return None

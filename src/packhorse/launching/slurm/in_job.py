@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from packhorse.errors import EXIT_OK, EXIT_STOPPED, UserError
 from packhorse.launching.lock import hold_for_job, release_job
@@ -24,7 +24,7 @@ from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.decision import Asked, Situation, Verdict, decide
 from packhorse.launching.slurm.jobs import JobRecord, append_job, require_planned
 from packhorse.launching.verdict import Outcome, judge, newest_step, stopped
-from packhorse.launching.watch import Watch
+from packhorse.launching.watch import Ending, Watch
 from packhorse.plan.command import launch_argv
 from packhorse.plan.resume import replace_plan, with_smaller_micro
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
@@ -79,7 +79,11 @@ def begin(run: str, most_in_vain: int, environment: Mapping[str, str]) -> list[s
     job, chain = environment["SLURM_JOB_ID"], environment[CHAIN_VARIABLE]
     hold_for_job(folder, job, chain)
     settle_attempts(folder)
-    _refuse_more_in_vain(folder, chain, most_in_vain)
+    try:
+        _refuse_more_in_vain(folder, chain, most_in_vain)
+    except UserError:
+        release_job(folder, job)
+        raise
     _take_stop_away(folder)
     attempt, _ = next_attempt(folder, Begun(started_at=time.time(), from_step=newest_step(folder), chain=chain))
     return [str(attempt), str(_threads(plan, environment)), *words]
@@ -139,12 +143,18 @@ def _outcome(plan: RunPlan, logs: Path, attempt: int, code: int, asked: Asked) -
         return Outcome(EXIT_OK)
     if asked.to_stop and not read_heartbeats(logs):
         return stopped(plan, attempt, "stopped before the ranks had begun")
-    ending = Watch(plan, logs).look()
+    records = read_records(logs)
     # A rank that srun ended while it was leaving, once rank 0 had said that all have saved, tells nothing.
-    failed = any(left_others(record) and is_cause(record) for record in read_records(logs))
-    if ending is not None and (ending.kind != "dead" or (told == "stopped" and not failed)):
-        ending = None
+    failed = any(left_others(record) and is_cause(record) for record in records)
+    ending = None if told == "stopped" and not failed else _hung(logs, records) or Watch(plan, logs).look()
     return judge(plan, logs, attempt, ending, code)
+
+
+def _hung(logs: Path, records: Sequence[Mapping[str, Any]]) -> Ending | None:
+    """The rank that the others waited for, as the first of them said that ended because of it."""
+    rank = next((record["hung"] for record in records if record.get("hung") is not None), None)
+    beat = next((beat for beat in read_heartbeats(logs) if beat.rank == rank), None)
+    return Ending("hung", beat) if beat else None
 
 
 def _shrunk(plan: RunPlan, verdict: Verdict) -> Verdict:

@@ -1,0 +1,273 @@
+"""What the job script is told when an attempt begins and ends; ranks are heartbeats and records written by hand."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching_cases import planned
+
+from packhorse.checkpoints.manifest import CheckpointManifest, RunFacts
+from packhorse.errors import EXIT_LOST, EXIT_STOPPED, UserError
+from packhorse.launching.lock import LOCK_FILE, holder, only_launcher
+from packhorse.launching.slurm.chain import CANCEL_FILE
+from packhorse.launching.slurm.decision import Asked
+from packhorse.launching.slurm.in_job import EXIT_IN_VAIN, begin, end, followed, main
+from packhorse.launching.slurm.jobs import read_jobs
+from packhorse.plan.run_plan import DataFacts, RunPlan, write_plan
+from packhorse.record.attempts import read_attempts
+from packhorse.record.heartbeat import Heartbeat
+from packhorse.record.requests import STOP_FILE
+from packhorse.record.status import Status, read_status, write_status
+
+JOB = {"SLURM_JOB_ID": "12", "PACKHORSE_CHAIN": "12", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "4"}
+GONE = 2**22 + 1
+"""No process has this number: it is above the most that Linux gives."""
+FACTS = DataFacts(
+    folder="/data",
+    content_hash="0",
+    tokenizer="t",
+    num_rows=1,
+    num_packs=1,
+    num_tokens=1,
+    num_supervised_tokens=1,
+    fill=1.0,
+)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> RunPlan:
+    """Two nodes with a process each, its data prepared."""
+    made = planned(tmp_path)
+    topology = made.topology.model_copy(update={"num_nodes": 2, "processes_per_node": 1})
+    made = made.model_copy(update={"topology": topology, "data": FACTS})
+    write_plan(made, Path(made.run_folder))
+    return made
+
+
+@pytest.fixture
+def run(plan: RunPlan) -> Path:
+    return Path(plan.run_folder)
+
+
+def beat(run: Path, attempt: int, rank: int, phase: str = "forward", step: int = 5, at: float | None = None) -> None:
+    now = time.time() if at is None else at
+    said = Heartbeat(rank, GONE, f"node{rank + 1}", phase, step, now, now, 0)
+    (run / "logs" / f"attempt-{attempt}" / f"heartbeat-{rank}.json").write_text(json.dumps(asdict(said)))
+
+
+def record(run: Path, attempt: int, rank: int, code: int, message: str = "", **more: Any) -> None:
+    said = {"rank": rank, "time": time.time(), "exit_code": code, "message": message, "again": None, **more}
+    (run / "logs" / f"attempt-{attempt}" / f"rank-{rank}.json").write_text(json.dumps(said))
+
+
+def told(run: Path, state: str, attempt: int, step: int = 5) -> None:
+    write_status(run, Status(state=state, step=step, num_steps=40, attempt=attempt))
+
+
+def checkpoint(run: Path, step: int) -> None:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    facts = RunFacts(step=step, engine="ddp", world_size=2, plan="", data="", wandb_id=None)
+    (folder / "manifest.json").write_text(CheckpointManifest(run=facts, files={}).sealed().model_dump_json())
+
+
+def ended(run: Path, attempt: int, asked: Asked | None = None, code: int = 1) -> tuple[str, int, str]:
+    verdict = end(str(run), 3, code, asked or Asked(), JOB | {"PACKHORSE_ATTEMPT": str(attempt)})
+    return verdict.word, verdict.code, verdict.why
+
+
+def test_an_attempt_begins_with_its_number_its_threads_and_the_words_of_the_launch(run: Path, plan: RunPlan) -> None:
+    number, threads, *words = begin(str(run), 3, JOB)
+    assert (number, threads) == ("1", str(min(4, plan.topology.threads_per_process)))
+    assert words[words.index("--num_machines") + 1] == "2"
+    assert words[-2:] == list(plan.argv[-2:])
+    assert (run / "logs" / "attempt-1").is_dir()
+    assert holder(run)["job"] == "12"
+
+
+def test_a_finished_run_does_not_begin_again(run: Path) -> None:
+    told(run, "finished", 1, 40)
+    assert begin(str(run), 3, JOB) == ["finished"]
+    assert not (run / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"SLURM_NNODES": "3"}, "the job has 3 nodes"), ({"SLURM_NNODES": "1"}, "sbatch --nodes=2 ")],
+    ids=["more nodes", "fewer nodes"],
+)
+def test_a_job_of_another_size_than_planned_is_refused(run: Path, changed: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        begin(str(run), 3, JOB | changed)
+    assert words in str(caught.value)
+    assert not (run / "logs").exists()
+
+
+def test_a_job_with_fewer_gpus_than_planned_is_refused(run: Path, plan: RunPlan) -> None:
+    topology = plan.topology.model_copy(update={"device": "cuda", "processes_per_node": 8})
+    write_plan(plan.model_copy(update={"topology": topology}), run)
+    with pytest.raises(UserError, match="2 nodes x 8 processes on cuda; the job has 2 nodes x 4 GPUs"):
+        begin(str(run), 3, JOB | {"SLURM_GPUS_ON_NODE": "4"})
+    assert begin(str(run), 3, JOB | {"SLURM_GPUS_ON_NODE": "8"})[0] == "1"
+
+
+def test_a_run_that_waits_for_its_data_is_not_begun(run: Path, plan: RunPlan) -> None:
+    write_plan(plan.model_copy(update={"data": None}), run)
+    with pytest.raises(UserError, match="is not prepared yet"):
+        begin(str(run), 3, JOB)
+
+
+def test_a_cancelled_run_is_not_begun_by_a_job_that_still_comes(run: Path) -> None:
+    (run / CANCEL_FILE).touch()
+    with pytest.raises(UserError, match="was cancelled") as caught:
+        begin(str(run), 3, JOB)
+    assert caught.value.exit_code == EXIT_STOPPED
+
+
+def test_a_second_job_is_refused_while_ranks_live_and_the_same_or_the_next_one_never(run: Path) -> None:
+    begin(str(run), 3, JOB)
+    beat(run, 1, 0)
+    with pytest.raises(UserError, match="is run by job 12 of Slurm"):
+        begin(str(run), 3, JOB | {"SLURM_JOB_ID": "13", "PACKHORSE_CHAIN": "13"})
+    with pytest.raises(UserError, match="scancel 12"), only_launcher(run):
+        pass
+    assert begin(str(run), 3, JOB)[0] == "2"
+    assert begin(str(run), 3, JOB | {"SLURM_JOB_ID": "14"})[0] == "3"
+
+
+def test_a_job_that_was_ended_hard_is_taken_over_when_its_ranks_are_silent(run: Path) -> None:
+    begin(str(run), 3, JOB)
+    began = run / "logs" / "attempt-1" / "began.json"
+    began.write_text(json.dumps({**json.loads(began.read_text()), "started_at": time.time() - 100}))
+    beat(run, 1, 0, at=time.time() - 91)
+    assert begin(str(run), 3, JOB | {"SLURM_JOB_ID": "13", "PACKHORSE_CHAIN": "13"})[0] == "2"
+    with only_launcher(run.parent):
+        pass
+
+
+def test_a_local_launch_on_another_host_keeps_jobs_out(run: Path) -> None:
+    (run / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "another", "since": "2001"}))
+    with pytest.raises(UserError, match="process 1 on another since 2001"):
+        begin(str(run), 3, JOB)
+
+
+def test_a_stop_of_the_script_is_taken_away_and_one_by_hand_stands(run: Path) -> None:
+    (run / STOP_FILE).write_text("job 11\n")
+    begin(str(run), 3, JOB)
+    assert not (run / STOP_FILE).exists()
+    (run / STOP_FILE).touch()
+    begin(str(run), 3, JOB)
+    assert (run / STOP_FILE).exists()
+
+
+def test_attempts_without_progress_are_bounded_and_those_with_progress_are_not(run: Path) -> None:
+    for number in range(1, 8):
+        assert begin(str(run), 3, JOB)[0] == str(number)
+        checkpoint(run, number)
+    for _ in range(2):
+        begin(str(run), 3, JOB)
+    assert begin(str(run), 3, JOB)[0] == "10"
+    with pytest.raises(UserError, match="the last 3 attempts of .* gained no step") as caught:
+        begin(str(run), 3, JOB)
+    assert caught.value.exit_code == EXIT_IN_VAIN
+    status = read_status(run)
+    assert status is not None
+    assert "gained no step" in status.message
+    assert begin(str(run), 3, JOB | {"SLURM_JOB_ID": "40", "PACKHORSE_CHAIN": "40"})[0] == "11", "asked for anew"
+
+
+def test_a_killed_rank_is_named_from_what_the_launchers_said_and_the_job_tries_again(run: Path) -> None:
+    begin(str(run), 3, JOB)
+    for rank in (0, 1):
+        beat(run, 1, rank, step=17)
+    logs = run / "logs" / "attempt-1"
+    (logs / "stderr.log").write_text(f"1: failed (exitcode: -9) local_rank: 0 (pid: {GONE}) of binary: python\n")
+    word, code, why = ended(run, 1)
+    assert (word, code) == ("again", EXIT_LOST)
+    assert "was killed by SIGKILL in phase forward of step 18" in why
+    (attempt,) = read_attempts(run)
+    assert (attempt.outcome, attempt.last_step) == ("lost", 17)
+    assert holder(run)["job"] == "12", "this job goes on"
+
+
+def test_ranks_that_saved_because_of_a_signal_go_on_when_the_job_runs_again(run: Path) -> None:
+    begin(str(run), 3, JOB)
+    checkpoint(run, 5)
+    for rank in (0, 1):
+        beat(run, 1, rank, "end")
+        record(run, 1, rank, EXIT_STOPPED, signalled=rank == 1)
+    told(run, "stopped", 1)
+    assert ended(run, 1)[:2] == ("requeue", EXIT_STOPPED)
+    assert holder(run) is None
+    assert read_attempts(run)[0].outcome == "stopped"
+
+
+def test_a_stop_by_hand_ends_the_job(run: Path) -> None:
+    begin(str(run), 3, JOB)
+    for rank in (0, 1):
+        beat(run, 1, rank, "end")
+        record(run, 1, rank, EXIT_STOPPED, signalled=False)
+    told(run, "stopped", 1)
+    word, code, why = ended(run, 1)
+    assert (word, code) == ("give-up", EXIT_STOPPED)
+    assert "stopped by hand" in why
+
+
+def test_a_rank_that_srun_ended_while_it_left_makes_no_failure_of_a_stop(run: Path) -> None:
+    begin(str(run), 3, JOB)
+    checkpoint(run, 5)
+    beat(run, 1, 0, "end")
+    beat(run, 1, 1, "save")
+    record(run, 1, 0, EXIT_STOPPED, signalled=True)
+    told(run, "stopped", 1)
+    assert ended(run, 1)[0] == "requeue"
+
+
+def test_a_run_that_says_finished_is_finished_whatever_its_processes_end_with(run: Path) -> None:
+    begin(str(run), 3, JOB)
+    beat(run, 1, 0, "end", 40)
+    beat(run, 1, 1, "save", 40)
+    told(run, "finished", 1, 40)
+    assert ended(run, 1, code=134)[:2] == ("finished", 0)
+    assert holder(run) is None
+
+
+def test_time_that_is_over_before_the_ranks_are_up_counts_as_in_vain(run: Path) -> None:
+    for number in (1, 2):
+        begin(str(run), 3, JOB)
+        assert ended(run, number, Asked(to_stop=True), 0)[0] == "requeue"
+    begin(str(run), 3, JOB)
+    assert ended(run, 3, Asked(to_stop=True), 0)[:2] == ("give-up", EXIT_STOPPED)
+
+
+def test_a_standstill_is_told_by_the_rank_that_the_others_waited_for(run: Path) -> None:
+    begin(str(run), 3, JOB)
+    for rank in (0, 1):
+        beat(run, 1, rank, "backward" if rank == 0 else "data", 17)
+    record(run, 1, 0, EXIT_LOST, "rank 1 hung in phase data", hung=1)
+    word, code, why = ended(run, 1)
+    assert (word, code) == ("again", EXIT_LOST)
+    assert why.startswith("rank 1 hung in phase data of step 18, where it had been since")
+
+
+def test_the_answers_of_the_command_line_are_lines_and_mistakes_have_their_exit_code(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["begin", str(run), "3"], JOB) == 0
+    assert capsys.readouterr().out.startswith("1\n")
+    checkpoint(run, 1)
+    assert main(["end", str(run), "3", "0", "yes", "no"], JOB | {"PACKHORSE_ATTEMPT": "1"}) == 0
+    assert capsys.readouterr().out == "requeue 75\n"
+    assert main(["begin", str(run), "3"], JOB | {"SLURM_NNODES": "5"}) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_the_job_that_goes_on_is_written_down(run: Path) -> None:
+    followed(str(run), "13", JOB)
+    (job,) = read_jobs(run)
+    assert (job.job_id, job.kind, job.goes_on_from) == ("13", "train", "12")
