@@ -20,7 +20,7 @@ from packhorse.errors import UserError
 from packhorse.launching.preflight import check_base_model, check_disk, check_resumable, check_writable
 from packhorse.launching.run_folder import check_free, open_run, relative
 from packhorse.launching.slurm.lead import Lead, signal_lead
-from packhorse.launching.slurm.script import command_script, cpu_request, train_request, train_script
+from packhorse.launching.slurm.script import check_path, command_script, cpu_request, train_request, train_script
 from packhorse.launching.slurm.site import DURATION, SITE_FILE, SiteProfile, seconds_of
 from packhorse.launching.slurm.site_load import load_site
 from packhorse.launching.slurm.submit import PlannedJob
@@ -182,6 +182,7 @@ def _new(
     worst = basis_of(loaded, None, here, terms)
     plan = draft_plan(wanted, worst, force)
     folder = run_folder_of(loaded)
+    check_path(folder)
     check_free(folder)
     check_shared(site, folder)
     check_writable(folder.parent)

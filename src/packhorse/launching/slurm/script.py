@@ -142,8 +142,8 @@ def directives(site: SiteProfile, request: JobRequest) -> list[str]:
     if SAFE_NAME.fullmatch(request.name) is None:
         raise _breaks("the name of the job", request.name, "name")
     output = Path(request.output)
-    if SAFE_PATH.fullmatch(str(output.parent)) is None or SAFE_LOG.fullmatch(output.name) is None:
-        raise _breaks("the path of the run", str(output.parent.parent), "runs_folder")
+    assert SAFE_LOG.fullmatch(output.name) is not None
+    check_path(output.parent.parent)
     one = request.num_nodes == 1 and request.signal_seconds is None
     options = [
         ("job-name", request.name),
@@ -166,6 +166,16 @@ def directives(site: SiteProfile, request: JobRequest) -> list[str]:
     ]
     words = [f"--{name}={value}" if value != "" else f"--{name}" for name, value in options if value is not None]
     return [_with_note(word) for word in [*words, *request.options]]
+
+
+def check_path(run_folder: Path) -> None:
+    """Refuses a run folder that cannot stand in a `#SBATCH` line.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if SAFE_PATH.fullmatch(str(run_folder)) is None:
+        raise _breaks("the path of the run", str(run_folder), "runs_folder")
 
 
 def site_lines(site: SiteProfile, programs: str | None, trains: bool) -> list[str]:
