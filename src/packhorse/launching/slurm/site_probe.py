@@ -13,6 +13,8 @@ from packhorse.launching.slurm.refusals import gpus_of
 
 Record = Mapping[str, str]
 COMMENT_COLUMN = 34
+MOST_CPUS = 8
+"""Of a job that prepares data, where nodes have more."""
 NO_TYPE = ("", "gpu", "no_consume")
 
 
@@ -104,10 +106,12 @@ def _who(chosen: Record) -> list[Line]:
     allowed = chosen.get("AllowAccounts", "ALL").split(",")
     fitting = [each for each in accounts if each in allowed or "ALL" in allowed]
     qualities = sorted({quality for _, _, names in owned for quality in names if quality})
+    only = _plain(fitting[0]) if len(fitting) == 1 else ""
     yours = f"yours: {', '.join(accounts)}" if accounts else "this site keeps no accounts, or shows you none"
     said = f"you may name {', '.join(qualities)}" if qualities else "where the site has several"
     return [
-        Line("account", _plain(fitting[0]) if fitting else "", f"who is charged; {yours} (sacctmgr)", "my-account"),
+        # Of several the user has a default, which counts where none is named.
+        Line("account", only, f"who is charged; {yours} (sacctmgr)", fitting[0] if fitting else "my-account"),
         Line("partition", _plain(chosen["PartitionName"]), f"{chosen.get('State', '')}, of {chosen.get('Nodes', '')}"),
         Line("qos", "", f"quality of service; {said}", qualities[0] if qualities else "normal"),
     ]
@@ -155,14 +159,20 @@ def _times(chosen: Record) -> list[Line]:
 
 
 def _jobs_without_gpus(every: Sequence[Record], machines: Sequence[Record], chosen: Record, count: int) -> list[Line]:
-    open_to_all = [each for each in every if "ALL" in each.get("AllowAccounts", "ALL") and each is not chosen]
-    without = [each for each in open_to_all if (found := _nodes_of(each, machines)) and not any(map(gpus_of, found))]
-    if not count:
-        return []
-    if without:
-        name = _plain(without[0]["PartitionName"])
-        return [Line("cpu_jobs", f"{{partition: {name}, cpus: 8}}", "data is prepared there: its nodes have no GPUs")]
-    return [Line("cpu_jobs", "{cpus: 8}", "data is prepared by such a job; no partition without GPUs was found")]
+    """Where data is prepared; nodes without GPUs are their own."""
+    without = [
+        (each, found)
+        for each in every
+        if "ALL" in each.get("AllowAccounts", "ALL")
+        and (found := _nodes_of(each, machines))
+        and not any(map(gpus_of, found))
+    ]
+    partition, own = without[0] if without and count else (None, _nodes_of(chosen, machines))
+    cpus = min(MOST_CPUS, *(int(node.get("CPUTot", "1")) for node in own))
+    if partition is not None:
+        name = _plain(partition["PartitionName"])
+        return [Line("cpu_jobs", f"{{partition: {name}, cpus: {cpus}}}", "data is prepared there: no GPUs")]
+    return [Line("cpu_jobs", f"{{cpus: {cpus}}}", "data is prepared by such a job, in the same partition")]
 
 
 def _left_to_you(own: Sequence[Record]) -> list[Line]:
