@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from packhorse.errors import UserError
-from packhorse.launching.slurm.site import SiteProfile, mebibytes_of, seconds_of
+from packhorse.launching.slurm.site import CpuJobs, SiteProfile, mebibytes_of, seconds_of
 from packhorse.launching.slurm.site_load import load_site, shipped_sites
 
 CANARY = "/tmp/never"
@@ -145,3 +145,9 @@ def test_units() -> None:
     assert seconds_of("1-02:03:04") == 93784
     assert seconds_of("00:10:00") == 600
     assert [mebibytes_of(text) for text in ("64G", "1T", "1025K", "5M")] == [65536, 2**20, 2, 5]
+
+
+def test_the_documentation_has_every_field_in_its_own_words() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "slurm.md").read_text(encoding="utf-8")
+    fields = {**SiteProfile.model_fields, **{f"cpu_jobs.{name}": each for name, each in CpuJobs.model_fields.items()}}
+    assert [name for name, each in fields.items() if f"| `{name}` | {each.description} |\n" not in page] == []
