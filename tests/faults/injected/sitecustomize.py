@@ -3,6 +3,9 @@
 PACKHORSE_FAULT="kind@step:rank"     when that many steps are done, on that rank, in the first attempt only
 PACKHORSE_FAULT="kind@step:rank:N"   in the first N attempts
 PACKHORSE_FAULT_FILE=FILE            at the next step once FILE holds "kind:rank"; it is removed
+PACKHORSE_HOLD_FILE=FILE             while FILE stands and holds "PHASE:rank:step", that rank is held where it names
+                                     that phase with so many steps done, or more; FILE.held says that it is. `publish`:
+                                     rank 0, when all of a checkpoint is written and its name is still that of a draft
 
 raise, exit, kill, stop    an exception; os._exit(0); SIGKILL; SIGSTOP
 sleep                      for ever
@@ -31,10 +34,10 @@ TARGET = "packhorse.train.loop"
 class Fault:
     """Puts faults into the step loop by wrapping what it calls."""
 
-    def __init__(self, words: str, asked: Path | None) -> None:
-        """Reads `kind@step:rank[:attempts]`; `asked`: a file with `kind:rank`, which is looked for at each step."""
+    def __init__(self, words: str, asked: Path | None, holds: Path | None = None) -> None:
+        """Reads `kind@step:rank[:attempts]`; `asked`, `holds`: files that are looked for while it runs."""
         self._rank = int(os.environ["RANK"])
-        self._asked = asked
+        self._asked, self._holds = asked, holds
         self._kind, self._step, self._is_due = "", -1, False
         if words:
             self._kind, _, place = words.partition("@")
@@ -70,11 +73,33 @@ class Fault:
 
         def at_phase(pulse: Any, name: str, step: int | None = None) -> None:
             phase(pulse, name, step)
+            self._hold(pulse._last.phase, pulse._last.step)
             if self._kind == f"term-{pulse._last.phase}" and pulse._last.step == self._step:
                 self._kind = ""
                 os.kill(os.getpid(), signal.SIGTERM)
 
+        checkpoint = sys.modules["packhorse.train.checkpoint"]
+        publish = checkpoint.publish
+
+        def at_publish(temporary: Path, facts: Any) -> None:
+            self._hold("publish", facts.step)
+            publish(temporary, facts)
+
+        checkpoint.publish = at_publish
         loop.seed_step, loop.micro_batch_loss, loop.Pulse.phase = at_step, loss, at_phase
+
+    def _hold(self, phase: str, step: int) -> None:
+        try:
+            wanted, rank, least = self._holds.read_text().split(":") if self._holds else ("", "-1", "0")
+        except FileNotFoundError:
+            return
+        if self._holds is None or (wanted, int(rank)) != (phase, self._rank) or step < int(least):
+            return
+        held = self._holds.with_suffix(".held")
+        held.touch()
+        while self._holds.exists():
+            time.sleep(0.02)
+        held.unlink(missing_ok=True)
 
     def _is_asked(self) -> bool:
         if self._asked is None or not self._asked.exists():
@@ -128,6 +153,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "RANK" in os.environ and (os.environ.get("PACKHORSE_FAULT") or os.environ.get("PACKHORSE_FAULT_FILE")):
-    file = os.environ.get("PACKHORSE_FAULT_FILE")
-    sys.meta_path.insert(0, AfterImport(Fault(os.environ.get("PACKHORSE_FAULT", ""), Path(file) if file else None)))
+VARIABLES = ("PACKHORSE_FAULT", "PACKHORSE_FAULT_FILE", "PACKHORSE_HOLD_FILE")
+if "RANK" in os.environ and any(map(os.environ.get, VARIABLES)):
+    words, *files = (os.environ.get(name, "") for name in VARIABLES)
+    sys.meta_path.insert(0, AfterImport(Fault(words, *(Path(file) if file else None for file in files))))

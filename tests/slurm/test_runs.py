@@ -1,0 +1,126 @@
+"""Runs through `sbatch slurm/job.sbatch RUN` on the nodes of a real Slurm, and what may happen to a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cluster import JOB_SCRIPT, Cluster
+from interrupted import (
+    SAVE_EVERY,
+    Interrupted,
+    differences,
+    hosts,
+    kill_step,
+    lose_node,
+    lost_steps,
+    planned,
+    requeue,
+    signal_ranks,
+    state,
+    time_is_nearly_over,
+)
+
+from cli import curve, metrics, packhorse
+from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
+from packhorse.launching.lock import holder
+from packhorse.record.attempts import read_attempts
+
+SHORT = ("steps=6", "checkpoint.every_steps=null", "evaluation.every_steps=null")
+PHASES = ("forward", "evaluate", "publish")
+SIGNALS = {"the end of its time": time_is_nearly_over, "a signal": signal_ranks}
+ENDS = {
+    "requeue": requeue,
+    "a killed step": kill_step,
+    "a lost first node": lose_node("node1"),
+    "a lost other node": lose_node("node2"),
+}
+EVENTS = [
+    *[(phase, name) for phase in PHASES for name in (*SIGNALS, "requeue", "a killed step")],
+    ("forward", "a lost first node"),
+    ("evaluate", "a lost other node"),
+    ("publish", "a lost first node"),
+]
+
+
+def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(cluster: Cluster, slurm_folder: Path) -> None:
+    runs = {
+        engine: planned(slurm_folder, engine, f"parallel.engine={engine}", "parallel.processes=4", *SHORT)
+        for engine in ("ddp", "zero2")
+    }
+    # Built once for this environment, and not by each job anew.
+    built = {FOLDER_VARIABLE: str(extensions_folder())}
+    jobs = {engine: cluster.submit(run, "--nodes=2", **built) for engine, run in runs.items()}
+    assert packhorse(slurm_folder, "train", "tiny.yaml", "name=alone", *SHORT).code == 0
+    expected = curve(slurm_folder / "runs" / "alone")
+    assert len(expected) == 6
+    for engine, run in runs.items():
+        assert cluster.wait(jobs[engine]) == "COMPLETED", cluster.told(jobs[engine])
+        assert curve(run) == pytest.approx(expected, abs=1e-5, rel=0), engine
+        assert hosts(run) == ["node1", "node1", "node2", "node2"]
+        (attempt,) = read_attempts(run)
+        assert (attempt.outcome, attempt.last_step) == ("finished", 6)
+        assert holder(run) is None
+    again = cluster.submit(runs["ddp"], "--nodes=2")
+    assert cluster.wait(again) == "COMPLETED"
+    assert len(read_attempts(runs["ddp"])) == 1, "a finished run is not trained again"
+
+
+def test_whatever_happens_in_training_evaluation_and_saving_it_comes_back_by_itself(
+    cluster: Cluster, slurm_folder: Path, unbroken: Path
+) -> None:
+    run = planned(slurm_folder, "interrupted", "parallel.processes=2")
+    job = Interrupted(cluster, run)
+    for phase, name in EVENTS:
+        is_signal = name in SIGNALS or name == "requeue"
+        job.interrupt(phase, (SIGNALS | ENDS)[name], is_signal)
+    assert job.end() == "COMPLETED", cluster.told(job.job)
+    assert differences(run, unbroken) == []
+    lost = dict(zip(EVENTS, lost_steps(run), strict=True))
+    assert len(read_attempts(run)) == len(EVENTS) + 1
+    # Slurm gives ranks KillWait seconds (here 5) after a requeue: enough to save, or as after a kill.
+    assert {event: steps for event, steps in lost.items() if steps > (1 if event[1] in SIGNALS else SAVE_EVERY)} == {}
+
+
+def test_at_its_time_limit_it_saves_and_goes_on(cluster: Cluster, slurm_folder: Path) -> None:
+    """The real limit: one minute, of which the ranks are told some time before."""
+    words = ("parallel.processes=2", "steps=100000", "checkpoint.every_steps=null", "evaluation.every_steps=null")
+    run = planned(slurm_folder, "limited", *words)
+    job = cluster.submit(run, "--nodes=2", "--time=1", "--signal=B:USR1@10")
+    cluster.wait_until((run / "logs" / "attempt-2").is_dir, 120, lambda: cluster.told(job))
+    cluster.ask("scancel", job)
+    cluster.wait(job)
+    first = read_attempts(run)[0]
+    assert (first.outcome, first.message) == ("stopped", "stopped")
+    assert first.last_step > 0
+    assert [line["step"] for line in metrics(run)][: first.last_step + 1] == list(range(first.last_step + 1))
+
+
+def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_folder: Path, unbroken: Path) -> None:
+    script = slurm_folder / "job.sbatch"
+    text = JOB_SCRIPT.read_text(encoding="utf-8")
+    # As `packhorse submit` writes it: the follower's options are those of the script, not of our command line.
+    usual = "#SBATCH --no-requeue --mem=16000 --output=/dev/null"
+    for old, new in (
+        ("\n#SBATCH --requeue", f"\n{usual}"),
+        ("\nrequeue=yes", "\nrequeue=no"),
+        ("--nodes=1", "--nodes=2"),
+        ("--gpus-per-node=8", "--gpus-per-node=0"),
+        ("--cpus-per-task=32", "--cpus-per-task=1"),
+        ("--time=24:00:00", "--time=10"),
+    ):
+        assert old in text
+        text = text.replace(old, new, 1)
+    script.write_text(text, encoding="utf-8")
+    run = planned(slurm_folder, "followed", "parallel.processes=2")
+    job = Interrupted(cluster, run, script=script)
+    job.interrupt("forward", time_is_nearly_over, is_signal=True)
+    assert cluster.wait(job.job) == "FAILED"
+    jobs = [line.partition(",")[0] for line in (run / "jobs.jsonl").read_text(encoding="utf-8").splitlines()]
+    follower = str(int(job.job) + 1)
+    assert follower in jobs[0]
+    assert cluster.wait(follower) == "COMPLETED", cluster.told(follower)
+    assert cluster.wait(str(int(follower) + 1)) in ("CANCELLED", "PENDING")
+    assert state(run) == "finished"
+    assert differences(run, unbroken) == []
+    assert len(read_attempts(run)) == 2
