@@ -112,7 +112,10 @@ def _attempt(attempt: AttemptRecord, runs: bool) -> str:
     steps = f"{attempt.attempt}: steps {attempt.first_step:,} to {attempt.last_step:,}"
     if runs:
         return f"{steps}, runs since {clock(attempt.started_at)}"
-    said = f": {attempt.message.splitlines()[0]}" if attempt.message and attempt.message != attempt.outcome else ""
+    lines = attempt.message.splitlines()
+    # Of an attempt that no launcher of ours watched, what its rank left may be a traceback.
+    headline = lines[-1] if lines and lines[0].startswith("Traceback") else "".join(lines[:1])
+    said = f": {headline}" if headline and attempt.message != attempt.outcome else ""
     return f"{steps} in {attempt.ended_at - attempt.started_at:,.0f} s, {attempt.outcome}{said}"
 
 
