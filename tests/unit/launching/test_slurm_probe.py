@@ -45,7 +45,7 @@ def test_gpus_are_found_also_where_they_are_not_the_default(cluster: None, tmp_p
     assert (site.gpus_per_node, site.gpu_type, site.cpus_per_gpu) == (8, "a100", 16)
     assert site.memory_per_gpu == f"{1031000 * 95 // 100 // 8}M"
     assert (site.time, site.longest_time) == ("12:00:00", "12:00:00")
-    assert (site.cpu_jobs.partition, site.cpu_jobs.cpus) == ("std", 4)
+    assert (site.cpu_jobs.partition, site.cpu_jobs.cpus, site.cpu_jobs.time) == ("std", 4, "04:00:00")
     assert "# constraint: a100" in text
     assert "features of the nodes: a100, ib" in text
     assert "you may name long, normal" in text
@@ -60,6 +60,11 @@ def test_nodes_without_gpus(cluster: None, tmp_path: Path) -> None:
     site = loaded(site_probe.probe_site("123", "std"), tmp_path)
     assert (site.name, site.gpus_per_node, site.cpus_per_node, site.time) == ("123", 0, 4, "24:00:00")
     assert (site.longest_time, site.account) == (None, None)
+
+
+def test_jobs_that_prepare_data_keep_to_a_short_partition(cluster: None, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(site_probe, "partitions", lambda: [{**PARTITIONS[0], "MaxTime": "01:00:00"}])
+    assert loaded(site_probe.probe_site("", ""), tmp_path).cpu_jobs.time == "01:00:00"
 
 
 def test_a_partition_that_is_not_there(cluster: None) -> None:

@@ -59,7 +59,9 @@ def too_much(site: SiteProfile, request: JobRequest) -> UserError | None:
             return UserError(
                 f"the job asks for {request.time}, and partition {_names(found)} gives {_shown(longest)} at most.",
                 why,
-                f"set --time to {_shown(longest)} or less: a run that takes longer goes on in the next job.",
+                f"set --time to {_shown(longest)} or less: a run that takes longer goes on in the next job."
+                if request.signal_seconds is not None
+                else f"set cpu_jobs.time of {site.name} to {_shown(longest)} or less, or name another cpu_jobs.partition.",
             )
     return None
 

@@ -15,6 +15,8 @@ Record = Mapping[str, str]
 COMMENT_COLUMN = 34
 MOST_CPUS = 8
 """Of a job that prepares data, where nodes have more."""
+USUAL_HOURS = 4
+"""Of such a job, where the partition gives more."""
 NO_TYPE = ("", "gpu", "no_consume")
 
 
@@ -149,7 +151,7 @@ def _shares(own: Sequence[Record], count: int) -> list[Line]:
 
 def _times(chosen: Record) -> list[Line]:
     longest = chosen.get("MaxTime", "UNLIMITED")
-    limited = longest.replace("-", "").replace(":", "").isdigit()
+    limited = _is_limit(longest)
     time = longest if limited and _hours(longest) < 24 else "24:00:00"
     return [
         Line("time", json.dumps(time), "of one job; a run that takes longer goes on in the next by itself"),
@@ -167,12 +169,15 @@ def _jobs_without_gpus(every: Sequence[Record], machines: Sequence[Record], chos
         and (found := _nodes_of(each, machines))
         and not any(map(gpus_of, found))
     ]
-    partition, own = without[0] if without and count else (None, _nodes_of(chosen, machines))
+    partition, own = without[0] if without and count else (chosen, _nodes_of(chosen, machines))
     cpus = min(MOST_CPUS, *(int(node.get("CPUTot", "1")) for node in own))
-    if partition is not None:
-        name = _plain(partition["PartitionName"])
-        return [Line("cpu_jobs", f"{{partition: {name}, cpus: {cpus}}}", "data is prepared there: no GPUs")]
-    return [Line("cpu_jobs", f"{{cpus: {cpus}}}", "data is prepared by such a job, in the same partition")]
+    longest = partition.get("MaxTime", "UNLIMITED")
+    time = longest if _is_limit(longest) and _hours(longest) < USUAL_HOURS else "04:00:00"
+    words = [f"cpus: {cpus}", f"time: {json.dumps(time)}"]
+    if partition is chosen:
+        return [Line("cpu_jobs", f"{{{', '.join(words)}}}", "data is prepared by such a job, in the same partition")]
+    named = [f"partition: {_plain(partition['PartitionName'])}", *words]
+    return [Line("cpu_jobs", f"{{{', '.join(named)}}}", "data is prepared there: no GPUs")]
 
 
 def _left_to_you(own: Sequence[Record]) -> list[Line]:
@@ -188,6 +193,10 @@ def _left_to_you(own: Sequence[Record]) -> list[Line]:
         Line("shared", "", "folders that every node sees; a run elsewhere is then refused", "[/home, /work]"),
         Line("mail", "", "where Slurm writes to when a job ends or fails", "me@example.org"),
     ]
+
+
+def _is_limit(time: str) -> bool:
+    return time.replace("-", "").replace(":", "").isdigit()
 
 
 def _hours(limit: str) -> float:

@@ -1,0 +1,118 @@
+"""`packhorse submit` on a real controller: what it sends trains, what Slurm refuses is told in the user's words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster import Cluster
+
+from cli import PACKHORSE, curve, packhorse
+from packhorse.cli import main
+from packhorse.launching.slurm.jobs import read_jobs
+from packhorse.launching.slurm.site_load import load_site
+from packhorse.record.status import read_status
+from tiny import write_tiny
+
+SITE = {
+    "name": "here",
+    "gpus_per_node": 0,
+    "cpus_per_node": 2,
+    "memory_per_node": "16000M",
+    "time": "00:10:00",
+    "cpu_jobs": {"cpus": 1, "memory": "16000M", "time": "00:10:00"},
+}
+SHORT = ("steps=6", "checkpoint.every_steps=null", "evaluation.every_steps=null")
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe of four processes and a profile of the cluster; Slurm's programs speak to it."""
+    for name in ("PATH", "SLURM_CONF", "PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "WANDB_MODE"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    made = tmp_path_factory.mktemp("submitted")
+    monkeypatch.chdir(made)
+    write_tiny(made, parallel={"processes": 4})
+    write_site(made)
+    return made
+
+
+def write_site(folder: Path, **fields: object) -> None:
+    (folder / "site.yaml").write_text(yaml.safe_dump({**SITE, **fields}))
+
+
+def test_what_is_submitted_trains_with_and_without_a_job_that_prepares(folder: Path, cluster: Cluster, capsys) -> None:
+    words = ["submit", "tiny.yaml", "--nodes", "2", *SHORT]
+    assert main([*words, "name=ddp"]) == 0
+    prepare, train = read_jobs(folder / "runs" / "ddp")
+    assert (prepare.kind, train.kind, train.depends_on) == ("prepare", "train", (prepare.job_id,))
+    assert f"job {train.job_id}" in capsys.readouterr().out
+    assert main(["submit", "runs/ddp"]) == 2
+    assert "runs/ddp is submitted already: job" in capsys.readouterr().err
+
+    assert cluster.wait(prepare.job_id) == "COMPLETED", cluster.told(prepare.job_id)
+    assert main([*words, "name=zero2", "parallel.engine=zero2"]) == 0
+    (only,) = read_jobs(folder / "runs" / "zero2")
+    assert packhorse(folder, "train", "tiny.yaml", "name=alone", "parallel.processes=1", *SHORT).code == 0
+    for run, job in (("ddp", train), ("zero2", only)):
+        assert cluster.wait(job.job_id) == "COMPLETED", cluster.told(job.job_id)
+        assert curve(folder / "runs" / run) == pytest.approx(curve(folder / "runs" / "alone"), abs=1e-5, rel=0), run
+        assert read_status(folder / "runs" / run).state == "finished"
+    assert main(["submit", "runs/ddp"]) == 2
+    assert "runs/ddp is finished: 6 of 6 steps are done." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("site", "words", "fact", "fix"),
+    [
+        ({"partition": "nope"}, [], "partition is nope.", "one of debug, low, high, team."),
+        ({"constraint": "h100"}, [], "constraint is h100.", "take constraint out of here"),
+        ({"cpus_per_node": 99}, [], "asks for 99 CPUs a node, and a node here has 4 at most", "it is 4 or less"),
+        ({"memory_per_node": "1T"}, [], "asks for 1,048,576 MiB a node", "is 64000M or less"),
+        ({"gpus_per_node": 9, "cpus_per_node": None}, ["batch.packs=9"], "asks for 9 GPUs a node", "to 2 or less"),
+        ({}, ["--nodes", "4"], "asks for 4 nodes, and partition debug has 2.", "set --nodes to 2 or less"),
+        ({}, ["--time", "01:00:01"], "partition debug gives 01:00:00 at most", "set --time to 01:00:00 or less"),
+        ({"options": ["--reservation=nope"]}, [], "options holds --reservation=nope.", "change options of here"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_refusal_names_the_field_and_what_the_site_takes(
+    site: dict[str, object], words: list[str], fact: str, fix: str, folder: Path, capsys
+) -> None:
+    write_site(folder, **site)
+    assert main(["submit", "tiny.yaml", *words]) == 2
+    told = capsys.readouterr().err
+    assert fact in told
+    assert fix in told
+    assert not (folder / "runs" / "tiny").exists(), "nothing is made of what is refused"
+
+
+def test_of_two_submissions_at_once_one_is_sent(folder: Path, cluster: Cluster) -> None:
+    write_site(folder, options=["--hold"])
+    assert packhorse(folder, "submit", "tiny.yaml").code == 0
+    run = folder / "runs" / "tiny"
+    cluster.ask("scancel", *(job.job_id for job in read_jobs(run)))
+    words = [str(PACKHORSE), "submit", "runs/tiny"]
+    both = [subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, env=os.environ) for _ in range(2)]
+    said = [process.communicate(timeout=60)[1].decode() for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    queued = cluster.ask("squeue", "-h", "-o", "%i").split()
+    assert sorted(queued) == sorted(job.job_id for job in read_jobs(run)[-len(queued) :])
+    cluster.ask("scancel", *queued)
+
+
+def test_a_first_profile_of_the_cluster_can_be_submitted_with(folder: Path, capsys) -> None:
+    assert main(["site", "probed.yaml"]) == 0
+    site = load_site("probed.yaml")
+    assert (site.partition, site.gpus_per_node, site.gpu_type, site.cpus_per_gpu) == ("debug", 2, "fake", 2)
+    assert site.longest_time == "01:00:00"
+    write = json.loads(site.model_dump_json()) | {"options": ["--hold"], "gpu_type": None}
+    (folder / "held.yaml").write_text(yaml.safe_dump({key: value for key, value in write.items() if value is not None}))
+    capsys.readouterr()
+    assert main(["submit", "tiny.yaml", "--site", "held.yaml", "name=probed"]) == 0
+    assert "1 x 2 cuda, ddp" in capsys.readouterr().out
+    assert main(["cancel", "runs/probed"]) == 0
