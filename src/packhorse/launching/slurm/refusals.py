@@ -61,7 +61,7 @@ def too_much(site: SiteProfile, request: JobRequest) -> UserError | None:
                 why,
                 f"set --time to {_shown(longest)} or less: a run that takes longer goes on in the next job."
                 if request.signal_seconds is not None
-                else f"set cpu_jobs.time of {site.name} to {_shown(longest)} or less, or name another cpu_jobs.partition.",
+                else f"set cpu_jobs.time of {site.name} to {_shown(longest)} or less, or another partition there.",
             )
     return None
 
