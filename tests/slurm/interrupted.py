@@ -35,9 +35,18 @@ def planned(folder: Path, name: str, *words: str) -> Path:
 class Interrupted:
     """One job and the jobs that go on with it; `job` is its number."""
 
-    def __init__(self, cluster: Cluster, run: Path, *options: str, script: Path | None = None) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        run: Path,
+        *options: str,
+        script: Path | None = None,
+        hold: tuple[str, int] | None = None,
+    ) -> None:
         self.cluster, self.run = cluster, run
         self._file = run.parent / f"{run.name}.hold"
+        if hold is not None:
+            self._hold(*hold)
         paths = os.pathsep.join(map(str, (INJECTED, CHECKOUT / "src", CHECKOUT / "tests")))
         variables = {"PACKHORSE_HOLD_FILE": str(self._file), "PYTHONPATH": paths}
         chosen = {} if script is None else {"script": script}
@@ -51,15 +60,23 @@ class Interrupted:
             strike: What happens to the job.
             is_signal: The ranks live on, and are let go; the request must have reached them when `strike` returns.
         """
-        before = self.attempts
+        attempt = self.attempts
         self._hold(phase, self._newest_step() + 4)
-        self._wait(self._held.exists, f"no rank came to {phase}")
+        self.wait_for(self._held.exists, f"no rank came to {phase}")
         strike(self)
         if is_signal:
-            self._file.unlink()
-        self._wait(lambda: self.attempts > before, f"nothing followed what happened in {phase}")
-        self._file.unlink(missing_ok=True)
+            self.let_go()
+        self.wait_for_attempt(max(attempt, 1) + 1)
+        self.let_go()
         self._held.unlink(missing_ok=True)
+
+    def let_go(self) -> None:
+        """The rank that is held goes on, if it lives."""
+        self._file.unlink(missing_ok=True)
+
+    def wait_for_attempt(self, number: int) -> None:
+        """Until the job has begun this attempt."""
+        self.wait_for((self.run / "logs" / f"attempt-{number}").is_dir, f"attempt {number} did not come")
 
     def end(self, seconds: float = SECONDS) -> str:
         """Lets the run end; the state of its job."""
@@ -82,7 +99,7 @@ class Interrupted:
         complete = complete_checkpoints(self.run / "checkpoints")
         return step_of(complete[-1]) if complete else 0
 
-    def _wait(self, condition: Callable[[], object], what: str) -> None:
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
         self.cluster.wait_until(condition, SECONDS, lambda: f"{what}; {self.cluster.told(self.job)}")
 
 

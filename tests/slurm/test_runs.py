@@ -43,7 +43,17 @@ EVENTS = [
 ]
 
 
-def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(cluster: Cluster, slurm_folder: Path) -> None:
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster, slurm_folder: Path) -> Interrupted:
+    """A job of one minute, submitted first: it stands still while others are looked at."""
+    words = ("parallel.processes=2", "steps=1000000", "checkpoint.every_steps=3", "evaluation.every_steps=null")
+    run = planned(slurm_folder, "limited", *words)
+    return Interrupted(cluster, run, "--time=1", "--signal=B:USR1@25", hold=("forward", 4))
+
+
+def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
+    limited: Interrupted, cluster: Cluster, slurm_folder: Path
+) -> None:
     runs = {
         engine: planned(slurm_folder, engine, f"parallel.engine={engine}", "parallel.processes=4", *SHORT)
         for engine in ("ddp", "zero2")
@@ -82,18 +92,20 @@ def test_whatever_happens_in_training_evaluation_and_saving_it_comes_back_by_its
     assert {event: steps for event, steps in lost.items() if steps > (1 if event[1] in SIGNALS else SAVE_EVERY)} == {}
 
 
-def test_at_its_time_limit_it_saves_and_goes_on(cluster: Cluster, slurm_folder: Path) -> None:
-    """The real limit: one minute, of which the ranks are told some time before."""
-    words = ("parallel.processes=2", "steps=100000", "checkpoint.every_steps=null", "evaluation.every_steps=null")
-    run = planned(slurm_folder, "limited", *words)
-    job = cluster.submit(run, "--nodes=2", "--time=1", "--signal=B:USR1@10")
-    cluster.wait_until((run / "logs" / "attempt-2").is_dir, 120, lambda: cluster.told(job))
-    cluster.ask("scancel", job)
-    cluster.wait(job)
-    first = read_attempts(run)[0]
-    assert (first.outcome, first.message) == ("stopped", "stopped")
-    assert first.last_step > 0
-    assert [line["step"] for line in metrics(run)][: first.last_step + 1] == list(range(first.last_step + 1))
+def test_at_its_time_limit_a_job_goes_on_even_if_it_could_not_save(limited: Interrupted, cluster: Cluster) -> None:
+    """The real limit: one minute, of which the ranks are told some time before, and the first time do not listen."""
+    limited.wait_for_attempt(2)
+    limited.wait_for((limited.run / "STOP").exists, "the time of the second job is not over")
+    limited.let_go()
+    limited.wait_for_attempt(3)
+    cluster.ask("scancel", limited.job)
+    cluster.wait(limited.job)
+    first, second, *_ = read_attempts(limited.run)
+    assert (first.outcome in ("killed", "lost"), first.first_step) == (True, 0)
+    assert (second.outcome, second.message, second.first_step) == ("stopped", "stopped", 3)
+    assert second.last_step > first.last_step > 3
+    steps = [line["step"] for line in metrics(limited.run)]
+    assert steps[: second.last_step + 1] == list(range(second.last_step + 1))
 
 
 def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_folder: Path, unbroken: Path) -> None:
