@@ -23,7 +23,7 @@ from fire.decorators import SetParseFn
 
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_USER_ERROR, UserError
 from packhorse.masking import mask_output
-from packhorse.verbs.clusters import doctor
+from packhorse.verbs.clusters import doctor, manifest
 from packhorse.verbs.jobs import cancel, logs, pipeline, resume, site, status, submit
 from packhorse.verbs.runs import chat, check, convert, evaluate, plan, prepare, quickstart, recipes, train, verify
 from packhorse.verbs.words import Action
@@ -44,6 +44,7 @@ VERBS: dict[str, Callable[..., Action]] = {
         cancel,
         resume,
         doctor,
+        manifest,
         verify,
         evaluate,
         chat,

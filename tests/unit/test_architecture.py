@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "train": {"errors", "masking", "durable", "checkpoints", "recipe", "plan", "record", "data", "model", "track"},
     "evaluate": {"errors", "durable", "recipe", "plan", "record", "data", "model", "track", "train"},
     "report": {"errors", "durable", "recipe", "data"},
+    "doctor": {"errors", "durable", "version", "recipe", "plan", "record", "data", "launching"},
     "commands": {"*"},
     "verbs": {"errors"},
     "cli": {"errors", "masking", "verbs"},

@@ -37,6 +37,7 @@ from packhorse.data.places import data_root
 from packhorse.data.stored import require_sizes
 from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
+from packhorse.launching.places.lines import lines_of_nodes
 from packhorse.launching.run_folder import open_run, relative
 from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.auto import NEEDS_MORE, plan_best
@@ -68,7 +69,7 @@ class Asked:
         compare: Every way to run the recipe, in place of one.
         scale: Numbers of GPUs, in place of one.
         as_json: One JSON value in place of text.
-        argv: The launch line alone.
+        argv: The launch line alone, of several nodes each.
         diff: A run that the plan is compared with.
         calibrate: A run whose measured steps correct the time.
     """
@@ -107,7 +108,9 @@ def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
     made = plan_best(wanted, None if isinstance(basis, Unknown) else basis)
     case = None if isinstance(basis, Unknown) else case_of(made, basis)
     if wish.argv:
-        console.print(shown(made.argv), soft_wrap=True, highlight=False, markup=False)
+        one = made.topology.num_nodes == 1
+        text = shown(made.argv) if one else lines_of_nodes(made)
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     elif wish.diff:
         _diff(console, open_run(wish.diff), made, wish.as_json)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packhorse.verbs.words import Action, count_of, switch_of
+from packhorse.verbs.words import Action, count_of, overrides_of, switch_of
 
 
 def doctor(
@@ -24,3 +24,26 @@ def doctor(
     sizes = {"nodes": count_of("nodes", nodes), "gpus_per_node": count_of("gpus-per-node", gpus_per_node, at_least=0)}
     switches = {"fast": switch_of("fast", fast), "dry_run": switch_of("dry-run", dry_run)}
     return Action("doctor", "doctor", {"run": run, "site": site, **sizes, **switches})
+
+
+def manifest(
+    recipe: str,
+    *overrides: str,
+    to: str = "",
+    image: str = "",
+    volume: str = "",
+    gpus: str = "",
+    nodes: str = "",
+    **more: str,
+) -> Action:
+    """Print a run for other places: a SkyPilot task, or a Kubeflow TrainJob or PyTorchJob, from the same plan.
+
+    packhorse manifest RUN --to sky|trainjob|pytorchjob --image IMAGE --volume NAME:/FOLDER
+    packhorse manifest RECIPE --to … --image … --volume … --gpus 16xH100-80GB --nodes 2 [key=value …]
+
+    --volume: a volume that all nodes share, and the folder it is mounted at; the run folder lies below it.
+    `packhorse plan RECIPE --argv --nodes 2` gives a line per node for machines without a scheduler.
+    """
+    words = overrides_of(overrides, more, ("to", "image", "volume", "gpus", "nodes"))
+    asked = {"to": to, "image": image, "volume": volume, "gpus": gpus, "nodes": count_of("nodes", nodes)}
+    return Action("manifest", "manifest", {"recipe": recipe, "overrides": words, **asked})

@@ -76,7 +76,8 @@ def plan(
     packhorse plan RECIPE --gpus 16 --nodes 2 --write    prepares the data and makes the run folder, for a job script
 
     --price P: of a GPU hour. --network N: Gbit/s of one GPU between nodes. --json: one JSON value.
-    --argv: the launch line alone. --diff RUN: what differs from a run's plan. --calibrate RUN: time by its steps.
+    --argv: the launch line alone, one per node. --diff RUN: what differs from a run's plan.
+    --calibrate RUN: time by its steps.
     --write --force: even if the GPUs cannot hold it.
     """
     flags = (
