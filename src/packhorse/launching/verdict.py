@@ -147,7 +147,7 @@ def _cause(logs: Path, ending: Ending) -> str:
 
 
 def _go_on(folder: Path, step: int, num_steps: int) -> str:
-    return f"it goes on from step {step} of {num_steps} with: packhorse train {relative(folder)} --resume"
+    return f"it goes on from step {step} of {num_steps} with: packhorse resume {relative(folder)}"
 
 
 def _with_lines(head: str, lines: list[str], logs: Path) -> str:
