@@ -77,7 +77,7 @@ def test_a_fault_of_one_rank_ends_the_run_by_name(case: Case, folder: Path) -> N
     assert status["state"] == "failed"
     assert re.search(r"rank \d", status["message"])
     if case.code == EXIT_LOST:
-        assert f"packhorse train runs/{name} --resume" in said
+        assert f"packhorse resume runs/{name}" in said
     if name == "stop":
         assert "in train" in (run / "logs" / "attempt-1" / "stacks-0.txt").read_text(), "where the other one waits"
         assert re.search(r"rank 0 in gloo:\w+, number \d+ of group ", said), said

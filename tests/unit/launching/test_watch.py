@@ -91,7 +91,7 @@ def test_a_rank_that_was_killed_is_named_with_phase_and_step(
     assert outcome.exit_code == EXIT_LOST
     assert outcome.headline == "rank 1 was killed by SIGKILL in phase backward of step 12"
     assert "the last thing it said" in outcome.message
-    assert "--resume" in outcome.message
+    assert "packhorse resume " in outcome.message
     status = read_status(Path(plan.run_folder))
     assert status is not None
     assert (status.state, status.message) == ("failed", outcome.headline)
