@@ -65,6 +65,7 @@ class GpuFacts(Part):
     """Newest CUDA that the driver can run; empty without a driver."""
     torch_cuda: str = ""
     """CUDA that torch was built with; empty in a build for CPUs."""
+    torch_rocm: str = ""
 
 
 class Choice(Part):
@@ -148,6 +149,8 @@ class StoreFacts(Part):
     """Whether what the run reads is there."""
 
     model_fault: str = ""
+    may_fetch: bool = False
+    """HF_HUB_OFFLINE is off: what is not there is fetched when it is loaded."""
     model_found: str = ""
     data_fault: str = ""
     wandb_error: str = ""

@@ -118,6 +118,10 @@ def gpu_row(question: Question, nodes: Sequence[NodeFacts]) -> Row | None:
     """Has every node the GPUs that were asked for?"""
     if not question.gpus_per_node:
         return None
+    if all(node.gpu.torch_rocm for node in nodes):
+        return Row(
+            "GPUs", "not tried", f"torch was built for ROCm {nodes[0].gpu.torch_rocm}; only NVIDIA's are looked at"
+        )
     short = []
     for node in nodes:
         found = len(node.gpu.gpus)
@@ -167,7 +171,7 @@ def driver_row(question: Question, nodes: Sequence[NodeFacts]) -> Row | None:
 
     A driver runs every CUDA of its own major version or an older one (CUDA compatibility guide, minor versions).
     """
-    if not question.gpus_per_node:
+    if not question.gpus_per_node or all(node.gpu.torch_rocm for node in nodes):
         return None
     for node in nodes:
         built, driver = node.gpu.torch_cuda, node.gpu.driver_cuda

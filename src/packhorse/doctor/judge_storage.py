@@ -123,7 +123,7 @@ def model_row(question: Question, nodes: Sequence[NodeFacts]) -> Row | None:
             )
             return Row(
                 "weights",
-                "broken",
+                "note" if node.store.may_fetch else "broken",
                 f"on {node.host}: {node.store.model_fault}",
                 f"fetch them before the job, where all nodes see them: {fetch}; HF_HOME says where the cache is.",
             )

@@ -14,7 +14,7 @@ import tempfile
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from packhorse.doctor.facts import Gpu, GpuFacts, RoomFacts
 from packhorse.errors import UserError
@@ -61,7 +61,8 @@ def gpu_facts() -> GpuFacts:
         visible=visible,
         error=error,
         driver_cuda=_driver_cuda(),
-        torch_cuda=torch_cuda(),
+        torch_cuda=torch_built_for("cuda"),
+        torch_rocm=torch_built_for("hip"),
     )
 
 
@@ -96,6 +97,9 @@ def _visible(installed: list[tuple[str, Gpu]], visible: str) -> list[tuple[str, 
     """
     chosen = []
     for word in (part.strip() for part in visible.split(",")):
+        if word.startswith("MIG-"):  # a part of a card, which nvidia-smi does not list as one
+            chosen.append((word, Gpu(index=word, name="MIG", memory_mib=0, used_mib=0)))
+            continue
         found = [gpu for gpu in installed if word and (gpu[1].index == word or gpu[0].startswith(word))]
         if not found:
             break
@@ -115,8 +119,8 @@ def _driver_cuda() -> str:
     return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
-def torch_cuda() -> str:
-    """CUDA of this build of torch, from torch/version.py: importing torch takes seconds."""
+def torch_built_for(kind: Literal["cuda", "hip"]) -> str:
+    """CUDA or ROCm of this build of torch, from torch/version.py: importing torch takes seconds."""
     found = find_spec("torch")
     if found is None or found.origin is None:
         return ""
@@ -125,7 +129,7 @@ def torch_cuda() -> str:
         text = file.read_text(encoding="utf-8")
     except OSError:
         return ""
-    built = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    built = re.search(rf"^{kind}\b[^=\n]*=\s*['\"]([\d.]+)", text, re.MULTILINE)
     return built.group(1) if built else ""
 
 

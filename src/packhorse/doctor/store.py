@@ -10,7 +10,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
 from packhorse.data.manifest import read_manifest
 from packhorse.data.stored import size_faults
@@ -34,6 +34,7 @@ def store_facts(node_id: int, question: Question) -> StoreFacts:
     return StoreFacts(
         model_found=found,
         model_fault=model_fault,
+        may_fetch=bool(question.model_id) and not HF_HUB_OFFLINE,
         data_fault=_data_fault(question.data_folder),
         wandb_host=host,
         wandb_error=error,

@@ -170,6 +170,7 @@ def test_a_fault_is_named(name: str) -> None:
         (on_second("folder", rename_fault="stale handle"), "rename", "gpu2 got a stale handle"),
         (on_second("room", scratch_free_bytes=GB), "scratch", "has 1.0 GB free"),
         (on_second("room", locked_bytes=65536), "locked memory", "gpu2 has InfiniBand, and only 0.1 MB"),
+        (on_second("store", model_fault="it is not in /hf", may_fetch=True), "weights", "it is not in /hf"),
         (on_first("store", wandb_error="no answer"), "W&B", "gpu1 does not reach api.wandb.ai: no answer"),
         (on_second("gpu", gpus=(BUSY[0], BUSY[0].model_copy(update={"name": "A100"}))), "GPUs", "3 x H100, 1 x A100"),
     ],

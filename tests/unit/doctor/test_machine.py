@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from packhorse.doctor.facts import Question
-from packhorse.doctor.machine import file_system, gpu_facts, memory_limit, room_facts, torch_cuda, versions
+from packhorse.doctor.machine import file_system, gpu_facts, memory_limit, room_facts, torch_built_for, versions
 from packhorse.doctor.store import store_facts, weights_fault
 
 SMI = "0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 4\n1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 20000\n"
@@ -42,7 +42,15 @@ def test_the_first_of_two_installations_counts(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("visible", "indices"),
-    [(None, ["0", "1"]), ("1", ["1"]), ("1,0", ["1", "0"]), ("GPU-bbbb", ["1"]), ("0,7,1", ["0"]), ("", [])],
+    [
+        (None, ["0", "1"]),
+        ("1", ["1"]),
+        ("1,0", ["1", "0"]),
+        ("GPU-bbbb", ["1"]),
+        ("0,7,1", ["0"]),
+        ("", []),
+        ("MIG-cc", ["MIG-cc"]),
+    ],
 )
 def test_gpus_that_the_job_may_see(
     visible: str | None, indices: list[str], nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch
@@ -64,14 +72,14 @@ def test_a_driver_that_fails_is_told(nvidia_smi: Path) -> None:
 def test_cuda_of_torch_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    assert torch_cuda() == (torch.version.cuda or "")
+    assert torch_built_for("cuda") == (torch.version.cuda or "")
     package = tmp_path / "torch"
     package.mkdir()
     (package / "__init__.py").write_text("raise AssertionError\n")
     (package / "version.py").write_text("__version__ = '2.13.0+cu128'\ncuda: Optional[str] = '12.8'\nhip = None\n")
     monkeypatch.delitem(__import__("sys").modules, "torch")
     monkeypatch.syspath_prepend(tmp_path)
-    assert torch_cuda() == "12.8"
+    assert (torch_built_for("cuda"), torch_built_for("hip")) == ("12.8", "")
 
 
 def test_the_least_of_all_limits_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
