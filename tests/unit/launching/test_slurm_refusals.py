@@ -88,6 +88,7 @@ def test_a_qos_may_lift_the_partitions_time() -> None:
 
 def test_of_several_partitions_the_largest_counts() -> None:
     assert refusals.too_much(SITE, replace(ASKED, partition="gpu,cpu", num_nodes=9, time="9-00:00:00")) is None
+    assert refusals.too_much(SITE, replace(ASKED, partition="gpu,old", time="40:00:00")) is None
 
 
 def test_nodes_that_are_down_for_now_are_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
