@@ -120,6 +120,7 @@ class Pulse:
         self.phase("end")
         self._ended.set()
         self._thread.join()
+        self._memory.flush()  # or another host sees it when the kernel finds time, half a minute later
         self._memory.close()
 
     def _beat(self) -> None:
