@@ -92,7 +92,8 @@ def _cancel_launcher(folder: Path, now: bool) -> list[str]:
     if not here:
         (folder / STOP_FILE).touch()
         return [f"the ranks of process {pid} on {found['host']} are asked to save and stop"]
-    for _ in range(1 + now):
-        os.kill(pid, signal.SIGTERM)
+    # Two of one kind could reach it as one.
+    for number in (signal.SIGTERM, signal.SIGINT)[: 1 + now]:
+        os.kill(pid, number)
     how = "ends its ranks at once" if now else "is asked to save and stop"
     return [f"process {pid} {how}; to go on: packhorse train {relative(folder)} --resume"]

@@ -120,7 +120,8 @@ def stages_of(
         waits_for = [
             became[each] for each in (_last(number, follows) for number in record.depends_on) if each in became
         ]
-        done = has_data if record.kind == "prepare" else record.kind == "train" and _is_finished(now)
+        is_finished = now is not None and now.state == "finished"
+        done = {"prepare": has_data or is_finished, "train": is_finished}.get(record.kind, False)
         stage = _stage(record, state, ends.get(record.job_id), now, waits_for, done)
         if newest[record.kind] != record.job_id and not (state is not None and state.is_live):
             stage = Stage(record, state, "replaced", f"job {newest[record.kind]} took its place")
@@ -135,10 +136,6 @@ def _last(job_id: str, follows: Mapping[str, str]) -> str:
     while job_id in follows:
         job_id = follows[job_id]
     return job_id
-
-
-def _is_finished(now: Status | None) -> bool:
-    return now is not None and now.state == "finished"
 
 
 def _stage(

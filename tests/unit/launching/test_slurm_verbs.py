@@ -1,0 +1,354 @@
+"""`cancel`, `logs`, `resume` and sweeps: what is asked of Slurm, what a user reads, what stands in the run folders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from launching_cases import planned
+
+from packhorse.cli import main
+from packhorse.commands import cancel as cancel_verb
+from packhorse.commands import logs as logs_verb
+from packhorse.commands import resume as resume_verb
+from packhorse.commands import sending, status_jobs, submit_sweep
+from packhorse.errors import UserError
+from packhorse.launching.run_folder import check_free
+from packhorse.launching.slurm import chain
+from packhorse.launching.slurm.client import Expected, JobState, SlurmError
+from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, read_jobs
+from packhorse.launching.slurm.sweep_folder import create_sweep, member_folder
+from packhorse.plan.run_plan import read_plan
+from packhorse.recipe.load import load_recipe
+from packhorse.recipe.sweep import expand
+from packhorse.record.status import Status, write_status
+from tiny import write_tiny
+
+SITE = {"name": "here", "gpus_per_node": 0, "cpus_per_node": 2, "time": "00:10:00"}
+
+
+def job(job_id: str, kind: Kind, *depends_on: str) -> JobRecord:
+    argv = ("sbatch", "--parsable", f"{kind}.sbatch", "RUN")
+    return JobRecord(job_id=job_id, kind=kind, submitted_at=0.0, argv=argv, depends_on=depends_on)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return Path(planned(tmp_path).run_folder)
+
+
+# --- cancel ---
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The jobs that Slurm was asked to end."""
+    found: list[str] = []
+    monkeypatch.setattr(cancel_verb, "cancel_jobs", found.extend)
+    return found
+
+
+def live(monkeypatch: pytest.MonkeyPatch, folder: Path, *jobs: tuple[JobRecord, str]) -> None:
+    for record, _ in jobs:
+        append_job(folder, record)
+    states = [(record, JobState(record.job_id, state)) for record, state in jobs]
+    monkeypatch.setattr(cancel_verb, "live_jobs", lambda _: states)
+
+
+@pytest.mark.parametrize("now", [False, True], ids=["with a save", "at once"])
+def test_what_trains_may_save_first_and_what_waits_for_it_leaves_the_queue(
+    run: Path, monkeypatch, ended: list[str], capsys, now: bool
+) -> None:
+    live(
+        monkeypatch,
+        run,
+        (job("1", "train"), "RUNNING"),
+        (job("2", "evaluate", "1"), "PENDING"),
+        (job("3", "verify", "2"), "PENDING"),
+    )
+    assert cancel_verb.cancel(str(run), now) == 0
+    assert ended == (["3", "2", "1"] if now else ["3", "2"])
+    assert (run / "STOP").exists() is not now
+    assert (run / "CANCEL").exists(), "its job would queue itself again"
+    out = capsys.readouterr().out
+    assert ("job 1 is asked to save and to end" in out) is not now
+    assert f"to go on: packhorse resume {run}" in out
+
+
+def test_a_job_that_waits_to_train_is_not_asked_to_save(run: Path, monkeypatch, ended: list[str]) -> None:
+    live(monkeypatch, run, (job("1", "train"), "PENDING"))
+    assert cancel_verb.cancel(str(run)) == 0
+    assert ended == ["1"]
+    assert not (run / "STOP").exists(), "the next attempt would stop at once"
+
+
+def test_of_a_sweep_only_the_runs_that_train_are_asked_to_save(tmp_path: Path, monkeypatch, ended: list[str]) -> None:
+    folder = sweep_of_three(tmp_path)
+    states = {"7_1": "COMPLETING", "7_2": "RUNNING", "7_[3]": "PENDING"}
+    append_job(folder, job("7", "train"))
+    monkeypatch.setattr(
+        cancel_verb, "live_jobs", lambda _: [(job("7", "train"), JobState(*item)) for item in states.items()]
+    )
+    assert cancel_verb.cancel(str(folder)) == 0
+    assert [(member_folder(folder, each) / "STOP").exists() for each in (1, 2, 3)] == [False, True, False]
+    assert ended == ["7_[3]", "7_1"]
+
+
+def test_there_is_nothing_to_cancel_where_nothing_runs(run: Path) -> None:
+    with pytest.raises(UserError, match="nothing of .* runs or waits"):
+        cancel_verb.cancel(str(run))
+
+
+LAUNCHER = """
+import signal, sys, time
+from pathlib import Path
+from packhorse.launching.lock import only_launcher
+asked = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: asked.append(1))
+with only_launcher(Path(sys.argv[1])):
+    print("up", flush=True)
+    while len(asked) < int(sys.argv[2]):
+        time.sleep(0.01)
+    time.sleep(0.2)
+sys.exit(70 + len(asked))
+"""
+"""Ends once it was asked as often as is said, with 70 and how often it was."""
+
+
+@pytest.mark.parametrize(
+    ("now", "asked", "how"), [(False, 1, "is asked to save and stop"), (True, 2, "ends its ranks")]
+)
+def test_a_run_that_was_started_here_is_stopped_by_signals_to_its_launcher(
+    run: Path, capsys, now: bool, asked: int, how: str
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER, str(run), str(asked)], stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        launcher.stdout.readline()
+        assert cancel_verb.cancel(str(run), now) == 0
+        assert launcher.wait(20) == 70 + asked
+    out = capsys.readouterr().out
+    assert f"process {launcher.pid} {how}" in out
+    assert f"to go on: packhorse train {run} --resume" in out
+
+
+def test_a_launcher_on_another_host_is_asked_by_a_file(run: Path, capsys) -> None:
+    (run / "launcher.lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "x"}))
+    assert cancel_verb.cancel(str(run)) == 0
+    assert (run / "STOP").exists()
+    with pytest.raises(UserError, match="is run by process 1 on elsewhere"):
+        cancel_verb.cancel(str(run), now=True)
+
+
+# --- logs ---
+
+
+def said(run: Path, attempt: int, **files: str) -> None:
+    logs = run / "logs" / f"attempt-{attempt}"
+    logs.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        with (logs / f"{name.replace('_', '-')}.log").open("a") as file:
+            file.write(text)
+
+
+def test_logs_shows_the_job_the_launcher_and_rank_0_of_the_newest_attempt(run: Path, capsys) -> None:
+    said(run, 1, rank_0="old\n")
+    said(run, 10, rank_0="new\n", rank_1="other\n", stderr="agent\n")
+    (run / "logs" / "job-5.out").write_text("srun ended\n")
+    assert logs_verb.logs(str(run)) == 0
+    logs = run / "logs"
+    assert capsys.readouterr().out == (
+        f"==> {logs}/job-5.out <==\nsrun ended\n"
+        f"\n==> {logs}/attempt-10/stderr.log <==\nagent\n"
+        f"\n==> {logs}/attempt-10/rank-0.log <==\nnew\n"
+    )
+
+
+def test_logs_of_one_rank_are_as_it_wrote_them(run: Path, capsys) -> None:
+    said(run, 1, rank_0="zero\n", rank_1="one\n")
+    assert logs_verb.logs(str(run), rank=1) == 0
+    assert capsys.readouterr().out == "one\n"
+    with pytest.raises(UserError, match="ranks 0 to 1 have one"):
+        logs_verb.logs(str(run), rank=2)
+
+
+def test_a_run_that_has_said_nothing_is_told_so(run: Path) -> None:
+    with pytest.raises(UserError, match="has no log yet"):
+        logs_verb.logs(str(run))
+
+
+def test_following_goes_on_into_the_next_attempt_and_ends_with_the_run(run: Path, monkeypatch, capsys) -> None:
+    said(run, 1, rank_0="first\n")
+    happens = iter([lambda: said(run, 1, rank_0="more\n"), lambda: said(run, 2, rank_0="second\n"), None])
+
+    def is_under_way(_: Path) -> bool:
+        event = next(happens)
+        if event is not None:
+            event()
+        return event is not None
+
+    monkeypatch.setattr(logs_verb, "is_under_way", is_under_way)
+    monkeypatch.setattr(logs_verb, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(logs_verb, "OVER_SECONDS", 0.0)
+    assert logs_verb.logs(str(run), rank=0, follow=True) == 0
+    assert capsys.readouterr().out == "first\nmore\nsecond\n"
+
+
+# --- resume ---
+
+
+def test_a_run_that_runs_as_jobs_takes_no_overrides(run: Path) -> None:
+    append_job(run, job("1", "train"))
+    with pytest.raises(UserError, match=r"resume came with batch\.micro=1 --gpus 2"):
+        resume_verb.resume(str(run), ["batch.micro=1"], 2, None, False)
+
+
+def test_a_run_that_was_started_here_goes_on_here(run: Path, monkeypatch) -> None:
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(resume_verb, "train", lambda name, words, gpus, **more: seen.update(more, gpus=gpus) or 0)
+    assert resume_verb.resume(str(run), [], 2, 3, True) == 0
+    assert seen == {"gpus": 2, "resume": True, "restarts": 3, "force": True}
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What is handed to sbatch; jobs are numbered from 101, and nothing that was submitted lives."""
+    typed: list[list[str]] = []
+
+    def submit(words: list[str]) -> str:
+        typed.append(list(words))
+        return str(100 + len(typed))
+
+    for module in (submit_sweep, chain):
+        monkeypatch.setattr(module, "submit_script", submit)
+    monkeypatch.setattr(resume_verb, "refuse_live", lambda _: None)
+    for module in (resume_verb, status_jobs):
+        monkeypatch.setattr(module, "with_states", lambda records: [(record, None) for record in records])
+    for module in (submit_sweep, sending):
+        monkeypatch.setattr(module, "check_jobs", lambda _, jobs: [Expected(None, "", "") for _ in jobs])
+    return typed
+
+
+def test_a_finished_run_and_a_cancelled_one(run: Path, slurm: list[list[str]], capsys) -> None:
+    append_job(run, job("1", "train"))
+    (run / "CANCEL").touch()
+    write_status(run, Status(state="stopped", step=3, num_steps=40, attempt=1))
+    assert resume_verb.resume(str(run), [], None, None, False) == 0
+    assert slurm == [["train.sbatch", "RUN"]]
+    assert not (run / "CANCEL").exists(), "the job would end before it began"
+    assert f"{run}: job 101 train" in capsys.readouterr().out
+    write_status(run, Status(state="finished", step=40, num_steps=40, attempt=1))
+    with pytest.raises(UserError, match="is finished"):
+        resume_verb.resume(str(run), [], None, None, False)
+
+
+# --- sweeps ---
+
+
+def sweep_of_three(folder: Path) -> Path:
+    """A sweep whose runs finished, failed and never began."""
+    fields = {"data": {"sources": [{"path": "r.jsonl"}]}}
+    for number in (1, 2, 3):
+        planned(folder, name=f"s-{number}", **fields)
+    recipe = load_recipe(str(write_tiny(folder)), ["sweep.grid.seed=[1, 2, 3]", "name=s"])
+    create_sweep(folder / "s", "tiny.yaml", expand(recipe))
+    return folder / "s"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    write_tiny(tmp_path)
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(SITE))
+    return tmp_path
+
+
+def test_a_sweep_becomes_one_array_whose_tasks_each_have_a_run_of_their_own(
+    here: Path, slurm: list[list[str]], capsys
+) -> None:
+    words = ["submit", "tiny.yaml", "--array", "optimizer.learning_rate=1e-3,1e-4,1e-5"]
+    assert main(words) == 0
+    runs = here / "runs"
+    prepare = [f"{runs}/tiny/prepare.sbatch", "prepare", f"{runs}/tiny"]
+    chained = ["--dependency=afterok:101", "--kill-on-invalid-dep=yes"]
+    array = ["--array=1-3", f"--output={runs}/tiny-%a/logs/job-%A_%a.out", f"{runs}/tiny/job.sbatch", f"{runs}/tiny"]
+    assert slurm == [prepare, [*chained, *array]]
+    assert [read_plan(runs / f"tiny-{n}").recipe.optimizer.learning_rate for n in (1, 2, 3)] == [1e-3, 1e-4, 1e-5]
+    assert [record.job_id for record in read_jobs(runs / "tiny-2")] == ["101", "102_2"]
+    out = capsys.readouterr().out
+    assert "run 2 tiny-2: optimizer.learning_rate=0.0001" in " ".join(out.split())
+    assert main(["submit", "tiny.yaml", "--array", "seed=1,2"]) == 2
+    assert "runs/tiny holds files already" in capsys.readouterr().err
+
+
+def test_a_run_of_a_sweep_goes_on_alone_with_a_log_of_its_own(here: Path, slurm: list[list[str]]) -> None:
+    assert main(["submit", "tiny.yaml", "--array", "seed=1,2"]) == 0
+    runs = here / "runs"
+    write_status(runs / "tiny-1", Status(state="finished", step=6, num_steps=6, attempt=1))
+    slurm.clear()
+    plan = read_plan(runs / "tiny-2")
+    assert plan.data is None
+    assert main(["resume", "tiny"]) == 0
+    log = f"--output={runs}/tiny-2/logs"
+    assert slurm == [
+        [f"{log}/prepare-%j.out", f"{runs}/tiny/prepare.sbatch", "prepare", f"{runs}/tiny-2"],
+        [
+            "--dependency=afterok:101",
+            "--kill-on-invalid-dep=yes",
+            f"{log}/job-%j.out",
+            f"{runs}/tiny/job.sbatch",
+            f"{runs}/tiny-2",
+        ],
+    ]
+
+
+def test_a_sweep_that_slurm_refuses_leaves_nothing_behind(here: Path, slurm: list[list[str]], monkeypatch) -> None:
+    cancelled: list[str] = []
+    monkeypatch.setattr(submit_sweep, "cancel", cancelled.extend)
+
+    def refuse(words: list[str]) -> str:
+        if "--array=1-2" in words:
+            raise SlurmError(
+                "sbatch", "Batch job submission failed: Invalid job array specification", "see `man sbatch`."
+            )
+        return "101"
+
+    monkeypatch.setattr(submit_sweep, "submit_script", refuse)
+    assert main(["submit", "tiny.yaml", "--array", "seed=1,2"]) == 2
+    assert cancelled == ["101"]
+    assert [path.name for path in (here / "runs").glob("tiny*")] == []
+    check_free(here / "runs" / "tiny")
+
+
+def test_runs_that_ask_for_other_nodes_are_no_array(here: Path, slurm: list[list[str]], capsys) -> None:
+    assert main(["submit", "tiny.yaml", "--array", "parallel.processes=1,2"]) == 2
+    assert "tiny-1 runs on 1 x 1 processes and tiny-2 on 1 x 2." in capsys.readouterr().err
+    assert slurm == []
+
+
+def test_status_of_a_sweep_is_a_table_over_its_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = sweep_of_three(tmp_path)
+    write_status(tmp_path / "s-1", Status(state="finished", step=40, num_steps=40, attempt=1))
+    write_status(tmp_path / "s-2", Status(state="failed", step=7, num_steps=40, attempt=2, message="rank 0 failed: x"))
+    for number, losses in ((1, (3.0, 2.5)), (2, (3.0, 2.75))):
+        lines = [{"step": at, "train/loss": loss, "evaluation/loss": loss + 1} for at, loss in enumerate(losses)]
+        (tmp_path / f"s-{number}" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number in (1, 2, 3):
+        append_job(tmp_path / f"s-{number}", job(f"9_{number}", "train"))
+    states = {"9_2": JobState("9_2", "FAILED"), "9_3": JobState("9_3", "PENDING", "Priority")}
+    monkeypatch.setattr(
+        status_jobs, "with_states", lambda records: [(record, states.get(record.job_id)) for record in records]
+    )
+    assert main(["status", str(folder)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == f"sweep {folder}, 3 runs"
+    assert "s-1 seed=1 finished step 40 of 40 2.5 3.5 *" in lines
+    assert "s-2 seed=2 did not end well: rank 0 failed: x step 7 of 40 2.75 3.75" in lines
+    assert "s-3 seed=3 waits: other jobs come first (Priority)" in lines
+    assert lines[-1] == f"lowest evaluation/loss: {tmp_path}/s-1, 3.5"
