@@ -60,16 +60,15 @@ def check(recipe: str, overrides: Sequence[str]) -> int:
 def prepare(recipe: str, overrides: Sequence[str]) -> int:
     """Prepares the recipe's data and shows what became of every row."""
     console = Console()
-    if (Path(recipe) / PLAN_FILE).is_file() and not overrides:
-        prepare_run(recipe, console)
-        return EXIT_OK
     sweep = find_sweep(recipe) if not overrides else None
+    runs = [recipe] if (Path(recipe) / PLAN_FILE).is_file() and not overrides else []
     if sweep is not None:
-        for member in read_sweep(sweep).runs:
-            prepare_run(str(member_folder(sweep, member.number)), console)
+        runs = [str(member_folder(sweep, member.number)) for member in read_sweep(sweep).runs]
+    for run in runs:
+        prepare_run(run, lambda of_run: _prepared(of_run, console).manifest)
+    if runs:
         return EXIT_OK
-    done = prepare_with_progress(load_recipe(recipe, overrides), console)
-    console.print(f"{'found' if done.was_warm else 'prepared'} {done.folder}", soft_wrap=True, highlight=False)
+    done = _prepared(load_recipe(recipe, overrides), console)
     console.print()
     console.print(split_table(done.manifest.splits))
     console.print()
@@ -77,6 +76,12 @@ def prepare(recipe: str, overrides: Sequence[str]) -> int:
     for note in done.manifest.notes:
         console.print(f"note: {readable(note)}", markup=False, highlight=False)
     return EXIT_OK
+
+
+def _prepared(recipe: Recipe, console: Console) -> PreparedData:
+    done = prepare_with_progress(recipe, console)
+    console.print(f"{'found' if done.was_warm else 'prepared'} {done.folder}", soft_wrap=True, highlight=False)
+    return done
 
 
 def prepare_with_progress(recipe: Recipe, console: Console) -> PreparedData:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-from rich.console import Console
 
 from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.fitting import fitting_plan
@@ -21,31 +20,33 @@ from packhorse.plan.hardware import Hardware
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import dump_recipe
+from packhorse.recipe.schema import Recipe
 from packhorse.record.status import Status, write_status
 
 SITE_RECORD = "site.json"
 """RUN/site.json: the profile that the run was submitted with."""
 
 
-def prepare_run(run: str, console: Console) -> None:
+def prepare_run(run: str, prepare: Callable[[Recipe], DataManifest]) -> None:
     """Prepares the data of a run, and plans the run with it where it waits for that.
+
+    Args:
+        run: Its name or folder.
+        prepare: Prepares the data of a recipe, and shows so.
 
     Raises:
         UserError: The rows cannot be prepared, or the run does not fit its GPUs; a run that waits has then failed.
     """
-    from packhorse.commands.data import prepare_with_progress
-
     plan = open_run(run)
     try:
-        done = prepare_with_progress(plan.recipe, console)
+        manifest = prepare(plan.recipe)
         if plan.data is None:
-            _complete(plan, done.manifest)
+            _complete(plan, manifest)
     except UserError as error:
         if plan.data is None:
-            said = f"its data could not be prepared: {str(error).splitlines()[0]}"
+            said = f"it could not be prepared: {str(error).splitlines()[0]}"
             write_status(Path(plan.run_folder), Status(state="failed", step=0, num_steps=0, attempt=0, message=said))
         raise
-    console.print(f"{'found' if done.was_warm else 'prepared'} {done.folder}", soft_wrap=True, highlight=False)
 
 
 def _complete(plan: RunPlan, manifest: DataManifest) -> None:

@@ -159,7 +159,7 @@ def test_rows_that_cannot_be_prepared_fail_the_run_and_its_name_is_free_again(
     assert main(["prepare", "runs/first"]) == 2
     now = read_status(run)
     assert now.state == "failed"
-    assert now.message.startswith("its data could not be prepared: ")
+    assert now.message.startswith("it could not be prepared: ")
     (folder / "rows.jsonl").write_text(f"{json.dumps(ONE_ROW)}\n" * 32)
     assert main(["submit", "tiny.yaml", "--dry-run"]) == 0
 
