@@ -139,11 +139,13 @@ def test_every_user_error_says_fact_why_and_fix(path: Path) -> None:
         ["train", "--help"],
         ["recipes"],
         ["plan", "llama3.3-70b/qlora", "--gpus", "8"],
+        ["submit", "quickstart/full", "--site", "site.yaml", "--dry-run"],
         ["status", "nothing"],
     ],
     ids=lambda words: words[0],
 )
 def test_looking_imports_no_torch(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("name: here\ngpus_per_node: 1\n")
     code = (
         "import sys; from packhorse.cli import main; main(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'deepspeed', 'peft'} & set(sys.modules);"
