@@ -105,6 +105,12 @@ def test_what_can_be_refused_without_slurm_is(
     assert not (folder / "runs" / "first").exists()
 
 
+def test_an_override_never_reaches_a_script(folder: Path, capsys) -> None:
+    nasty = "$(touch canary) ; `touch canary` ' \" \\"
+    assert main(["submit", "tiny.yaml", "--dry-run", f"track.wandb_project={nasty}"]) == 0
+    assert "canary" not in capsys.readouterr().out
+
+
 def waiting_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As it is once `submit` has sent the two jobs; no Slurm is asked."""
     from packhorse.launching.slurm import submit as submitting
