@@ -9,6 +9,7 @@ from pathlib import Path
 
 from packhorse.launching.first_failure import first_failure
 from packhorse.launching.run_folder import relative
+from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmError
 from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
 from packhorse.launching.slurm.stages import Stage, read_ends, stages_of
@@ -50,7 +51,8 @@ def job_lines(run_folder: Path, stages: Sequence[Stage], silent: str) -> list[tu
         lines.append(("Slurm", f"what its jobs do now is not known: {silent}"))
     broken = any(stage.became in ("failed", "not run") for stage in shown)
     if broken and not any(stage.became in ("waits", "runs") for stage in shown):
-        lines.append(("next", f"mend it, then `packhorse resume {relative(run_folder)}` goes on from there"))
+        first = "it was cancelled" if (run_folder / CANCEL_FILE).exists() else "mend what failed"
+        lines.append(("next", f"{first}; `packhorse resume {relative(run_folder)}` goes on from there"))
     return lines
 
 

@@ -146,6 +146,12 @@ def test_a_job_that_ended_while_its_run_says_nothing_is_told_by_slurm() -> None:
     assert why == "OUT_OF_MEMORY, exit code 0:125: it took more memory than it had asked for (OutOfMemory)"
 
 
+def test_the_job_scripts_own_exit_codes_are_told_in_words() -> None:
+    jobs = [(chained()[1], JobState("12", "FAILED", "NonZeroExitCode", exit_code="20:0"))]
+    why = stages_of(jobs, {}, now("prepared"), has_data=True)[0].why
+    assert why == "FAILED, exit code 20:0: a node cannot do its part, told in its log"
+
+
 # --- status ---
 
 
@@ -189,7 +195,7 @@ def test_status_shows_the_chain_the_reason_and_the_first_failing_ranks_last_line
     assert "state failed: rank 1 failed: ValueError: bad row 7" in text
     assert "job 12 train: did not end well: rank 1 failed: ValueError: bad row 7" in text
     assert "job 13 evaluate: does not run: job 12 (train) did not end well" in text
-    assert f"next mend it, then `packhorse resume {run}` goes on from there" in text
+    assert f"next mend what failed; `packhorse resume {run}` goes on from there" in text
     assert f"failed first rank 1; its last lines (all of it in {logs}/rank-1.json):" in text
     assert "attempts 1: steps 0 to 0 in 0 s, failed: ValueError: bad row 7" in text
     assert "File x \n ValueError: bad row 7 \n" in text
@@ -198,11 +204,11 @@ def test_status_shows_the_chain_the_reason_and_the_first_failing_ranks_last_line
 def test_of_a_job_that_died_before_any_rank_its_own_last_lines_are_shown(run: Path, monkeypatch, capsys) -> None:
     (run / "logs").mkdir()
     (run / "logs" / "job-12.out").write_text("loading modules\npython: command not found\n")
-    slurm_says(monkeypatch, None, JobState("12", "FAILED", "NonZeroExitCode", exit_code="2:0"), None, None)
+    slurm_says(monkeypatch, None, JobState("12", "FAILED", "NonZeroExitCode", exit_code="127:0"), None, None)
     text = shown(run, capsys)
     assert f"failed first the job; its last lines (all of it in {run}/logs/job-12.out):" in text
     assert "python: command not found" in text
-    assert "job 12 train: did not end well: FAILED, exit code 2:0: its script failed (NonZeroExitCode)" in text
+    assert "job 12 train: did not end well: FAILED, exit code 127:0: its script failed (NonZeroExitCode)" in text
 
 
 def test_of_a_rank_that_a_signal_ended_the_log_and_the_signal_are_shown(run: Path, monkeypatch, capsys) -> None:

@@ -45,6 +45,13 @@ REASONS: Final = {
 """Slurm's words for why a job waits or ended (https://slurm.schedmd.com/squeue.html, job reason codes)."""
 ORDER: Final[tuple[Kind, ...]] = ("doctor", "prepare", "train", "evaluate", "verify")
 """Kinds of job as they follow each other."""
+SCRIPT_CODES: Final = {
+    "2": "a mistake, told in its log",
+    "20": "a node cannot do its part, told in its log",
+    "30": "attempts in a row gained no step",
+    "75": "it was asked to stop",
+}
+"""Exit codes of slurm/job.sbatch that no rank has told."""
 LIMITS: Final = ("QOS", "Assoc", "Max")
 
 
@@ -189,7 +196,8 @@ def _end_words(state: JobState | None, now: Status | None) -> str:
         return now.message.splitlines()[0]
     if state is None:
         return "it ended without a word, and Slurm has forgotten it"
-    said = reason_words(state.reason)
+    own = SCRIPT_CODES.get(state.exit_code.partition(":")[0]) if now is not None else None
+    said = own or reason_words(state.reason)
     code = f", exit code {state.exit_code}" if state.exit_code not in ("", "0:0") else ""
     return f"{state.state}{code}" + (f": {said}" if said else "")
 
