@@ -19,7 +19,7 @@ from packhorse.plan.run_plan import PLAN_FILE
 
 START_FILE: Final = "start"
 CONTEST_FILE: Final = "renamed"
-SEE_SECONDS: Final = 8.0
+SEE_SECONDS: Final = 5.0
 RENAME_SECONDS: Final = 1.0
 BLOCK_BYTES: Final = 8
 BLOCKS: Final = 8192
@@ -45,12 +45,14 @@ def open_place(question: Question) -> Path:
 
 
 def examine_folder(node_id: int, question: Question, meeting: Meeting) -> FolderFacts:
-    """Writes a file, reads those of the others, and removes its own."""
+    """Writes a file, reads those of the nodes that it met, and removes its own."""
     folder, place = Path(question.folder), meeting_place(question)
     facts = {"exists": folder.is_dir(), "kind": file_system(folder), "plan_sha256": plan_sha256(folder)}
     facts["sees_start"] = _read(place / START_FILE) == question.token
     write_error, lock_error, speed = _write(place, node_id, question)
-    expected = set(range(question.num_nodes)) - ({node_id} if write_error else set())
+    # Nobody looks for a file before it is there: NFS remembers for half a minute that it was not.
+    meeting.wait_for_all("written")
+    expected = set(meeting.members) - ({node_id} if write_error else set())
     sees = _look_for(expected, place, question.token)
     renames: tuple[int, int, str] = (0, 0, "")
     if not question.fast and question.num_nodes > 1:

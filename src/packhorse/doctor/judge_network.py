@@ -109,7 +109,7 @@ def clock_row(question: Question, nodes: Sequence[NodeFacts]) -> Row | None:
     if question.num_nodes == 1:
         return None
     known = [node for node in nodes if node.network.clock_skew_seconds is not None]
-    if not known:
+    if len(known) < len(nodes):
         return Row("clocks", "not tried", "the nodes did not meet; see above")
     worst = max(known, key=lambda node: abs(node.network.clock_skew_seconds or 0.0))
     seconds = worst.network.clock_skew_seconds or 0.0

@@ -30,8 +30,8 @@ def folder_row(question: Question, nodes: Sequence[NodeFacts]) -> Row:
         if not facts.sees_start:
             fact = f"{node.host} does not see in {question.folder} what was written there before it was asked"
             return Row("shared folder", "broken", f"{fact} (it lies on {facts.kind} there)", fix)
-        writers = {other.node_id: other.host for other in nodes if not other.folder.write_error}
-        unseen = [host for number, host in writers.items() if number not in facts.sees]
+        writers = [other for other in nodes if other.node_id in node.network.met and not other.folder.write_error]
+        unseen = [other.host for other in writers if other.node_id not in facts.sees]
         if unseen:
             fact = f"{node.host} does not see in {question.folder} what {', '.join(unseen[:4])} wrote there"
             return Row("shared folder", "broken", f"{fact} (it lies on {facts.kind} there)", fix)
@@ -40,7 +40,8 @@ def folder_row(question: Question, nodes: Sequence[NodeFacts]) -> Row:
         fact = f"{unlocked[0].host} cannot lock a file in {question.folder}: {unlocked[0].folder.lock_error}"
         return Row("shared folder", "note", fact, "prepare data on one node at a time: packhorse locks it with flock.")
     kinds = ", ".join(dict.fromkeys(node.folder.kind for node in nodes))
-    whom = "each node sees what every other wrote" if question.num_nodes > 1 else "it can be written"
+    met = question.num_nodes > 1 and all(len(node.network.met) == question.num_nodes for node in nodes)
+    whom = "each node sees what every other wrote" if met else "each node sees what was written before it was asked"
     return Row("shared folder", "ok", f"{question.folder} ({kinds}): {whom}")
 
 
