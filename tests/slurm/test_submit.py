@@ -13,6 +13,7 @@ from cluster import Cluster
 
 from cli import PACKHORSE, curve, packhorse
 from packhorse.cli import main
+from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.slurm.jobs import read_jobs
 from packhorse.launching.slurm.site_load import load_site
 from packhorse.record.status import read_status
@@ -34,6 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, monkeypat
     """A folder with a recipe of four processes and a profile of the cluster; Slurm's programs speak to it."""
     for name in ("PATH", "SLURM_CONF", "PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "WANDB_MODE"):
         monkeypatch.setenv(name, cluster.environment[name])
+    # DeepSpeed's parts are built once for this environment, and not by each job anew.
+    monkeypatch.setenv(FOLDER_VARIABLE, str(extensions_folder()))
     made = tmp_path_factory.mktemp("submitted")
     monkeypatch.chdir(made)
     write_tiny(made, parallel={"processes": 4})
@@ -100,8 +103,10 @@ def test_of_two_submissions_at_once_one_is_sent(folder: Path, cluster: Cluster) 
     both = [subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, env=os.environ) for _ in range(2)]
     said = [process.communicate(timeout=60)[1].decode() for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
-    queued = cluster.ask("squeue", "-h", "-o", "%i").split()
-    assert sorted(queued) == sorted(job.job_id for job in read_jobs(run)[-len(queued) :])
+    sent = read_jobs(run)[2:]
+    queued = set(cluster.ask("squeue", "-h", "--name=tiny,tiny-prepare", "-o", "%i").split())
+    assert queued == {job.job_id for job in sent}
+    assert [job.kind for job in sent] == ["prepare", "train"]
     cluster.ask("scancel", *queued)
 
 
