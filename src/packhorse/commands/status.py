@@ -18,7 +18,7 @@ from packhorse.launching.run_folder import open_run, relative
 from packhorse.launching.slurm.stages import Stage
 from packhorse.launching.slurm.sweep_folder import find_sweep
 from packhorse.launching.verdict import newest_step, where
-from packhorse.record.attempts import AttemptRecord, lost_steps, made_steps, read_attempts
+from packhorse.record.attempts import AttemptRecord, has_ended, lost_steps, made_steps, read_attempts
 from packhorse.record.heartbeat import Heartbeat, read_heartbeats
 from packhorse.record.processes import process
 from packhorse.record.status import Status, read_status
@@ -46,7 +46,7 @@ def status(run: str) -> int:
     stages, silent = read_stages(folder)
     attempts = read_attempts(folder)
     beats = read_heartbeats(folder / "logs" / f"attempt-{attempts[-1].attempt}") if attempts else []
-    runs = any(_lives(beat) for beat in beats)
+    runs = _ranks_live(folder, attempts, beats)
     figures = list(read_metrics(folder / METRICS_FILE))
     lines = [("run", relative(folder))]
     if now is not None:
@@ -74,7 +74,11 @@ def is_under_way(folder: Path) -> bool:
     attempts = read_attempts(folder)
     beats = read_heartbeats(folder / "logs" / f"attempt-{attempts[-1].attempt}") if attempts else []
     stages, _ = read_stages(folder)
-    return any(map(_lives, beats)) or _is_held(folder) or any(stage.became in ("waits", "runs") for stage in stages)
+    return (
+        _ranks_live(folder, attempts, beats)
+        or _is_held(folder)
+        or any(stage.became in ("waits", "runs") for stage in stages)
+    )
 
 
 def _state(now: Status, beats: Sequence[Heartbeat], runs: bool, stages: Sequence[Stage]) -> list[tuple[str, str]]:
@@ -90,6 +94,10 @@ def _state(now: Status, beats: Sequence[Heartbeat], runs: bool, stages: Sequence
     if now.num_steps:
         lines.append(("progress", f"step {now.step:,} of {now.num_steps:,}, attempt {now.attempt}"))
     return [*lines, ("updated", f"{now.updated_at} by process {now.pid} on {now.host}")]
+
+
+def _ranks_live(folder: Path, attempts: Sequence[AttemptRecord], beats: Sequence[Heartbeat]) -> bool:
+    return any(map(_lives, beats)) and not has_ended(folder, attempts[-1].attempt)
 
 
 def _lives(beat: Heartbeat) -> bool:

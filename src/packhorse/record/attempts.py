@@ -120,6 +120,11 @@ def read_attempts(run_folder: Path) -> list[AttemptRecord]:
     return [both[number] for number in sorted(both)]
 
 
+def has_ended(run_folder: Path, attempt: int) -> bool:
+    """Whether somebody wrote down how an attempt ended; the last heartbeat of a rank may be younger than that."""
+    return any(record.attempt == attempt for record in _lines(run_folder))
+
+
 def settle_attempts(run_folder: Path) -> None:
     """Writes down the attempts that have no line; called by the one that holds the run's lock."""
     written = {record.attempt for record in _lines(run_folder)}

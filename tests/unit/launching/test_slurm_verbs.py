@@ -17,6 +17,7 @@ from packhorse.commands import logs as logs_verb
 from packhorse.commands import resume as resume_verb
 from packhorse.commands import sending, status_jobs, submit_sweep
 from packhorse.errors import UserError
+from packhorse.launching.lock import LOCK_FILE
 from packhorse.launching.run_folder import check_free
 from packhorse.launching.slurm import chain
 from packhorse.launching.slurm.client import Expected, JobState, SlurmError
@@ -244,6 +245,20 @@ def test_a_finished_run_and_a_cancelled_one(run: Path, slurm: list[list[str]], c
     write_status(run, Status(state="finished", step=40, num_steps=40, attempt=1))
     with pytest.raises(UserError, match="is finished"):
         resume_verb.resume(str(run), [], None, None, False)
+
+
+@pytest.mark.parametrize(("state", "code"), [("CANCELLED", 0), ("RUNNING", 2), (None, 2)])
+def test_a_job_that_was_ended_hard_holds_its_run_no_longer_than_slurm_says(
+    run: Path, slurm: list[list[str]], monkeypatch, state: str | None, code: int
+) -> None:
+    """A task of an array is known by another name than its number; of a forgotten job the ranks' silence decides."""
+    append_job(run, job("7_2", "train"))
+    said(run, 1, rank_0="x")
+    (run / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "n", "since": "x", "job": "9", "chain": "9"}))
+    found = {"7_2": JobState("7_2", state)} if state else {}
+    monkeypatch.setattr(chain, "job_states", lambda ids: found if ids == ["9"] else {})
+    assert main(["resume", str(run)]) == code
+    assert len(slurm) == (1 if code == 0 else 0)
 
 
 # --- sweeps ---

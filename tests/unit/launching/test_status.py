@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,12 @@ def test_a_run_under_way_is_shown_as_such(run: Path, capsys, alive: str) -> None
     if alive == "rank":
         assert "2: steps 30 to 44, runs since" in text
         assert "lost 7 of 51 steps" in text
+
+
+def test_ranks_of_another_host_that_spoke_just_now_are_dead_once_their_attempt_has_ended(run: Path, capsys) -> None:
+    beat = {"rank": 0, "pid": 1, "host": "elsewhere", "phase": "backward", "step": 44, "since": time.time()}
+    heartbeat = run / "logs" / "attempt-2" / "heartbeat-0.json"
+    heartbeat.write_text(json.dumps(beat | {"at": time.time(), "first_step": 30}))
+    assert "2: steps 30 to 44, runs since" in shown(run, capsys)
+    end_attempt(run, 2, "failed", "rank 0 failed: x", 300.0)
+    assert "2: steps 30 to 44 in 100 s, failed: rank 0 failed: x" in shown(run, capsys)

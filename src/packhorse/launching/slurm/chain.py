@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.slurm.client import depend_on_any, submit_script
+from packhorse.launching.lock import holder, release_job
+from packhorse.launching.slurm.client import depend_on_any, job_states, submit_script
 from packhorse.launching.slurm.jobs import JobRecord, append_job, live_jobs, read_jobs
 from packhorse.launching.slurm.stages import ORDER, Stage
 
@@ -53,6 +54,22 @@ def submit_again(run_folder: Path, left: Sequence[JobRecord]) -> list[JobRecord]
         append_job(run_folder, again)
         submitted.append(again)
     return submitted
+
+
+def release_ended(run_folder: Path) -> None:
+    """Gives a run free that is held by a job which Slurm knows to have ended: one that was ended hard could not.
+
+    Raises:
+        NoSlurmError: There is no Slurm here, and a job holds the run.
+        SlurmError: Slurm does not answer.
+    """
+    found = holder(run_folder)
+    if found is None or "job" not in found:
+        return
+    job_id = str(found["job"])
+    states = job_states([job_id]).values()  # of a task of an array, under the name that it has there
+    if states and not any(state.is_live for state in states):
+        release_job(run_folder, job_id)
 
 
 def follow(run_folder: Path, job_id: str, follower: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Final
 from packhorse.errors import UserError
 from packhorse.launching.lock import only_launcher
 from packhorse.launching.run_folder import relative
-from packhorse.launching.slurm.chain import CANCEL_FILE, chained
+from packhorse.launching.slurm.chain import CANCEL_FILE, chained, release_ended
 from packhorse.launching.slurm.client import Expected, SlurmError, cancel, expect_start, submit_script
 from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, live_jobs
 from packhorse.launching.slurm.refusals import explained, nodes_are_down, too_much
@@ -116,6 +116,7 @@ def send(run_folder: Path, jobs: Sequence[PlannedJob], expected: Sequence[Expect
     """
     (run_folder / "logs").mkdir(exist_ok=True)
     sent: list[JobRecord] = []
+    release_ended(run_folder)
     with only_launcher(run_folder):
         refuse_live(run_folder)
         (run_folder / CANCEL_FILE).unlink(missing_ok=True)
