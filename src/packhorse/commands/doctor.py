@@ -12,8 +12,9 @@ from packhorse.doctor.examination import examine_here, examine_in_job, examine_i
 from packhorse.doctor.facts import Question
 from packhorse.doctor.judge import judge
 from packhorse.doctor.question import question_of_place, question_of_run
+from packhorse.doctor.rows import EXIT_BROKEN
 from packhorse.doctor.table import summary
-from packhorse.errors import EXIT_BUG, EXIT_OK, UserError
+from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.run_folder import open_run
 from packhorse.launching.slurm.script import show
 from packhorse.launching.slurm.site import SiteProfile
@@ -37,7 +38,7 @@ def doctor(
         found, said = examine_in_short_job(question, profile, programs, lambda line: print(line, file=sys.stderr))  # noqa: T201
     else:
         found, said = examine_in_job(question) if in_job else examine_here(question)
-    return EXIT_BUG if summary(console, judge(question, found, said), all_rows=True) else EXIT_OK
+    return EXIT_BROKEN if summary(console, judge(question, found, said), all_rows=True) else EXIT_OK
 
 
 def _question(

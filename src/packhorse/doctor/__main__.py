@@ -20,8 +20,9 @@ from packhorse.doctor.folder import meeting_place, open_place
 from packhorse.doctor.judge import judge
 from packhorse.doctor.node import MARK, from_lines
 from packhorse.doctor.question import question_of_run
+from packhorse.doctor.rows import EXIT_BROKEN
 from packhorse.doctor.table import summary
-from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_USER_ERROR, UserError
+from packhorse.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from packhorse.launching.run_folder import open_run
 
 USAGE = "usage: python -m packhorse.doctor ask RUN [SCRATCH] | judge QUESTION\n"
@@ -55,7 +56,7 @@ def tell(text: str) -> int:
     shutil.rmtree(meeting_place(question), ignore_errors=True)
     said = "\n".join(line for line in lines if MARK not in line)
     rows = judge(question, from_lines(lines), last_words(said))
-    return EXIT_BUG if summary(Console(stderr=True), rows, all_rows=False) else EXIT_OK
+    return EXIT_BROKEN if summary(Console(stderr=True), rows, all_rows=False) else EXIT_OK
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Part(BaseModel):
-    """A part of a question or an answer; nodes with another version of Packhorse are told apart by their keys."""
+    """A part of a question or an answer; a node with another version of Packhorse may say more, or less."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
 class Question(Part):
@@ -78,13 +78,13 @@ class Choice(Part):
     """Why it has none."""
 
 
-class Tried(Part):
-    """One connection to another node."""
+class Failed(Part):
+    """A connection to another node that could not be made."""
 
     node_id: int
     library: str
     address: str
-    error: str = ""
+    error: str
 
 
 class NetworkFacts(Part):
@@ -102,7 +102,9 @@ class NetworkFacts(Part):
     """Why the first node's port could not be opened there, or reached from here."""
     met: tuple[int, ...] = ()
     """Nodes that came to the first one, itself too."""
-    tried: tuple[Tried, ...] = ()
+    ways: int = 0
+    """To other nodes that were tried: each address that a library of theirs will take."""
+    failed: tuple[Failed, ...] = ()
     clock_skew_seconds: float | None = None
     """Of this clock against the first node's."""
     link_mbit: int | None = None

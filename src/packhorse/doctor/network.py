@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final
 
-from packhorse.doctor.facts import Choice, NetworkFacts, Question, Tried
+from packhorse.doctor.facts import Failed, NetworkFacts, Question
 from packhorse.doctor.interfaces import choices, interfaces, link_mbit
 from packhorse.doctor.meeting import MEET_SECONDS, Hub, Meeting, in_words, join, open_port, read_line, write_line
 
@@ -35,7 +34,7 @@ class Network:
     def facts(self) -> NetworkFacts:
         """What was found; tries every other node now."""
         met = self.meeting.members
-        tried = _try_all(self.node_id, self._question, met)
+        tried = _try_all(self.node_id, met)
         chosen = self.choices[-1].interface
         return NetworkFacts(
             choices=self.choices,
@@ -46,7 +45,8 @@ class Network:
             resolve_error=self._resolve_error,
             hub_error=self.meeting.error,
             met=tuple(sorted(met)),
-            tried=tuple(tried),
+            ways=len(tried),
+            failed=tuple(each for each in tried if each is not None),
             clock_skew_seconds=self.meeting.clock_skew_seconds,
             link_mbit=link_mbit(chosen, gpus=self._question.gpus_per_node > 0),
         )
@@ -91,11 +91,6 @@ class Network:
                 write_line(stream, {"node_id": self.node_id})
 
 
-def is_loopback(choice: Choice) -> bool:
-    """Whether a library would take an address that only this node knows."""
-    return choice.address.startswith("127.") or choice.address == "::1"
-
-
 def _resolve(name: str) -> tuple[str, str]:
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -104,7 +99,7 @@ def _resolve(name: str) -> tuple[str, str]:
     return str(found[0][4][0]), ""
 
 
-def _try_all(node_id: int, question: Question, met: dict[int, dict[str, object]]) -> Iterable[Tried]:
+def _try_all(node_id: int, met: dict[int, dict[str, object]]) -> list[Failed | None]:
     """Every other node, at each address that a library of it will give to the others."""
     wanted = []
     for other, member in sorted(met.items()):
@@ -118,16 +113,14 @@ def _try_all(node_id: int, question: Question, met: dict[int, dict[str, object]]
         return list(pool.map(lambda each: _try(*each), wanted))
 
 
-def _try(node_id: int, library: str, address: str, port: int) -> Tried:
-    error = ""
+def _try(node_id: int, library: str, address: str, port: int) -> Failed | None:
     try:
         with (
             socket.create_connection((address, port), timeout=PEER_SECONDS) as connection,
             connection.makefile("rb") as stream,
         ):
             answered = read_line(stream)["node_id"]
-            if answered != node_id:
-                error = f"another node answered there: number {answered}"
+            error = "" if answered == node_id else f"another node answered there: number {answered}"
     except (OSError, ValueError, KeyError) as fault:
         error = in_words(fault)
-    return Tried(node_id=node_id, library=library, address=address, error=error)
+    return Failed(node_id=node_id, library=library, address=address, error=error) if error else None

@@ -47,7 +47,7 @@ def main() -> int:
 
 def at_first_node(question: Question) -> Question:
     """The question with the first node's name and a port of the job, where they are not given."""
-    name = question.master_addr or first_host(os.environ.get("SLURM_JOB_NODELIST", "")) or gethostname()
+    name = question.master_addr or first_host(os.environ.get("SLURM_STEP_NODELIST", "")) or gethostname()
     # Below what the kernel hands out to others (32768 and up).
     port = question.master_port or LOWEST_PORT + int(os.environ.get("SLURM_JOB_ID", str(os.getpid()))) % PORTS
     return question.model_copy(update={"master_addr": name, "master_port": port})
@@ -71,7 +71,7 @@ def examine(node_id: int, question: Question) -> NodeFacts:
             room=room_facts(question.scratch),
             store=store_facts(node_id, question),
         )
-        everybody = len(met.met) == question.num_nodes and not any(each.error for each in met.tried)
+        everybody = len(met.met) == question.num_nodes and not met.failed
         if not question.fast and everybody:
             facts = facts.model_copy(update={"bandwidth": _bandwidth(node_id, question, network)})
     finally:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
+EXIT_BROKEN: Final = 1
 Verdict = Literal["ok", "note", "broken", "not tried"]
 
 

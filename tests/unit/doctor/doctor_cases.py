@@ -13,7 +13,6 @@ from packhorse.doctor.facts import (
     Question,
     RoomFacts,
     StoreFacts,
-    Tried,
 )
 
 GB = 10**9
@@ -32,7 +31,6 @@ QUESTION = Question(
 
 
 def sound_node(node_id: int) -> NodeFacts:
-    other = 1 - node_id
     choices = tuple(Choice(library=name, interface="ib0", address=f"10.0.0.{node_id + 1}") for name in ("gloo", "nccl"))
     return NodeFacts(
         node_id=node_id,
@@ -51,7 +49,7 @@ def sound_node(node_id: int) -> NodeFacts:
             master_port=20123,
             resolved="192.168.0.1",
             met=(0, 1),
-            tried=(Tried(node_id=other, library="gloo", address=f"10.0.0.{other + 1}"),),
+            ways=1,
             clock_skew_seconds=0.002 * node_id,
             link_mbit=400_000,
         ),

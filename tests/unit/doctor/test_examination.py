@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -46,6 +47,14 @@ def test_answers_come_back_whole_through_labels_and_other_lines() -> None:
     assert from_lines(mixed) == sound_nodes()
     # A node of which a line is missing has not answered.
     assert [node.node_id for node in from_lines(mixed[:-1] if lines[-1] == mixed[-1] else lines[:-1])] == [0]
+
+
+def test_a_node_with_another_version_of_packhorse_is_heard() -> None:
+    (line,) = [json.loads(base64.b64decode("".join(each.split()[-1] for each in to_lines(sound_nodes()[1]))))]
+    text = json.dumps(line | {"versions": line["versions"] | {"packhorse": "9.0"}, "of_tomorrow": 1})
+    other = f"packhorse-doctor 1 0 1 {base64.b64encode(text.encode()).decode()}"
+    rows = judge(QUESTION, from_lines([*to_lines(sound_nodes()[0]), other]))
+    assert first_broken(rows).fact == "packhorse is 0.1.0 on gpu1, 9.0 on gpu2"
 
 
 def ask_two_nodes(question: Question, environment: dict[str, str] | None = None) -> list[str]:

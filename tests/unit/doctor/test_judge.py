@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from doctor_cases import GB, QUESTION, sound_nodes
 
-from packhorse.doctor.facts import Choice, Gpu, NodeFacts, Tried
+from packhorse.doctor.facts import Choice, Failed, Gpu, NodeFacts
 from packhorse.doctor.judge import judge
 from packhorse.doctor.rows import first_broken
 
@@ -96,7 +96,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
         "gpu2: there is no ib1, so gloo finds none",
     ),
     "an interface that does not reach": (
-        on_second("network", tried=(Tried(node_id=0, library="nccl", address="10.0.0.1", error="no answer"),)),
+        on_second("network", failed=(Failed(node_id=0, library="nccl", address="10.0.0.1", error="no answer"),)),
         "between nodes",
         "gpu2 does not reach gpu1 at 10.0.0.1 (ib0, which nccl takes): no answer",
     ),

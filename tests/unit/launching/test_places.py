@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from packhorse.cli import main
-from packhorse.errors import EXIT_STOPPED, UserError
+from packhorse.errors import UserError
 from packhorse.launching.places.lines import ADDRESS, engine_environment, lines_of_nodes
 from packhorse.launching.places.request import name_of
 from packhorse.launching.places.start import launch_of
@@ -24,21 +20,6 @@ from packhorse.launching.run_folder import open_run
 from packhorse.plan.command import launch_argv
 from packhorse.plan.run_plan import RunPlan, Topology
 from tiny import write_tiny
-
-STANDS_FOR_ACCELERATE = """#!/bin/sh
-# Waits for STOP, as ranks do, and says how it was called.
-echo "$@" > "$CALLED"
-while [ ! -e "$RUN/STOP" ]; do sleep 0.05; done
-sleep 0.2
-"""
-
-
-START = """
-import sys
-sys.executable = sys.argv.pop(1)  # the programs beside it are taken
-from packhorse.launching.places.start import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -134,22 +115,3 @@ def test_a_pod_starts_its_share(plan: RunPlan) -> None:
     assert environment["PET_SIGNALS_TO_HANDLE"] == "SIGINT"
     with pytest.raises(UserError, match="this is node 1, and the plan of runs/tiny has nodes 0 to 0"):
         launch_of("runs/tiny", "1", "first", "1", pod)
-
-
-def test_a_pod_that_is_to_end_asks_all_ranks_to_save(plan: RunPlan, tmp_path: Path) -> None:
-    environment = os.environ | {"CALLED": str(tmp_path / "called"), "RUN": plan.run_folder}
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "python").symlink_to(sys.executable)
-    program = programs / "accelerate"
-    program.write_text(STANDS_FOR_ACCELERATE)
-    program.chmod(0o755)
-    words = [sys.executable, "-c", START, str(programs / "python"), "runs/tiny", "0", "first", "23456"]
-    with subprocess.Popen(words, env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)}) as child:
-        end = time.monotonic() + 30
-        while not (tmp_path / "called").is_file() and time.monotonic() < end:
-            time.sleep(0.05)
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=30) == EXIT_STOPPED
-    assert "--machine_rank 0 --main_process_ip first" in (tmp_path / "called").read_text()
-    assert not (Path(plan.run_folder) / "STOP").exists()
