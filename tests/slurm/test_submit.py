@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from cluster import Cluster
 
-from cli import PACKHORSE, curve, packhorse
+from cli import curve, packhorse
 from packhorse.cli import main
+from packhorse.commands.planned_jobs import planned_jobs, submission
+from packhorse.errors import UserError
 from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
+from packhorse.launching.lock import only_launcher
 from packhorse.launching.slurm.jobs import read_jobs
 from packhorse.launching.slurm.site_load import load_site
+from packhorse.launching.slurm.submit import check_jobs, send
 from packhorse.record.status import read_status
 from tiny import write_tiny
 
@@ -94,20 +96,22 @@ def test_a_refusal_names_the_field_and_what_the_site_takes(
     assert not (folder / "runs" / "tiny").exists(), "nothing is made of what is refused"
 
 
-def test_of_two_submissions_at_once_one_is_sent(folder: Path, cluster: Cluster) -> None:
+def test_of_two_submissions_at_once_one_is_sent(folder: Path, cluster: Cluster, capsys) -> None:
     write_site(folder, options=["--hold"])
-    assert packhorse(folder, "submit", "tiny.yaml").code == 0
+    assert main(["submit", "tiny.yaml"]) == 0
     run = folder / "runs" / "tiny"
+    found = submission("runs/tiny", [], "", None, None, "", False)
+    jobs = planned_jobs(found)
+    # The other one has looked for live jobs before this one sent its own.
+    with pytest.raises(UserError, match="runs/tiny is submitted already: job"):
+        send(run, jobs, check_jobs(found.site, jobs))
+    assert len(read_jobs(run)) == 2
     cluster.ask("scancel", *(job.job_id for job in read_jobs(run)))
-    words = [str(PACKHORSE), "submit", "runs/tiny"]
-    both = [subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, env=os.environ) for _ in range(2)]
-    said = [process.communicate(timeout=60)[1].decode() for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], said
-    sent = read_jobs(run)[2:]
-    queued = set(cluster.ask("squeue", "-h", "--name=tiny,tiny-prepare", "-o", "%i").split())
-    assert queued == {job.job_id for job in sent}
-    assert [job.kind for job in sent] == ["prepare", "train"]
-    cluster.ask("scancel", *queued)
+    with only_launcher(run):
+        assert main(["submit", "runs/tiny"]) == 2
+    assert "tiny is run by process" in capsys.readouterr().err
+    assert len(read_jobs(run)) == 2
+    assert cluster.ask("squeue", "-h", "--name=tiny,tiny-prepare", "-o", "%i") == ""
 
 
 def test_a_first_profile_of_the_cluster_can_be_submitted_with(folder: Path, capsys) -> None:
