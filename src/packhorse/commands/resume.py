@@ -9,12 +9,11 @@ from rich.console import Console
 
 from packhorse.commands.train import train
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.lock import only_launcher
 from packhorse.launching.run_folder import open_run, relative
-from packhorse.launching.slurm.chain import CANCEL_FILE, left_of, release_ended, submit_again
+from packhorse.launching.slurm.chain import CANCEL_FILE, left_of, submit_again
 from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
 from packhorse.launching.slurm.stages import read_ends, stages_of
-from packhorse.launching.slurm.submit import refuse_live
+from packhorse.launching.slurm.submit import only_submission, refuse_live
 from packhorse.launching.slurm.sweep_folder import find_sweep, member_folder, read_sweep
 from packhorse.plan.run_plan import read_plan
 from packhorse.record.status import read_status
@@ -75,10 +74,7 @@ def _resume_sweep(sweep: Path) -> int:
 
 def _again(folder: Path) -> list[JobRecord]:
     has_data = read_plan(folder).data is not None
-    refuse_live(folder)
-    release_ended(folder)
-    with only_launcher(folder):
-        refuse_live(folder)
+    with only_submission(folder):
         jobs = with_states(read_jobs(folder))
         left = left_of(stages_of(jobs, read_ends(folder), read_status(folder), has_data))
         if left:

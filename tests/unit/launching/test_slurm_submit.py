@@ -9,7 +9,12 @@ import pytest
 import yaml
 
 from packhorse.cli import main
+from packhorse.errors import UserError
+from packhorse.launching.lock import hold_for_job, release_job
 from packhorse.launching.run_folder import open_run
+from packhorse.launching.slurm import submit as submitting
+from packhorse.launching.slurm.client import Expected
+from packhorse.launching.slurm.submit import only_submission
 from packhorse.record.status import read_status
 from tiny import write_tiny
 
@@ -113,19 +118,23 @@ def test_an_override_never_reaches_a_script(folder: Path, capsys) -> None:
 
 def waiting_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As it is once `submit` has sent the two jobs; no Slurm is asked."""
-    from packhorse.launching.slurm import submit as submitting
-    from packhorse.launching.slurm.client import Expected
-
     sent: list[list[str]] = []
+    run = folder / "runs" / "first"
 
     def submit_script(words: list[str]) -> str:
         sent.append(words)
-        return str(10 + len(sent))
+        number = str(10 + len(sent))
+        # A job may begin before the next one is sent, and holds the run then.
+        hold_for_job(run, number, number)
+        release_job(run, number)
+        with pytest.raises(UserError, match="is being submitted by another process"), only_submission(run):
+            pass
+        return number
 
     monkeypatch.setattr(submitting, "submit_script", submit_script)
     monkeypatch.setattr("packhorse.commands.sending.check_jobs", lambda site, jobs: [Expected(1.0, "n1", "p")] * 2)
     assert main(["submit", "tiny.yaml", "--nodes", "2"]) == 0
-    return folder / "runs" / "first"
+    return run
 
 
 def test_a_run_waits_for_its_data_and_the_job_that_prepares_it_plans_it_to_the_end(

@@ -157,7 +157,7 @@ def said(run: Path, attempt: int, **files: str) -> None:
 
 
 def test_logs_shows_the_job_the_launcher_and_rank_0_of_the_newest_attempt(run: Path, capsys) -> None:
-    said(run, 1, rank_0="old\n")
+    said(run, 9, rank_0="old\n")
     said(run, 10, rank_0="new\n", rank_1="other\n", stderr="agent\n")
     (run / "logs" / "job-5.out").write_text("srun ended\n")
     assert logs_verb.logs(str(run)) == 0
@@ -227,6 +227,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     for module in (submit_sweep, chain):
         monkeypatch.setattr(module, "submit_script", submit)
     monkeypatch.setattr(resume_verb, "refuse_live", lambda _: None)
+    monkeypatch.setattr("packhorse.launching.slurm.submit.refuse_live", lambda _: None)
     for module in (resume_verb, status_jobs):
         monkeypatch.setattr(module, "with_states", lambda records: [(record, None) for record in records])
     for module in (submit_sweep, sending):

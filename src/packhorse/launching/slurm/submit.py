@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,7 +15,7 @@ from packhorse.launching.lock import only_launcher
 from packhorse.launching.run_folder import relative
 from packhorse.launching.slurm.chain import CANCEL_FILE, chained, release_ended
 from packhorse.launching.slurm.client import Expected, SlurmError, cancel, expect_start, submit_script
-from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, live_jobs
+from packhorse.launching.slurm.jobs import JOBS_FILE, JobRecord, Kind, append_job, live_jobs
 from packhorse.launching.slurm.refusals import explained, nodes_are_down, too_much
 from packhorse.launching.slurm.script import JobRequest
 from packhorse.launching.slurm.site import SiteProfile
@@ -100,6 +101,30 @@ def refuse_live(run_folder: Path) -> None:
     )
 
 
+@contextmanager
+def only_submission(run_folder: Path) -> Iterator[None]:
+    """Lets nobody else submit the run for so long. The launcher's lock is free by then: a job may begin at once.
+
+    Raises:
+        UserError: Somebody else submits it now, it has live jobs, or a launcher or job runs it.
+        SlurmError: Slurm does not answer.
+    """
+    with (run_folder / JOBS_FILE).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{relative(run_folder)} is being submitted by another process.",
+                "two jobs on one run would write over each other's checkpoints and figures.",
+                f"look at it in a moment: packhorse status {relative(run_folder)}",
+            ) from None
+        refuse_live(run_folder)
+        release_ended(run_folder)
+        with only_launcher(run_folder):
+            pass
+        yield
+
+
 def send(run_folder: Path, jobs: Sequence[PlannedJob], expected: Sequence[Expected]) -> list[JobRecord]:
     """Writes the scripts into the run folder and submits the jobs, each once the one before it has ended well.
 
@@ -116,9 +141,7 @@ def send(run_folder: Path, jobs: Sequence[PlannedJob], expected: Sequence[Expect
     """
     (run_folder / "logs").mkdir(exist_ok=True)
     sent: list[JobRecord] = []
-    release_ended(run_folder)
-    with only_launcher(run_folder):
-        refuse_live(run_folder)
+    with only_submission(run_folder):
         (run_folder / CANCEL_FILE).unlink(missing_ok=True)
         for job in jobs:
             (run_folder / job.script_name).write_text(job.script, encoding="utf-8")
