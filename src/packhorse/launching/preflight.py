@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from packhorse.checkpoints.manifest import read_manifest
-from packhorse.checkpoints.shelf import complete_checkpoints
+from packhorse.checkpoints.shelf import complete_checkpoints, newest_complete
 from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.launching.run_folder import relative
@@ -166,7 +166,7 @@ def check_resumable(plan: RunPlan) -> None:
             "train under another name from what was learned (model.path=RUN/checkpoints/STEP/model), or with "
             "parallel.engine zero3_offload.",
         )
-    newest = next(reversed(complete_checkpoints(Path(plan.run_folder) / "checkpoints")), None)
+    newest = newest_complete(Path(plan.run_folder) / "checkpoints")
     manifest = read_manifest(newest) if newest is not None else None
     if newest is None or manifest is None:
         return

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from packhorse.durable import disk_error, sync_to_disk
+from packhorse.durable import disk_error, replace_file
 from packhorse.errors import UserError
 from packhorse.plan.choose import settled
 from packhorse.plan.command import deepspeed_config, launch_argv
@@ -120,14 +120,9 @@ def replace_plan(plan: RunPlan) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}")
     try:
-        draft.write_text(text, encoding="utf-8")
-        sync_to_disk(draft)
-        draft.replace(path)
-        sync_to_disk(path.parent)
+        replace_file(path, text)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise disk_error(path, error) from error
 
 

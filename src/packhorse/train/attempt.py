@@ -18,6 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from packhorse.durable import replace_file
 from packhorse.masking import mask
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE
 from packhorse.record.heartbeat import Pulse
@@ -40,11 +41,9 @@ class Attempt:
         self.pulse = Pulse(logs, rank)
         self.pulse.when_asked(partial(write_collectives, logs / f"collectives-{rank}.json"))
         self._rank, self._logs = rank, logs
-        self._first_step: int | None = None
 
     def begins_at(self, step: int) -> None:
         """Says which step's checkpoint it goes on from; 0: none."""
-        self._first_step = step
         self.pulse.phase("load", step)
 
     def loads_on(self) -> None:
@@ -64,12 +63,9 @@ class Attempt:
             "time": time.time(),
             "exit_code": code,
             "message": mask(message),
-            "first_step": self._first_step,
             "again": again,
         }
-        draft = self._logs / f".rank-{self._rank}.json"
-        draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        draft.replace(self._logs / f"rank-{self._rank}.json")
+        replace_file(self._logs / f"rank-{self._rank}.json", json.dumps(record) + "\n", on_disk=False)
         if message:
             sys.stderr.write(f"rank {self._rank}: {message}\n")
             sys.stderr.flush()
