@@ -38,16 +38,18 @@ from packhorse.data.stored import require_sizes
 from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.run_folder import open_run, relative
+from packhorse.plan.architectures import find_configuration
 from packhorse.plan.auto import NEEDS_MORE, plan_best
 from packhorse.plan.changes import Change, changes_that_fit
-from packhorse.plan.checkpoint_size import checkpoint_room
 from packhorse.plan.compare import Wanted, every_way, fastest
 from packhorse.plan.cost.case import Basis, Case, case_of
 from packhorse.plan.cost.gpus import find_gpu, known_gpus, parse_gpus
+from packhorse.plan.cost.saved import CheckpointRoom, checkpoint_room
 from packhorse.plan.cost.scaling import scale
 from packhorse.plan.difference import differences
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.least import least_hardware
+from packhorse.plan.parameters import read_shape
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.describe import summary
@@ -313,8 +315,19 @@ def _now() -> datetime:
     return datetime.now().astimezone()
 
 
+def room_on_disk(made: RunPlan, vocab_size: int | None) -> CheckpointRoom | None:
+    """What the checkpoints of a run take; None where the model's weights cannot be counted ahead.
+
+    Args:
+        made: The run.
+        vocab_size: Size of the tokenizer, which a fresh model takes.
+    """
+    shape = read_shape(find_configuration(made.recipe, vocab_size))
+    return None if shape is None else checkpoint_room(made, shape)
+
+
 def _room(made: RunPlan, vocab_size: int | None) -> str:
-    room = checkpoint_room(made, vocab_size)
+    room = room_on_disk(made, vocab_size)
     if room is None:
         return "their size is known when the model is loaded; whether the disk holds them is not checked before"
     return f"{size(room.each_bytes)} each, {room.count} at once at most: {size(room.total_bytes)}"

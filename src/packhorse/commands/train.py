@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from packhorse.commands.costs import Terms, Unknown, basis_of
-from packhorse.commands.plan import data_facts, read_gpus, require_data, shown
+from packhorse.commands.plan import data_facts, read_gpus, require_data, room_on_disk, shown
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.places import data_root
@@ -116,7 +116,7 @@ def _new_run(
     require_sizes(data_root(loaded) / manifest.content_hash, manifest)
     facts = data_facts(data_root(loaded) / manifest.content_hash, manifest)
     made = _fitting(replace(wanted, data=facts), basis_of(loaded, manifest, here, terms), force)
-    check_disk(made, manifest.vocab_size)
+    check_disk(made, room_on_disk(made, manifest.vocab_size))
     create_run(made, {"data.json": manifest.model_dump_json(indent=2) + "\n"})
     return made
 
@@ -155,7 +155,7 @@ def _resumed(run: str, overrides: Sequence[str], gpus: int | None, force: bool) 
     check_machine(made.topology, here)
     manifest = read_manifest(Path(require_data(made).folder))
     assert manifest is not None
-    check_disk(made, manifest.vocab_size)
+    check_disk(made, room_on_disk(made, manifest.vocab_size))
     return made if made == before else _still_fitting(made, manifest, here, force)
 
 

@@ -226,10 +226,14 @@ def test_offload_leaves_no_states_on_the_device_and_all_of_them_on_the_host() ->
 
 
 def test_disk_holds_the_checkpoints_that_are_kept_and_the_one_that_is_written() -> None:
-    plan = planned(checkpoint={"keep_last": 3, "keep_best": False})
+    plan = planned(checkpoint={"every_steps": 2, "keep_last": 3, "keep_best": False})
     (checkpoints,) = [part for part in storage(plan).disk if part.name == "checkpoints"]
     assert checkpoints.bytes == pytest.approx((3 + 1) * 12 * EIGHT_B_WEIGHTS, rel=1e-3)
-    (adapter,) = [part for part in storage(planned(method="lora")).disk if part.name == "checkpoints"]
+    (adapter,) = [
+        part
+        for part in storage(planned(method="lora", checkpoint={"every_steps": 2})).disk
+        if part.name == "checkpoints"
+    ]
     assert adapter.bytes == pytest.approx(4 * 12 * 83_886_080, rel=1e-3)
 
 

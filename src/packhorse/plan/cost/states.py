@@ -125,7 +125,7 @@ def optimizer_states(plan: RunPlan, held: Sequence[Held]) -> int:
     if name == "adafactor":
         return FP32 * sum(_rows_and_columns(each.shape) for each in trained)
     if name == "muon":
-        return sum(own_size(plan, each) * (FP32 if _by_muon(each) else 2 * FP32) for each in trained)
+        return sum(own_size(plan, each) * (FP32 if by_muon(each) else 2 * FP32) for each in trained)
     moments = 1 if name.startswith("lion") else 2
     if not name.endswith("8bit"):
         return moments * FP32 * trained_share(plan, held)
@@ -145,7 +145,8 @@ def _rows_and_columns(shape: tuple[int, ...]) -> int:
     return prod(shape[:-1]) + prod(shape[:-2]) * shape[-1]
 
 
-def _by_muon(held: Held) -> bool:
+def by_muon(held: Held) -> bool:
+    """Whether Muon steps it: a matrix of a layer, with one momentum; AdamW the others, with two."""
     ends = ("model.embed_tokens.weight", "lm_head.weight", "prompt", "prefix", "new tokens")
     return len(held.shape) == 2 and held.name not in ends
 
@@ -173,10 +174,27 @@ def final_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
     if plan.recipe.optimizer.in_backward:
         return FP32 * max((own_size(plan, each) for each in trained), default=0)
     engine = plan.topology.engine
-    if engine in ("zero1", "zero2"):
-        # In the last pass stage 1 too gives up what other ranks step, bucket by bucket.
+    if engine == "zero1":
+        return added_width(plan) * max(touched_by_rank(trained, shard_ranks(plan)))
+    if engine == "zero2":
         return added_width(plan) * trained_share(plan, held)
     return 0 if engine.startswith("zero3") else FP32 * sum(own_size(plan, each) for each in trained)
+
+
+def touched_by_rank(trained: Sequence[Held], ranks: int) -> list[int]:
+    """Weights that each rank's part of the flat rows has any of: ZeRO-1 steps its part of them, by views of gradients.
+
+    In the last pass stage 1 too gives up what other ranks step, and a view keeps the whole of what it looks at. There
+    is a row of matrices and one of vectors, which do not decay.
+    """
+    touched = [0] * ranks
+    for row in ([each for each in trained if len(each.shape) > 1], [each for each in trained if len(each.shape) < 2]):
+        share, offset = -(-sum(each.size for each in row) // ranks), 0
+        for each in row:
+            for rank in range(offset // share, -(-(offset + each.size) // share)):
+                touched[rank] += each.size
+            offset += each.size
+    return touched
 
 
 def waiting_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
