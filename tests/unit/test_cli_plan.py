@@ -10,6 +10,7 @@ import pytest
 
 from packhorse.cli import main
 from packhorse.errors import EXIT_OK, EXIT_USER_ERROR
+from packhorse.plan.hardware import host_memory
 from packhorse.plan.run_plan import read_plan
 from tiny import TINY, write_tiny
 
@@ -130,11 +131,14 @@ def test_this_machines_card_is_taken(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_gpus(here, monkeypatch, "NVIDIA A10", "NVIDIA A10")
-    write_huge(here)
+    write_huge(here, model=TINY["model"] | {"config": HUGE | {"num_hidden_layers": 8}})
     value = json.loads(told(["plan", "tiny.yaml", "--json", "parallel.processes=2"], capsys))
     assert value["gpu"] == "A10-24GB"
     assert value["memory"]["fits"] is False
     assert value["changes"], "more of these GPUs would hold it"
+    assert value["host_bytes"] == host_memory(), "the host is this machine's too"
+    other = json.loads(told(["plan", "tiny.yaml", "--gpus", "2xH100-80GB", "--json"], capsys))
+    assert other["host_bytes"] is None
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_made(

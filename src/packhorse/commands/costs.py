@@ -71,7 +71,8 @@ def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, term
         if split is not None and split.num_packs:
             validation = _figures(folder, "validation", recipe)
     network = None if terms.network_gbit is None else terms.network_gbit * GBIT_TO_GB
-    return Basis(shape, packs, gpu, validation, network, terms.price)
+    host = here.host_bytes if _gpu_here(here) == gpu else None
+    return Basis(shape, packs, gpu, validation, network, terms.price, host_bytes=host)
 
 
 def with_guess(basis: Basis, recipe: Recipe) -> Basis:

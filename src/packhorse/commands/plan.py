@@ -39,9 +39,9 @@ from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.run_folder import open_run, relative
 from packhorse.plan.architectures import find_configuration
-from packhorse.plan.auto import NEEDS_MORE, plan_best
+from packhorse.plan.auto import plan_best
 from packhorse.plan.changes import Change, changes_that_fit
-from packhorse.plan.compare import Wanted, every_way, fastest
+from packhorse.plan.compare import Wanted, chosen_of, every_way
 from packhorse.plan.cost.case import Basis, Case, case_of
 from packhorse.plan.cost.gpus import find_gpu, known_gpus, parse_gpus
 from packhorse.plan.cost.saved import CheckpointRoom, checkpoint_room
@@ -162,7 +162,7 @@ def _compare(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: 
     if isinstance(basis, Unknown):
         raise _not_known(basis, wanted.recipe)
     found = every_way(wanted, basis)
-    winner = fastest([way for way in found if way.engine not in NEEDS_MORE])
+    winner = chosen_of(found)
     if winner is None:
         errors = {way.engine: way.error for way in found if way.error is not None}
         raise errors.get("ddp") or next(iter(errors.values()))

@@ -44,6 +44,7 @@ def ways_value(found: Sequence[Way], winner: Way) -> list[Value]:
         if way.case is not None:
             value |= {"fits": way.case.fits, "margin": way.case.margin, "required_bytes": way.case.required_bytes}
             value |= {"step_seconds": way.case.step_seconds, "mfu": way.case.speed.mfu}
+            value |= {"host_required_bytes": way.case.storage.host_bytes}
         values.append(value)
     return values
 
@@ -93,6 +94,7 @@ def _costs(case: Case, now: datetime) -> Value:
             "outside": _parts(memory.outside),
         },
         "host": _parts(storage.host),
+        "host_bytes": case.basis.host_bytes,
         "disk": _parts(storage.disk),
         "local_disk": _parts(storage.local_disk),
         "time": {

@@ -14,7 +14,6 @@ from packhorse.plan.cost.packs import PackFigures
 from packhorse.plan.cost.scaling import COUNTS, Scaling, scale
 from packhorse.plan.cost.speed import (
     SpeedEstimate,
-    calibrated,
     estimate_speed,
     measured_step_seconds,
     scaled,
@@ -227,7 +226,7 @@ def test_a_small_model_waits_for_python() -> None:
 
 def test_a_measured_step_corrects_this_plan_and_others() -> None:
     found = estimate()
-    measured = calibrated(found, 1.5 * found.step_seconds, "runs/one")
+    measured = scaled(found, 1.5, "runs/one")
     assert measured.step_seconds == pytest.approx(1.5 * found.step_seconds)
     assert measured.uncertainty < found.uncertainty
     assert "runs/one" in measured.uncertainty_reason

@@ -125,9 +125,8 @@ def _point(
     network_gb: float | None,
 ) -> ScalePoint:
     step_packs = recipe.batch.packs if mode == "strong" else max(1, recipe.batch.packs // 8) * count
-    batch = recipe.batch.model_copy(update={"packs": step_packs})
     try:
-        plan = make_plan(recipe.model_copy(update={"batch": batch}), Ask(count), Hardware(1, ()), None)
+        plan = make_plan(recipe.changed("batch", packs=step_packs), Ask(count), Hardware(1, ()), None)
     except UserError as error:
         return ScalePoint(count, step_packs, None, 0.0, 0.0, error.mistakes[0].fact)
     memory = estimate_memory(plan, shape, packs)
