@@ -147,8 +147,7 @@ def _rows_and_columns(shape: tuple[int, ...]) -> int:
 
 def by_muon(held: Held) -> bool:
     """Whether Muon steps it: a matrix of a layer, with one momentum; AdamW the others, with two."""
-    ends = ("model.embed_tokens.weight", "lm_head.weight", "prompt", "prefix", "new tokens")
-    return len(held.shape) == 2 and held.name not in ends
+    return len(held.shape) == 2 and held.unit.startswith("layer")
 
 
 def pages(plan: RunPlan) -> bool:
