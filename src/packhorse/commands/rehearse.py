@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from packhorse.commands.costs import Unknown, basis_of
+from packhorse.commands.costs import basis_of
+from packhorse.commands.parameters import Unknown
 from packhorse.commands.plan import data_facts, manifest_if_prepared, pairs, read_gpus
 from packhorse.data.places import data_root
 from packhorse.errors import EXIT_BUG, EXIT_OK, UserError

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from packhorse.errors import UserError
 from packhorse.recipe.methods import Method
 
 
@@ -106,6 +107,10 @@ class Formats:
     documents: int
 
 
+PLAIN: Final = Formats(4, False, 4, 4, False, False, False, False, False, 1, 1)
+"""As on a CPU in float32."""
+
+
 @dataclass(frozen=True)
 class Line:
     """Bytes that grow with the tokens of a row.
@@ -157,6 +162,18 @@ class Kept:
     has_grad: bool
 
 
+class NotMeasuredError(UserError):
+    """Why a model's parts cannot be told without loading it."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"memory and time are not known: {reason}.",
+            "they are counted on the model's own forward pass, run without numbers.",
+            "name a model of another type, or train it without them.",
+        )
+
+
 class Meter(Protocol):
     """Measures passes of one model without memory; its answers are kept."""
 
@@ -165,6 +182,7 @@ class Meter(Protocol):
 
         Raises:
             UserError: The method cannot be done on this model, in the words that training would say it.
+            NotMeasuredError: The model cannot be run without numbers under this method.
         """
 
 
@@ -188,3 +206,11 @@ class Anatomy:
     norm_widths: int
     scores_kept: int
     meter: Meter
+
+    def takes(self, method: Method) -> bool:
+        """Whether the method can be done on this model, and measured."""
+        try:
+            self.meter.kept(method, PLAIN)
+        except UserError:
+            return False
+        return True

@@ -8,8 +8,10 @@ A pass keeps so much, and so much more a token: two short passes tell both, and 
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -24,19 +26,15 @@ from packhorse.errors import UserError
 from packhorse.model.attention import Documents, register_kernel
 from packhorse.model.methods.attach import Start, attach
 from packhorse.model.units import layers_of, units_of
-from packhorse.plan.anatomy import Anatomy, Formats, Kept, LayerKept, Line, Names, Parameter
+from packhorse.plan.anatomy import PLAIN, Anatomy, Formats, Kept, LayerKept, Line, Names, NotMeasuredError, Parameter
 from packhorse.plan.parameters import Shape
 from packhorse.recipe.methods import LoraMethod, Method, PromptTuningMethod
 from packhorse.train.kernels import Attended, Met, Passing, Recorder, attend
 
 DOCUMENT_TOKENS = (64, 128)
 """Lengths of the two passes, of each document."""
-PLAIN = Formats(4, False, 4, 4, False, False, False, False, False, 1, 1)
+KERNEL = "measured"
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
-
-
-class NotMeasuredError(Exception):
-    """Why a model's parts cannot be told without loading it."""
 
 
 @cache
@@ -100,20 +98,35 @@ def _without_weights(method: Method) -> Method:
     return method.model_copy(update={"text": None}) if isinstance(method, PromptTuningMethod) else method
 
 
-class _told:  # noqa: N801 - read as a word: with _told(fields)
+@contextmanager
+def _told(fields: Mapping[str, Any]) -> Iterator[None]:
     """Turns what a library raises about one of its hundreds of models into the reason why that is not measured."""
+    # What libraries write about a model is for those who run it.
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind = fields.get("model_type")
+        if isinstance(error, KeyError) and error.args == (f"packhorse_{KERNEL}",):
+            raise NotMeasuredError(_own_attention(kind, 0)) from error
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise NotMeasuredError(
+            f"a {kind} model cannot be made or run without its weights ({type(error).__name__}: {first})"
+        ) from error
+    finally:
+        logging.disable(before)
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._kind = fields.get("model_type")
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (NotMeasuredError, UserError)):
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise NotMeasuredError(
-                f"a {self._kind} model cannot be made or run without its weights ({type(error).__name__}: {first})"
-            ) from error
+def _own_attention(kind: object, layer: int) -> str:
+    return (
+        f"layer {layer} of a {kind} model does not run its attention through transformers' interface, which packed "
+        "documents need"
+    )
 
 
 def _build(fields: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -123,7 +136,7 @@ def _build(fields: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     config = CONFIG_MAPPING[kind].from_dict(dict(fields))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise NotMeasuredError(f"transformers has no causal language model of model_type {kind!r}")
-    config._attn_implementation = register_kernel("measured", attend)
+    config._attn_implementation = register_kernel(KERNEL, attend)
     config.dtype = dtype
     with torch.device("meta"):
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
@@ -267,10 +280,7 @@ def _shape(fields: Mapping[str, Any], model: Any, recorder: Recorder) -> Shape: 
     layers = len(recorder.inputs)
     lost = [at for at in range(layers) if at not in calls]
     if lost:
-        raise NotMeasuredError(
-            f"layer {lost[0]} of a {fields['model_type']} model does not run its attention through transformers' "
-            "interface, which packed documents need"
-        )
+        raise NotMeasuredError(_own_attention(fields["model_type"], lost[0]))
     listed = tuple(_parameters(model))
     stages, queries = _stages(recorder.met, names)
     first: Attended = calls[0]

@@ -106,7 +106,7 @@ def held_weights(plan: RunPlan, shape: Shape) -> tuple[Held, ...] | None:
     listed = list_parameters(shape)
     virtual = isinstance(method, (PromptTuningMethod, PrefixTuningMethod))
     trained = {} if virtual else trained_by_name(listed, method, shape)
-    if trained is None:
+    if trained is None or (shape.anatomy is not None and not shape.anatomy.takes(method)):
         return None
     held: list[Held] = []
     for parameter in listed:
