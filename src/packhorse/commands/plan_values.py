@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from packhorse.plan.changes import Change
+from packhorse.plan.command import job_argv, launch_files
 from packhorse.plan.compare import Way, why_not
 from packhorse.plan.cost.case import Case
 from packhorse.plan.cost.component import Component
@@ -27,6 +28,8 @@ def plan_value(plan: RunPlan, case: Case | None, unknown: str, changes: Sequence
         "decisions": [decision.model_dump() for decision in plan.decisions],
         "run_folder": plan.run_folder,
         "argv": list(plan.argv),
+        "files": list(launch_files(plan)),
+        "job": list(job_argv(plan)),
         "env": plan.env,
         "deepspeed": plan.deepspeed,
     }
