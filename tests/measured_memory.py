@@ -52,12 +52,12 @@ SMALL_BUCKET = 2**16
 Figures = dict[str, int]
 
 
-def save_model(folder: Path, config: dict[str, Any]) -> None:
+def save_model(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
     """A model with random weights in Hugging Face form."""
     fields = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, **config}
     kind = fields.pop("model_type")
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), dtype=dtype).save_pretrained(folder)
 
 
 def plan_of(folder: Path, lengths: Sequence[int], processes: int = 1, **sections: Any) -> RunPlan:
@@ -148,14 +148,23 @@ class LivePeak(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and counts what it returns."""
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._sizes:
-                storage = tensor.untyped_storage()
+        self.count(tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
+        return out
+
+    def count(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that are not yet known, such as those that no operator has made."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
                 self._now += storage.nbytes()
                 weakref.finalize(storage, self._gone, storage._cdata)
         self.peak = max(self.peak, self._now)
-        return out
+
+    def take(self) -> int:
+        """The peak since the last call."""
+        peak, self.peak = self.peak, self._now
+        return peak
 
     def _gone(self, key: int) -> None:
         self._now -= self._sizes.pop(key)

@@ -109,7 +109,7 @@ def rehearse(plan: RunPlan, configuration: Mapping[str, Any] | None, rank: int =
         os.environ.update(rank_environment(small, rank))
         if small.deepspeed is not None:
             _ask_nobody()
-        if small.topology.world_size > 1:
+        if "WORLD_SIZE" in os.environ:
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=small.topology.world_size)
         try:
             return _step(small, rank)
@@ -137,7 +137,7 @@ def rank_environment(plan: RunPlan, rank: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",  # nobody listens there, and nobody calls
     }
-    if topology.world_size == 1:
+    if topology.world_size == 1 and topology.engine in ("single", "ddp"):
         return plan.env
     words = [*plan.argv[2:4], "--main_process_port", "0", *plan.argv[4:]]
     parsed = launch.launch_command_parser().parse_args(words)
