@@ -72,7 +72,7 @@ def storage_lines(case: Case) -> list[tuple[str, str]]:
     """Host memory of a node, disk, and the local disk where there is any."""
     storage = case.storage
     lines = [
-        ("host memory", f"{host_words(case)}: {_parts(storage.host)}"),
+        ("host", f"{host_words(case)}: {_parts(storage.host)}"),
         ("disk", f"{_in_all(storage.disk)}: {_parts(storage.disk)}"),
     ]
     if storage.local_disk:

@@ -98,9 +98,14 @@ def _single(wanted: Wanted, plan: RunPlan) -> Iterator[tuple[str, Recipe]]:
 
 def _together(wanted: Wanted, basis: Basis, case: Case) -> list[Change]:
     """Engine, packs a pass and checkpointing together: the fastest on the devices, and the fastest with the host."""
-    found = []
-    for engines in (("single", "ddp", *SHARDING), OFFLOADING):
-        tried = ways(wanted, basis, engines, (True, False), None)
+    found: list[Change] = []
+    # Copies for checkpoints may be what the host has no room for.
+    waiting = replace(wanted, recipe=wanted.recipe.changed("checkpoint", asynchronous=False))
+    on_devices: tuple[Engine, ...] = ("single", "ddp", *SHARDING)
+    for each, engines in ((wanted, on_devices), (wanted, OFFLOADING), (waiting, OFFLOADING)):
+        if each is waiting and (basis.host_bytes is None or found):
+            break
+        tried = ways(each, basis, engines, (True, False), None)
         best = fastest([way for way in tried if way.case is not None and way.case.fits])
         if best is not None and best.case is not None:
             words = _words(_named(case.plan), best.case.plan.recipe)
@@ -168,5 +173,6 @@ def _words(before: Recipe, after: Recipe) -> str:
         ("parallel.engine", before.parallel.engine, after.parallel.engine),
         ("batch.micro", before.batch.micro, after.batch.micro),
         ("parallel.checkpointing", before.parallel.checkpointing, after.parallel.checkpointing),
+        ("checkpoint.asynchronous", before.checkpoint.asynchronous, after.checkpoint.asynchronous),
     )
     return " ".join(f"{name}={str(new).lower()}" for name, old, new in pairs if old != new)

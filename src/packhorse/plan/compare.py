@@ -157,8 +157,9 @@ def why_not(way: Way, winner: Way) -> str:
 
 def host_words(case: Case) -> str:
     """Memory of a node that the plan needs, and what there is."""
-    there = "which is not known here" if case.basis.host_bytes is None else f"of {size(case.basis.host_bytes)}"
-    return f"{size(case.storage.host_bytes)} of host memory a node, {there}"
+    known = case.basis.host_bytes
+    there = "; what it has is not known here" if known is None else f", which has {size(known)}"
+    return f"{size(case.storage.host_bytes)} of host memory a node{there}"
 
 
 def _where(case: Case, best: Case) -> str:
