@@ -45,7 +45,7 @@ from packhorse.plan.compare import Wanted, chosen_of, every_way
 from packhorse.plan.cost.case import Basis, Case, case_of
 from packhorse.plan.cost.gpus import find_gpu, known_gpus, parse_gpus
 from packhorse.plan.cost.saved import CheckpointRoom, checkpoint_room
-from packhorse.plan.cost.scaling import scale
+from packhorse.plan.cost.scaling import Counted, scale
 from packhorse.plan.difference import differences
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.least import least_hardware
@@ -182,8 +182,9 @@ def _scale(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: bo
     recipe = wanted.recipe
     if "auto" in (recipe.parallel.engine, recipe.parallel.checkpointing):
         recipe = plan_best(wanted, basis).recipe
+    counted: Counted = {}
     weak, strong = (
-        scale(recipe, basis.shape, basis.packs, basis.gpu, mode, network_gb=basis.network_gb)
+        scale(recipe, basis.shape, basis.packs, basis.gpu, mode, network_gb=basis.network_gb, counted=counted)
         for mode in ("weak", "strong")
     )
     if as_json:

@@ -68,11 +68,16 @@ def own_bytes(plan: RunPlan, held: Held) -> int:
     return own_size(plan, held) * (1 if held.storage == "int8" else held.width)
 
 
-def persists(plan: RunPlan, held: Held) -> bool:
-    """Whether ZeRO-3 keeps this weight whole on every rank beside its parts, because it is small."""
+def by_persistence(plan: RunPlan, held: Sequence[Held]) -> tuple[list[Held], list[Held]]:
+    """Weights that ZeRO-3 keeps whole on every rank beside their parts, because they are small; and all others."""
     if not plan.topology.engine.startswith("zero3"):
-        return False
-    return prod(held.data_shape) <= int(zero_settings(plan).get("stage3_param_persistence_threshold", PERSISTING))
+        return [], list(held)
+    limit = int(zero_settings(plan).get("stage3_param_persistence_threshold", PERSISTING))
+    whole: list[Held] = []
+    others: list[Held] = []
+    for each in held:
+        (whole if prod(each.data_shape) <= limit else others).append(each)
+    return whole, others
 
 
 def weights(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
@@ -89,7 +94,7 @@ def weights(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
     constants = sum(each.constant_bytes for each in held)
     if constants:
         components.append(Component("quantisation constants", constants, "scales of the packed weights; never sharded"))
-    small = [each for each in held if persists(plan, each)]
+    small, _ = by_persistence(plan, held)
     if small:
         size = sum(prod(each.data_shape) * each.width for each in small)
         reason = "small weights, whole on every rank (stage3_param_persistence_threshold)"

@@ -117,7 +117,7 @@ def _pinning(plan: RunPlan, held: tuple[Held, ...]) -> int:
     """
     if plan.topology.device == "cpu":
         return 0
-    own = [(each.trained, states.own_bytes(plan, each)) for each in held if not states.persists(plan, each)]
+    own = [(each.trained, states.own_bytes(plan, each)) for each in states.by_persistence(plan, held)[1]]
     flat = sum(size for trained, size in own if trained)
     share = states.trained_share(plan, held)
     tiles, rest = divmod(share, states.ALL_LIVE)
