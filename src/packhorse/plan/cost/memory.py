@@ -202,7 +202,7 @@ def _last_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
     if states.cuts_weights(plan) or plan.topology.engine == "zero2":
         return 0
     tail = _last_unit(held)
-    return sum(each.size for each in held if each.trained and each.unit == tail) * states.gradient_width(plan)
+    return states.whole_gradients(plan, (each for each in held if each.trained and each.unit == tail))
 
 
 def _units(held: Sequence[Held], width: int) -> dict[str, int]:

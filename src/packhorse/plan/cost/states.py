@@ -128,15 +128,22 @@ def optimizer_states(plan: RunPlan, held: Sequence[Held]) -> int:
     section, trained = plan.recipe.optimizer, [each for each in held if each.trained]
     name = section.name
     if name == "adafactor":
-        return FP32 * sum(_rows_and_columns(each.shape) for each in trained)
+        return sum(state_width(plan, each) * _rows_and_columns(each.shape) for each in trained)
     if name == "muon":
-        return sum(own_size(plan, each) * (FP32 if by_muon(each) else 2 * FP32) for each in trained)
+        return sum((1 if by_muon(each) else 2) * own_size(plan, each) * state_width(plan, each) for each in trained)
     moments = 1 if name.startswith("lion") else 2
     if not name.endswith("8bit"):
-        return moments * FP32 * trained_share(plan, held)
+        if is_deepspeed(plan):
+            return moments * FP32 * trained_share(plan, held)
+        return moments * sum(own_size(plan, each) * state_width(plan, each) for each in trained)
     # Under ZeRO the weights are one flat piece.
     parts = [trained_share(plan, held)] if is_deepspeed(plan) else [each.size for each in trained]
     return sum(moments * _eight_bits(size) for size in parts)
+
+
+def state_width(plan: RunPlan, held: Held) -> int:
+    """Bytes of a number of torch's optimizers, which are kept in the format of the weights that they step."""
+    return FP32 if is_deepspeed(plan) else held.width
 
 
 def _eight_bits(size: int) -> int:
@@ -161,8 +168,13 @@ def pages(plan: RunPlan) -> bool:
 
 
 def gradient_width(plan: RunPlan) -> int:
-    """Bytes of a gradient as the backward pass leaves it."""
-    return 2 if is_deepspeed(plan) and plan.recipe.precision != "fp32" else FP32
+    """Bytes of a gradient as DeepSpeed's backward pass leaves it."""
+    return 2 if plan.recipe.precision != "fp32" else FP32
+
+
+def whole_gradients(plan: RunPlan, trained: Iterable[Held]) -> int:
+    """Bytes of gradients that nothing has shared out yet, as the backward pass leaves them."""
+    return sum(each.size * (gradient_width(plan) if is_deepspeed(plan) else each.width) for each in trained)
 
 
 def added_width(plan: RunPlan) -> int:
@@ -176,13 +188,13 @@ def final_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
     """Bytes of gradients that a rank holds at the end of a step's last backward pass, beside ZeRO-3's own buffer."""
     trained = [each for each in held if each.trained]
     if plan.recipe.optimizer.in_backward:
-        return FP32 * max((own_size(plan, each) for each in trained), default=0)
+        return max((each.width * own_size(plan, each) for each in trained), default=0)
     engine = plan.topology.engine
     if engine == "zero1":
         return added_width(plan) * max(touched_by_rank(trained, shard_ranks(plan)))
     if engine == "zero2":
         return added_width(plan) * trained_share(plan, held)
-    return 0 if engine.startswith("zero3") else FP32 * sum(own_size(plan, each) for each in trained)
+    return 0 if engine.startswith("zero3") else sum(each.width * own_size(plan, each) for each in trained)
 
 
 def touched_by_rank(trained: Sequence[Held], ranks: int) -> list[int]:
@@ -239,10 +251,9 @@ def step_room(plan: RunPlan, held: Sequence[Held]) -> Component:
 def buckets(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
     """Room for what is sent: buckets of gradients, as DDP and the DeepSpeed JSON have them."""
     engine = plan.topology.engine
-    trained = sum(each.size for each in held if each.trained)
     if engine == "ddp":
         reason = "DDP's buckets: a copy of every gradient (gradient_as_bucket_view is off)"
-        return [Component("reduce buckets", FP32 * trained, reason)]
+        return [Component("reduce buckets", whole_gradients(plan, (each for each in held if each.trained)), reason)]
     if not is_deepspeed(plan):
         return []
     settings, width = zero_settings(plan), gradient_width(plan)
