@@ -149,6 +149,7 @@ class Kept:
 
     Attributes:
         before: Ahead of the first layer.
+        shared: By layers that are not recomputed, of what all of them are given, such as rotary angles.
         layers: From first to last.
         after: Behind the last layer: the last norm.
         width: Bytes of a number of what the output head is given.
@@ -156,6 +157,7 @@ class Kept:
     """
 
     before: Line
+    shared: Line
     layers: tuple[LayerKept, ...]
     after: Line
     width: int

@@ -51,7 +51,7 @@ def shape_of_configuration(configuration: str) -> Shape:
     fields = json.loads(configuration)
     with _told(fields):
         model = _build(fields, torch.float32)
-        with FakeTensorMode():
+        with FakeTensorMode(allow_non_fake_inputs=True):
             _without_memory(model)
             recorder = _pass(model, model, PLAIN, DOCUMENT_TOKENS[0])
     return _shape(fields, model, recorder)
@@ -85,7 +85,7 @@ class Meter:
                 parameter.data = parameter.data.to(DTYPES[formats.adapter])
         if formats.input_gradients:
             model.enable_input_require_grads()
-        with FakeTensorMode():
+        with FakeTensorMode(allow_non_fake_inputs=True):
             _without_memory(model)
             short, long = (_pass(base, model.train(), formats, tokens) for tokens in DOCUMENT_TOKENS)
         return _kept(short, long)
@@ -209,6 +209,7 @@ class _Watched:
 
     def __init__(self, layer: nn.Module, index: int, recorder: Recorder, alike: dict[Any, list[int]]) -> None:
         self._layer, self._index, self._recorder, self._alike = layer, index, recorder, alike
+        self._build = _build_of(layer)
 
     def __enter__(self) -> None:
         self._forward = self._layer.forward
@@ -219,8 +220,8 @@ class _Watched:
 
     def _watch(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        like = (_build_of(self._layer), hidden.dtype, hidden.requires_grad)
-        self._recorder.begin(self._index, hidden)
+        like = (self._build, hidden.dtype, hidden.requires_grad)
+        self._recorder.begin(self._index, hidden, (args[1:], kwargs))
         run = self._alike.setdefault(like, [])
         if len(run) == 2:
             return _again(self._recorder.repeat(self._index, run[1]))
@@ -265,6 +266,7 @@ def _kept(short: Recorder, long: Recorder) -> Kept:
     assert long.head_input is not None
     return Kept(
         line("rest", None),
+        line("shared", None),
         layers,
         line("rest", len(layers)),
         long.head_input.element_size(),
@@ -303,7 +305,7 @@ def _shape(fields: Mapping[str, Any], model: Any, recorder: Recorder) -> Shape: 
         mlp_bias=False,
         experts=experts[0].shape[0] if experts else 0,
         active_experts=recorder.active_experts,
-        expert_width=min((min(each.shape[1:]) for each in experts), default=0),
+        expert_width=min((side for each in experts for side in each.shape[1:] if side != hidden), default=hidden),
         sparse_layers=frozenset(at for each in experts if (at := names.layer_of(each.name)) is not None),
         windows=tuple(calls[at].window for at in range(layers)),
         names=names,

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from packhorse.model.attention import Documents, refuse_dropout
@@ -80,6 +81,7 @@ class Recorder:
         self._kept: dict[int, tuple[int | None, str, Tensor]] = {}
         self._like: dict[int, int] = {}
         self._results: dict[int, Any] = {}
+        self._shared: set[int] = set()
         self._fixed = {storage_of(each) for each in (*model.parameters(), *model.buffers())}
         self._weights = {storage_of(each): name for name, each in model.named_parameters()}
         linear = (part for part in model.modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head)
@@ -91,10 +93,11 @@ class Recorder:
         """Of the row."""
         return int(self.inputs[0].shape[-2])
 
-    def begin(self, layer: int, hidden: Tensor) -> None:
-        """A layer's forward pass begins."""
+    def begin(self, layer: int, hidden: Tensor, others: object) -> None:
+        """A layer's forward pass begins; `others` is what it is given beside its input."""
         self._unit = layer
         self.inputs.append(hidden)
+        self._shared |= {storage_of(each) for each in tree_leaves(others) if isinstance(each, Tensor)}
 
     def end(self, layer: int, out: Any) -> None:  # noqa: ANN401
         """A layer's forward pass is over; what follows the last is behind the layers."""
@@ -117,7 +120,8 @@ class Recorder:
         key = storage_of(tensor)
         if key not in self._fixed and key not in self._kept:
             # Held, so that no other storage gets its place.
-            self._kept[key] = (self._unit, "attention" if self.in_attention else "rest", tensor)
+            part = "attention" if self.in_attention else "rest"
+            self._kept[key] = (None, "shared", tensor) if key in self._shared else (self._unit, part, tensor)
         return tensor
 
     def meet(self, weight: Tensor, given: Tensor) -> None:
@@ -135,7 +139,7 @@ class Recorder:
         self.met.append(Met(self._unit, None, storage_of(query)))
 
     def bytes_of(self, unit: int | None, part: str) -> int:
-        """Kept in a layer, by attention or by the rest."""
+        """Kept in a layer, by attention or by the rest; by all layers as `shared`."""
         wanted = self._like.get(unit, unit) if unit is not None else None
         kept = (tensor for at, what, tensor in self._kept.values() if at == wanted and what == part)
         return sum(each.untyped_storage().nbytes() for each in kept)
@@ -185,7 +189,11 @@ class Passing(TorchFunctionMode):
             return _Grouped.apply(args[0], args[1])  # type: ignore[no-untyped-call]
         elif func is F.dropout:
             return _dropped(formats.on_cuda, *args, **kwargs)
-        elif func in IN_FLOAT32 and formats.on_cuda and formats.autocast:
+        elif getattr(func, "__name__", "") != "__get__":
+            for weight in args:
+                if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+                    recorder.meet(weight, weight)
+        if func in IN_FLOAT32 and formats.on_cuda and formats.autocast:
             args = (args[0].float(), *args[1:])
         return func(*args, **kwargs)
 

@@ -173,6 +173,8 @@ def _measured(tape: Tape, setting: Setting, shape: Shape, anatomy: Anatomy, plan
         layers.append(LayerBytes(parts, layer.input.at(setting.tokens), _recomputes(plan, index)))
     tape.keep_new(kept.after.at(setting.tokens) + round(kept.after.fixed), 1, "last norm")
     before = kept.before.at(setting.tokens) + round(kept.before.fixed)
+    if any(layer.kept and not layer.recomputed for layer in layers):
+        before += kept.shared.at(setting.tokens)
     return tuple(layers), before, tape.value(setting.tokens * shape.hidden, kept.width, kept.has_grad)
 
 
@@ -231,7 +233,9 @@ def _embedded(tape: Tape, setting: Setting, shape: Shape, weights: list[Held], p
     rows = any(weight.name == "new tokens" for weight in weights)
     trained = any(weight.trained for weight in embedding) or rows
     beside = any(weight.kind == "adapter" for weight in embedding) or rows
-    has_grad = trained or isinstance(plan.recipe.method, PromptTuningMethod)
+    # Where layers are recomputed, transformers asks for the gradient of the first one's input, whatever is trained.
+    recomputes = bool(plan.recipe.parallel.checkpointing)
+    has_grad = trained or recomputes or isinstance(plan.recipe.method, PromptTuningMethod)
     width = setting.adapter if beside else setting.base
     return tape.value(setting.tokens * shape.hidden, width, has_grad)
 

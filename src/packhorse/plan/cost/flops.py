@@ -19,7 +19,7 @@ from typing import Literal
 
 from packhorse.plan.anatomy import Parameter
 from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.parameters import Shape, list_parameters
+from packhorse.plan.parameters import FAMILIES, Shape, list_parameters
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.trainable import trained_by_name
 from packhorse.recipe.methods import LoraMethod, Method, PrefixTuningMethod, PromptTuningMethod
@@ -293,16 +293,20 @@ class _Order:
 def _order(shape: Shape) -> _Order:
     anatomy = shape.anatomy
     if anatomy is None:
-        return _Order(_stage, 6, _QUERIES, frozenset({"mlp.down_proj"}))
-    stages, last = anatomy.stages, dict[int, Parameter]()
+        # A norm behind the last layer asks for what that computes.
+        followed = len(FAMILIES[shape.family].norms) == 4
+        return _Order(_stage, 6, _QUERIES, frozenset() if followed else frozenset({"mlp.down_proj"}))
+    stages = anatomy.stages
+    inside: dict[int, list[tuple[int, Parameter]]] = {}
     for each in anatomy.parameters:
-        at, name = shape.names.layer_of(each.name), shape.names.in_layer(each.name)
-        if at is not None and name in stages and len(each.shape) > 1:
-            before = last.get(at)
-            if before is None or stages[name] >= stages[shape.names.in_layer(before.name)]:
-                last[at] = each
-    ends = (shape.names.in_layer(each.module) for each in last.values() if each.linear)
-    return _Order(lambda name: stages.get(name, 0), max(stages.values()) + 1, anatomy.queries_stage, frozenset(ends))
+        at, name = shape.names.split(each.name)
+        if at is not None:
+            inside.setdefault(at, []).append((stages.get(name, 0), each))
+    last = set()
+    for met in inside.values():
+        end = max(stage for stage, _ in met)
+        last |= {shape.names.in_layer(each.module) for stage, each in met if stage == end and each.linear}
+    return _Order(lambda name: stages.get(name, 0), max(stages.values()) + 1, anatomy.queries_stage, frozenset(last))
 
 
 _QUERIES = 1

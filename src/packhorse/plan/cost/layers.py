@@ -224,8 +224,8 @@ class Layer:
         for indices in (x.has_grad, router.has_grad, x.has_grad):
             if indices:
                 tape.keep_new(rows, INDEX, part)
-        # Autocast does not know the grouped product: it computes in the format of its input.
-        width = x.width
+        # Autocast does not know the grouped product: transformers gives it the weights' own format.
+        width = setting.base
         chosen = tape.value(rows * shape.hidden, width, x.has_grad)
         gate_up = self._grouped(chosen, up, rows * 2 * shape.expert_width)
         active = tape.value(rows * shape.expert_width, width, gate_up.has_grad)
@@ -238,7 +238,7 @@ class Layer:
             tape.keep(out, part)
         if out.has_grad:
             tape.keep_new(rows, setting.compute if shape.family == "qwen3_moe" else FP32, part)
-        return tape.value(t * shape.hidden, x.width, True)
+        return tape.value(t * shape.hidden, x.width, out.has_grad or router.has_grad)
 
     def _grouped(self, x: Value, weight: Held, elements: int) -> Value:
         adapters: Mapping[str, list[Held]] = self._beside
