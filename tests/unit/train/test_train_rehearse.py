@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from cli import packhorse
+from packhorse.commands.rehearse import too_much
 from packhorse.errors import UserError
 from packhorse.plan.architectures import find_configuration, published
 from packhorse.plan.cost.held import held_weights
@@ -26,7 +28,7 @@ from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
 from packhorse.train.miniature import small_fields
-from packhorse.train.rehearse import rehearse
+from packhorse.train.rehearse import Rehearsal, rehearse
 from ranks import IMPORTED
 
 WORLD = 32
@@ -170,9 +172,23 @@ def test_the_small_model_keeps_heads_and_experts(kind: str) -> None:
     assert shape.layers == 2
 
 
-@pytest.mark.parametrize("engine", ["zero3_offload"])
-def test_what_is_not_rehearsed_is_said(engine: str) -> None:
-    plan = planned(Case(words(engine), 0, {}, {}, {}, {}))
+def test_the_command_shows_what_a_rank_holds_beside_the_plan(tmp_path: Path) -> None:
+    done = packhorse(tmp_path, "plan", "qwen3-30b-a3b/lora", "--gpus", "16xH100-80GB", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["world_size"] == 16
+    assert found["held"] == pytest.approx(found["planned"], rel=0.02)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_than_the_plan_counts_is_told() -> None:
+    done = Rehearsal(0, 2, {}, {}, (1,), 10, {"weights": 103, "optimizer": 50}, {"weights": 100, "optimizer": 90}, {})
+    assert too_much(done) == ["weights"]
+    assert too_much(replace(done, planned=None)) == []
+
+
+def test_what_is_not_rehearsed_is_said() -> None:
+    plan = planned(Case(words("zero3_offload"), 0, {}, {}, {}, {}))
     with pytest.raises(UserError, match="not rehearsed"):
         rehearse(plan, find_configuration(plan.recipe))
     with pytest.raises(UserError, match="architecture of .* is not known"):
