@@ -12,14 +12,15 @@ see: half the square of each document's length (causal), or less under a sliding
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
 from packhorse.plan.anatomy import Parameter
+from packhorse.plan.cost.order import order_of
 from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.parameters import FAMILIES, Shape, list_parameters
+from packhorse.plan.parameters import Shape, list_parameters
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.trainable import trained_by_name
 from packhorse.recipe.methods import LoraMethod, Method, PrefixTuningMethod, PromptTuningMethod
@@ -173,7 +174,7 @@ class _Layers:
         self._method = plan.recipe.method
         self._trained = trained
         self._tokens = tokens
-        self._order = _order(shape)
+        self._order = order_of(shape)
         last = tuple(
             f".{name}{end}" for name in (*self._order.last, "mlp.experts.down_proj") for end in ("", ".weight")
         )
@@ -271,54 +272,6 @@ class _Layers:
             half = replace(base, part="adapter", weight_gradients=experts)
             yield replace(half, name=f"{name}.adapter_a", outputs=method.rank)
             yield replace(half, name=f"{name}.adapter_b", inputs=method.rank, input_gradients=experts)
-
-
-@dataclass(frozen=True)
-class _Order:
-    """In which order the weights of a layer are met.
-
-    Attributes:
-        stage: Of a name below the layer.
-        count: How many stages there are.
-        queries: After which of them attention runs.
-        last: Names of linear layers that nothing in their layer follows.
-    """
-
-    stage: Callable[[str], int]
-    count: int
-    queries: int
-    last: frozenset[str]
-
-
-def _order(shape: Shape) -> _Order:
-    anatomy = shape.anatomy
-    if anatomy is None:
-        # A norm behind the last layer asks for what that computes.
-        followed = len(FAMILIES[shape.family].norms) == 4
-        return _Order(_stage, 6, _QUERIES, frozenset() if followed else frozenset({"mlp.down_proj"}))
-    stages = anatomy.stages
-    inside: dict[int, list[tuple[int, Parameter]]] = {}
-    for each in anatomy.parameters:
-        at, name = shape.names.split(each.name)
-        if at is not None:
-            inside.setdefault(at, []).append((stages.get(name, 0), each))
-    last = set()
-    for met in inside.values():
-        end = max(stage for stage, _ in met)
-        last |= {shape.names.in_layer(each.module) for stage, each in met if stage == end and each.linear}
-    return _Order(lambda name: stages.get(name, 0), max(stages.values()) + 1, anatomy.queries_stage, frozenset(last))
-
-
-_QUERIES = 1
-
-
-def _stage(name: str) -> int:
-    """Of the families that are described: norm, queries, output, norm, MLP up, MLP down."""
-    if name.startswith("self_attn."):
-        return 2 if ".o_proj" in name else _QUERIES
-    if name.startswith("mlp."):
-        return 5 if "down_proj" in name else 4
-    return 0 if "input_layernorm" in name else 3
 
 
 def _joined(layers: Sequence[_Layer]) -> Iterator[Products]:
