@@ -8,6 +8,7 @@ mean anything; what is held, how it is cut, and what would be sent do.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import warnings
@@ -34,9 +35,11 @@ from packhorse.data.packs.loader import PackLoader, StepBatch
 from packhorse.data.packs.store import open_store
 from packhorse.errors import UserError
 from packhorse.model.sequence import SequenceGroup, join_sequence_group
+from packhorse.plan.anatomy import NotMeasuredError
 from packhorse.plan.cost.held import held_weights
 from packhorse.plan.parameters import read_shape
 from packhorse.plan.run_plan import RunPlan
+from packhorse.train.anatomy import shape_of_configuration
 from packhorse.train.engine import GROUP_TIMEOUT, Engine, start_accelerator, start_engine
 from packhorse.train.forward import micro_batch_loss
 from packhorse.train.joint_optimizer import InBackwardOptimizer
@@ -69,7 +72,7 @@ class Rehearsal:
         passes: Packs of each pass of this rank.
         num_parameters: Of the small model, whole, with its adapter.
         held: Bytes on this rank, by component.
-        planned: The same as the plan counts it; None where the architecture is not counted ahead.
+        planned: The same as the plan counts it; None where it cannot.
         collectives: How often each was called in the step.
     """
 
@@ -106,13 +109,14 @@ def rehearse(plan: RunPlan, configuration: Mapping[str, Any] | None, rank: int =
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
     with tempfile.TemporaryDirectory(prefix="packhorse-rehearsal-") as folder:
         small = make_miniature(plan, configuration, Path(folder))
+        planned = _planned(small)  # before DeepSpeed puts its linear layers in the place of torch's
         os.environ.update(rank_environment(small, rank))
         if small.deepspeed is not None:
             _ask_nobody()
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=small.topology.world_size)
         try:
-            return _step(small, rank)
+            return _step(small, rank, planned)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -150,7 +154,19 @@ def rank_environment(plan: RunPlan, rank: int) -> dict[str, str]:
     return {**told, **plan.env, **agent}
 
 
-def _step(plan: RunPlan, rank: int) -> Rehearsal:
+def _planned(plan: RunPlan) -> Sizes | None:
+    """What the plan counts for the small model; None where its parts, or what the method trains, cannot be told."""
+    assert plan.base_model is not None
+    text = (Path(plan.base_model) / "config.json").read_text(encoding="utf-8")
+    try:
+        shape = read_shape(json.loads(text)) or shape_of_configuration(text)
+    except NotMeasuredError:
+        return None
+    weights = held_weights(plan, shape)
+    return None if weights is None else planned_sizes(plan, weights)
+
+
+def _step(plan: RunPlan, rank: int, planned: Sizes | None) -> Rehearsal:
     assert plan.data is not None
     accelerator = start_accelerator(plan)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(plan.data.tokenizer)
@@ -173,9 +189,6 @@ def _step(plan: RunPlan, rank: int) -> Rehearsal:
         "gradients": gradients,
         "optimizer": bytes_of(state_tensors(engine)),
     }
-    bare: Any = model
-    shape = read_shape(bare.config.to_dict())
-    weights = held_weights(plan, shape) if shape is not None else None
     return Rehearsal(
         rank=rank,
         world_size=plan.topology.world_size,
@@ -184,7 +197,7 @@ def _step(plan: RunPlan, rank: int) -> Rehearsal:
         passes=tuple(len(micro_batch.document_lengths) for micro_batch in batch.micro_batches),
         num_parameters=sum(int(getattr(each, "ds_numel", each.numel())) for each in model.parameters()),
         held=held,
-        planned=planned_sizes(plan, weights) if weights is not None else None,
+        planned=planned,
         collectives=dict(seen.counts),
     )
 

@@ -30,6 +30,7 @@ from packhorse.recipe.load import load_recipe
 from packhorse.train.miniature import small_fields
 from packhorse.train.rehearse import Rehearsal, rehearse
 from ranks import IMPORTED
+from tiny import write_tiny
 
 WORLD = 32
 UNITS = 4
@@ -170,6 +171,14 @@ def test_the_small_model_keeps_heads_and_experts(kind: str) -> None:
     shape = read_shape(small)
     assert shape is not None
     assert shape.layers == 2
+
+
+def test_a_family_that_is_not_described_is_counted_too(tmp_path: Path) -> None:
+    model = {"config": {"model_type": "olmo2", "vocab_size": 512}, "tokenizer": "builtin:tokenizer"}
+    sections = {"model": model, "parallel": {"engine": "zero3"}, "batch": {"length": 256, "packs": 32}}
+    recipe = load_recipe(str(write_tiny(tmp_path, **sections)))
+    found = rehearsed(make_plan(recipe, Ask(gpus=16), Hardware(2, ()), None), 0, tmp_path)
+    assert found["held"] == pytest.approx(found["planned"], rel=0.02)
 
 
 def test_the_command_shows_what_a_rank_holds_beside_the_plan(tmp_path: Path) -> None:
