@@ -187,7 +187,7 @@ def _pass(base: Any, model: Any, formats: Formats, document_tokens: int) -> Reco
     with ExitStack() as stack:
         hook = base.get_output_embeddings().register_forward_pre_hook(ends)
         stack.callback(hook.remove)
-        alike: dict[Any, list[int]] = {}
+        alike: dict[Any, int] = {}
         for index, layer in enumerate(layers):
             stack.enter_context(_Watched(layer, index, recorder, alike))
         if formats.autocast:
@@ -202,12 +202,9 @@ def _pass(base: Any, model: Any, formats: Formats, document_tokens: int) -> Reco
 
 
 class _Watched:
-    """Tells the recorder when a layer begins and ends; of layers that are alike, only two are run.
+    """Tells the recorder when a layer begins and ends; of layers that are alike, only the first is run."""
 
-    The first also keeps what all layers share, such as rotary angles; the others keep what the second does.
-    """
-
-    def __init__(self, layer: nn.Module, index: int, recorder: Recorder, alike: dict[Any, list[int]]) -> None:
+    def __init__(self, layer: nn.Module, index: int, recorder: Recorder, alike: dict[Any, int]) -> None:
         self._layer, self._index, self._recorder, self._alike = layer, index, recorder, alike
         self._build = _build_of(layer)
 
@@ -222,10 +219,9 @@ class _Watched:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         like = (self._build, hidden.dtype, hidden.requires_grad)
         self._recorder.begin(self._index, hidden, (args[1:], kwargs))
-        run = self._alike.setdefault(like, [])
-        if len(run) == 2:
-            return _again(self._recorder.repeat(self._index, run[1]))
-        run.append(self._index)
+        first = self._alike.setdefault(like, self._index)
+        if first != self._index:
+            return _again(self._recorder.repeat(self._index, first))
         out = self._forward(*args, **kwargs)
         self._recorder.end(self._index, out)
         return out

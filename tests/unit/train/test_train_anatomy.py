@@ -122,6 +122,7 @@ WAYS: dict[str, tuple[Any, str, Any, str]] = {
     "full, zero2": ("full", "zero2", 2, "bf16"),
     "full, fp32": ("full", "fsdp2", False, "fp32"),
     "partial": ({"kind": "partial", "last_layers": 1}, "fsdp2", False, "bf16"),
+    "partial, recomputed": ({"kind": "partial", "last_layers": 1}, "fsdp2", True, "bf16"),
     "lora, ddp": ("lora", "ddp", False, "bf16"),
     "lora, zero3": ("lora", "zero3", False, "bf16"),
     "lora, fsdp2, recomputed": ("lora", "fsdp2", True, "bf16"),
