@@ -92,6 +92,7 @@ def plan(
     argv: str = "False",
     diff: str = "",
     calibrate: str = "",
+    dry_run: str = "False",
     write: str = "False",
     force: str = "False",
     **more: str,
@@ -102,6 +103,7 @@ def plan(
     packhorse plan RECIPE --gpus 8xA100-40GB --compare   every engine, micro-batch and checkpointing, and why each lost
     packhorse plan RECIPE --gpus 8xH100-80GB --scale     the same on 1 to 4,096 GPUs, and what stops it
     packhorse plan RECIPE --gpus auto                    the fewest GPUs of each kind that hold it; autoxH100: of one
+    packhorse plan RECIPE --gpus 32 --dry-run            one step of a small model as rank 0 of 32, on this CPU
     packhorse plan RECIPE --gpus 16 --nodes 2 --write    prepares the data and makes the run folder, for a job script
 
     --price P: of a GPU hour. --network N: Gbit/s of one GPU between nodes. --json: one JSON value.
@@ -119,6 +121,7 @@ def plan(
         "argv",
         "diff",
         "calibrate",
+        "dry_run",
         "write",
         "force",
     )
@@ -127,6 +130,8 @@ def plan(
     forced = _switch("force", force)
     if _switch("write", write):
         return Action("train", "write_run", run | asked | {"force": forced})
+    if _switch("dry-run", dry_run):
+        return Action("rehearse", "rehearse", run | asked | {"as_json": _switch("json", json)})
     asked |= {"price": _amount("price", price), "network_gbit": _amount("network", network)}
     asked |= {"compare": _switch("compare", compare), "as_json": _switch("json", json), "argv": _switch("argv", argv)}
     asked |= {"scale": _switch("scale", scale), "diff": diff, "calibrate": calibrate}

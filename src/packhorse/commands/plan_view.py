@@ -10,7 +10,7 @@ from rich.text import Text
 
 from packhorse.durable import size
 from packhorse.plan.changes import Change
-from packhorse.plan.compare import Way, why_not
+from packhorse.plan.compare import Way, host_words, why_not
 from packhorse.plan.cost.case import MARGIN, Case
 from packhorse.plan.cost.component import Component
 from packhorse.plan.cost.memory import Phase
@@ -25,8 +25,10 @@ def verdict_words(case: Case) -> str:
     """Whether it fits, with both figures."""
     card = case.basis.gpu
     figures = f"{case.required_bytes / GIB:.1f} of {card.memory_bytes / GIB:.1f} GiB of {card.name}"
-    if not case.fits:
+    if case.margin < 0:
         return f"does not fit: {figures}, {-case.margin * card.memory_bytes / GIB:.1f} GiB too much"
+    if not case.host_fits:
+        return f"fits the GPU, {figures}; does not fit the host: {host_words(case)}"
     if not case.is_comfortable:
         return f"fits, but tightly: {figures}, {case.margin:.0%} to spare; {MARGIN:.0%} and more are safe"
     return f"fits: {figures}, {case.margin:.0%} to spare"
@@ -70,7 +72,7 @@ def storage_lines(case: Case) -> list[tuple[str, str]]:
     """Host memory of a node, disk, and the local disk where there is any."""
     storage = case.storage
     lines = [
-        ("host memory", f"{_in_all(storage.host)} on each node: {_parts(storage.host)}"),
+        ("host", f"{host_words(case)}: {_parts(storage.host)}"),
         ("disk", f"{_in_all(storage.disk)}: {_parts(storage.disk)}"),
     ]
     if storage.local_disk:

@@ -14,8 +14,8 @@ from packhorse.checkpoints.shelf import complete_checkpoints, newest_complete
 from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.launching.run_folder import relative
-from packhorse.plan.checkpoint_size import checkpoint_room
 from packhorse.plan.command import nvme_folder
+from packhorse.plan.cost.saved import CheckpointRoom
 from packhorse.plan.optimizer_pairs import IN_8_BITS
 from packhorse.plan.pairs import NO_RESUME_FROM_NVME
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
@@ -117,19 +117,18 @@ def check_nvme(plan: RunPlan) -> None:
         )
 
 
-def check_disk(plan: RunPlan, vocab_size: int | None) -> None:
+def check_disk(plan: RunPlan, room: CheckpointRoom | None) -> None:
     """Refuses a disk that the run's checkpoints would fill; those that stand already need no more room.
 
     Where the model's parameters cannot be counted ahead nothing is checked, which `packhorse plan` says.
 
     Args:
         plan: As it would run.
-        vocab_size: Size of the tokenizer.
+        room: What its checkpoints take; None where that is not known.
 
     Raises:
         UserError: Fewer bytes are free than the checkpoints need.
     """
-    room = checkpoint_room(plan, vocab_size)
     if room is None:
         return
     run_folder = Path(plan.run_folder)

@@ -79,8 +79,7 @@ def with_smaller_micro(plan: RunPlan) -> RunPlan | None:
     if micro is None or plan.recipe.optimizer.in_backward:
         return None
     smaller = with_micro(plan, micro, f"{batch.micro_packs} packs a pass ran out of memory")
-    section = plan.recipe.batch.model_copy(update={"micro": micro})
-    return smaller.model_copy(update={"recipe": plan.recipe.model_copy(update={"batch": section})})
+    return smaller.model_copy(update={"recipe": plan.recipe.changed("batch", micro=micro)})
 
 
 def with_micro(plan: RunPlan, micro: int, reason: str) -> RunPlan:

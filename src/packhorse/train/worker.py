@@ -96,7 +96,7 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
     set_matmul_precision(plan.recipe.tf32)
     accelerator = start_accelerator(plan)
     rank = own_rank()
-    _quiet(is_main=rank == 0)
+    quiet_libraries(is_main=rank == 0)
     data = _data(plan)
     checkpoint, state = checkpoint_to_resume(Path(plan.run_folder), is_main=rank == 0)
     attempt.begins_at(state.step)
@@ -197,7 +197,8 @@ def _data(plan: RunPlan) -> DataFacts:
     return plan.data
 
 
-def _quiet(is_main: bool) -> None:
+def quiet_libraries(is_main: bool) -> None:
+    """Lets only the main rank talk, and the libraries only of errors."""
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "DeepSpeed", "accelerate", "wandb", "filelock", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
