@@ -137,9 +137,9 @@ def _seconds(seconds: float) -> str:
 def change_table(changes: Sequence[Change]) -> Table:
     """A line for each change that makes the run fit."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("would fit with", overflow="fold")
-    table.add_column("GiB", justify="right")
-    table.add_column("tokens/s a GPU", justify="right")
+    table.add_column("would fit with", overflow="fold", min_width=len("parallel.engine=zero3_offload"))
+    table.add_column("GiB", justify="right", no_wrap=True)
+    table.add_column("tokens/s\na GPU", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for change in changes:
         speed = f"{change.case.speed.tokens_per_second_per_gpu:,.0f} ({1 / (1 + change.slower) - 1:+.0%})"
@@ -150,8 +150,8 @@ def change_table(changes: Sequence[Change]) -> Table:
 def ways_table(found: Sequence[Way], winner: Way) -> Table:
     """Every way, the best first; those that do not fit behind those that do, what is refused at the end."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("engine")
-    for heading in ("micro", "checkpointing", "GiB", "s a step", "tokens/s a GPU"):
+    table.add_column("engine", no_wrap=True)
+    for heading in ("micro", "check-\npointing", "GiB", "s a\nstep", "tokens/s\na GPU"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for way in sorted(found, key=lambda way: _rank(way, winner)):
@@ -211,10 +211,10 @@ def scaling_table(scaling: Scaling, card_bytes: int) -> Table:
         card_bytes: Memory of one GPU.
     """
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("GPUs", justify="right")
-    for heading in ("packs a step", "s a step", "tokens/s a GPU", "in all", "efficiency", "waiting", "GiB"):
+    headings = ("GPUs", "packs\na step", "s a\nstep", "tokens/s\na GPU", "in all", "effi-\nciency", "waiting", "GiB")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for point in scaling.points:
         if point.estimate is not None:
             speed = point.estimate

@@ -125,7 +125,7 @@ def _why(best: Way, case: Case, found: Sequence[Way]) -> str:
     if len(fitting) == 1:
         return f"the only one of {len(tried)} ways that fits with {MARGIN:.0%} to spare: {memory}"
     slowest = max(each.step_seconds for each in fitting) / case.step_seconds - 1
-    rest = f", the others up to {slowest:.0%} slower" if slowest > SAME_SPEED else ", the others are no faster"
+    rest = f", the others up to {slowest:.0%} slower" if slowest > SAME_SPEED else ", the others as fast"
     return (
         f"the fastest of {len(fitting)} ways that fit with {MARGIN:.0%} to spare ({len(tried)} tried): {memory}{rest}"
     )

@@ -148,11 +148,11 @@ def why_not(way: Way, winner: Way) -> str:
     elif way.engine in LAST and winner.engine not in LAST:
         said.append(f"taken only where nothing else fits: {host_words(case)}")
     if not case.is_comfortable:
-        said.append(f"leaves {case.margin:.0%}, less than {MARGIN:.0%}")
+        said.append(f"leaves {case.margin:.1%}, less than {MARGIN:.0%}")
     slower = case.step_seconds / best.step_seconds - 1
     if slower > SAME_SPEED:
         said.append(f"{slower:.0%} slower: {_where(case, best)}")
-    return ", ".join(said) or "no faster"
+    return ", ".join(said) or f"as fast ({slower:+.1%}), less simple"
 
 
 def host_words(case: Case) -> str:
