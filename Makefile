@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install quickstart test lint bench parity chaos clean
+.PHONY: install quickstart test lint bench parity chaos accuracy gpu clean
 
 install: .venv/installed
 
@@ -38,6 +38,14 @@ parity: install
 # Two hundred kills and twenty minutes of all kinds of faults, about an hour; the table goes to docs/lab-log.md.
 chaos: install
 	$(BIN)/python benchmarks/chaos.py
+
+# How right `packhorse plan` is: beside published speeds and beside what ranks on this CPU hold; to docs/lab-log.md.
+accuracy: install
+	$(BIN)/python benchmarks/plan_accuracy.py
+
+# On a machine with a GPU of 24 GB or more: the plan's memory beside the peak of CUDA's allocator; rows for docs/lab-log.md.
+gpu: install
+	$(BIN)/python benchmarks/plan_accuracy.py --no-write gpu
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

@@ -19,14 +19,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from packhorse.data.packs.loader import MicroBatch, lay_out
 from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
-from packhorse.plan.cost import states
 from packhorse.plan.cost.activations import count_activations
 from packhorse.plan.cost.held import held_weights
 from packhorse.plan.cost.packs import PackFigures
@@ -36,9 +34,17 @@ from packhorse.plan.parameters import Shape, read_shape
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
-from packhorse.train.engine import Engine, start_accelerator, start_engine
+from packhorse.train.engine import start_accelerator, start_engine
 from packhorse.train.forward import micro_batch_loss
 from packhorse.train.optimizer import make_optimizer
+from packhorse.train.resident import (
+    address_of,
+    bytes_of,
+    gradient_tensors,
+    planned_sizes,
+    state_tensors,
+    weight_tensors,
+)
 from packhorse.train.setup import training_model
 
 CPU = torch.device("cpu")
@@ -46,12 +52,12 @@ SMALL_BUCKET = 2**16
 Figures = dict[str, int]
 
 
-def save_model(folder: Path, config: dict[str, Any]) -> None:
+def save_model(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
     """A model with random weights in Hugging Face form."""
     fields = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, **config}
     kind = fields.pop("model_type")
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), dtype=dtype).save_pretrained(folder)
 
 
 def plan_of(folder: Path, lengths: Sequence[int], processes: int = 1, **sections: Any) -> RunPlan:
@@ -96,12 +102,7 @@ def predicted(plan: RunPlan, folder: Path, lengths: Sequence[int]) -> Figures:
     shape, packs = shape_of(folder), figures_of(lengths)
     held = held_weights(plan, shape)
     assert held is not None
-    return {
-        "weights": sum(part.bytes for part in states.weights(plan, held) if part.name != "persistent weights"),
-        "gradients": states.final_gradients(plan, held) + states.kept_gradients(plan, held),
-        "optimizer": states.optimizer_states(plan, held) + states.masters(plan, held),
-        "activations": count_activations(plan, shape, held, packs).kept,
-    }
+    return planned_sizes(plan, held) | {"activations": count_activations(plan, shape, held, packs).kept}
 
 
 def measured(plan: RunPlan, lengths: Sequence[int]) -> Figures:
@@ -115,14 +116,14 @@ def measured(plan: RunPlan, lengths: Sequence[int]) -> Figures:
     figures = {"activations": kept.bytes}
     if engine.is_deepspeed:
         engine.model.backward(loss)
-        figures["gradients"] = _bytes_of(_zero_gradients(engine))
+        figures["gradients"] = bytes_of(gradient_tensors(engine))
         engine.model.step()
     else:
         engine.accelerator.backward(loss)
-        figures["gradients"] = _bytes_of(parameter.grad for parameter in model.parameters())
+        figures["gradients"] = bytes_of(gradient_tensors(engine))
         engine.step()
-    figures["weights"] = _bytes_of(weight_tensors(model))
-    figures["optimizer"] = _bytes_of(_state_tensors(engine))
+    figures["weights"] = bytes_of(weight_tensors(model))
+    figures["optimizer"] = bytes_of(state_tensors(engine))
     return figures
 
 
@@ -147,14 +148,23 @@ class LivePeak(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and counts what it returns."""
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._sizes:
-                storage = tensor.untyped_storage()
+        self.count(tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
+        return out
+
+    def count(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that are not yet known, such as those that no operator has made."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
                 self._now += storage.nbytes()
                 weakref.finalize(storage, self._gone, storage._cdata)
         self.peak = max(self.peak, self._now)
-        return out
+
+    def take(self) -> int:
+        """The peak since the last call."""
+        peak, self.peak = self.peak, self._now
+        return peak
 
     def _gone(self, key: int) -> None:
         self._now -= self._sizes.pop(key)
@@ -167,13 +177,13 @@ def measured_peak(plan: RunPlan, lengths: Sequence[int]) -> int:
     engine = start_engine(accelerator, plan, model, make_optimizer(model, plan.recipe))
     engine.accelerator.backward(micro_batch_loss(engine.model, micro_batch(lengths), CPU))
     engine.step()
-    stay = [*weight_tensors(model), *_state_tensors(engine)]
+    stay = [*weight_tensors(model), *state_tensors(engine)]
     live = LivePeak([*stay, *model.parameters(), *model.buffers()])
     with live:
         loss = micro_batch_loss(engine.model, micro_batch(lengths), CPU)
         live.peak = 0
         engine.accelerator.backward(loss)
-    return _bytes_of(stay) + live.peak
+    return bytes_of(stay) + live.peak
 
 
 class KeptTensors(saved_tensors_hooks):
@@ -181,62 +191,20 @@ class KeptTensors(saved_tensors_hooks):
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._fixed = {_address(tensor) for tensor in (*weight_tensors(model), *model.buffers())}
+        self._fixed = {address_of(tensor) for tensor in (*weight_tensors(model), *model.buffers())}
         self._kept: dict[int, Tensor] = {}
         super().__init__(self._keep, lambda tensor: tensor)
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        address = _address(tensor)
-        if address not in self._fixed and address not in {_address(each) for each in self._model.parameters()}:
+        address = address_of(tensor)
+        if address not in self._fixed and address not in {address_of(each) for each in self._model.parameters()}:
             self._kept[address] = tensor  # held, so that no other tensor gets its address
         return tensor
 
     @property
     def bytes(self) -> int:
         """Of all storages together."""
-        return _bytes_of(self._kept.values())
-
-
-def weight_tensors(model: nn.Module) -> list[Tensor]:
-    """This rank's parts of all weights, and what belongs to packed ones."""
-    found: list[Tensor] = []
-    for parameter in model.parameters():
-        found.append(getattr(parameter, "ds_tensor", parameter))
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            found += [state.absmax, state.code]
-            if state.nested:
-                found += [state.offset, state.state2.absmax]
-        found += [parameter.SCB] if isinstance(getattr(parameter, "SCB", None), Tensor) else []
-    return found
-
-
-def _zero_gradients(engine: Engine) -> list[Tensor]:
-    optimizer: Any = engine.model.optimizer
-    if hasattr(optimizer, "grad_partitions_flat_buffer"):
-        return [optimizer.grad_partitions_flat_buffer]
-    return [part for parts in optimizer.averaged_gradients.values() for part in parts or ()]
-
-
-def _state_tensors(engine: Engine) -> list[Tensor]:
-    optimizer: Any = engine.optimizer
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    found = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    if engine.is_deepspeed:
-        zero: Any = engine.model.optimizer
-        found += getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
-    return found
-
-
-def _bytes_of(tensors: Iterable[Tensor | None]) -> int:
-    local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors if each is not None]
-    return sum({_address(each): each.untyped_storage().nbytes() for each in local}.values())
-
-
-def _address(tensor: Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage().data_ptr()
+        return bytes_of(self._kept.values())
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

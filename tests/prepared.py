@@ -19,7 +19,13 @@ Document = tuple[Sequence[int], Sequence[int], dict[str, Any]]
 """Token ids, mask of 0 and 1, the row."""
 
 
-def write_prepared(folder: Path, splits: dict[str, list[Document]], vocab_size: int = 512, **more: Any) -> Path:
+def write_prepared(
+    folder: Path,
+    splits: dict[str, list[Document]],
+    vocab_size: int = 512,
+    length_tokens: int = LENGTH_TOKENS,
+    **more: Any,
+) -> Path:
     """Writes each split's files and data.json; rows are kept, as for validation, retain and test."""
     counts, kept = {}, {}
     for name, documents in splits.items():
@@ -32,8 +38,8 @@ def write_prepared(folder: Path, splits: dict[str, list[Document]], vocab_size: 
             labels=np.array([sum(mask[1:]) for _, mask, _ in documents]),
             rows=[json.dumps(row).encode() + b"\n" for _, _, row in documents],
             vocab_size=vocab_size,
-            length_tokens=LENGTH_TOKENS,
-            packing=pack(lengths, LENGTH_TOKENS, "best_fit", 0),
+            length_tokens=length_tokens,
+            packing=pack(lengths, length_tokens, "best_fit", 0),
         )
         kept[name] = Entry(rows=len(documents), tokens=counts[name].num_tokens)
     every = Entry(rows=sum(e.rows for e in kept.values()), tokens=sum(e.tokens for e in kept.values()))
@@ -44,7 +50,7 @@ def write_prepared(folder: Path, splits: dict[str, list[Document]], vocab_size: 
         "vocab_size": vocab_size,
         "template": "tokenizer",
         "stop_token": "<|im_end|>",
-        "length_tokens": LENGTH_TOKENS,
+        "length_tokens": length_tokens,
         "settings": {},
         "shares": (0.7, 0.15, 0.15),
         "shares_reason": "by hand",

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from packhorse.plan.cost.held import Held, held_weights
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make import make_plan
+from packhorse.plan.parameters import read_shape
 from packhorse.plan.run_plan import DataFacts, RunPlan, write_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
@@ -91,6 +93,20 @@ class Trainer:
             for name, parameter in self.model.named_parameters()
             for slot, value in self.optimizer.state[parameter].items()
         }
+
+
+def weights_of(plan: RunPlan, **model: Any) -> tuple[Held, ...]:
+    """What the plan counts of a `Trainer`'s weights."""
+    shape = read_shape({**TINY["model"]["config"], "tie_word_embeddings": False, **SMALL, **model})
+    assert shape is not None
+    held = held_weights(plan, shape)
+    assert held is not None
+    return held
+
+
+def buffers_of(trainer: Trainer) -> int:
+    """Bytes that this rank keeps on its host from save to save."""
+    return sum(room.nbytes for room in trainer.checkpoints._buffers._rooms.values())
 
 
 def save_at(trainer: Trainer, step: int) -> None:

@@ -1,9 +1,10 @@
-"""Folders that appear whole or not at all, and stay after a power cut."""
+"""Files and folders that appear whole or not at all, and stay after a power cut."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from packhorse.errors import EXIT_DISK, UserError
@@ -18,6 +19,32 @@ def publish_folder(temporary: Path, target: Path) -> None:
         shutil.rmtree(target)
     temporary.rename(target)
     sync_to_disk(target.parent)
+
+
+def replace_file(path: Path, text: str, *, writer: str = "", on_disk: bool = True) -> None:
+    """Writes a whole file in one move: a reader, and a crash, meet the old one or the new one.
+
+    Args:
+        path: The file.
+        text: All that it is to hold.
+        writer: Apart from others that may write the same file at the same time.
+        on_disk: Wait until it would stay after a power cut.
+
+    Raises:
+        OSError: The disk does not take it; the file is as it was.
+    """
+    draft = path.with_name(f".{path.name}{writer}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        if on_disk:
+            sync_to_disk(draft)
+        draft.replace(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    if on_disk:
+        sync_to_disk(path.parent)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import PACKHORSE, Typed, environment, packhorse
+from ranks import planned, run_ranks
 
 TIMEOUT_SECONDS = 900
 
@@ -42,6 +43,15 @@ def train(recipe: Path, engine: Engine, name: str, *words: str) -> Path:
         done = launch_by_hand(recipe.parent, name, [*told, *words])
     assert done.code == 0, done.err
     return recipe.parent / "runs" / name
+
+
+def train_forked(recipe: Path, engine: Engine, name: str, *words: str) -> Path:
+    """The same without `packhorse train` and `accelerate launch`: ranks forked from a process that has imported all."""
+    told = [f"parallel.engine={engine.name}", f"parallel.processes={engine.processes}"]
+    run = planned(recipe, name, *told, *words)
+    ended = [(record["exit_code"], record["message"]) for record in run_ranks(run)]
+    assert ended == [(0, "")] * engine.processes, ended
+    return run
 
 
 def launch_by_hand(folder: Path, name: str, words: list[str], script: Path | None = None) -> Typed:

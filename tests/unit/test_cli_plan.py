@@ -10,6 +10,7 @@ import pytest
 
 from packhorse.cli import main
 from packhorse.errors import EXIT_OK, EXIT_USER_ERROR
+from packhorse.plan.hardware import host_memory
 from packhorse.plan.run_plan import read_plan
 from tiny import TINY, write_tiny
 
@@ -78,6 +79,9 @@ def test_json_says_all_that_is_shown(here: Path, capsys: pytest.CaptureFixture[s
     assert time["price"] == pytest.approx(time["hours"] * 16 * 2.5)
     assert value["changes"] == []
     assert value["argv"][:2] == ["accelerate", "launch"]
+    assert value["job"][:3] == ["sbatch", "--nodes=2", "--gpus-per-node=8"]
+    assert all(Path(file).is_file() for file in [*value["files"][:2], value["job"][3]])
+    assert value["files"][2] == value["argv"][-1] == f"{value['job'][4]}/plan.json"
     assert list(here.iterdir()) == []
 
 
@@ -126,15 +130,33 @@ def test_the_launch_line_alone_is_the_plans(here: Path, capsys: pytest.CaptureFi
     assert line.endswith("runs/tiny/plan.json")
 
 
+def test_what_would_run_is_shown_word_by_word(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # nothing is folded
+    words = ["plan", "llama3.1-8b/full", "parallel.engine=fsdp2", "--gpus"]
+    two = told([*words, "16xH100", "--nodes", "2"], capsys)
+    for word in ("accelerate launch", "fsdp2.yaml", "launch/train.py", "plan.json", "TOKENIZERS_PARALLELISM=false"):
+        assert word in two
+    assert "sbatch --nodes=2 --gpus-per-node=8" in two
+    one = told([*words, "8xH100", "parallel.engine=zero2"], capsys)
+    assert "sbatch" not in one
+    assert "what DeepSpeed is told stands in plan.json" in one
+    assert "what DeepSpeed is told" not in two
+
+
 def test_this_machines_card_is_taken(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_gpus(here, monkeypatch, "NVIDIA A10", "NVIDIA A10")
-    write_huge(here)
+    write_huge(here, model=TINY["model"] | {"config": HUGE | {"num_hidden_layers": 8}})
     value = json.loads(told(["plan", "tiny.yaml", "--json", "parallel.processes=2"], capsys))
     assert value["gpu"] == "A10-24GB"
     assert value["memory"]["fits"] is False
     assert value["changes"], "more of these GPUs would hold it"
+    assert value["host_bytes"] == host_memory(), "the host is this machine's too"
+    other = json.loads(told(["plan", "tiny.yaml", "--gpus", "2xH100-80GB", "--json"], capsys))
+    assert other["host_bytes"] is None
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_made(

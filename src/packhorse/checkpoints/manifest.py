@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from packhorse.durable import forget_cached, sync_to_disk
+from packhorse.durable import forget_cached, replace_file, sync_to_disk
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
@@ -102,11 +102,7 @@ def write_manifest(folder: Path, run: RunFacts, files: Mapping[str, FileRecord])
     for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         sync_to_disk(inner)
     manifest = CheckpointManifest(run=run, files=dict(sorted(files.items()))).sealed()
-    draft = folder / f".{MANIFEST_FILE}"
-    draft.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    sync_to_disk(draft)
-    draft.rename(folder / MANIFEST_FILE)
-    sync_to_disk(folder)
+    replace_file(folder / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
     return manifest
 
 

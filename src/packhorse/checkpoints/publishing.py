@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packhorse.checkpoints.manifest import FileRecord, RunFacts, files_below, write_manifest
 from packhorse.checkpoints.shelf import folder_name, remove_checkpoint
-from packhorse.durable import sync_to_disk
+from packhorse.durable import replace_file, sync_to_disk
 from packhorse.errors import UserError
 
 SHARED_SECONDS = 60.0
@@ -33,12 +33,8 @@ def leave_record(temporary: Path, rank: int, files: dict[str, FileRecord]) -> No
     Raises:
         OSError: The disk refuses.
     """
-    draft = temporary / f".record-{rank}.json"
     records = {name: record.model_dump() for name, record in files.items()}
-    draft.write_text(json.dumps(records) + "\n", encoding="utf-8")
-    sync_to_disk(draft)
-    draft.rename(_record(temporary, rank))
-    sync_to_disk(temporary)
+    replace_file(_record(temporary, rank), json.dumps(records) + "\n")
 
 
 def publish(temporary: Path, run: RunFacts, shared_seconds: float = SHARED_SECONDS) -> Path:

@@ -52,6 +52,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in checkpoints_in(folder) if read_manifest(path) is not None]
 
 
+def newest_complete(folder: Path) -> Path | None:
+    """The newest of them, None where there is none; its files are not read."""
+    return next((path for path in reversed(checkpoints_in(folder)) if read_manifest(path) is not None), None)
+
+
 def newest_sound(folder: Path) -> Found:
     """Reads the newest checkpoint whole; where it is not as it was written, the one before, and so on."""
     passed_over: list[str] = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packhorse.commands.costs import Terms, Unknown, basis_of
+from packhorse.commands.costs import Terms, basis_of
+from packhorse.commands.parameters import Unknown
 from packhorse.data.manifest import read_manifest
 from packhorse.errors import UserError
 from packhorse.launching.run_folder import relative

@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from packhorse.commands.parameters import why_not_counted
+from packhorse.commands.parameters import Unknown, known_shape
 from packhorse.data.manifest import DataManifest
 from packhorse.data.packs.store import open_store
 from packhorse.data.places import data_root
-from packhorse.plan.architectures import find_configuration
 from packhorse.plan.cost.case import Basis, Guessed
 from packhorse.plan.cost.gpus import GpuProfile, gpu_of_device
 from packhorse.plan.cost.packs import PackFigures
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.parameters import read_shape
-from packhorse.plan.trainable import count_parameters
 from packhorse.recipe.schema import Recipe
 
 GBIT_TO_GB = 1 / 8
@@ -36,13 +33,6 @@ class Terms:
     price: float | None = None
 
 
-@dataclass(frozen=True)
-class Unknown:
-    """Why memory and time cannot be said."""
-
-    reason: str
-
-
 def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, terms: Terms) -> Basis | Unknown:
     """What is known of model, packs and GPU, or what is not.
 
@@ -53,16 +43,15 @@ def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, term
         terms: Of the command line.
 
     Raises:
-        UserError: The user's own GPU profiles are wrong, or a file of the data is not what was written.
+        UserError: The user's own GPU profiles are wrong, a file of the data is not what was written, or the model or
+            the method on it is one that training refuses.
     """
     gpu = terms.gpu or _gpu_here(here)
     if isinstance(gpu, Unknown):
         return gpu
-    vocab_size = manifest.vocab_size if manifest is not None else None
-    configuration = find_configuration(recipe, vocab_size)
-    shape = read_shape(configuration)
-    if shape is None or count_parameters(configuration, recipe.method) is None:
-        return Unknown(why_not_counted(recipe, vocab_size))
+    shape = known_shape(recipe, manifest.vocab_size if manifest is not None else None)
+    if isinstance(shape, Unknown):
+        return shape
     packs, validation = PackFigures.full(recipe.batch.length), None
     if manifest is not None:
         folder = data_root(recipe) / manifest.content_hash
@@ -71,7 +60,8 @@ def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, term
         if split is not None and split.num_packs:
             validation = _figures(folder, "validation", recipe)
     network = None if terms.network_gbit is None else terms.network_gbit * GBIT_TO_GB
-    return Basis(shape, packs, gpu, validation, network, terms.price)
+    host = here.host_bytes if _gpu_here(here) == gpu else None
+    return Basis(shape, packs, gpu, validation, network, terms.price, host_bytes=host)
 
 
 def with_guess(basis: Basis, recipe: Recipe) -> Basis:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from packhorse.commands.costs import Unknown
+from packhorse.commands.parameters import Unknown
 from packhorse.plan.auto import plan_best
 from packhorse.plan.compare import Wanted
 from packhorse.plan.cost.case import Basis, Case

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from packhorse.commands.costs import Unknown, basis_of
+from packhorse.commands.costs import basis_of
+from packhorse.commands.parameters import Unknown
 from packhorse.commands.plan import data_facts, manifest_if_prepared, read_gpus
 from packhorse.data.places import data_root
 from packhorse.errors import EXIT_OK, UserError

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.commands.calibrate import measured_of
-from packhorse.commands.costs import Terms, Unknown, basis_of, with_guess
-from packhorse.commands.parameters import parameter_lines, show_parameters
+from packhorse.commands.costs import Terms, basis_of, with_guess
+from packhorse.commands.parameters import Unknown, known_shape, parameter_lines, show_parameters
 from packhorse.commands.plan_values import least_value, plan_value, scaling_value, ways_value
 from packhorse.commands.plan_view import (
     change_table,
@@ -40,13 +40,14 @@ from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.places.lines import lines_of_nodes
 from packhorse.launching.run_folder import open_run, relative
 from packhorse.launching.slurm.jobs import require_planned
-from packhorse.plan.auto import NEEDS_MORE, plan_best
+from packhorse.plan.auto import plan_best
 from packhorse.plan.changes import Change, changes_that_fit
-from packhorse.plan.checkpoint_size import checkpoint_room
-from packhorse.plan.compare import Wanted, every_way, fastest
+from packhorse.plan.command import job_argv, launch_files
+from packhorse.plan.compare import Wanted, chosen_of, every_way
 from packhorse.plan.cost.case import Basis, Case, case_of
 from packhorse.plan.cost.gpus import find_gpu, known_gpus, parse_gpus
-from packhorse.plan.cost.scaling import scale
+from packhorse.plan.cost.saved import CheckpointRoom, checkpoint_room
+from packhorse.plan.cost.scaling import Counted, scale
 from packhorse.plan.difference import differences
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.least import least_hardware
@@ -55,6 +56,8 @@ from packhorse.plan.topology import Ask
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
+
+DEEPSPEED = "; what DeepSpeed is told stands in plan.json"
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _compare(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: 
     if isinstance(basis, Unknown):
         raise _not_known(basis, wanted.recipe)
     found = every_way(wanted, basis)
-    winner = fastest([way for way in found if way.engine not in NEEDS_MORE])
+    winner = chosen_of(found)
     if winner is None:
         errors = {way.engine: way.error for way in found if way.error is not None}
         raise errors.get("ddp") or next(iter(errors.values()))
@@ -180,9 +183,12 @@ def _scale(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: bo
     """Weak scaling keeps the work of a GPU, strong scaling shares the recipe's own packs."""
     if isinstance(basis, Unknown):
         raise _not_known(basis, wanted.recipe)
-    recipe = plan_best(wanted, basis).recipe
+    recipe = wanted.recipe
+    if "auto" in (recipe.parallel.engine, recipe.parallel.checkpointing):
+        recipe = plan_best(wanted, basis).recipe
+    counted: Counted = {}
     weak, strong = (
-        scale(recipe, basis.shape, basis.packs, basis.gpu, mode, network_gb=basis.network_gb)
+        scale(recipe, basis.shape, basis.packs, basis.gpu, mode, network_gb=basis.network_gb, counted=counted)
         for mode in ("weak", "strong")
     )
     if as_json:
@@ -291,6 +297,12 @@ def _show(console: Console, made: RunPlan, vocab_size: int | None) -> None:
     lines += [("checkpoints", _room(made, vocab_size))]
     env = " ".join(f"{name}={value}" for name, value in made.env.items())
     lines += [("run folder", made.run_folder), ("command", shown(made.argv)), ("environment", env)]
+    lines += [
+        ("files", ", ".join(relative(file) for file in launch_files(made)) + DEEPSPEED * (made.deepspeed is not None))
+    ]
+    job = job_argv(made)
+    if job:
+        lines.append(("job", f"{shown(job)}, after --write"))
     console.print(pairs(lines))
     show_parameters(console, made.recipe, vocab_size)
 
@@ -318,8 +330,19 @@ def _now() -> datetime:
     return datetime.now().astimezone()
 
 
+def room_on_disk(made: RunPlan, vocab_size: int | None) -> CheckpointRoom | None:
+    """What the checkpoints of a run take; None where the model's weights cannot be counted ahead.
+
+    Args:
+        made: The run.
+        vocab_size: Size of the tokenizer, which a fresh model takes.
+    """
+    shape = known_shape(made.recipe, vocab_size)
+    return None if isinstance(shape, Unknown) else checkpoint_room(made, shape)
+
+
 def _room(made: RunPlan, vocab_size: int | None) -> str:
-    room = checkpoint_room(made, vocab_size)
+    room = room_on_disk(made, vocab_size)
     if room is None:
         return "their size is known when the model is loaded; whether the disk holds them is not checked before"
     return f"{size(room.each_bytes)} each, {room.count} at once at most: {size(room.total_bytes)}"

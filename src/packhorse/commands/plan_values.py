@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from packhorse.plan.changes import Change
+from packhorse.plan.command import job_argv, launch_files
 from packhorse.plan.compare import Way, why_not
 from packhorse.plan.cost.case import Case
 from packhorse.plan.cost.component import Component
@@ -27,6 +28,8 @@ def plan_value(plan: RunPlan, case: Case | None, unknown: str, changes: Sequence
         "decisions": [decision.model_dump() for decision in plan.decisions],
         "run_folder": plan.run_folder,
         "argv": list(plan.argv),
+        "files": list(launch_files(plan)),
+        "job": list(job_argv(plan)),
         "env": plan.env,
         "deepspeed": plan.deepspeed,
     }
@@ -44,6 +47,7 @@ def ways_value(found: Sequence[Way], winner: Way) -> list[Value]:
         if way.case is not None:
             value |= {"fits": way.case.fits, "margin": way.case.margin, "required_bytes": way.case.required_bytes}
             value |= {"step_seconds": way.case.step_seconds, "mfu": way.case.speed.mfu}
+            value |= {"host_required_bytes": way.case.storage.host_bytes}
         values.append(value)
     return values
 
@@ -93,6 +97,7 @@ def _costs(case: Case, now: datetime) -> Value:
             "outside": _parts(memory.outside),
         },
         "host": _parts(storage.host),
+        "host_bytes": case.basis.host_bytes,
         "disk": _parts(storage.disk),
         "local_disk": _parts(storage.local_disk),
         "time": {

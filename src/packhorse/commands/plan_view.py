@@ -10,7 +10,7 @@ from rich.text import Text
 
 from packhorse.durable import size
 from packhorse.plan.changes import Change
-from packhorse.plan.compare import Way, why_not
+from packhorse.plan.compare import Way, host_words, why_not
 from packhorse.plan.cost.case import MARGIN, Case
 from packhorse.plan.cost.component import Component
 from packhorse.plan.cost.memory import Phase
@@ -25,8 +25,10 @@ def verdict_words(case: Case) -> str:
     """Whether it fits, with both figures."""
     card = case.basis.gpu
     figures = f"{case.required_bytes / GIB:.1f} of {card.memory_bytes / GIB:.1f} GiB of {card.name}"
-    if not case.fits:
+    if case.margin < 0:
         return f"does not fit: {figures}, {-case.margin * card.memory_bytes / GIB:.1f} GiB too much"
+    if not case.host_fits:
+        return f"fits the GPU, {figures}; does not fit the host: {host_words(case)}"
     if not case.is_comfortable:
         return f"fits, but tightly: {figures}, {case.margin:.0%} to spare; {MARGIN:.0%} and more are safe"
     return f"fits: {figures}, {case.margin:.0%} to spare"
@@ -70,7 +72,7 @@ def storage_lines(case: Case) -> list[tuple[str, str]]:
     """Host memory of a node, disk, and the local disk where there is any."""
     storage = case.storage
     lines = [
-        ("host memory", f"{_in_all(storage.host)} on each node: {_parts(storage.host)}"),
+        ("host", f"{host_words(case)}: {_parts(storage.host)}"),
         ("disk", f"{_in_all(storage.disk)}: {_parts(storage.disk)}"),
     ]
     if storage.local_disk:
@@ -135,9 +137,9 @@ def _seconds(seconds: float) -> str:
 def change_table(changes: Sequence[Change]) -> Table:
     """A line for each change that makes the run fit."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("would fit with", overflow="fold")
-    table.add_column("GiB", justify="right")
-    table.add_column("tokens/s a GPU", justify="right")
+    table.add_column("would fit with", overflow="fold", min_width=len("parallel.engine=zero3_offload"))
+    table.add_column("GiB", justify="right", no_wrap=True)
+    table.add_column("tokens/s\na GPU", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for change in changes:
         speed = f"{change.case.speed.tokens_per_second_per_gpu:,.0f} ({1 / (1 + change.slower) - 1:+.0%})"
@@ -148,8 +150,8 @@ def change_table(changes: Sequence[Change]) -> Table:
 def ways_table(found: Sequence[Way], winner: Way) -> Table:
     """Every way, the best first; those that do not fit behind those that do, what is refused at the end."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("engine")
-    for heading in ("micro", "checkpointing", "GiB", "s a step", "tokens/s a GPU"):
+    table.add_column("engine", no_wrap=True)
+    for heading in ("micro", "check-\npointing", "GiB", "s a\nstep", "tokens/s\na GPU"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for way in sorted(found, key=lambda way: _rank(way, winner)):
@@ -209,10 +211,10 @@ def scaling_table(scaling: Scaling, card_bytes: int) -> Table:
         card_bytes: Memory of one GPU.
     """
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("GPUs", justify="right")
-    for heading in ("packs a step", "s a step", "tokens/s a GPU", "in all", "efficiency", "waiting", "GiB"):
+    headings = ("GPUs", "packs\na step", "s a\nstep", "tokens/s\na GPU", "in all", "effi-\nciency", "waiting", "GiB")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for point in scaling.points:
         if point.estimate is not None:
             speed = point.estimate

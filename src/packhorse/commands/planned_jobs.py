@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from packhorse.commands.costs import Unknown, basis_of
+from packhorse.commands.costs import basis_of
 from packhorse.commands.fitting import draft_plan, fitting_plan
-from packhorse.commands.plan import data_facts, require_data
+from packhorse.commands.parameters import Unknown
+from packhorse.commands.plan import data_facts, require_data, room_on_disk
 from packhorse.commands.waiting import SITE_RECORD, terms_of
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import read_manifest
@@ -24,8 +25,8 @@ from packhorse.launching.slurm.script import check_path, command_script, cpu_req
 from packhorse.launching.slurm.site import DURATION, SITE_FILE, SiteProfile, seconds_of
 from packhorse.launching.slurm.site_load import load_site
 from packhorse.launching.slurm.submit import PlannedJob
-from packhorse.plan.checkpoint_size import checkpoint_room
 from packhorse.plan.compare import Wanted
+from packhorse.plan.cost.saved import CheckpointRoom
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.make import run_folder_of
 from packhorse.plan.resume import replan
@@ -196,9 +197,9 @@ def _new(
         wanted = Wanted(loaded, wanted.ask, here, data_facts(data_root(loaded) / manifest.content_hash, manifest))
         plan = fitting_plan(wanted, basis_of(loaded, manifest, here, terms), force)
         files = {"data.json": manifest.model_dump_json(indent=2) + "\n"}
-    vocab_size = manifest.vocab_size if manifest else None
-    check_disk(plan, vocab_size)
-    lead = _lead(plan, vocab_size)
+    room = room_on_disk(plan, manifest.vocab_size if manifest else None)
+    check_disk(plan, room)
+    lead = _lead(plan, room)
     return Submission(plan, site, True, lead, _memory_words(plan, worst, on_cpus), files=files)
 
 
@@ -240,9 +241,10 @@ def _again(
         manifest = read_manifest(Path(require_data(plan).folder))
         assert manifest is not None
         vocab_size = manifest.vocab_size
-    check_disk(plan, vocab_size)
+    room = room_on_disk(plan, vocab_size)
+    check_disk(plan, room)
     words = _memory_words(plan, None, topology.device == "cpu")
-    return Submission(plan, site, False, _lead(plan, vocab_size), words, is_replanned=plan != before)
+    return Submission(plan, site, False, _lead(plan, room), words, is_replanned=plan != before)
 
 
 def check_shared(site: SiteProfile, folder: Path) -> None:
@@ -265,8 +267,7 @@ def _node(site: SiteProfile) -> Hardware:
     return Hardware(num_cores=site.cpus_per_node or 1, gpus=())
 
 
-def _lead(plan: RunPlan, vocab_size: int | None) -> Lead:
-    room = checkpoint_room(plan, vocab_size)
+def _lead(plan: RunPlan, room: CheckpointRoom | None) -> Lead:
     return signal_lead(
         read_metrics(Path(plan.run_folder) / METRICS_FILE),
         plan.predicted.step_seconds if plan.predicted is not None else None,

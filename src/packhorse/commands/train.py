@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.commands.costs import Terms, Unknown, basis_of
+from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.fitting import draft_plan, fitting_plan
-from packhorse.commands.plan import data_facts, read_gpus, require_data, shown
+from packhorse.commands.parameters import Unknown
+from packhorse.commands.plan import data_facts, read_gpus, require_data, room_on_disk, shown
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.places import data_root
@@ -21,6 +22,7 @@ from packhorse.launching.preflight import check_base_model, check_disk, check_nv
 from packhorse.launching.recovery import run_to_end
 from packhorse.launching.run_folder import check_free, create_run, open_run, relative
 from packhorse.launching.stop import StoppedEarly, stop_signals
+from packhorse.plan.command import job_argv
 from packhorse.plan.compare import Wanted
 from packhorse.plan.cost.case import Case
 from packhorse.plan.hardware import Hardware, detect_hardware
@@ -82,7 +84,8 @@ def write_run(recipe: str, overrides: Sequence[str], gpus: str, nodes: int | Non
     console = Console()
     ask, terms = read_gpus(gpus, nodes)
     made = _new_run(recipe, overrides, ask, terms, console, local=False, force=force)
-    console.print(f"planned {relative(made.run_folder)}: {shown(made.argv)}", soft_wrap=True, highlight=False)
+    what = shown(job_argv(made) or made.argv)
+    console.print(f"planned {relative(made.run_folder)}: {what}", soft_wrap=True, highlight=False)
     return EXIT_OK
 
 
@@ -117,7 +120,7 @@ def _new_run(
     require_sizes(data_root(loaded) / manifest.content_hash, manifest)
     facts = data_facts(data_root(loaded) / manifest.content_hash, manifest)
     made = fitting_plan(replace(wanted, data=facts), basis_of(loaded, manifest, here, terms), force)
-    check_disk(made, manifest.vocab_size)
+    check_disk(made, room_on_disk(made, manifest.vocab_size))
     create_run(made, {"data.json": manifest.model_dump_json(indent=2) + "\n"})
     return made
 
@@ -137,11 +140,11 @@ def _resumed(run: str, overrides: Sequence[str], gpus: int | None, force: bool) 
     check_machine(made.topology, here)
     manifest = read_manifest(Path(require_data(made).folder))
     assert manifest is not None
-    check_disk(made, manifest.vocab_size)
-    return made if made == before else _stillfitting_plan(made, manifest, here, force)
+    check_disk(made, room_on_disk(made, manifest.vocab_size))
+    return made if made == before else _still_fitting(made, manifest, here, force)
 
 
-def _stillfitting_plan(made: RunPlan, manifest: DataManifest, here: Hardware, force: bool) -> RunPlan:
+def _still_fitting(made: RunPlan, manifest: DataManifest, here: Hardware, force: bool) -> RunPlan:
     """Another plan of a run, which its GPUs must hold as a new one's."""
     basis = basis_of(made.recipe, manifest, here, Terms())
     if isinstance(basis, Unknown) or made.topology.device == "cpu":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.fitting import fitting_plan
-from packhorse.commands.plan import data_facts
+from packhorse.commands.plan import data_facts, room_on_disk
 from packhorse.data.manifest import DataManifest
 from packhorse.data.places import data_root
 from packhorse.errors import UserError
@@ -62,7 +62,7 @@ def _complete(plan: RunPlan, manifest: DataManifest) -> None:
         Wanted(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms_of(site)), is_forced(plan)
     )
     made = made.model_copy(update={"run_folder": plan.run_folder, "base_model": plan.base_model})
-    check_disk(made, manifest.vocab_size)
+    check_disk(made, room_on_disk(made, manifest.vocab_size))
     complete_run(
         made, {"recipe.yaml": dump_recipe(made.recipe), "data.json": manifest.model_dump_json(indent=2) + "\n"}
     )

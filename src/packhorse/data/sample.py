@@ -10,11 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
+from packhorse.data.fast_tokenizer import fast_tokenizer
 from packhorse.data.places import source_files
 from packhorse.data.reading.listing import form_of
 from packhorse.data.splitting.shares import resolve_shares
@@ -30,7 +29,6 @@ TOKENS_A_ROW: Final = 12
 """Of a template's own words in a row of two turns, about."""
 FULL: Final = 0.98
 """Of a pack, what packing fills."""
-TOKENIZER_FILE: Final = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def _guess(recipe: Recipe) -> Guess | None:
     if not all(sampled) or any(source.weight is not None for source in recipe.data.sources):
         return None
     parts = [part for part in sampled if part is not None]
-    tokenizer = _tokenizer(recipe)
+    tokenizer = fast_tokenizer(recipe)
     num_rows = sum(part.num_rows for part in parts)
     num_tokens = sum(part.num_rows * (_mean_tokens(part, tokenizer) + TOKENS_A_ROW) for part in parts)
     share = 1.0 if recipe.data.validation else resolve_shares(recipe.data.split, num_rows)[0][0]
@@ -131,20 +129,3 @@ def _mean_tokens(part: _Part, tokenizer: Tokenizer | None) -> float:
     if tokenizer is None:
         return sum(map(len, part.texts)) / CHARACTERS_A_TOKEN / len(part.texts)
     return sum(len(each.ids) for each in tokenizer.encode_batch(part.texts)) / len(part.texts)
-
-
-def _tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """The fast tokenizer's file, where it lies on this machine."""
-    model = recipe.model
-    name = model.tokenizer or model.path or model.id
-    if name is None or name.startswith("builtin:"):
-        return None
-    folder = Path(name).expanduser()
-    file = folder / TOKENIZER_FILE
-    if not folder.is_dir():
-        revision = model.revision if model.tokenizer is None else None
-        cached = try_to_load_from_cache(name, TOKENIZER_FILE, cache_dir=HF_HUB_CACHE, revision=revision)
-        if not isinstance(cached, str):
-            return None
-        file = Path(cached)
-    return Tokenizer.from_file(str(file)) if file.is_file() else None

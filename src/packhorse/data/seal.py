@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from packhorse.data.manifest import MANIFEST_FILE, DataManifest, TestLook, read_manifest
 from packhorse.data.packs.store import SEALED_SPLIT, PackStore, open_store
-from packhorse.durable import sync_to_disk
+from packhorse.durable import replace_file
 from packhorse.errors import UserError
 
 LOCK_FILE: Final = ".test-looks.lock"
@@ -125,11 +125,7 @@ def _with_test(data_folder: Path) -> DataManifest:
 
 def _rewrite(data_folder: Path, manifest: DataManifest) -> None:
     """Replace data.json in one step: a reader sees the old one or the new one, also after a power cut."""
-    draft = data_folder / f".{MANIFEST_FILE}.draft"
-    draft.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    sync_to_disk(draft)
-    draft.replace(data_folder / MANIFEST_FILE)
-    sync_to_disk(data_folder)
+    replace_file(data_folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
 
 def _opened_before(data_folder: Path, looks: Sequence[TestLook]) -> UserError:

@@ -10,6 +10,9 @@ from packhorse.data.manifest import read_manifest
 from packhorse.doctor.facts import Question
 from packhorse.doctor.folder import plan_sha256
 from packhorse.launching.preflight import room_to_come
+from packhorse.plan.architectures import find_configuration
+from packhorse.plan.cost.saved import checkpoint_room
+from packhorse.plan.parameters import read_shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
 
@@ -22,7 +25,8 @@ def question_of_run(plan: RunPlan, scratch: str, fast: bool) -> Question:
     """
     topology, recipe, data = plan.topology, plan.recipe, plan.data
     manifest = read_manifest(Path(data.folder)) if data is not None else None
-    room = room_to_come(plan, manifest.vocab_size if manifest is not None else None)
+    shape = read_shape(find_configuration(recipe, manifest.vocab_size if manifest is not None else None))
+    room = checkpoint_room(plan, shape) if shape is not None else None
     model_folder = expand(plan.base_model) if recipe.model.path is not None and plan.base_model is not None else ""
     folder = Path(plan.run_folder)
     return Question(
@@ -31,7 +35,7 @@ def question_of_run(plan: RunPlan, scratch: str, fast: bool) -> Question:
         folder=str(folder),
         token=secrets.token_hex(8),
         plan_sha256=plan_sha256(folder),
-        needed_bytes=room.total_bytes if room is not None else 0,
+        needed_bytes=room_to_come(plan, room).total_bytes if room is not None else 0,
         weights_bytes=_weights_bytes(model_folder),
         model_folder=model_folder,
         model_id=recipe.model.id or "",

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from packhorse.checkpoints.manifest import read_manifest
-from packhorse.checkpoints.shelf import complete_checkpoints
+from packhorse.checkpoints.shelf import complete_checkpoints, newest_complete
 from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.launching.run_folder import relative
-from packhorse.plan.checkpoint_size import CheckpointRoom, checkpoint_room
 from packhorse.plan.command import nvme_folder
+from packhorse.plan.cost.saved import CheckpointRoom
 from packhorse.plan.optimizer_pairs import IN_8_BITS
 from packhorse.plan.pairs import NO_RESUME_FROM_NVME
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
@@ -118,35 +118,32 @@ def check_nvme(plan: RunPlan) -> None:
         )
 
 
-def room_to_come(plan: RunPlan, vocab_size: int | None) -> CheckpointRoom | None:
-    """What the run's checkpoints still need beside those that stand; None where it cannot be counted ahead.
+def room_to_come(plan: RunPlan, room: CheckpointRoom) -> CheckpointRoom:
+    """What the run's checkpoints still need beside those that stand.
 
     Args:
         plan: As it would run.
-        vocab_size: Size of the tokenizer.
+        room: What they take in all.
     """
-    room = checkpoint_room(plan, vocab_size)
-    if room is None:
-        return None
     standing = len(complete_checkpoints(Path(plan.run_folder) / "checkpoints"))
     return replace(room, count=max(1, room.count - standing))
 
 
-def check_disk(plan: RunPlan, vocab_size: int | None) -> None:
+def check_disk(plan: RunPlan, room: CheckpointRoom | None) -> None:
     """Refuses a disk that the run's checkpoints would fill; those that stand already need no more room.
 
     Where the model's parameters cannot be counted ahead nothing is checked, which `packhorse plan` says.
 
     Args:
         plan: As it would run.
-        vocab_size: Size of the tokenizer.
+        room: What its checkpoints take; None where that is not known.
 
     Raises:
         UserError: Fewer bytes are free than the checkpoints need.
     """
-    room = room_to_come(plan, vocab_size)
     if room is None:
         return
+    room = room_to_come(plan, room)
     needed, run_folder = room.total_bytes, Path(plan.run_folder)
     existing = next(parent for parent in (run_folder, *run_folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -179,7 +176,7 @@ def check_resumable(plan: RunPlan) -> None:
             "train under another name from what was learned (model.path=RUN/checkpoints/STEP/model), or with "
             "parallel.engine zero3_offload.",
         )
-    newest = next(reversed(complete_checkpoints(Path(plan.run_folder) / "checkpoints")), None)
+    newest = newest_complete(Path(plan.run_folder) / "checkpoints")
     manifest = read_manifest(newest) if newest is not None else None
     if newest is None or manifest is None:
         return

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from packhorse.checkpoints.shelf import complete_checkpoints, step_of
+from packhorse.checkpoints.shelf import newest_complete, step_of
 from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED
 from packhorse.launching.agent import STDERR_LOG, Failure, failure_of
 from packhorse.launching.last_words import collectives, stack_of
@@ -89,8 +89,8 @@ def stopped(plan: RunPlan, attempt: int, headline: str) -> Outcome:
 
 def newest_step(run_folder: Path) -> int:
     """Step of the newest complete checkpoint; 0 where there is none."""
-    complete = complete_checkpoints(run_folder / "checkpoints")
-    return step_of(complete[-1]) if complete else 0
+    newest = newest_complete(run_folder / "checkpoints")
+    return step_of(newest) if newest else 0
 
 
 def _left(plan: RunPlan, logs: Path, attempt: int, record: dict[str, Any]) -> Outcome:

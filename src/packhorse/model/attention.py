@@ -54,7 +54,7 @@ class Documents:
         return self.prefixes[0][0].shape[2] if self.prefixes else 0
 
 
-class _Attention(Protocol):
+class Attention(Protocol):
     """query [1, H, T, E], key and value [1, K, T + D P, E] -> [1, T, H, E], within each document and its prefix."""
 
     def __call__(
@@ -66,18 +66,24 @@ class _Attention(Protocol):
         dropout: float,
         scaling: float | None,
         window: int | None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Attends."""
 
 
 def register_attention(kernel: Kernel) -> str:
     """Registers the attention function with transformers; the returned name goes into `attn_implementation`."""
+    return register_kernel(kernel, _KERNELS[kernel])
+
+
+def register_kernel(kernel: str, attention: Attention) -> str:
+    """The same with an attention function of one's own."""
     name = f"packhorse_{kernel}"
-    AttentionInterface.register(name, partial(_attend, _KERNELS[kernel]))
+    AttentionInterface.register(name, partial(_attend, attention))
     return name
 
 
 def _attend(
-    kernel: _Attention,
+    kernel: Attention,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -164,6 +170,20 @@ def _window_mask(length: int, before: int, window: int | None, device: torch.dev
     return (distance >= 0) & (distance < (window or before + length))
 
 
+def refuse_dropout(dropout: float) -> None:
+    """Refuses what the varlen kernel cannot do.
+
+    Raises:
+        UserError: The model's attention has dropout.
+    """
+    if dropout:
+        raise UserError(
+            f"the model's attention_dropout is {dropout}, which the varlen kernel does not have.",
+            "leaving it out would train another model without a word.",
+            "set model.attention to sdpa, or attention_dropout to 0 in the model's config.json.",
+        )
+
+
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -174,12 +194,7 @@ def _varlen(
     window: int | None,
 ) -> Tensor:
     """Through torch's varlen kernel (CUDA, 16 bit): one launch for all documents."""
-    if dropout:
-        raise UserError(
-            f"the model's attention_dropout is {dropout}, which the varlen kernel does not have.",
-            "leaving it out would train another model without a word.",
-            "set model.attention to sdpa, or attention_dropout to 0 in the model's config.json.",
-        )
+    refuse_dropout(dropout)
     # Under autocast rotary embeddings lift q and k to fp32, and this kernel is not one that autocast knows.
     query, key = query.to(value.dtype), key.to(value.dtype)
     ends, before = documents.cu_seq_lens, documents.prefix_length
@@ -201,4 +216,4 @@ def _varlen(
     return out.unsqueeze(0)
 
 
-_KERNELS: Mapping[Kernel, _Attention] = {"sdpa": _per_document_sdpa, "varlen": _varlen}
+_KERNELS: Mapping[Kernel, Attention] = {"sdpa": _per_document_sdpa, "varlen": _varlen}

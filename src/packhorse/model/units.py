@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,20 +34,20 @@ def units_of(model: PreTrainedModel) -> list[Unit]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     norm = _last_norm(model)
     tail = tuple(names[module] for module in (norm, head) if module is not None)
-    layers = [Unit((name,)) for name in _decoder_layers(model)]
+    layers = [Unit((name,)) for name in layers_of(model)]
     if head is not None and embedding.weight is head.weight:
         return [Unit((names[embedding], *tail), is_last=True), *layers]
     return [Unit((names[embedding],)), *layers, *([Unit(tail, is_last=True)] if tail else [])]
 
 
-def _decoder_layers(model: PreTrainedModel) -> Iterator[str]:
-    """Outermost modules of the classes that transformers says must not be split."""
+def layers_of(model: PreTrainedModel) -> list[str]:
+    """Names of the decoder layers: outermost modules of the classes that transformers says must not be split."""
     kinds = set(model._no_split_modules or ())
-    last: str | None = None
+    found: list[str] = []
     for name, module in model.named_modules():
-        if type(module).__name__ in kinds and not (last and name.startswith(f"{last}.")):
-            last = name
-            yield name
+        if type(module).__name__ in kinds and not (found and name.startswith(f"{found[-1]}.")):
+            found.append(name)
+    return found
 
 
 def _last_norm(model: PreTrainedModel) -> nn.Module | None:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from packhorse.plan.compare import SAME_SPEED, Checkpointing, Wanted, Way, fastest, ways
+from packhorse.plan.compare import (
+    BY_NAME,
+    LAST,
+    SAME_SPEED,
+    Checkpointing,
+    Wanted,
+    Way,
+    chosen_of,
+    fastest,
+    host_words,
+    ways,
+)
 from packhorse.plan.cost.case import MARGIN, Basis, Case, case_of
 from packhorse.plan.make import make_plan
 from packhorse.plan.pairs import ENGINES
@@ -13,8 +24,6 @@ from packhorse.plan.run_plan import Decision, RunPlan
 from packhorse.recipe.schema import Engine, Recipe
 
 GIB: Final = 2**30
-NEEDS_MORE: Final = ("zero3_offload", "zero3_nvme")
-"""Engines that are never chosen: whether the host's memory or disk holds what they move there is not known."""
 
 
 def plan_best(wanted: Wanted, basis: Basis | None) -> RunPlan:
@@ -34,8 +43,8 @@ def plan_best(wanted: Wanted, basis: Basis | None) -> RunPlan:
         case = case_of(make_plan(recipe, wanted.ask, wanted.here, wanted.data), basis)
         assert case is not None, "a basis is only made where the weights are known"
         return case.noted()
-    found = ways(wanted, basis, _engines(recipe), _checkpointings(recipe), _micro(recipe))
-    best = fastest(found)
+    found = _tried(wanted, basis)
+    best = chosen_of(found) if recipe.parallel.engine == "auto" else fastest(found)
     if best is None:
         # That one process is too few for one engine, and several too many for another, is nobody's mistake.
         errors = {way.engine: way.error for way in found if way.error is not None}
@@ -54,9 +63,19 @@ def automatic(recipe: Recipe) -> tuple[str, ...]:
     return tuple(name for name, value in fields.items() if value == "auto")
 
 
-def _engines(recipe: Recipe) -> Sequence[Engine]:
-    asked = recipe.parallel.engine
-    return [engine for engine in ENGINES if engine not in NEEDS_MORE] if asked == "auto" else [asked]
+def _tried(wanted: Wanted, basis: Basis) -> list[Way]:
+    """Every way that may be chosen; those that fill the host's memory only where no other fits."""
+    recipe, asked = wanted.recipe, wanted.recipe.parallel.engine
+    plain = [engine for engine in ENGINES if engine not in (*LAST, *BY_NAME)]
+
+    def tried(engines: Sequence[Engine]) -> list[Way]:
+        return ways(wanted, basis, engines, _checkpointings(recipe), _micro(recipe))
+
+    if asked != "auto":
+        return tried([asked])
+    found = tried(plain)
+    fits = any(way.case is not None and way.case.fits for way in found)
+    return found if fits else [*found, *tried(LAST)]
 
 
 def _checkpointings(recipe: Recipe) -> Sequence[Checkpointing]:
@@ -81,8 +100,7 @@ def _explained(best: Way, case: Case, found: Sequence[Way], recipe: Recipe) -> R
         value = f"{batch.micro_packs} packs a pass, {batch.accumulation_steps} passes a step"
         at = next(index for index, each in enumerate(decisions) if each.name == "batch.micro")
         decisions[at] = Decision(name="batch.micro", value=value, reason=why)
-        section = plan.recipe.batch.model_copy(update={"micro": "auto"})
-        plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"batch": section})})
+        plan = plan.model_copy(update={"recipe": plan.recipe.changed("batch", micro="auto")})
     values = {"parallel.engine": str(best.engine), "parallel.checkpointing": str(best.checkpointing).lower()}
     decisions += [Decision(name=name, value=value, reason=why) for name, value in values.items() if name in chosen]
     return plan.model_copy(update={"decisions": tuple(decisions)})
@@ -94,7 +112,10 @@ def _why(best: Way, case: Case, found: Sequence[Way]) -> str:
     tried = [way.case for way in found if way.case is not None]
     fitting = [each for each in tried if each.is_comfortable]
     if not case.fits:
-        return f"none of {len(tried)} ways fits; this one needs least, {memory}"
+        host = "" if case.host_fits else f", and {host_words(case)}"
+        return f"none of {len(tried)} ways fits; this one needs least, {memory}{host}"
+    if best.engine in LAST and any(way.engine not in LAST for way in found):
+        return f"nothing else fits: weights and optimizer states go to the host, {host_words(case)}; {memory}"
     if not case.is_comfortable:
         return (
             f"none of {len(tried)} ways leaves {MARGIN:.0%} of the card free; this is the fastest that fits, {memory}"
@@ -104,7 +125,7 @@ def _why(best: Way, case: Case, found: Sequence[Way]) -> str:
     if len(fitting) == 1:
         return f"the only one of {len(tried)} ways that fits with {MARGIN:.0%} to spare: {memory}"
     slowest = max(each.step_seconds for each in fitting) / case.step_seconds - 1
-    rest = f", the others up to {slowest:.0%} slower" if slowest > SAME_SPEED else ", the others are no faster"
+    rest = f", the others up to {slowest:.0%} slower" if slowest > SAME_SPEED else ", the others as fast"
     return (
         f"the fastest of {len(fitting)} ways that fit with {MARGIN:.0%} to spare ({len(tried)} tried): {memory}{rest}"
     )

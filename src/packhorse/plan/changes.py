@@ -10,7 +10,7 @@ from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.plan.compare import Wanted, Way, checked_plan, fastest, ways, with_fields
 from packhorse.plan.cost.case import Basis, Case, case_of
-from packhorse.plan.less_memory import smaller_micro
+from packhorse.plan.less_memory import smaller_micros
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import override_recipe
@@ -57,13 +57,15 @@ def changes_that_fit(wanted: Wanted, case: Case) -> list[Change]:
 
 def more_gpus(wanted: Wanted, case: Case) -> list[Change]:
     """The fewest of the same GPUs that hold the run, under the engine that is then fastest."""
-    count = case.plan.topology.world_size
+    # In other nodes, whose memory is not known.
+    basis, count = replace(case.basis, host_bytes=None), case.plan.topology.world_size
     while (count := 2 * count) <= MOST_GPUS:
         more = replace(wanted, ask=Ask(count))
-        best = fastest([way for way in _cheapest(more, case.basis) if way.case is not None and way.case.fits])
+        best = fastest([way for way in _cheapest(more, basis) if way.case is not None and way.case.fits])
         if best is not None and best.case is not None:
             words = f"--gpus {count}x{case.basis.gpu.name} with {_words(_named(case.plan), best.case.plan.recipe)}"
-            return [Change(words.removesuffix(" with "), best.case, _slower(best.case, case), SAME_RESULT)]
+            result = f"{SAME_RESULT}, {size(best.case.storage.host_bytes)} of host memory a node"
+            return [Change(words.removesuffix(" with "), best.case, _slower(best.case, case), result)]
     return []
 
 
@@ -75,30 +77,35 @@ def _single(wanted: Wanted, plan: RunPlan) -> Iterator[tuple[str, Recipe]]:
     """One change at a time."""
     recipe = _named(plan)
     parallel = recipe.parallel
-    smaller = smaller_micro(plan)
-    while smaller is not None:
-        yield f"batch.micro={smaller}", _with(recipe, "batch", micro=smaller)
-        share = plan.batch.packs_per_step // plan.topology.data_ranks
-        smaller = max((n for n in range(1, smaller // 2 + 1) if share % n == 0), default=None)
+    for smaller in smaller_micros(plan):
+        yield f"batch.micro={smaller}", recipe.changed("batch", micro=smaller)
     if parallel.checkpointing is not True:
-        yield "parallel.checkpointing=true", _with(recipe, "parallel", checkpointing=True)
+        yield "parallel.checkpointing=true", recipe.changed("parallel", checkpointing=True)
     if parallel.checkpointing is not False and not parallel.offload_activations:
-        yield "parallel.offload_activations=true", _with(recipe, "parallel", offload_activations=True)
+        yield "parallel.offload_activations=true", recipe.changed("parallel", offload_activations=True)
     for engine in (*SHARDING, *OFFLOADING):
         if engine != plan.topology.engine:
             changed = with_fields(recipe, engine, plan.batch.micro_packs, parallel.checkpointing is not False)
-            changed = _with(changed, "parallel", checkpointing=parallel.checkpointing)
+            changed = changed.changed("parallel", checkpointing=parallel.checkpointing)
             yield f"parallel.engine={engine}", changed
+    if recipe.checkpoint.asynchronous:
+        # It needs as much of a GPU, and less of the host.
+        yield "checkpoint.asynchronous=false", recipe.changed("checkpoint", asynchronous=False)
     for ranks in (2, 4, 8):
         if plan.topology.world_size % (ranks * plan.topology.sequence) == 0:
-            yield f"parallel.sequence={ranks}", _with(recipe, "parallel", sequence=ranks * plan.topology.sequence)
+            yield f"parallel.sequence={ranks}", recipe.changed("parallel", sequence=ranks * plan.topology.sequence)
 
 
 def _together(wanted: Wanted, basis: Basis, case: Case) -> list[Change]:
     """Engine, packs a pass and checkpointing together: the fastest on the devices, and the fastest with the host."""
-    found = []
-    for engines in (("single", "ddp", *SHARDING), OFFLOADING):
-        tried = ways(wanted, basis, engines, (True, False), None)
+    found: list[Change] = []
+    # Copies for checkpoints may be what the host has no room for.
+    waiting = replace(wanted, recipe=wanted.recipe.changed("checkpoint", asynchronous=False))
+    on_devices: tuple[Engine, ...] = ("single", "ddp", *SHARDING)
+    for each, engines in ((wanted, on_devices), (wanted, OFFLOADING), (waiting, OFFLOADING)):
+        if each is waiting and (basis.host_bytes is None or found):
+            break
+        tried = ways(each, basis, engines, (True, False), None)
         best = fastest([way for way in tried if way.case is not None and way.case.fits])
         if best is not None and best.case is not None:
             words = _words(_named(case.plan), best.case.plan.recipe)
@@ -144,11 +151,7 @@ def _fitting(
 
 def _named(plan: RunPlan) -> Recipe:
     """The recipe with what was chosen for it."""
-    return _with(plan.recipe, "batch", micro=plan.batch.micro_packs)
-
-
-def _with(recipe: Recipe, section: str, **fields: Any) -> Recipe:  # noqa: ANN401
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=fields)})
+    return plan.recipe.changed("batch", micro=plan.batch.micro_packs)
 
 
 def _slower(case: Case, before: Case) -> float:
@@ -170,5 +173,6 @@ def _words(before: Recipe, after: Recipe) -> str:
         ("parallel.engine", before.parallel.engine, after.parallel.engine),
         ("batch.micro", before.batch.micro, after.batch.micro),
         ("parallel.checkpointing", before.parallel.checkpointing, after.parallel.checkpointing),
+        ("checkpoint.asynchronous", before.checkpoint.asynchronous, after.checkpoint.asynchronous),
     )
     return " ".join(f"{name}={str(new).lower()}" for name, old, new in pairs if old != new)

@@ -30,7 +30,7 @@ def settled(recipe: Recipe, device: Device) -> Recipe:
         )
     # Host memory is not scarce as a GPU's is, and one way is as fast as another.
     plain = {name: "ddp" if name == "engine" else False for name in asked}
-    return recipe.model_copy(update={"parallel": parallel.model_copy(update=plain)})
+    return recipe.changed("parallel", **plain)
 
 
 def choose_batch(batch: BatchSection, data_ranks: int, sequence: int = 1) -> tuple[BatchSplit, Decision]:

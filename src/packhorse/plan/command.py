@@ -50,6 +50,20 @@ def _mesh_words(topology: Topology) -> tuple[str, ...]:
     )
 
 
+def job_argv(plan: RunPlan) -> tuple[str, ...]:
+    """What hands the run to Slurm once its folder is made; nothing where one launch is enough: on one node."""
+    topology = plan.topology
+    if topology.num_nodes == 1:
+        return ()
+    nodes, gpus = f"--nodes={topology.num_nodes}", f"--gpus-per-node={topology.processes_per_node}"
+    return ("sbatch", nodes, gpus, str(shipped_path("slurm", "job.sbatch")), plan.run_folder)
+
+
+def launch_files(plan: RunPlan) -> tuple[str, ...]:
+    """The files that the launch reads: accelerate's configuration, the worker's script, the plan."""
+    return (plan.argv[plan.argv.index("--config_file") + 1], *plan.argv[-2:])
+
+
 def worker_env(topology: Topology) -> dict[str, str]:
     """Variables that the worker sets before it imports torch, so that a launch typed by hand is the same."""
     env = {"TOKENIZERS_PARALLELISM": "false"}

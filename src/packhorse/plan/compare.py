@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.plan.cost.case import MARGIN, Basis, Case, case_of
 from packhorse.plan.hardware import Hardware
@@ -20,6 +21,10 @@ Checkpointing = bool | int
 
 MOST_TOKENS: Final = 65_536
 """Tokens a pass beyond which nothing is gained: products are as wide as they need be."""
+LAST: Final[tuple[Engine, ...]] = ("zero3_offload",)
+"""Engines that are chosen only where no other fits: they fill the host's memory, and are slow where it is."""
+BY_NAME: Final[tuple[Engine, ...]] = ("zero3_nvme",)
+"""Engines that are never chosen: what local disk a node has is not known, and a run cannot go on from one."""
 SAME_SPEED: Final = 0.02
 """Differences below this are none: what takes less memory or shards less wins then."""
 
@@ -107,12 +112,21 @@ def fastest(found: Sequence[Way]) -> Way | None:
     Among equally fast ones the simplest; the choice depends on nothing but the figures.
     """
     possible = [way for way in found if way.case is not None]
-    for least in (MARGIN, 0.0):
-        fitting = [way for way in possible if way.case is not None and way.case.margin >= least]
+    comfortable = [way for way in possible if way.case is not None and way.case.is_comfortable]
+    for fitting in (comfortable, [way for way in possible if way.case is not None and way.case.fits]):
         if fitting:
             best = min(_seconds(way) for way in fitting)
             return min((way for way in fitting if _seconds(way) <= best * (1 + SAME_SPEED)), key=lambda way: way.order)
     return min(possible, key=lambda way: (_required(way), way.order), default=None)
+
+
+def chosen_of(found: Sequence[Way]) -> Way | None:
+    """What `auto` takes of all ways: the fastest without the host's memory, else with it; None without any."""
+    plain = fastest([way for way in found if way.engine not in (*LAST, *BY_NAME)])
+    if plain is not None and plain.case is not None and plain.case.fits:
+        return plain
+    offloaded = [way for way in found if way.engine in LAST and way.case is not None and way.case.fits]
+    return fastest(offloaded) or plain
 
 
 def why_not(way: Way, winner: Way) -> str:
@@ -124,15 +138,28 @@ def why_not(way: Way, winner: Way) -> str:
         return ""
     case, best = way.case, winner.case
     assert best is not None
-    if not case.fits:
+    if case.margin < 0:
         return f"does not fit: {-case.margin * case.basis.gpu.memory_bytes / 2**30:.1f} GiB too much"
+    if not case.host_fits:
+        return f"does not fit the host: {host_words(case)}"
     said = []
+    if way.engine in BY_NAME:
+        said.append("taken by name only")
+    elif way.engine in LAST and winner.engine not in LAST:
+        said.append(f"taken only where nothing else fits: {host_words(case)}")
     if not case.is_comfortable:
-        said.append(f"leaves {case.margin:.0%}, less than {MARGIN:.0%}")
+        said.append(f"leaves {case.margin:.1%}, less than {MARGIN:.0%}")
     slower = case.step_seconds / best.step_seconds - 1
     if slower > SAME_SPEED:
         said.append(f"{slower:.0%} slower: {_where(case, best)}")
-    return ", ".join(said) or "no faster"
+    return ", ".join(said) or f"as fast ({slower:+.1%}), less simple"
+
+
+def host_words(case: Case) -> str:
+    """Memory of a node that the plan needs, and what there is."""
+    known = case.basis.host_bytes
+    there = "; what it has is not known here" if known is None else f", which has {size(known)}"
+    return f"{size(case.storage.host_bytes)} of host memory a node{there}"
 
 
 def _where(case: Case, best: Case) -> str:
@@ -143,17 +170,14 @@ def _where(case: Case, best: Case) -> str:
 
 def with_fields(recipe: Recipe, engine: Engine, micro: int, checkpointing: Checkpointing) -> Recipe:
     """The recipe with these fields; what belongs to another engine is left out."""
-    parallel = recipe.parallel.model_copy(
-        update={
-            "engine": engine,
-            "checkpointing": checkpointing,
-            "shard_group": recipe.parallel.shard_group if engine == "hsdp" else None,
-            "nvme": recipe.parallel.nvme if engine == "zero3_nvme" else None,
-            "offload_activations": recipe.parallel.offload_activations and checkpointing is not False,
-        }
+    return recipe.changed("batch", micro=micro).changed(
+        "parallel",
+        engine=engine,
+        checkpointing=checkpointing,
+        shard_group=recipe.parallel.shard_group if engine == "hsdp" else None,
+        nvme=recipe.parallel.nvme if engine == "zero3_nvme" else None,
+        offload_activations=recipe.parallel.offload_activations and checkpointing is not False,
     )
-    batch = recipe.batch.model_copy(update={"micro": micro})
-    return recipe.model_copy(update={"parallel": parallel, "batch": batch})
 
 
 def checked_plan(recipe: Recipe, wanted: Wanted) -> RunPlan:

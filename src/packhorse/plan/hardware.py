@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from packhorse.plan.run_plan import Device
 
@@ -17,10 +19,12 @@ class Hardware:
     Attributes:
         num_cores: CPU cores that this process may use.
         gpus: Name of each visible NVIDIA GPU, in order.
+        host_bytes: Memory of the machine, or of the control group that this process is held to; None: not known.
     """
 
     num_cores: int
     gpus: tuple[str, ...]
+    host_bytes: int | None = None
 
     @property
     def device(self) -> Device:
@@ -30,7 +34,42 @@ class Hardware:
 
 def detect_hardware() -> Hardware:
     """Counts cores and asks nvidia-smi for GPUs; CUDA_VISIBLE_DEVICES hides what it does not name."""
-    return Hardware(num_cores=len(os.sched_getaffinity(0)), gpus=_visible(_installed_gpus()))
+    cores = len(os.sched_getaffinity(0))
+    return Hardware(num_cores=cores, gpus=_visible(_installed_gpus()), host_bytes=host_memory())
+
+
+def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process may fill: of the machine, or less where a container or a Slurm job is limited.
+
+    Args:
+        proc: Where Linux tells of processes.
+        groups: Where it tells of control groups, version 2 or 1.
+    """
+    try:
+        line = next(line for line in (proc / "meminfo").read_text(encoding="utf-8").splitlines() if "MemTotal" in line)
+    except (OSError, StopIteration):
+        return None
+    return min(int(line.split()[1]) * 1024, *_limits(proc, groups), 2**63)
+
+
+def _limits(proc: Path, groups: Path) -> Iterator[int]:
+    """Of the group that this process is in, and of those around it."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        root, file = (groups / controllers, "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        inside = Path(path.lstrip("/"))
+        for group in (inside, *inside.parents):
+            try:
+                word = (root / group / file).read_text(encoding="utf-8").strip()
+            except OSError:
+                continue
+            if word.isdigit():
+                yield int(word)
 
 
 def _installed_gpus() -> tuple[str, ...]:

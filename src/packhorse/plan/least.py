@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from packhorse.plan.compare import Checkpointing, Wanted, Way, fastest, ways
-from packhorse.plan.cost.case import MARGIN, Basis
+from packhorse.plan.cost.case import Basis
 from packhorse.plan.cost.gpus import GpuProfile
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Engine
@@ -57,7 +57,7 @@ def _best_on(gpu: GpuProfile, tried: Sequence[Way]) -> Way | None:
     largest: dict[tuple[Engine, Checkpointing], Way] = {}
     for way in tried:
         case = way.case.on(gpu) if way.case is not None else None
-        if case is not None and case.margin >= MARGIN:
+        if case is not None and case.is_comfortable:
             largest[way.engine, way.checkpointing] = replace(way, case=case)
     return fastest(list(largest.values()))
 

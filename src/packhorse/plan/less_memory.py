@@ -13,7 +13,6 @@ from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.sequence import check_heads
 from packhorse.plan.topology import with_mesh
 from packhorse.recipe.rules import rule_findings
-from packhorse.recipe.schema import Recipe
 
 # From what costs the least time to what costs the most.
 SHARDING = ("zero2", "fsdp2", "zero3")
@@ -46,8 +45,15 @@ def less_memory(plan: RunPlan) -> str:
 
 def smaller_micro(plan: RunPlan) -> int | None:
     """Packs a pass, at most half of today's, that still share a step equally; None where there is one already."""
-    share = plan.batch.micro_packs * plan.batch.accumulation_steps
-    return max((n for n in range(1, plan.batch.micro_packs // 2 + 1) if share % n == 0), default=None)
+    return next(smaller_micros(plan), None)
+
+
+def smaller_micros(plan: RunPlan) -> Iterator[int]:
+    """Packs a pass that share a step equally, each at most half of the one before, down to one."""
+    share, micro = plan.batch.micro_packs * plan.batch.accumulation_steps, plan.batch.micro_packs
+    while micro > 1:
+        micro = max(n for n in range(1, micro // 2 + 1) if share % n == 0)
+        yield micro
 
 
 def _engines(plan: RunPlan) -> Iterator[str]:
@@ -61,7 +67,7 @@ def _engines(plan: RunPlan) -> Iterator[str]:
 def _allowed(plan: RunPlan, section: str, **fields: Any) -> bool:  # noqa: ANN401
     """Whether a run with these fields of a section could be planned on the same devices."""
     try:
-        recipe = _changed(plan.recipe, section, fields)
+        recipe = plan.recipe.changed(section, **fields)
         update = {"engine": recipe.parallel.engine, "sequence": 1, "shard_group": None}
         topology = with_mesh(recipe.parallel, plan.topology.model_copy(update=update))
         check_pair(recipe, topology)
@@ -71,8 +77,3 @@ def _allowed(plan: RunPlan, section: str, **fields: Any) -> bool:  # noqa: ANN40
     except UserError:
         return False
     return not rule_findings(recipe)
-
-
-def _changed(recipe: Recipe, section: str, fields: dict[str, Any]) -> Recipe:
-    changed = getattr(recipe, section).model_copy(update=fields)
-    return recipe.model_copy(update={section: changed})

@@ -1,7 +1,7 @@
 """Every parameter of a model by name and shape, from its configuration alone: no torch, no weights.
 
 The families below are written down as transformers builds them; the tests compare each name and shape with the model
-that transformers makes on the meta device. What is not here is counted when the model is loaded, and never guessed.
+that transformers makes on the meta device. What is not here is made there and looked at (`train/anatomy.py`).
 
 Letters: V vocabulary, H hidden width, I width of the MLP, E experts.
 """
@@ -12,35 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from packhorse.plan.anatomy import LLAMA, Anatomy, Names, Parameter
 from packhorse.plan.architectures import Configuration
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter.
-
-    Attributes:
-        name: As `named_parameters` of the transformers model has it.
-        shape: Of a linear layer [outputs, inputs], of an embedding [V, H], of fused experts [E, outputs, inputs].
-        linear: Whether it is the weight of a linear layer, and so takes a LoRA adapter.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    linear: bool = False
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        size = 1
-        for side in self.shape:
-            size *= side
-        return size
-
-    @property
-    def module(self) -> str:
-        """Name of the module that holds it: without `.weight` and `.bias`, whole for fused experts."""
-        return self.name.removesuffix(".weight").removesuffix(".bias")
 
 
 @dataclass(frozen=True)
@@ -109,6 +82,8 @@ class Shape:
         expert_width: Width of one expert's MLP.
         sparse_layers: Layers that have experts in place of an MLP.
         windows: For each layer, how many tokens back attention looks; None: to the document's start.
+        names: What its parts are called.
+        anatomy: What was found in the model itself, of a family that is not described here.
     """
 
     family: str
@@ -127,6 +102,8 @@ class Shape:
     expert_width: int
     sparse_layers: frozenset[int]
     windows: tuple[int | None, ...]
+    names: Names = LLAMA
+    anatomy: Anatomy | None = None
 
 
 def read_shape(configuration: Configuration | None) -> Shape | None:
@@ -181,8 +158,19 @@ def _windows(family: str, configuration: Configuration, layers: int) -> tuple[in
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def norm_widths(shape: Shape) -> int:
+    """Numbers that go through the norms of one layer, for each token."""
+    if shape.anatomy is not None:
+        return shape.anatomy.norm_widths
+    family = FAMILIES[shape.family]
+    heads = (shape.heads + shape.key_value_heads) * shape.head_width if family.head_norms else 0
+    return len(family.norms) * shape.hidden + heads
+
+
 def list_parameters(shape: Shape) -> list[Parameter]:
     """Every parameter, as `named_parameters` of the transformers model lists them; a tied head is not listed."""
+    if shape.anatomy is not None:
+        return list(shape.anatomy.parameters)
     listed = [Parameter("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))]
     for layer in range(shape.layers):
         listed += [

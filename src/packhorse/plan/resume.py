@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from packhorse.durable import disk_error, sync_to_disk
+from packhorse.durable import disk_error, replace_file
 from packhorse.errors import UserError
 from packhorse.plan.choose import settled
 from packhorse.plan.command import deepspeed_config, launch_argv
@@ -79,8 +79,7 @@ def with_smaller_micro(plan: RunPlan) -> RunPlan | None:
     if micro is None or plan.recipe.optimizer.in_backward:
         return None
     smaller = with_micro(plan, micro, f"{batch.micro_packs} packs a pass ran out of memory")
-    section = plan.recipe.batch.model_copy(update={"micro": micro})
-    return smaller.model_copy(update={"recipe": plan.recipe.model_copy(update={"batch": section})})
+    return smaller.model_copy(update={"recipe": plan.recipe.changed("batch", micro=micro)})
 
 
 def with_micro(plan: RunPlan, micro: int, reason: str) -> RunPlan:
@@ -120,14 +119,9 @@ def replace_plan(plan: RunPlan) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}")
     try:
-        draft.write_text(text, encoding="utf-8")
-        sync_to_disk(draft)
-        draft.replace(path)
-        sync_to_disk(path.parent)
+        replace_file(path, text)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise disk_error(path, error) from error
 
 

@@ -10,14 +10,14 @@ r is the rank of LoRA; a linear layer has `outputs` and `inputs`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
 
+from packhorse.plan.anatomy import Names, Parameter
 from packhorse.plan.architectures import Configuration
-from packhorse.plan.parameters import Parameter, Shape, list_parameters, read_shape
+from packhorse.plan.parameters import Shape, list_parameters, read_shape
 from packhorse.recipe.methods import (
     Ia3Method,
     LoraMethod,
@@ -84,20 +84,26 @@ def count_parameters(configuration: Configuration | None, method: Method) -> Par
         method: The recipe's method.
     """
     shape = read_shape(configuration)
-    if shape is None:
-        return None
+    return None if shape is None else count_of(shape, method)
+
+
+def count_of(shape: Shape, method: Method) -> ParameterCounts | None:
+    """The same of a shape; None where the method's choice depends on the library."""
     parameters = list_parameters(shape)
     base = sum(parameter.size for parameter in parameters)
     if isinstance(method, (PromptTuningMethod, PrefixTuningMethod)):
         extra = _virtual(method, shape)
-        modules = (*_by_module(parameters, {}), ModuleCount(method.kind, 1, extra, extra[0] * extra[1], _area(extra)))
+        modules = (
+            *_by_module(parameters, {}, shape.names),
+            ModuleCount(method.kind, 1, extra, extra[0] * extra[1], _area(extra)),
+        )
         return ParameterCounts(base, _area(extra), base + _area(extra), modules)
     trained = trained_by_name(parameters, method, shape)
     if trained is None:
         return None
     trainable = sum(trained.values())
     beside = 0 if method.trains_base else trainable
-    return ParameterCounts(base, trainable, base + beside, _by_module(parameters, trained))
+    return ParameterCounts(base, trainable, base + beside, _by_module(parameters, trained, shape.names))
 
 
 def trained_by_name(parameters: Sequence[Parameter], method: Method, shape: Shape) -> dict[str, int] | None:
@@ -115,10 +121,10 @@ def trained_by_name(parameters: Sequence[Parameter], method: Method, shape: Shap
 
 
 def _is_trained(parameter: Parameter, method: PartialMethod, shape: Shape) -> bool:
-    last = re.match(r"model\.layers\.(\d+)\.", parameter.name)
+    layer = shape.names.layer_of(parameter.name)
     chosen = method.last_layers is None and not method.train
-    if method.last_layers is not None and last is not None:
-        chosen = int(last[1]) >= shape.layers - method.last_layers
+    if method.last_layers is not None and layer is not None:
+        chosen = layer >= shape.layers - method.last_layers
     chosen = chosen or any(fnmatchcase(parameter.name, pattern) for pattern in method.train)
     return chosen and not any(fnmatchcase(parameter.name, pattern) for pattern in method.freeze)
 
@@ -166,10 +172,10 @@ def _area(shape: tuple[int, int]) -> int:
     return shape[0] * shape[1]
 
 
-def _by_module(parameters: Sequence[Parameter], trained: Mapping[str, int]) -> tuple[ModuleCount, ...]:
+def _by_module(parameters: Sequence[Parameter], trained: Mapping[str, int], names: Names) -> tuple[ModuleCount, ...]:
     groups: dict[str, list[Parameter]] = {}
     for parameter in parameters:
-        groups.setdefault(_kind(parameter), []).append(parameter)
+        groups.setdefault(_kind(parameter, names), []).append(parameter)
     return tuple(_one_kind(name, group, trained) for name, group in groups.items())
 
 
@@ -183,5 +189,5 @@ def _one_kind(name: str, group: Sequence[Parameter], trained: Mapping[str, int])
     )
 
 
-def _kind(parameter: Parameter) -> str:
-    return re.sub(r"^(model\.)?(layers\.\d+\.)?", "", parameter.module)
+def _kind(parameter: Parameter, names: Names) -> str:
+    return names.in_layer(parameter.module).removeprefix(f"{names.layers.split('.')[0]}.")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from packhorse.errors import UserError
 from packhorse.plan.changes import Change, changes_that_fit
-from packhorse.plan.compare import Wanted
+from packhorse.plan.compare import Wanted, host_words
 from packhorse.plan.cost.case import Case
+from packhorse.plan.cost.component import Component
 
 GIB: Final = 2**30
 MOST_NAMED: Final = 3
 
 
 def check_memory(wanted: Wanted, case: Case) -> None:
-    """Refuses what needs more than the card has.
+    """Refuses what needs more than the card has, or more than the host where its memory is known.
 
     Args:
         wanted: What was planned.
@@ -25,15 +27,22 @@ def check_memory(wanted: Wanted, case: Case) -> None:
     """
     if case.fits:
         return
+    fix = f"{_fix(changes_that_fit(wanted, case))}; or --force, if you know better."
+    if case.margin >= 0:
+        largest = _largest(case.storage.host)
+        raise UserError(f"the run needs {host_words(case)}.", f"most of it: {largest}.", fix)
     card, peak = case.basis.gpu, case.memory.peak
-    parts = sorted(peak.components, key=lambda part: -part.bytes)[:MOST_NAMED]
-    largest = ", ".join(f"{part.name} {part.bytes / GIB:.1f} GiB" for part in parts)
     raise UserError(
         f"the run needs {case.required_bytes / GIB:.1f} GiB on each GPU, and {card.name} has"
         f" {card.memory_bytes / GIB:.1f} GiB.",
-        f"it is fullest in {peak.name}: {largest}.",
-        f"{_fix(changes_that_fit(wanted, case))}; or --force, if you know better.",
+        f"it is fullest in {peak.name}: {_largest(peak.components)}.",
+        fix,
     )
+
+
+def _largest(components: Sequence[Component]) -> str:
+    parts = sorted(components, key=lambda part: -part.bytes)[:MOST_NAMED]
+    return ", ".join(f"{part.name} {part.bytes / GIB:.1f} GiB" for part in parts)
 
 
 def _fix(changes: list[Change]) -> str:

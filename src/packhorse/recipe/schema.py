@@ -339,3 +339,7 @@ class Recipe(Section):
     recovery: RecoverySection = RecoverySection()
     track: TrackSection = TrackSection()
     sweep: SweepSection = SweepSection()
+
+    def changed(self, section: str, **fields: Any) -> Recipe:  # noqa: ANN401
+        """The recipe with these fields of a section, which are checked neither by type nor by rule."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=fields)})

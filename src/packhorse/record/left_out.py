@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from packhorse.durable import sync_to_disk
+from packhorse.durable import replace_file
 from packhorse.errors import UserError
 
 LEFT_OUT_FILE = "left_out.json"
@@ -37,8 +37,4 @@ def read_left_out(run_folder: Path) -> dict[int, str]:
 def write_left_out(run_folder: Path, left_out: Mapping[int, str]) -> None:
     """Replaces the file in one move, and waits until that is on disk."""
     entries = [{"step": step, "why": left_out[step]} for step in sorted(left_out)]
-    temporary = run_folder / f".{LEFT_OUT_FILE}"
-    temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    sync_to_disk(temporary)
-    temporary.replace(run_folder / LEFT_OUT_FILE)
-    sync_to_disk(run_folder)
+    replace_file(run_folder / LEFT_OUT_FILE, json.dumps(entries, indent=2) + "\n")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from packhorse.durable import replace_file
 from packhorse.masking import mask
 from packhorse.plan.run_plan import PlanPart
 
@@ -43,9 +44,8 @@ def write_status(run_folder: Path, status: Status) -> None:
         }
     )
     # Ranks that fail together all write it: each under a name of its own.
-    temporary = run_folder / f".{STATUS_FILE}.{socket.gethostname()}-{os.getpid()}"
-    temporary.write_text(stamped.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    temporary.replace(run_folder / STATUS_FILE)
+    writer = f".{socket.gethostname()}-{os.getpid()}"
+    replace_file(run_folder / STATUS_FILE, stamped.model_dump_json(indent=2) + "\n", writer=writer, on_disk=False)
 
 
 def read_status(run_folder: Path) -> Status | None:

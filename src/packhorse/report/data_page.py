@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -15,7 +14,7 @@ from markupsafe import Markup
 from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, SourceAudit
 from packhorse.data.ledger import SIDES, Entry
 from packhorse.data.quality.scorecard import ScoreCard
-from packhorse.durable import sync_to_disk
+from packhorse.durable import replace_file
 from packhorse.errors import UserError
 from packhorse.report.balance import balance
 from packhorse.report.findings import Finding, findings, measures
@@ -97,15 +96,10 @@ def write_data_page(report: AuditReport, path: Path) -> None:
         UserError: The folder cannot be written.
     """
     page = render_data_page(report)
-    draft = path.with_name(f"{path.name}.draft-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(page, encoding="utf-8")
-        sync_to_disk(draft)
-        draft.replace(path)
+        replace_file(path, page, writer=f".draft-{os.getpid()}")
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written: {error.strerror}.",
             "it shows what was found in the data.",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from packhorse.durable import replace_file
 from packhorse.errors import EXIT_DISK, UserError
 from packhorse.track.meter import Figures
 
@@ -145,17 +146,7 @@ def _keep_below(path: Path, first_step: int) -> None:
             kept.append(line + "\n")
     if num_unreadable:
         logger.warning("%s: %d unreadable lines were left out (a write was cut short).", path, num_unreadable)
-    _replace(path, "".join(kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes the whole file at once: after a crash there is the old one or the new one."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, "".join(kept))
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

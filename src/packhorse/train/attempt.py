@@ -18,6 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from packhorse.durable import replace_file
 from packhorse.masking import mask
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE
 from packhorse.record.heartbeat import LAUNCHER_VARIABLE, Pulse
@@ -44,11 +45,9 @@ class Attempt:
         self._stacks = (logs / f"stacks-{rank}.txt").open("w", encoding="utf-8")
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
         self.pulse.when_asked(self._write_collectives)
-        self._first_step: int | None = None
 
     def begins_at(self, step: int) -> None:
         """Says which step's checkpoint it goes on from; 0: none."""
-        self._first_step = step
         self.pulse.phase("load", step)
 
     def loads_on(self) -> None:
@@ -83,14 +82,11 @@ class Attempt:
             "time": time.time(),
             "exit_code": code,
             "message": mask(message),
-            "first_step": self._first_step,
             "again": again,
             "hung": hung,
             "signalled": self.signals.requested,
         }
-        draft = self._logs / f".rank-{self._rank}.json"
-        draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        draft.replace(self._logs / f"rank-{self._rank}.json")
+        replace_file(self._logs / f"rank-{self._rank}.json", json.dumps(record) + "\n", on_disk=False)
         if message:
             sys.stderr.write(f"rank {self._rank}: {message}\n")
             sys.stderr.flush()

@@ -29,8 +29,8 @@ from packhorse.checkpoints.manifest import RunFacts
 from packhorse.checkpoints.publishing import publish, temporary_folder
 from packhorse.checkpoints.shelf import (
     Found,
-    complete_checkpoints,
     folder_name,
+    newest_complete,
     newest_sound,
     prune,
     remove_unfinished,
@@ -46,6 +46,7 @@ from packhorse.train.engine import Engine
 from packhorse.train.failure import agreed_failure
 from packhorse.train.masters import load_masters
 from packhorse.train.optimizer_state import OTHERS_FILE, gather_states, load_states, scale_of
+from packhorse.train.ranks import own_rank
 from packhorse.train.saving import Background, Others, Part, Share, dealt, fresh_copy, in_files
 from packhorse.train.snapshot import HostBuffers, ShardGroup, Snapshot
 from packhorse.train.state import TrainState
@@ -204,7 +205,7 @@ class Checkpoints:
         """What this rank writes, and why it cannot; copied to the host where training is to go on meanwhile."""
         error = self._make_room(pending.temporary) if self._is_main else None
         at_once = self._section.asynchronous
-        snapshot = Snapshot(self._buffers, _rank(), self._shard_group) if at_once else None
+        snapshot = Snapshot(self._buffers, own_rank(), self._shard_group) if at_once else None
         weights = gather_kept(self._engine, self._is_main, snapshot)
         (weights_bytes,) = self._engine.sum_over_ranks([float(sum(value.nbytes for value in weights.values()))])
         bytes_before = sum(self._loads)
@@ -214,10 +215,10 @@ class Checkpoints:
         if snapshot is not None:
             for key, value, owner in states:
                 snapshot.hold_state(key, value, owner)
-            share = Share(pending.temporary, _rank(), in_files(snapshot.states()), snapshot.gather_weights)
+            share = Share(pending.temporary, own_rank(), in_files(snapshot.states()), snapshot.gather_weights)
         else:
-            own = ((key, fresh_copy(value)) for key, value, owner in states if owner == _rank())
-            share = Share(pending.temporary, _rank(), in_files(own))
+            own = ((key, fresh_copy(value)) for key, value, owner in states if owner == own_rank())
+            share = Share(pending.temporary, own_rank(), in_files(own))
         if self._is_main and error is None:
             # Not at once, the states are seen as they are written: as many as at the save before.
             error = _no_room(self.folder, sum(self._loads) if at_once else max(bytes_before, weights_bytes))
@@ -300,10 +301,6 @@ def _no_room(folder: Path, needed_bytes: float) -> OSError | None:
     return OSError(errno.ENOSPC, f"{size(needed_bytes)} are needed for a checkpoint")
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def checkpoint_to_resume(run_folder: Path, is_main: bool) -> tuple[Path | None, TrainState]:
     """The newest checkpoint that is as it was written, and its state; a fresh state where the run has none.
 
@@ -351,7 +348,7 @@ def _word_of_rank_0(step: int) -> int:
 
 def newest_state(run_folder: Path) -> TrainState:
     """The state of the newest complete checkpoint, whose other files are not read; to tell how far a run is."""
-    newest = next(reversed(complete_checkpoints(run_folder / "checkpoints")), None)
+    newest = newest_complete(run_folder / "checkpoints")
     return read_state(newest) if newest else TrainState()
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch._C import _distributed_c10d
 
+from packhorse.durable import replace_file
+
 RECORDERS = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}
 """Backend to what reads its recorder; that of NCCL stands only in a torch that was built with it."""
 
@@ -22,6 +24,4 @@ def write_collectives(path: Path) -> None:
         read = getattr(_distributed_c10d, name, None)
         if read is not None:
             found[backend] = json.loads(read(True, False))  # collectives too, and not only those under way
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    draft.replace(path)
+    replace_file(path, json.dumps(found) + "\n", on_disk=False)

@@ -228,5 +228,7 @@ def start_engine(accelerator: Accelerator, plan: RunPlan, model: nn.Module, opti
 def _control_group() -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         return None
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    # A rehearsal has no other ranks to answer (`train/rehearse.py`).
+    backend = "gloo" if dist.get_backend() != "fake" else "fake"
+    group: dist.ProcessGroup = dist.new_group(backend=backend, timeout=GROUP_TIMEOUT)
     return group

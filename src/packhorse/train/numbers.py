@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from packhorse.checkpoints.shelf import checkpoints_in, complete_checkpoints, remove_checkpoint, step_of
+from packhorse.checkpoints.shelf import checkpoints_in, newest_complete, remove_checkpoint, step_of
 from packhorse.data.packs.loader import PackLoader, StepBatch
 from packhorse.errors import EXIT_NOT_FINITE, EXIT_STOPPED, UserError
 from packhorse.model.sequence import SequenceGroup
@@ -237,8 +237,8 @@ def _above(score: float) -> str:
 
 def _stopped(step: Step, cause: Cause, checkpoints: Path, done: str) -> UserError:
     """The end of a run; `done`: what became of the update, empty where none was made."""
-    complete = complete_checkpoints(checkpoints)
-    stands = f"the newest checkpoint is of step {step_of(complete[-1])}" if complete else "there is no checkpoint yet"
+    newest = newest_complete(checkpoints)
+    stands = f"the newest checkpoint is of step {step_of(newest)}" if newest else "there is no checkpoint yet"
     skip = "" if cause.in_weights or done else "; recovery.on_nonfinite=skip beside --resume leaves it out"
     return UserError(
         f"at step {step.number} the loss is {step.loss} and the gradient norm {step.grad_norm}: {cause}.",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan, Topology
+from packhorse.train.ranks import world_size
 
 
 def assert_launched_as_planned(accelerator: Accelerator, plan: RunPlan) -> None:
@@ -24,7 +24,7 @@ def assert_launched_as_planned(accelerator: Accelerator, plan: RunPlan) -> None:
         UserError: World size or kind of engine differ.
     """
     topology = plan.topology
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = world_size()
     if world != topology.world_size:
         raise UserError(
             f"the plan is for {topology.world_size} processes and {world} were started.",

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -41,6 +40,7 @@ from packhorse.train.numbers import Numbers
 from packhorse.train.optimizer import make_optimizer
 from packhorse.train.precision import set_matmul_precision
 from packhorse.train.probe import probe
+from packhorse.train.ranks import own_rank
 from packhorse.train.report import Reporter, tell
 from packhorse.train.setup import training_model
 from packhorse.train.signals import Stopped, StopRequest
@@ -96,8 +96,8 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
     torch.set_num_threads(plan.topology.threads_per_process)
     set_matmul_precision(plan.recipe.tf32)
     accelerator = start_accelerator(plan)
-    rank = _rank()
-    _quiet(is_main=rank == 0)
+    rank = own_rank()
+    quiet_libraries(is_main=rank == 0)
     data = _data(plan)
     checkpoint, state = checkpoint_to_resume(Path(plan.run_folder), is_main=rank == 0)
     attempt.begins_at(state.step)
@@ -200,12 +200,8 @@ def _data(plan: RunPlan) -> DataFacts:
     return plan.data
 
 
-def _rank() -> int:
-    # Not from the Accelerator: under DeepSpeed on the CPU it may be wrong on every rank.
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _quiet(is_main: bool) -> None:
+def quiet_libraries(is_main: bool) -> None:
+    """Lets only the main rank talk, and the libraries only of errors."""
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "DeepSpeed", "accelerate", "wandb", "filelock", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from packhorse.errors import UserError
 from packhorse.train.engine import Engine
+from packhorse.train.ranks import own_rank, world_size
 
 COUNTER = "step"
 """Slot that counts the steps, a number or a tensor without dimensions; one for a whole piece."""
@@ -84,8 +85,8 @@ class PieceLoader:
         self._pieces = _pieces(engine)
         _link(engine, self._pieces)
         self._owner = {id(parameter): piece for piece in self._pieces for parameter in piece.parameters}
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._own = {_name_of(rank, world, group): piece for group, piece in enumerate(self._pieces)}
+        world = world_size()
+        self._own = {_name_of(own_rank(), world, group): piece for group, piece in enumerate(self._pieces)}
         self._of_others = {_name_of(other, world, group) for other in range(world) for group in range(len(self._own))}
         self._counted: dict[tuple[int, str], float] = {}
 
@@ -186,7 +187,7 @@ def _link(engine: Engine, pieces: list[Piece]) -> None:
 
 
 def _by_rank(pieces: list[Piece], device: torch.device) -> Iterator[tuple[str, State]]:
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = own_rank(), world_size()
     for owner in range(world):
         for group, piece in enumerate(pieces):
             for slot, value in piece.slots.items():

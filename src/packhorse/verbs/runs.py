@@ -63,6 +63,7 @@ def plan(
     argv: str = "False",
     diff: str = "",
     calibrate: str = "",
+    dry_run: str = "False",
     write: str = "False",
     force: str = "False",
     **more: str,
@@ -73,6 +74,7 @@ def plan(
     packhorse plan RECIPE --gpus 8xA100-40GB --compare   every engine, micro-batch and checkpointing, and why each lost
     packhorse plan RECIPE --gpus 8xH100-80GB --scale     the same on 1 to 4,096 GPUs, and what stops it
     packhorse plan RECIPE --gpus auto                    the fewest GPUs of each kind that hold it; autoxH100: of one
+    packhorse plan RECIPE --gpus 32 --dry-run            one step of a small model as rank 0 of 32, on this CPU
     packhorse plan RECIPE --gpus 16 --nodes 2 --write    prepares the data and makes the run folder, for a job script
 
     --price P: of a GPU hour. --network N: Gbit/s of one GPU between nodes. --json: one JSON value.
@@ -91,6 +93,7 @@ def plan(
         "argv",
         "diff",
         "calibrate",
+        "dry_run",
         "write",
         "force",
     )
@@ -99,6 +102,8 @@ def plan(
     forced = switch_of("force", force)
     if switch_of("write", write):
         return Action("train", "write_run", run | asked | {"force": forced})
+    if switch_of("dry-run", dry_run):
+        return Action("rehearse", "rehearse", run | asked | {"as_json": switch_of("json", json)})
     asked |= {"price": amount_of("price", price), "network_gbit": amount_of("network", network)}
     asked |= {
         "compare": switch_of("compare", compare),

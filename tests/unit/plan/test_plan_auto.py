@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 
+from packhorse.durable import size
 from packhorse.errors import EXIT_USER_ERROR, UserError
 from packhorse.plan.architectures import find_configuration
-from packhorse.plan.auto import NEEDS_MORE, plan_best
+from packhorse.plan.auto import plan_best
 from packhorse.plan.changes import changes_that_fit
-from packhorse.plan.compare import Wanted, Way, every_way, fastest, why_not
+from packhorse.plan.compare import BY_NAME, LAST, Wanted, Way, chosen_of, every_way, why_not
 from packhorse.plan.cost.case import MARGIN, Basis, Case, Measured
 from packhorse.plan.cost.gpus import find_gpu
 from packhorse.plan.cost.packs import PackFigures
@@ -77,7 +79,7 @@ def retyped(wanted: Wanted, basis: Basis, words: str) -> Case:
 def test_auto_takes_the_fastest_of_all_that_fit_with_a_margin(name: str) -> None:
     wanted, basis = asked(*ASKED[name], AUTO)
     made = plan_best(wanted, basis)
-    cases = [way.case for way in ways_of(name) if way.case is not None and way.engine not in NEEDS_MORE]
+    cases = [way.case for way in ways_of(name) if way.case is not None and way.engine not in (*LAST, *BY_NAME)]
     fitting = [case for case in cases if case.margin >= MARGIN]
     chosen = Case(made, basis)
     assert chosen.margin >= MARGIN
@@ -122,6 +124,86 @@ def test_passes_are_as_small_as_the_card_needs() -> None:
     assert "ways fits; this one needs least" in {each.name: each.reason for each in case.plan.decisions}["batch.micro"]
 
 
+OFFLOADED = ("llama3.1-8b/full", 2, "A10-24GB")
+
+
+def with_host(basis: Basis, host_bytes: int | None) -> Basis:
+    return replace(basis, host_bytes=host_bytes)
+
+
+def test_auto_takes_the_host_where_nothing_else_fits_and_says_so() -> None:
+    wanted, basis = asked(*OFFLOADED, AUTO)
+    made = plan_best(wanted, basis)
+    case = Case(made, basis)
+    assert made.topology.engine == "zero3_offload"
+    assert case.fits
+    reason = {each.name: each.reason for each in made.decisions}["parallel.engine"]
+    assert "nothing else fits" in reason
+    assert f"{size(case.storage.host_bytes)} of host memory a node; what it has is not known here" in reason
+    # By the figures of the test above the card of 40 GiB holds it alone.
+    assert plan_best(*asked("llama3.1-8b/full", 8, "A100-40GB", AUTO)).topology.engine not in LAST
+
+
+def test_auto_takes_the_host_only_as_far_as_it_is_large_enough() -> None:
+    wanted, basis = asked(*OFFLOADED, AUTO)
+    needed = Case(plan_best(wanted, basis), basis).storage.host_bytes
+    enough, less = with_host(basis, needed), with_host(basis, needed - 1)
+    assert plan_best(wanted, enough).topology.engine == "zero3_offload"
+    refused = Case(plan_best(wanted, less), less)
+    assert refused.plan.topology.engine != "zero3_offload"
+    assert not refused.fits
+    changes = changes_that_fit(wanted, refused)
+    offloaded = [change.words for change in changes if "zero3_offload" in change.words]
+    assert len(offloaded) == 1
+    assert "checkpoint.asynchronous=false" in offloaded[0], "copies for checkpoints are what is too much"
+    after = retyped(wanted, less, offloaded[0])
+    assert after.storage.host_bytes < needed
+
+
+def test_compare_shows_offload_and_why_it_is_not_taken() -> None:
+    found = ways_of("8b lora on 8 H100")
+    winner = chosen_of(found)
+    assert winner is not None
+    said = {way.engine: why_not(way, winner) for way in found if way.case is not None and way.case.fits}
+    assert "only where nothing else fits" in said["zero3_offload"]
+    assert "of host memory a node" in said["zero3_offload"]
+    offloaded = chosen_of(every_way(*asked(*OFFLOADED)))
+    assert offloaded is not None
+    assert offloaded.engine == "zero3_offload"
+
+
+def test_files_on_a_local_disk_are_taken_by_name_only() -> None:
+    wanted, basis = asked(
+        *OFFLOADED, ["parallel.engine=zero3_nvme", "parallel.nvme=/scratch", "checkpoint.every_steps=null"]
+    )
+    assert plan_best(wanted, basis).topology.engine == "zero3_nvme"
+    found = every_way(wanted, basis)
+    winner = chosen_of(found)
+    assert winner is not None
+    assert winner.engine == "zero3_offload"
+    (said,) = {
+        why_not(way, winner).split(",")[0] for way in found if way.engine in BY_NAME and way.case and way.case.fits
+    }
+    assert said == "taken by name only"
+
+
+def test_a_host_that_is_too_small_is_refused_with_both_figures() -> None:
+    """At the first checkpoint the kernel would kill it."""
+    wanted, basis = asked("llama3.1-8b/full", 8, "H100-80GB", ["parallel.engine=zero3"])
+    case = Case(plan_best(wanted, basis), basis)
+    small = with_host(basis, case.storage.host_bytes - 10**9)
+    with pytest.raises(UserError) as caught:
+        check_memory(wanted, Case(plan_best(wanted, small), small))
+    (mistake,) = caught.value.mistakes
+    assert (
+        f"needs {size(case.storage.host_bytes)} of host memory a node, which has {size(small.host_bytes or 0)}"
+        in mistake.fact
+    )
+    assert "saving" in mistake.why
+    assert "checkpoint.asynchronous=false" in mistake.fix
+    assert "--force" in mistake.fix
+
+
 def test_on_a_cpu_auto_is_plain() -> None:
     recipe = load_recipe("quickstart/full", AUTO)
     made = make_plan(recipe, Ask(), LAPTOP, None)
@@ -144,7 +226,7 @@ def test_packs_that_cannot_be_shared_are_refused_as_ever() -> None:
 def test_every_loser_has_its_reason(name: str) -> None:
     found = ways_of(name)
     assert {way.engine for way in found} == set(ENGINES)
-    winner = fastest([way for way in found if way.engine not in NEEDS_MORE])
+    winner = chosen_of(found)
     assert winner is not None
     assert why_not(winner, winner) == ""
     for way in found:
@@ -218,7 +300,7 @@ def test_the_least_hardware_is_the_least() -> None:
         fewer = Wanted(wanted.recipe, Ask(least.count // 2), LAPTOP, None)
         held = [way for way in every_way(fewer, basis_for(wanted.recipe, least.gpu.name)) if way.case is not None]
         assert not any(
-            way.case.margin >= MARGIN for way in held if way.case is not None and way.engine not in NEEDS_MORE
+            way.case.margin >= MARGIN for way in held if way.case is not None and way.engine not in (*LAST, *BY_NAME)
         )
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.commands.parameters import parameter_lines
+from packhorse.data.fast_tokenizer import vocabulary_size
 from packhorse.plan.architectures import find_configuration, published
 from packhorse.plan.parameters import FAMILIES, list_parameters, read_shape
 from packhorse.plan.trainable import count_parameters
+from packhorse.quickstart.tokenizer import VOCABULARY_SIZE
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.methods import (
     FullMethod,
@@ -225,9 +230,9 @@ def test_a_local_configuration_wins_over_the_shipped_table(tmp_path: Any, monkey
     ("words", "told"),
     [
         ([], "8,030,261,248"),
-        (["model.id=nobody/nothing"], "nobody/nothing has no config.json on this machine"),
+        (["model.id=nobody/nothing"], "`hf download nobody/nothing config.json` fetches it"),
         (["model.new_tokens=[<a>]"], "whether its embedding has rows to spare for model.new_tokens is seen then"),
-        (["model.id=Qwen/Qwen3-30B-A3B", "method=ia3"], "what ia3 trains of a qwen3_moe is peft's choice"),
+        (["model.id=Qwen/Qwen3-30B-A3B", "method=ia3"], "a qwen3_moe is peft's choice; method.target says it"),
     ],
     ids=["counted", "unknown model", "new tokens", "unknown choice"],
 )
@@ -237,9 +242,22 @@ def test_what_is_told_of_a_recipe(words: list[str], told: str) -> None:
     assert ("trainable" in lines) == (not words)
 
 
-def test_a_fresh_model_is_counted_once_its_tokenizer_is_known() -> None:
+@pytest.mark.parametrize("prepared", [4096, None])
+def test_a_fresh_models_vocabulary_is_its_tokenizers(prepared: int | None) -> None:
+    """Before the data is prepared, that of the tokenizer's own file."""
     recipe = load_recipe("quickstart/full")
-    assert "packhorse prepare" in dict(parameter_lines(recipe, None))["parameters"]
-    fields = {**(recipe.model.config or {}), "vocab_size": 4096}
+    fields = {**(recipe.model.config or {}), "vocab_size": prepared or VOCABULARY_SIZE}
     expected = sum(parameter.numel() for parameter in on_meta(fields).parameters())
-    assert dict(parameter_lines(recipe, 4096))["trainable"] == f"{expected:,} (100.00%)"
+    assert dict(parameter_lines(recipe, prepared))["trainable"] == f"{expected:,} (100.00%)"
+
+
+def test_a_fresh_model_without_a_tokenizer_at_hand_says_what_fetches_it(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart/full", ["model.tokenizer=nobody/nothing"])
+    told = dict(parameter_lines(recipe, None))["parameters"]
+    assert "nobody/nothing has no tokenizer.json" in told
+    assert "packhorse prepare" in told
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    words.add_tokens(["<d>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert vocabulary_size(load_recipe("quickstart/full", [f"model.tokenizer={tmp_path}"])) == 4

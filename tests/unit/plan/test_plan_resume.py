@@ -149,7 +149,7 @@ def test_where_the_disk_refuses_the_earlier_plan_stands(tmp_path: Path, monkeypa
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("packhorse.plan.resume.sync_to_disk", full)
+    monkeypatch.setattr("packhorse.durable.sync_to_disk", full)
     with pytest.raises(UserError, match="No space left") as refused:
         replace_plan(replan(first, [], Ask(gpus=2), FOUR, attempt=1))
     assert refused.value.exit_code == EXIT_DISK

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from packhorse import durable
 from packhorse.errors import UserError
-from packhorse.record import left_out
 from packhorse.record.left_out import LEFT_OUT_FILE, read_left_out, write_left_out
 
 
@@ -23,7 +23,7 @@ def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path: Path, monkeypa
     def broken(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(left_out, "sync_to_disk", broken)
+    monkeypatch.setattr(durable, "sync_to_disk", broken)
     with pytest.raises(OSError, match="No space left"):
         write_left_out(tmp_path, {3: "a spike", 4: "another"})
     assert read_left_out(tmp_path) == {3: "a spike"}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from packhorse import durable
 from packhorse.data.audit_report import AuditReport
 from packhorse.errors import UserError
-from packhorse.report import data_page
 from packhorse.report.data_page import render_data_page, write_data_page
 from report_cases import HOSTILE, empty_report, hostile_report, real_report
 
@@ -147,7 +147,7 @@ def test_the_page_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data_page, "sync_to_disk", full)
+    monkeypatch.setattr(durable, "sync_to_disk", full)
     with pytest.raises(UserError, match="No space left on device"):
         write_data_page(real_report(), path)
     assert path.read_text(encoding="utf-8") == before

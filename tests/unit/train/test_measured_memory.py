@@ -132,6 +132,13 @@ def test_every_optimizer(llama: Path, name: str) -> None:
     assert_close(measured(plan, (64,)), predicted(plan, llama, (64,)))
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor", "muon"])
+def test_trained_weights_in_16_bit_have_gradients_and_states_in_16_bit(llama: Path, name: str) -> None:
+    optimizer, model = {"name": name, "learning_rate": 1e-4}, {"path": str(llama), "dtype": "bfloat16"}
+    plan = plan_of(llama, (64,), method="full", precision="bf16", optimizer=optimizer, model=model)
+    assert_close(measured(plan, (64,)), predicted(plan, llama, (64,)))
+
+
 WIDE = {**LLAMA, "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704}
 
 

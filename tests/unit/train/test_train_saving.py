@@ -20,13 +20,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from packhorse.checkpoints.manifest import read_manifest
 from packhorse.checkpoints.shelf import newest_sound
 from packhorse.errors import EXIT_DISK, UserError
+from packhorse.plan.cost.saved import buffers_bytes
 from packhorse.plan.run_plan import Topology
 from packhorse.train import snapshot
 from packhorse.train.failure import agreed_failure
 from packhorse.train.saving import Share, dealt, fresh_copy, in_files
 from packhorse.train.sharding import make_mesh
 from packhorse.train.snapshot import HostBuffers, ShardGroup, Snapshot
-from saving_cases import Trainer, make_run, save_at
+from saving_cases import Trainer, buffers_of, make_run, save_at, weights_of
 
 RANKS, SECONDS = 2, timedelta(seconds=60)
 
@@ -144,6 +145,7 @@ def of_two_ranks(rank: int, folder: str, engine: str) -> None:
     trainer = Trainer(plan, is_main=rank == 0)
     trainer.engine.control = dist.new_group(backend="gloo")
     save_at(trainer, 2)
+    (Path(folder) / f"buffers-{rank}").write_text(str(buffers_of(trainer)))
     if rank == 1:  # it cannot write its share
         (trainer.checkpoints.folder / ".step-000004.tmp" / "optimizer-00001-001.safetensors").mkdir(parents=True)
     dist.barrier()
@@ -175,6 +177,9 @@ def test_two_ranks_write_a_share_each_and_what_fails_on_one_is_known_to_both(eng
         sum(r.bytes for n, r in first.files.items() if n.startswith("optimizer-00001") == own) for own in (False, True)
     ]
     assert 0.7 < sizes[1] / sizes[0] < 1.3
+    plan = make_run(tmp_path / "runs", RANKS, engine, make=False)
+    kept = sum(int((tmp_path / f"buffers-{rank}").read_text()) for rank in range(RANKS))
+    assert buffers_bytes(plan, weights_of(plan)) == pytest.approx(kept, rel=2e-2), "as it was planned"
     (told, bug, nothing), (other_told, other_bug, _) = (
         json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(RANKS)
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from packhorse.plan.anatomy import Anatomy, Formats
 from packhorse.plan.cost.held import Held, base_width, casts_weights, compute_width
-from packhorse.plan.cost.layers import COPIES, FP32, INDEX, Layer, Setting
+from packhorse.plan.cost.layers import COPIES, FP32, INDEX, Layer, Setting, keep_masks_and_scores
 from packhorse.plan.cost.packs import PackFigures
 from packhorse.plan.cost.tape import Tape, Value
 from packhorse.plan.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
-from packhorse.recipe.methods import LoraMethod, PrefixTuningMethod, PromptTuningMethod
+from packhorse.recipe.methods import LoraMethod, PrefixTuningMethod, PromptTuningMethod, QloraMethod
 
 CHUNK_TOKENS: Final = 512
 """Rows of logits that exist at once; a test holds it to `train/objective.py`."""
@@ -113,28 +114,14 @@ def count_activations(plan: RunPlan, shape: Shape, held: tuple[Held, ...], packs
     tape = Tape()
     setting = _setting(plan, packs)
     labels = -(-plan.batch.micro_packs * packs.supervised_max // plan.topology.sequence)
-    every = int(plan.recipe.parallel.checkpointing)
-    by_unit: dict[str, list[Held]] = {}
-    for weight in held:
-        by_unit.setdefault(weight.unit, []).append(weight)
-    hidden = _embedded(tape, setting, shape, by_unit["embedding"], plan)
-    width = hidden.width
-    layers: list[LayerBytes] = []
-    for index in range(shape.layers):
-        own = Tape()
-        before = hidden
-        hidden = Layer(own, setting, shape, by_unit[f"layer {index}"], index).forward(
-            own.value(before.elements, before.width, before.has_grad), width
-        )
-        layers.append(LayerBytes(own.by_part(), before.bytes, bool(every) and index % every == 0))
-    inputs = 2 * (setting.tokens + labels) * INDEX
-    if any(layer.kept and not layer.recomputed for layer in layers):
-        tables = 2 if len(set(shape.windows)) > 1 and shape.family == "gemma3_text" else 1
-        inputs += tables * 2 * setting.tokens * shape.head_width * width
+    if shape.anatomy is None:
+        layers, before, hidden = _walked(tape, setting, shape, held, plan)
+    else:
+        layers, before, hidden = _measured(tape, setting, shape, shape.anatomy, plan)
     stashed = _head(tape, setting, shape, held, hidden, labels)
     return Activations(
-        layers=tuple(layers),
-        inputs=inputs,
+        layers=layers,
+        inputs=2 * (setting.tokens + labels) * INDEX + before,
         head=tape.by_part(),
         stashed=stashed,
         logits=_logits(setting, shape, held, labels),
@@ -143,6 +130,74 @@ def count_activations(plan: RunPlan, shape: Shape, held: tuple[Held, ...], packs
         tokens=setting.tokens,
         offloaded=plan.recipe.parallel.offload_activations,
     )
+
+
+Body = tuple[tuple[LayerBytes, ...], int, Value]
+"""Layers, bytes kept before them, and what the output head is given."""
+
+
+def _walked(tape: Tape, setting: Setting, shape: Shape, held: tuple[Held, ...], plan: RunPlan) -> Body:
+    """A family that is described in `parameters.py`, operation by operation."""
+    by_unit: dict[str, list[Held]] = {}
+    for weight in held:
+        by_unit.setdefault(weight.unit, []).append(weight)
+    hidden = _embedded(tape, setting, shape, by_unit["embedding"], plan)
+    width, layers = hidden.width, []
+    for index in range(shape.layers):
+        own, before = Tape(), hidden
+        hidden = Layer(own, setting, shape, by_unit[f"layer {index}"], index).forward(
+            own.value(before.elements, before.width, before.has_grad), width
+        )
+        layers.append(LayerBytes(own.by_part(), before.bytes, _recomputes(plan, index)))
+    angles = 0
+    if any(layer.kept and not layer.recomputed for layer in layers):
+        tables = 2 if len(set(shape.windows)) > 1 and shape.family == "gemma3_text" else 1
+        angles = tables * 2 * setting.tokens * shape.head_width * width
+    tail = Layer(tape, setting, shape, [weight for weight in held if weight.name == shape.names.norm], shape.layers)
+    return tuple(layers), angles, tail.norm(hidden, shape.names.norm, "last norm")
+
+
+def _measured(tape: Tape, setting: Setting, shape: Shape, anatomy: Anatomy, plan: RunPlan) -> Body:
+    """A model whose own forward pass was looked at."""
+    kept = anatomy.meter.kept(plan.recipe.method, _formats(setting, plan))
+    layers = []
+    for index, layer in enumerate(kept.layers):
+        own = Tape()
+        own.keep_new(layer.attention.at(setting.tokens) + round(layer.attention.fixed), 1, "attention")
+        own.keep_new(layer.rest.at(setting.tokens), 1, "layer")
+        # What does not grow with the tokens are weights in 16 bits.
+        own.keep_new(round(layer.rest.fixed), 1, COPIES)
+        if layer.attention.per_token:
+            keep_masks_and_scores(own, setting, shape, index)
+        parts = {part: size for part, size in own.by_part().items() if size}
+        layers.append(LayerBytes(parts, layer.input.at(setting.tokens), _recomputes(plan, index)))
+    tape.keep_new(kept.after.at(setting.tokens) + round(kept.after.fixed), 1, "last norm")
+    before = kept.before.at(setting.tokens) + round(kept.before.fixed)
+    if any(layer.kept and not layer.recomputed for layer in layers):
+        before += kept.shared.at(setting.tokens)
+    return tuple(layers), before, tape.value(setting.tokens * shape.hidden, kept.width, kept.has_grad)
+
+
+def _formats(setting: Setting, plan: RunPlan) -> Formats:
+    method = plan.recipe.method
+    return Formats(
+        compute=setting.compute,
+        autocast=setting.autocast,
+        base=setting.base,
+        adapter=setting.adapter,
+        quantized=isinstance(method, QloraMethod),
+        on_cuda=setting.on_cuda,
+        varlen=setting.varlen,
+        keeps_inputs=setting.keeps_inputs,
+        input_gradients=bool(plan.recipe.parallel.checkpointing),
+        sequence=setting.sequence,
+        documents=setting.documents if isinstance(method, (PromptTuningMethod, PrefixTuningMethod)) else 1,
+    )
+
+
+def _recomputes(plan: RunPlan, index: int) -> bool:
+    every = int(plan.recipe.parallel.checkpointing)
+    return every > 0 and index % every == 0
 
 
 def _setting(plan: RunPlan, packs: PackFigures) -> Setting:
@@ -174,31 +229,31 @@ def _setting(plan: RunPlan, packs: PackFigures) -> Setting:
 
 
 def _embedded(tape: Tape, setting: Setting, shape: Shape, weights: list[Held], plan: RunPlan) -> Value:
-    embedding = [weight for weight in weights if weight.name == "model.embed_tokens.weight"]
+    embedding = [weight for weight in weights if weight.name == shape.names.embedding]
     rows = any(weight.name == "new tokens" for weight in weights)
     trained = any(weight.trained for weight in embedding) or rows
     beside = any(weight.kind == "adapter" for weight in embedding) or rows
-    has_grad = trained or isinstance(plan.recipe.method, PromptTuningMethod)
+    # Where layers are recomputed, transformers asks for the gradient of the first one's input, whatever is trained.
+    recomputes = bool(plan.recipe.parallel.checkpointing)
+    has_grad = trained or recomputes or isinstance(plan.recipe.method, PromptTuningMethod)
     width = setting.adapter if beside else setting.base
     return tape.value(setting.tokens * shape.hidden, width, has_grad)
 
 
 def _head_weight(shape: Shape, held: tuple[Held, ...]) -> tuple[Held, bool]:
     """The output head as the loss meets it, and whether it is trained."""
-    name = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
+    name = shape.names.embedding if shape.tied else shape.names.head
     found = [weight for weight in held if weight.name == name]
     return found[-1], any(weight.trained for weight in found)
 
 
 def _head(tape: Tape, setting: Setting, shape: Shape, held: tuple[Held, ...], hidden: Value, labels: int) -> int:
-    """Keeps what last norm and loss need; returns the bytes of gradients that the loss stashes."""
-    tail = Layer(tape, setting, shape, [weight for weight in held if weight.name == "model.norm.weight"], shape.layers)
-    normed = tail.norm(hidden, "model.norm.weight", "last norm")
+    """Keeps what the loss needs; returns the bytes of gradients that it stashes."""
     weight, trained = _head_weight(shape, held)
     chosen = labels * shape.hidden
     if setting.compute == FP32:
         # One pass in float32 makes the gradients of hidden states and weight at once.
-        return FP32 * ((chosen if normed.has_grad else 0) + (weight.size if trained else 0))
+        return FP32 * ((chosen if hidden.has_grad else 0) + (weight.size if trained else 0))
     tape.keep_new(chosen, setting.compute, "loss")
     width = setting.adapter if weight.kind == "adapter" else setting.base
     if width != setting.compute:

@@ -60,6 +60,7 @@ class Basis:
         price_per_gpu_hour: In any currency.
         measured: Corrects the speed.
         guessed: How many packs there will about be, before they are prepared.
+        host_bytes: Memory of a node; None where the GPUs are not this machine's.
     """
 
     shape: Shape
@@ -70,6 +71,7 @@ class Basis:
     price_per_gpu_hour: float | None = None
     measured: Measured | None = None
     guessed: Guessed | None = None
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,18 @@ class Case:
 
     @property
     def fits(self) -> bool:
-        """Whether the card holds it."""
-        return self.margin >= 0
+        """Whether the card holds it, and the host where its memory is known."""
+        return self.margin >= 0 and self.host_fits
 
     @property
     def is_comfortable(self) -> bool:
-        """Whether it fits with `MARGIN` to spare."""
-        return self.margin >= MARGIN
+        """Whether it fits with `MARGIN` of the card to spare."""
+        return self.margin >= MARGIN and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether a node's memory holds what is kept there, as far as it is known."""
+        return self.basis.host_bytes is None or self.storage.host_bytes <= self.basis.host_bytes
 
     @property
     def step_seconds(self) -> float:
@@ -133,8 +140,9 @@ class Case:
         return self.speed.step_seconds
 
     def on(self, gpu: GpuProfile) -> Case:
-        """The same plan on another kind of GPU; what it needs there is not counted again."""
-        other = Case(self.plan, replace(self.basis, gpu=gpu))
+        """The same plan on another kind of GPU, in other nodes; what it needs there is not counted again."""
+        host = self.basis.host_bytes if gpu == self.basis.gpu else None
+        other = Case(self.plan, replace(self.basis, gpu=gpu, host_bytes=host))
         other.__dict__["memory"] = self.memory
         return other
 

@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
+from packhorse.plan.anatomy import Parameter
+from packhorse.plan.cost.order import order_of
 from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.parameters import Parameter, Shape, list_parameters
+from packhorse.plan.parameters import Shape, list_parameters
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.trainable import trained_by_name
 from packhorse.recipe.methods import LoraMethod, Method, PrefixTuningMethod, PromptTuningMethod
@@ -172,20 +174,25 @@ class _Layers:
         self._method = plan.recipe.method
         self._trained = trained
         self._tokens = tokens
-        self._adapted_last = isinstance(self._method, LoraMethod) and any(".down_proj" in name for name in trained)
+        self._order = order_of(shape)
+        last = tuple(
+            f".{name}{end}" for name in (*self._order.last, "mlp.experts.down_proj") for end in ("", ".weight")
+        )
+        self._adapted_last = isinstance(self._method, LoraMethod) and any(name.endswith(last) for name in trained)
         self._every = int(plan.recipe.parallel.checkpointing)
         # Virtual tokens are trained and stand before the first layer. Where layers are recomputed, transformers asks
         # for the gradient of the first one's input, whatever is trained: the backward pass runs down to it.
-        trained_before = "model.embed_tokens.weight" in trained or isinstance(self._method, PromptTuningMethod)
+        trained_before = shape.names.embedding in trained or isinstance(self._method, PromptTuningMethod)
         self._reached = trained_before or self._every > 0
 
     def walk(self) -> list[_Layer]:
         """Every layer, from the first."""
-        prefix, found, known = "model.layers.", [], {}
-        inside = [each for each in list_parameters(self._shape) if each.name.startswith(prefix)]
-        for at, group in groupby(inside, key=lambda each: int(each.name.split(".")[2])):
-            parameters = list(group)
-            chosen = tuple(each.name in self._trained for each in parameters)
+        names, found, known = self._shape.names, [], {}
+        listed = ((names.layer_of(each.name), each) for each in list_parameters(self._shape))
+        inside = [(at, each) for at, each in listed if at is not None]
+        for at, pairs in groupby(inside, key=lambda pair: pair[0]):
+            group = [each for _, each in pairs]
+            chosen = tuple(each.name in self._trained for each in group)
             # Most layers are alike.
             like = (
                 self._reached,
@@ -195,7 +202,7 @@ class _Layers:
                 chosen,
             )
             if like not in known:
-                known[like] = self._layer(at, parameters)
+                known[like] = self._layer(at, group)
             found.append(known[like])
             self._reached = found[-1].backward
         return found
@@ -204,7 +211,11 @@ class _Layers:
         return self._every > 0 and at % self._every == 0
 
     def _layer(self, at: int, parameters: Sequence[Parameter]) -> _Layer:
-        by_stage = [[each for each in parameters if _stage(each.name) == stage] for stage in range(_STAGES)]
+        order = self._order
+        stages = [order.stage(self._shape.names.in_layer(each.name)) for each in parameters]
+        by_stage = [
+            [each for each, own in zip(parameters, stages, strict=True) if own == stage] for stage in range(order.count)
+        ]
         products: list[Products] = []
         attention_backward = False
         for stage, group in enumerate(by_stage):
@@ -212,7 +223,7 @@ class _Layers:
             for parameter in group:
                 products += self._products(parameter, needed)
                 self._reached = self._reached or parameter.name in self._trained
-            if stage == _QUERIES:
+            if stage == order.queries:
                 self._reached = self._reached or isinstance(self._method, PrefixTuningMethod)
                 attention_backward = self._reached
         again = self._reached and self._may_recompute(at)
@@ -228,9 +239,9 @@ class _Layers:
         """How many of a recomputed layer's products run again."""
         # torch stops when all that the backward pass asks for is there. The layer's last product is asked for by none,
         # but an adapter beside it is computed later and has its input kept.
-        if products.name == "mlp.down_proj.adapter_b":
+        if products.name.removesuffix(".adapter_b") in self._order.last and products.part == "adapter":
             return 0
-        return 0 if products.name == "mlp.down_proj" and not self._adapted_last else products.forward
+        return 0 if products.name in self._order.last and not self._adapted_last else products.forward
 
     def _products(self, parameter: Parameter, needed: bool) -> Iterator[Products]:
         if len(parameter.shape) < 2:
@@ -238,7 +249,7 @@ class _Layers:
         experts = parameter.shape[0] if len(parameter.shape) == 3 else 1
         outputs, inputs = parameter.shape[-2:]
         rows = self._tokens * self._shape.active_experts / experts if experts > 1 else self._tokens
-        name = parameter.name.split(".", 3)[3].removesuffix(".weight")
+        name = self._shape.names.in_layer(parameter.name).removesuffix(".weight")
         trained, method = parameter.name in self._trained, self._method
         beside = whole = False
         if trained and isinstance(method, LoraMethod):
@@ -263,18 +274,6 @@ class _Layers:
             yield replace(half, name=f"{name}.adapter_b", inputs=method.rank, input_gradients=experts)
 
 
-_STAGES, _QUERIES = 6, 1
-
-
-def _stage(name: str) -> int:
-    """In which order the parts of a layer run: norm, queries, output, norm, MLP up, MLP down."""
-    if ".self_attn." in name:
-        return 2 if ".o_proj" in name else _QUERIES
-    if ".mlp." in name:
-        return 5 if "down_proj" in name else 4
-    return 0 if "input_layernorm" in name else 3
-
-
 def _joined(layers: Sequence[_Layer]) -> Iterator[Products]:
     """The products of all layers, those of one kind added up."""
     found: dict[tuple[str, Part], Products] = {}
@@ -297,7 +296,7 @@ def _joined(layers: Sequence[_Layer]) -> Iterator[Products]:
 
 def _head(plan: RunPlan, shape: Shape, trained: Mapping[str, int], supervised: float) -> Products:
     """The output head, which runs where the next token is supervised and nowhere else."""
-    weight = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
+    weight = shape.names.embedding if shape.tied else shape.names.head
     # In 16 bits the chunked loss computes its logits once more for the backward pass; in fp32 it never lets them go.
     again = plan.recipe.precision != "fp32"
     return Products(

@@ -5,14 +5,14 @@ A number format is written as its width: 4 bytes for float32, 2 for bfloat16 and
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Final, Literal
 
-from packhorse.plan.parameters import Parameter, Shape, list_parameters
+from packhorse.plan.anatomy import Parameter
+from packhorse.plan.parameters import Shape, list_parameters
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.trainable import trained_by_name
 from packhorse.recipe.methods import (
@@ -106,7 +106,7 @@ def held_weights(plan: RunPlan, shape: Shape) -> tuple[Held, ...] | None:
     listed = list_parameters(shape)
     virtual = isinstance(method, (PromptTuningMethod, PrefixTuningMethod))
     trained = {} if virtual else trained_by_name(listed, method, shape)
-    if trained is None:
+    if trained is None or (shape.anatomy is not None and not shape.anatomy.takes(method)):
         return None
     held: list[Held] = []
     for parameter in listed:
@@ -142,10 +142,17 @@ def base_width(plan: RunPlan) -> int:
 
 def unit_of(parameter: Parameter, shape: Shape) -> str:
     """The unit that a parameter is loaded and sharded with, as `model/units.py` cuts the model."""
-    layer = re.match(r"model\.layers\.(\d+)\.", parameter.name)
+    layer = shape.names.layer_of(parameter.name)
     if layer is not None:
-        return f"layer {layer[1]}"
-    return "embedding" if shape.tied or parameter.name.startswith("model.embed_tokens") else "head"
+        return f"layer {layer}"
+    tail = parameter.name.removesuffix(".bias") in (_stem(shape.names.head), _stem(shape.names.norm))
+    return (
+        "head" if not shape.tied and (tail or parameter.name in (shape.names.head, shape.names.norm)) else "embedding"
+    )
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".weight")
 
 
 def _base(plan: RunPlan, shape: Shape, parameter: Parameter, trained: bool) -> Held:

@@ -190,27 +190,11 @@ class Layer:
             for value in (q, k, v, out):
                 tape.keep(value, part)
             tape.keep_new(q.elements // shape.head_width, FP32, part)
-            if not setting.varlen:
-                self._masks_and_scores(q)
+            keep_masks_and_scores(tape, setting, shape, self._index)
         if setting.sequence > 1:
             return tape.value(setting.tokens * shape.heads * shape.head_width, width, has_grad)
         # Parts by document are put together in a new tensor.
         return out if setting.varlen else tape.value(q.elements, width, has_grad)
-
-    def _masks_and_scores(self, q: Value) -> None:
-        """What SDPA keeps beside its inputs, of each document."""
-        setting, shape = self._set, self._shape
-        window = shape.windows[self._index]
-        longest = setting.squares // max(1, setting.documents)
-        masked = setting.prefix > 0 or (window is not None and longest > window * window)
-        if masked:
-            area = setting.squares + setting.prefix * setting.row_tokens
-            self._tape.keep_new(area, setting.compute, "attention")
-        grouped = shape.heads != shape.key_value_heads
-        if setting.on_cuda and grouped and (setting.compute == FP32 or masked):
-            # Of torch's kernels only the plain one takes grouped heads in float32 or with a mask.
-            heads = q.elements // (setting.row_tokens * shape.head_width)
-            self._tape.keep_new(heads * setting.squares, setting.compute, "attention")
 
     def _mlp(self, x: Value) -> Value:
         tape, part, t = self._tape, "mlp", self._set.tokens
@@ -240,8 +224,8 @@ class Layer:
         for indices in (x.has_grad, router.has_grad, x.has_grad):
             if indices:
                 tape.keep_new(rows, INDEX, part)
-        # Autocast does not know the grouped product: it computes in the format of its input.
-        width = x.width
+        # Autocast does not know the grouped product: transformers gives it the weights' own format.
+        width = setting.base
         chosen = tape.value(rows * shape.hidden, width, x.has_grad)
         gate_up = self._grouped(chosen, up, rows * 2 * shape.expert_width)
         active = tape.value(rows * shape.expert_width, width, gate_up.has_grad)
@@ -254,7 +238,7 @@ class Layer:
             tape.keep(out, part)
         if out.has_grad:
             tape.keep_new(rows, setting.compute if shape.family == "qwen3_moe" else FP32, part)
-        return tape.value(t * shape.hidden, x.width, True)
+        return tape.value(t * shape.hidden, x.width, out.has_grad or router.has_grad)
 
     def _grouped(self, x: Value, weight: Held, elements: int) -> Value:
         adapters: Mapping[str, list[Held]] = self._beside
@@ -268,3 +252,28 @@ class Layer:
                 size = sum(held.size for held in adapters[weight.name])
                 self._tape.keep_new(size, self._set.compute, COPIES)
         return self._tape.value(elements, x.width, x.has_grad or weight.trained or adapted)
+
+
+def keep_masks_and_scores(tape: Tape, setting: Setting, shape: Shape, index: int) -> None:
+    """What SDPA keeps beside its inputs, of each document; torch's varlen kernel keeps nothing more.
+
+    Args:
+        tape: Of the layer.
+        setting: How it is run.
+        shape: Of the model.
+        index: Of the layer.
+    """
+    if setting.varlen:
+        return
+    window = shape.windows[index]
+    longest = setting.squares // max(1, setting.documents)
+    masked = setting.prefix > 0 or (window is not None and longest > window * window)
+    if masked:
+        tape.keep_new(setting.squares + setting.prefix * setting.row_tokens, setting.compute, "attention")
+    grouped = shape.heads != shape.key_value_heads
+    if setting.on_cuda and grouped and (setting.compute == FP32 or masked):
+        # Of torch's kernels only the plain one takes grouped heads in float32 or with a mask.
+        tape.keep_new(shape.heads // setting.sequence * setting.squares, setting.compute, "attention")
+    if shape.anatomy is not None and not setting.on_cuda:
+        scores = shape.anatomy.scores_kept * shape.heads // setting.sequence
+        tape.keep_new(scores * setting.squares, FP32, "attention")

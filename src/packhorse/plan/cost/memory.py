@@ -202,7 +202,7 @@ def _last_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
     if states.cuts_weights(plan) or plan.topology.engine == "zero2":
         return 0
     tail = _last_unit(held)
-    return sum(each.size for each in held if each.trained and each.unit == tail) * states.gradient_width(plan)
+    return states.whole_gradients(plan, (each for each in held if each.trained and each.unit == tail))
 
 
 def _units(held: Sequence[Held], width: int) -> dict[str, int]:
@@ -221,8 +221,9 @@ def _gathered(plan: RunPlan, held: Sequence[Held], without_last: bool = False) -
     units = _units(held, compute_width(plan))
     if states.is_deepspeed(plan):
         limit = int(states.zero_settings(plan).get("stage3_max_live_parameters", states.ALL_LIVE))
-        elements = sum(prod(each.data_shape) for each in held if not states.persists(plan, each))
-        whole = sum(each.data_bytes for each in held if not states.persists(plan, each))
+        _, gathered = states.by_persistence(plan, held)
+        elements = sum(prod(each.data_shape) for each in gathered)
+        whole = sum(each.data_bytes for each in gathered)
         live = whole * min(1.0, limit / max(1, elements))
         reason = f"up to {limit:,} elements stay gathered (stage3_max_live_parameters)"
         return [Component("gathered weights", int(max(live, *units.values())), reason)]

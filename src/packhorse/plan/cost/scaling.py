@@ -22,6 +22,8 @@ from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
 
 Mode = Literal["weak", "strong"]
+Counted = dict[tuple[int, int, bool], int]
+"""Bytes of a GPU by number of GPUs, packs a pass, and whether a step has several passes."""
 
 COUNTS: Final = tuple(2**power for power in range(13))
 """1 to 4,096."""
@@ -83,6 +85,7 @@ def scale(
     mode: Mode,
     counts: Sequence[int] = COUNTS,
     network_gb: float | None = None,
+    counted: Counted | None = None,
 ) -> Scaling:
     """Plans the recipe for each number of GPUs and finds what stops it.
 
@@ -94,11 +97,13 @@ def scale(
         mode: What grows with the GPUs.
         counts: Numbers of GPUs, rising.
         network_gb: GB/s of one GPU between nodes; None takes the profile's.
+        counted: Memory of a GPU, filled: another mode of the same recipe need not count it again.
     """
+    counted = {} if counted is None else counted
     points: list[ScalePoint] = []
     best = 0.0
     for count in counts:
-        point = _point(recipe, shape, packs, gpu, mode, count, network_gb)
+        point = _point(recipe, shape, packs, gpu, mode, count, network_gb, counted)
         if point.estimate is not None:
             best = best or point.estimate.tokens_per_second_per_gpu
             efficiency = point.estimate.tokens_per_second_per_gpu / best
@@ -123,17 +128,20 @@ def _point(
     mode: Mode,
     count: int,
     network_gb: float | None,
+    counted: Counted,
 ) -> ScalePoint:
     step_packs = recipe.batch.packs if mode == "strong" else max(1, recipe.batch.packs // 8) * count
-    batch = recipe.batch.model_copy(update={"packs": step_packs})
     try:
-        plan = make_plan(recipe.model_copy(update={"batch": batch}), Ask(count), Hardware(1, ()), None)
+        plan = make_plan(recipe.changed("batch", packs=step_packs), Ask(count), Hardware(1, ()), None)
     except UserError as error:
         return ScalePoint(count, step_packs, None, 0.0, 0.0, error.mistakes[0].fact)
-    memory = estimate_memory(plan, shape, packs)
-    required = memory.required_bytes if memory is not None else 0
+    # All that memory depends on as the number of GPUs and of packs changes.
+    depends = (count, plan.batch.micro_packs, plan.batch.accumulation_steps > 1)
+    if depends not in counted:
+        memory = estimate_memory(plan, shape, packs)
+        counted[depends] = memory.required_bytes if memory is not None else 0
     speed = estimate_speed(plan, shape, packs, gpu, network_gb)
-    return ScalePoint(count, step_packs, speed, 0.0, 0.0, required_bytes=required)
+    return ScalePoint(count, step_packs, speed, 0.0, 0.0, required_bytes=counted[depends])
 
 
 def _stop(points: Sequence[ScalePoint]) -> tuple[int | None, str, str]:

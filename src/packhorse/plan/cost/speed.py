@@ -182,11 +182,6 @@ def estimate_speed(
     )
 
 
-def calibrated(estimate: SpeedEstimate, measured_step_seconds: float, source: str = "measured steps") -> SpeedEstimate:
-    """The same estimate, scaled to steps that were measured of this very plan."""
-    return scaled(estimate, measured_step_seconds / estimate.step_seconds, source)
-
-
 def scaled(estimate: SpeedEstimate, factor: float, source: str) -> SpeedEstimate:
     """An estimate whose every part takes `factor` times as long: of another plan, on the machine that was measured."""
     return replace(

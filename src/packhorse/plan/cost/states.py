@@ -68,11 +68,16 @@ def own_bytes(plan: RunPlan, held: Held) -> int:
     return own_size(plan, held) * (1 if held.storage == "int8" else held.width)
 
 
-def persists(plan: RunPlan, held: Held) -> bool:
-    """Whether ZeRO-3 keeps this weight whole on every rank beside its parts, because it is small."""
+def by_persistence(plan: RunPlan, held: Sequence[Held]) -> tuple[list[Held], list[Held]]:
+    """Weights that ZeRO-3 keeps whole on every rank beside their parts, because they are small; and all others."""
     if not plan.topology.engine.startswith("zero3"):
-        return False
-    return prod(held.data_shape) <= int(zero_settings(plan).get("stage3_param_persistence_threshold", PERSISTING))
+        return [], list(held)
+    limit = int(zero_settings(plan).get("stage3_param_persistence_threshold", PERSISTING))
+    whole: list[Held] = []
+    others: list[Held] = []
+    for each in held:
+        (whole if prod(each.data_shape) <= limit else others).append(each)
+    return whole, others
 
 
 def weights(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
@@ -89,7 +94,7 @@ def weights(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
     constants = sum(each.constant_bytes for each in held)
     if constants:
         components.append(Component("quantisation constants", constants, "scales of the packed weights; never sharded"))
-    small = [each for each in held if persists(plan, each)]
+    small, _ = by_persistence(plan, held)
     if small:
         size = sum(prod(each.data_shape) * each.width for each in small)
         reason = "small weights, whole on every rank (stage3_param_persistence_threshold)"
@@ -123,15 +128,22 @@ def optimizer_states(plan: RunPlan, held: Sequence[Held]) -> int:
     section, trained = plan.recipe.optimizer, [each for each in held if each.trained]
     name = section.name
     if name == "adafactor":
-        return FP32 * sum(_rows_and_columns(each.shape) for each in trained)
+        return sum(state_width(plan, each) * _rows_and_columns(each.shape) for each in trained)
     if name == "muon":
-        return sum(own_size(plan, each) * (FP32 if _by_muon(each) else 2 * FP32) for each in trained)
+        return sum((1 if by_muon(each) else 2) * own_size(plan, each) * state_width(plan, each) for each in trained)
     moments = 1 if name.startswith("lion") else 2
     if not name.endswith("8bit"):
-        return moments * FP32 * trained_share(plan, held)
+        if is_deepspeed(plan):
+            return moments * FP32 * trained_share(plan, held)
+        return moments * sum(own_size(plan, each) * state_width(plan, each) for each in trained)
     # Under ZeRO the weights are one flat piece.
     parts = [trained_share(plan, held)] if is_deepspeed(plan) else [each.size for each in trained]
     return sum(moments * _eight_bits(size) for size in parts)
+
+
+def state_width(plan: RunPlan, held: Held) -> int:
+    """Bytes of a number of torch's optimizers, which are kept in the format of the weights that they step."""
+    return FP32 if is_deepspeed(plan) else held.width
 
 
 def _eight_bits(size: int) -> int:
@@ -145,9 +157,9 @@ def _rows_and_columns(shape: tuple[int, ...]) -> int:
     return prod(shape[:-1]) + prod(shape[:-2]) * shape[-1]
 
 
-def _by_muon(held: Held) -> bool:
-    ends = ("model.embed_tokens.weight", "lm_head.weight", "prompt", "prefix", "new tokens")
-    return len(held.shape) == 2 and held.name not in ends
+def by_muon(held: Held) -> bool:
+    """Whether Muon steps it: a matrix of a layer, with one momentum; AdamW the others, with two."""
+    return len(held.shape) == 2 and held.unit.startswith("layer")
 
 
 def pages(plan: RunPlan) -> bool:
@@ -156,8 +168,13 @@ def pages(plan: RunPlan) -> bool:
 
 
 def gradient_width(plan: RunPlan) -> int:
-    """Bytes of a gradient as the backward pass leaves it."""
-    return 2 if is_deepspeed(plan) and plan.recipe.precision != "fp32" else FP32
+    """Bytes of a gradient as DeepSpeed's backward pass leaves it."""
+    return 2 if plan.recipe.precision != "fp32" else FP32
+
+
+def whole_gradients(plan: RunPlan, trained: Iterable[Held]) -> int:
+    """Bytes of gradients that nothing has shared out yet, as the backward pass leaves them."""
+    return sum(each.size * (gradient_width(plan) if is_deepspeed(plan) else each.width) for each in trained)
 
 
 def added_width(plan: RunPlan) -> int:
@@ -171,12 +188,29 @@ def final_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
     """Bytes of gradients that a rank holds at the end of a step's last backward pass, beside ZeRO-3's own buffer."""
     trained = [each for each in held if each.trained]
     if plan.recipe.optimizer.in_backward:
-        return FP32 * max((own_size(plan, each) for each in trained), default=0)
+        return max((each.width * own_size(plan, each) for each in trained), default=0)
     engine = plan.topology.engine
-    if engine in ("zero1", "zero2"):
-        # In the last pass stage 1 too gives up what other ranks step, bucket by bucket.
+    if engine == "zero1":
+        return added_width(plan) * max(touched_by_rank(trained, shard_ranks(plan)))
+    if engine == "zero2":
         return added_width(plan) * trained_share(plan, held)
-    return 0 if engine.startswith("zero3") else FP32 * sum(own_size(plan, each) for each in trained)
+    return 0 if engine.startswith("zero3") else sum(each.width * own_size(plan, each) for each in trained)
+
+
+def touched_by_rank(trained: Sequence[Held], ranks: int) -> list[int]:
+    """Weights that each rank's part of the flat rows has any of: ZeRO-1 steps its part of them, by views of gradients.
+
+    In the last pass stage 1 too gives up what other ranks step, and a view keeps the whole of what it looks at. There
+    is a row of matrices and one of vectors, which do not decay.
+    """
+    touched = [0] * ranks
+    for row in ([each for each in trained if len(each.shape) > 1], [each for each in trained if len(each.shape) < 2]):
+        share, offset = -(-sum(each.size for each in row) // ranks), 0
+        for each in row:
+            for rank in range(offset // share, -(-(offset + each.size) // share)):
+                touched[rank] += each.size
+            offset += each.size
+    return touched
 
 
 def waiting_gradients(plan: RunPlan, held: Sequence[Held]) -> int:
@@ -217,10 +251,9 @@ def step_room(plan: RunPlan, held: Sequence[Held]) -> Component:
 def buckets(plan: RunPlan, held: Sequence[Held]) -> list[Component]:
     """Room for what is sent: buckets of gradients, as DDP and the DeepSpeed JSON have them."""
     engine = plan.topology.engine
-    trained = sum(each.size for each in held if each.trained)
     if engine == "ddp":
         reason = "DDP's buckets: a copy of every gradient (gradient_as_bucket_view is off)"
-        return [Component("reduce buckets", FP32 * trained, reason)]
+        return [Component("reduce buckets", whole_gradients(plan, (each for each in held if each.trained)), reason)]
     if not is_deepspeed(plan):
         return []
     settings, width = zero_settings(plan), gradient_width(plan)

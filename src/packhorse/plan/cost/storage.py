@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -11,6 +12,7 @@ from packhorse.plan.cost.activations import count_activations
 from packhorse.plan.cost.component import Component, total_bytes
 from packhorse.plan.cost.held import WIDTHS, Held, compute_width, held_weights
 from packhorse.plan.cost.packs import PackFigures
+from packhorse.plan.cost.saved import copies_bytes, pinned_bytes, room_of
 from packhorse.plan.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 
@@ -19,6 +21,11 @@ FP32: Final = 4
 PROCESS_BYTES: Final = 2_000_000_000
 TOKEN_BYTES: Final = 5
 """A token on disk: its id in 4 bytes at most, and its mask."""
+BATCH_BYTES: Final = 4 * 8
+"""A token of a batch: id, position, and where it is trained on its place and its target, in 64 bits each."""
+BATCHES: Final = 3
+"""Steps that `data/packs/loader.py` holds: the one that trains and the next two."""
+PINNING: Final = "torch rounds pinned memory up to powers of two; parts that DeepSpeed joins stay beside the whole"
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,6 @@ class StorageEstimate:
         """Memory of one node."""
         return total_bytes(self.host)
 
-    @property
-    def disk_bytes(self) -> int:
-        """Room below the runs folder."""
-        return total_bytes(self.disk)
-
 
 def estimate_storage(plan: RunPlan, shape: Shape, packs: PackFigures) -> StorageEstimate | None:
     """Counts host memory and disk.
@@ -60,7 +62,13 @@ def estimate_storage(plan: RunPlan, shape: Shape, packs: PackFigures) -> Storage
     held = held_weights(plan, shape)
     if held is None:
         return None
-    host = (*_processes(plan), *_offloaded(plan, held), *_activations(plan, shape, held, packs), *_fullest(plan, held))
+    host = (
+        *_processes(plan),
+        *_offloaded(plan, held),
+        *_activations(plan, shape, held, packs),
+        *_batches(plan, packs),
+        *_fullest(plan, held),
+    )
     disk = (*_checkpoints(plan, held), *_result(plan, held), *_store(plan, packs))
     local = _nvme(plan, held)
     return StorageEstimate(*(tuple(part for part in parts if part.bytes) for parts in (host, disk, local)))
@@ -86,8 +94,11 @@ def _offloaded(plan: RunPlan, held: tuple[Held, ...]) -> list[Component]:
     if plan.topology.engine == "zero3_offload":
         weights = ranks * sum(states.own_bytes(plan, each) for each in held)
         stepped = ranks * (states.masters(plan, held) + states.optimizer_states(plan, held))
+        again = ranks * FP32 * states.trained_share(plan, held)
         parts.append(Component("weights", weights, "the ranks' parts, pinned"))
-        parts.append(Component("optimizer states", stepped, "float32 weights and their states, pinned"))
+        parts.append(Component("optimizer states", stepped, "float32 weights and their states"))
+        parts.append(Component("step gradients", again, "the ranks' parts once more in float32, for the step, pinned"))
+        parts.append(Component("pinning", ranks * _pinning(plan, held), PINNING))
         return parts
     swap = states.zero_settings(plan)["offload_param"]
     size = ranks * int(swap["buffer_size"]) * int(swap["buffer_count"]) * compute_width(plan)
@@ -96,6 +107,31 @@ def _offloaded(plan: RunPlan, held: tuple[Held, ...]) -> list[Component]:
     # Two sets, so that one is read while the other is stepped: weight, two states and gradient in float32.
     parts.append(Component("step buffers", ranks * 2 * 4 * FP32 * tile, "what is stepped at a time, read and written"))
     return parts
+
+
+def _pinning(plan: RunPlan, held: tuple[Held, ...]) -> int:
+    """What pinned memory takes beside the numbers in it, on a rank.
+
+    DeepSpeed pins each weight's part by itself (`partition_parameters.py`), then all that are trained as one piece
+    (`stage3.py`); torch keeps the memory of the former. Read in DeepSpeed 0.19 and torch 2.13, not measured.
+    """
+    if plan.topology.device == "cpu":
+        return 0
+    own = [(each.trained, states.own_bytes(plan, each)) for each in states.by_persistence(plan, held)[1]]
+    flat = sum(size for trained, size in own if trained)
+    share = states.trained_share(plan, held)
+    tiles, rest = divmod(share, states.ALL_LIVE)
+    pinned = [size for _, size in own] + [flat, states.kept_gradients(plan, held)]
+    pinned += [FP32 * states.ALL_LIVE] * tiles + [FP32 * rest]
+    exact = sum(pinned) - flat
+    return sum(pinned_bytes(size) for size in pinned) - exact
+
+
+def _batches(plan: RunPlan, packs: PackFigures) -> list[Component]:
+    """Packs of a group of sequence ranks are laid out by each of them."""
+    tokens = math.ceil(plan.batch.packs_per_step / plan.topology.data_ranks * packs.tokens_mean)
+    size = plan.topology.processes_per_node * BATCHES * BATCH_BYTES * tokens
+    return [Component("batches", size, "the step that trains and the next two, of each process")]
 
 
 def _activations(plan: RunPlan, shape: Shape, held: tuple[Held, ...], packs: PackFigures) -> list[Component]:
@@ -122,32 +158,15 @@ def _loading(plan: RunPlan, held: tuple[Held, ...]) -> Component:
 
 
 def _saving(plan: RunPlan, held: tuple[Held, ...]) -> Component:
-    """Rank 0 gathers the weights; each rank copies its share of the optimizer's states and keeps the room."""
-    weights = _saved_weights(plan, held)
-    optimizer = _saved_states(plan, held) // plan.topology.num_nodes
-    reason = "weights gathered by the first process, and copies of the optimizer states that are being written"
-    return Component("saving", weights + optimizer, reason)
-
-
-def _saved_weights(plan: RunPlan, held: tuple[Held, ...]) -> int:
-    """Trained weights are kept in float32, frozen ones of a whole model as they are held."""
-    if plan.recipe.method.trains_base:
-        return sum(each.size * (FP32 if each.trained else each.width) for each in held)
-    return sum(each.size * FP32 for each in held if each.trained)
-
-
-def _saved_states(plan: RunPlan, held: tuple[Held, ...]) -> int:
-    """States of all ranks, once."""
-    ranks = states.shard_ranks(plan)
-    return states.optimizer_states(plan, held) * ranks
+    beside = plan.recipe.checkpoint.asynchronous
+    reason = "copies that checkpoints are written from, kept from save to save" if beside else "what is being written"
+    return Component("saving", copies_bytes(plan, held), f"{reason}, and the weights that come out at the end")
 
 
 def _checkpoints(plan: RunPlan, held: tuple[Held, ...]) -> list[Component]:
-    section = plan.recipe.checkpoint
-    one = _saved_weights(plan, held) + _saved_states(plan, held)
-    kept = section.keep_last + section.keep_best
-    reason = f"{kept} kept and one being written, each {one:,} bytes: weights and optimizer states"
-    return [Component("checkpoints", (kept + 1) * one, reason)]
+    room = room_of(plan, held)
+    reason = f"{room.count} at once at most, each {room.each_bytes:,} bytes: weights and optimizer states"
+    return [Component("checkpoints", room.total_bytes, reason)]
 
 
 def _result(plan: RunPlan, held: tuple[Held, ...]) -> list[Component]:

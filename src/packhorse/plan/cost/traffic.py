@@ -13,7 +13,7 @@ from typing import Final, Literal
 from packhorse.plan.cost.communication import shard_group
 from packhorse.plan.cost.flops import PassWork, Products
 from packhorse.plan.cost.held import Held, casts_weights, compute_width
-from packhorse.plan.parameters import FAMILIES, Shape
+from packhorse.plan.parameters import Shape, norm_widths
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.methods import Ia3Method, LoraMethod, QloraMethod
 
@@ -90,13 +90,10 @@ def _residual_width(plan: RunPlan) -> int:
 def _elementwise(plan: RunPlan, shape: Shape, work: PassWork) -> Traffic:
     """Norms, rotary embeddings, activation and residual sums."""
     b, r = compute_width(plan), _residual_width(plan)
-    family = FAMILIES[shape.family]
     # RMSNorm: to float32, square, mean, scale, back, times the weight.
     norm = (r + 4 if r != 4 else 0) + 8 + 4 + 8 + (4 + r if r != 4 else 0) + 2 * r
-    norms = len(family.norms) * norm * shape.hidden
     queries, keys = shape.heads * shape.head_width, shape.key_value_heads * shape.head_width
-    if family.head_norms:
-        norms += norm * (queries + keys)
+    norms = norm * norm_widths(shape)
     # x cos + rotate(x) sin: five kernels. Then what attention reads and writes beside its arithmetic.
     rotary = 10 * max(b, r) * (queries + keys) + 2 * b * (2 * queries + 2 * keys)
     residual = 2 * 3 * r * shape.hidden

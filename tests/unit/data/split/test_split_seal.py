@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from packhorse import durable
 from packhorse.data import seal
 from packhorse.data.manifest import TestLook as Look  # pytest would collect a class called Test…
 from packhorse.data.manifest import read_manifest
@@ -132,7 +133,7 @@ def test_a_folder_that_cannot_be_written_opens_nothing(data: Path, monkeypatch) 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(seal, "sync_to_disk", full)
+    monkeypatch.setattr(durable, "sync_to_disk", full)
     with pytest.raises(UserError, match=r"data\.json cannot be written: No space left on device"):
         open_test(data, "tiny", FIRST)
     assert read_manifest(data).test_looks == ()

@@ -1,0 +1,186 @@
+"""How right `packhorse plan` is, as tables for docs/lab-log.md, from the very cases of the tests.
+
+    python benchmarks/plan_accuracy.py [--no-write] [published] [memory] [ranks] [gpu]
+
+published: tokens a second, and GiB, beside what others measured and told (seconds).
+memory: what one process on a CPU holds and keeps beside what the plan counts (a minute).
+ranks: the same of each of two, under every engine (two minutes).
+gpu: the peak of torch's allocator beside the plan's (needs a card of 24 GB; about a minute a case).
+Without a word: the first three. Exit code 1 where a table is outside of what the tests allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import lab_log
+
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path += [str(TESTS / part) for part in (".", "unit/plan", "unit/train", "gpu")]
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
+PARTS = ("weights", "gradients", "optimizer", "activations")
+Table = tuple[str, bool]
+"""Text, and whether it is within what the tests allow."""
+
+
+def main() -> int:
+    """Makes the tables that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-write", action="store_true", help="show the tables, leave docs/lab-log.md as it is")
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which; absent: the first three")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    good = True
+    for name in options.tables or ("published", "memory", "ranks"):
+        title, make = TABLES[name]
+        text, within = make()
+        print(f"{title}\n\n{text}\n")
+        good &= within
+        if not options.no_write:
+            lab_log.append(title, text)
+    return 0 if good else 1
+
+
+def published() -> Table:
+    """Predicted beside published speed and memory."""
+    import test_cost_memory_published as memory_cases
+    import test_cost_speed_published as cases
+
+    rows = []
+    for row in cases.ROWS:
+        speed = row.estimate().tokens_per_second_per_gpu
+        figures = (f"{row.tokens_per_second:,.0f}", f"{speed:,.0f}", f"{cases.gap(row):+.0%}")
+        rows.append((row.name, f"{row.count} × {row.gpu}", *figures, row.reason or "—"))
+    within = [abs(cases.gap(row)) <= 0.10 for row in cases.ROWS]
+    table = lab_log.markdown_table(("run", "GPUs", "published", "predicted", "gap", "reason of a gap over 10 %"), rows)
+    sizes = [(row.name, f"{row.gib:.1f}", f"{row.told:.1f}", f"{row.gap:+.0%}") for row in memory_cases.ROWS]
+    second = lab_log.markdown_table(("run on one 4090", "published GiB", "predicted GiB", "gap"), sizes)
+    return f"Tokens a second and GPU. {sum(within)} of {len(within)} within 10 %.\n\n{table}\n\n{second}", True
+
+
+def memory() -> Table:
+    """What a process holds and keeps beside what the plan counts, by component."""
+    import test_measured_memory as cases
+
+    import measured_memory as measuring
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        measuring.save_model(model, cases.LLAMA)
+        return _components(_alone(model, cases, measuring), f"the largest of {len(cases.LENGTHS)} lengths")
+
+
+def ranks() -> Table:
+    """The same of the first of two gloo ranks, under every engine."""
+    import test_measured_memory as cases
+
+    import measured_memory as measuring
+
+    with tempfile.TemporaryDirectory() as folder:
+        measuring.save_model(Path(folder) / "model", cases.LLAMA)
+        return _components(_two_ranks(Path(folder), cases, measuring), "of rank 0")
+
+
+def _components(found: Iterable[tuple[str, Pairs]], which: str) -> Table:
+    rows = [_row(name, pairs) for name, pairs in found]
+    worst = max(abs(gap) for _, gaps, _ in rows for gap in gaps[:-1])
+    lines = [(name, *(f"{gap:+.2%}" for gap in gaps), f"{size:,}") for name, gaps, size in rows]
+    text = [
+        f"What the plan counts over what the real model, engine and optimizer hold, less one; {which}.",
+        f"The worst component is off by {worst:.2%} (2 % allowed). {lab_log.machine(1, PACKAGES)}.",
+        "",
+        lab_log.markdown_table(("run", *PARTS, "sum", "bytes"), lines),
+    ]
+    return "\n".join(text), worst <= 0.02
+
+
+Pairs = list[tuple[dict[str, int], dict[str, int]]]
+"""Found and told."""
+
+
+def _row(name: str, pairs: Pairs) -> tuple[str, list[float], int]:
+    gaps = [max((_gap(found[part], told[part]) for found, told in pairs), key=abs) for part in PARTS]
+    sums = [(sum(found.values()), sum(told.values())) for found, told in pairs]
+    return name, [*gaps, max((_gap(*each) for each in sums), key=abs)], max(found for found, _ in sums)
+
+
+def _gap(found: int, told: int) -> float:
+    return told / found - 1 if found else float(told > 0)
+
+
+def _alone(model: Path, cases: ModuleType, measuring: ModuleType) -> Iterable[tuple[str, Pairs]]:
+    """One process: methods x precision x checkpointing at each length; then every method and family."""
+    from accelerate.state import AcceleratorState
+
+    def pair(folder: Path, lengths: Sequence[int], **sections: object) -> tuple[dict[str, int], dict[str, int]]:
+        AcceleratorState._reset_state(True)
+        plan = measuring.plan_of(folder, lengths, **sections)
+        return measuring.measured(plan, lengths), measuring.predicted(plan, folder, lengths)
+
+    for method in ("full", "lora", "qlora"):
+        for precision in ("fp32", "bf16"):
+            for checkpointing in (False, True):
+                sections = {"method": method, "precision": precision, "parallel": {"checkpointing": checkpointing}}
+                found = [pair(model, lengths, **sections) for lengths in cases.LENGTHS]
+                yield f"{method}, {precision}{', recomputed' if checkpointing else ''}", found
+    for method in [name for name in cases.METHODS if name not in ("full", "lora", "qlora")]:
+        yield f"{method}, bf16", [pair(model, (200, 56), method=cases.METHODS[method], precision="bf16")]
+    for family, fields in cases.FAMILIES.items():
+        folder = model.parent / family
+        measuring.save_model(folder, {**cases.NARROW, **fields, "model_type": family})
+        yield f"{family}, full, bf16", [pair(folder, (100, 100), method="full", precision="bf16")]
+
+
+def _two_ranks(folder: Path, cases: ModuleType, measuring: ModuleType) -> Iterable[tuple[str, Pairs]]:
+    """Every engine over two gloo ranks."""
+    import torch.multiprocessing as mp
+
+    measuring.make_extensions_free()
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[-4:], os.environ.get("PYTHONPATH", "")])
+    every = [case for case in cases.OTHERS if case[2] == "bf16"]
+    arguments = (2, str(folder), cases.free_ports(len(every)), every, [200, 56])
+    mp.spawn(measuring.measure_ranks, arguments, nprocs=2)
+    results = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    for (engine, method, precision), pair in zip(every, results, strict=True):
+        yield f"{engine} x 2, {method}, {precision}", [tuple(pair)]
+
+
+def gpu() -> Table:
+    """The peak of CUDA's allocator beside the plan's."""
+    import torch
+    from peak_memory import HEADER, cases_for, measure
+
+    names = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    if not names:
+        sys.exit("no GPU here: this table is measured where there is one of 24 GB or more")
+    with tempfile.TemporaryDirectory() as folder:
+        found = [measure(case, Path(folder), names) for case in cases_for(len(names))]
+    within = [-0.03 <= each.gap <= 0.05 for each in found]
+    text = [
+        f"Peak of `torch.cuda.max_memory_allocated` of the real worker over load, probe, {len(names)} × {names[0]};",
+        f"{sum(within)} of {len(within)} within −3 to +5 %. {lab_log.machine(1, PACKAGES)}.",
+        "",
+        lab_log.markdown_table(HEADER, [each.row for each in found]),
+    ]
+    return "\n".join(text), all(within)
+
+
+TABLES: dict[str, tuple[str, Callable[[], Table]]] = {
+    "published": ("Plan: predicted beside published speed and memory", published),
+    "memory": ("Plan: memory counted beside memory held, one process on the CPU", memory),
+    "ranks": ("Plan: memory counted beside memory held, two ranks on the CPU", ranks),
+    "gpu": ("Plan: memory counted beside the peak of CUDA's allocator", gpu),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Host memory: of the machine, or what a container or a Slurm job is held to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from packhorse.plan.hardware import host_memory
+
+MACHINE = 64 * 2**20 * 1024
+
+
+def machine(folder: Path, group: str, **files: str) -> tuple[Path, Path]:
+    """Folders as Linux has them: /proc and /sys/fs/cgroup, with files of `__` for `/`."""
+    proc, groups = folder / "proc", folder / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal:  {MACHINE // 1024} kB\nMemFree: 1 kB\n", encoding="utf-8")
+    (proc / "self" / "cgroup").write_text(group, encoding="utf-8")
+    for name, text in files.items():
+        path = groups / name.replace("__", "/").replace("_max", ".max").replace("_in_bytes", ".limit_in_bytes")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    return proc, groups
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        ("0::/user\n", {"user__memory_max": "max"}, MACHINE),
+        ("0::/\n", {"memory_max": "2000000000"}, 2_000_000_000),
+        ("0::/job_7/step\n", {"job_7__memory_max": "3000000000", "job_7__step__memory_max": "max"}, 3_000_000_000),
+        ("1:cpu:/job\n4:memory:/job\n", {"memory__job__memory_in_bytes": "4000000000"}, 4_000_000_000),
+        ("4:memory:/\n", {"memory__memory_in_bytes": str(2**63 - 4096)}, MACHINE),
+        ("", {}, MACHINE),
+    ],
+    ids=["no limit", "container", "Slurm job around it", "version 1", "version 1 without a limit", "no groups"],
+)
+def test_the_least_limit_counts(group: str, files: dict[str, str], expected: int, tmp_path: Path) -> None:
+    assert host_memory(*machine(tmp_path, group, **files)) == expected
+
+
+def test_where_there_is_no_linux_it_is_not_known(tmp_path: Path) -> None:
+    assert host_memory(tmp_path, tmp_path) is None
+
+
+def test_this_machine_has_some() -> None:
+    assert 2**28 < (host_memory() or 0) < 2**50
