@@ -130,8 +130,11 @@ def test_a_run_that_was_started_here_is_stopped_by_signals_to_its_launcher(
     with subprocess.Popen([sys.executable, "-c", LAUNCHER, str(run), str(asked)], stdout=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
         launcher.stdout.readline()
-        assert cancel_verb.cancel(str(run), now) == 0
-        assert launcher.wait(20) == 70 + asked
+        try:
+            assert cancel_verb.cancel(str(run), now) == 0
+            assert launcher.wait(20) == 70 + asked
+        finally:
+            launcher.kill()
     out = capsys.readouterr().out
     assert f"process {launcher.pid} {how}" in out
     assert f"to go on: packhorse train {run} --resume" in out
