@@ -26,6 +26,7 @@ from packhorse.launching.slurm.sweep_folder import create_sweep, member_folder
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import expand
+from packhorse.record.attempts import Begun, begin_attempt
 from packhorse.record.status import Status, write_status
 from tiny import write_tiny
 
@@ -216,6 +217,15 @@ def test_a_run_that_was_started_here_goes_on_here(run: Path, monkeypatch) -> Non
     monkeypatch.setattr(resume_verb, "train", lambda name, words, gpus, **more: seen.update(more, gpus=gpus) or 0)
     assert resume_verb.resume(str(run), [], 2, 3, True) == 0
     assert seen == {"gpus": 2, "resume": True, "restarts": 3, "force": True}
+
+
+def test_a_run_whose_job_was_submitted_by_hand_does_not_go_on_here_unasked(run: Path, monkeypatch) -> None:
+    said(run, 1, rank_0="x")
+    begin_attempt(run / "logs" / "attempt-1", Begun(started_at=1.0, chain="77"))
+    append_job(run, job("78", "train").model_copy(update={"goes_on_from": "77"}))
+    with pytest.raises(UserError, match=r"was run by job 77 of Slurm, which was submitted by hand") as caught:
+        resume_verb.resume(str(run), [], None, None, False)
+    assert f"slurm/job.sbatch {run}" in str(caught.value)
 
 
 @pytest.fixture
