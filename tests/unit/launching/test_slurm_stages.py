@@ -138,9 +138,11 @@ def test_a_job_that_stood_by_for_nothing_is_neither_the_result_nor_what_is_submi
     stood_by = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch", "RUN"), goes_on_from="12")
     ended = JobState("12", "COMPLETED" if state == "finished" else "FAILED")
     jobs = [(chained()[1], ended), (stood_by, JobState("30", "CANCELLED", "DependencyNeverSatisfied"))]
-    stages = stages_of(jobs, {}, now(state), has_data=True)
-    assert [stage.became for stage in stages] == ["done" if state == "finished" else "failed", "replaced"]
-    assert [record.job_id for record in left_of(stages)] == ([] if state == "finished" else ["12"])
+    stages = stages_of([*jobs, (chained()[2], None)], {}, now(state), has_data=True)
+    assert [stage.became for stage in stages[:2]] == ["done" if state == "finished" else "failed", "replaced"]
+    assert [record.job_id for record in left_of(stages)] == (["13"] if state == "finished" else ["12", "13"])
+    if state == "failed":
+        assert stages[2].why == "job 12 (train) did not end well"
 
 
 def test_what_went_on_with_a_job_is_submitted_again_as_that_job_was() -> None:

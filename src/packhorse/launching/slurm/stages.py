@@ -123,7 +123,8 @@ def stages_of(
     live = {record.job_id for record, state in jobs if state is not None and state.is_live}
     stood_by = {record.job_id for record, state in jobs if record.goes_on_from and _is_cancelled(state)}
     newest = {record.kind: record.job_id for record, _ in jobs if record.job_id not in stood_by}
-    follows = {each.goes_on_from: each.job_id for each, _ in jobs if each.goes_on_from not in {None, *live}}
+    standing = {None, *live, *(record.goes_on_from for record, _ in jobs if record.job_id in stood_by)}
+    follows = {record.goes_on_from: record.job_id for record, _ in jobs if record.goes_on_from not in standing}
     is_finished = now is not None and now.state == "finished"
     became: dict[str, Stage] = {}
     for record, state in sorted(jobs, key=lambda job: ORDER.index(job[0].kind)):
