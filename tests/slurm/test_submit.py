@@ -29,6 +29,7 @@ SITE = {
     "time": "00:10:00",
     "cpu_jobs": {"cpus": 1, "memory": "16000M", "time": "00:10:00"},
 }
+NASTY = "$(touch canary1) `touch canary2` '; touch canary3; ' \"; touch canary4"
 SHORT = ("steps=6", "checkpoint.every_steps=null", "evaluation.every_steps=null")
 
 
@@ -52,6 +53,8 @@ def write_site(folder: Path, **fields: object) -> None:
 
 def test_what_is_submitted_trains_with_and_without_a_job_that_prepares(folder: Path, cluster: Cluster, capsys) -> None:
     words = ["submit", "tiny.yaml", "--nodes", "2", *SHORT]
+    # Each command in a container, and text that would leave a file behind if any shell ran it.
+    write_site(folder, environment={"GIVEN": NASTY}, container=["env", f"WRAPPED={NASTY}"])
     assert main([*words, "name=ddp"]) == 0
     prepare, train = read_jobs(folder / "runs" / "ddp")
     assert (prepare.kind, train.kind, train.depends_on) == ("prepare", "train", (prepare.job_id,))
@@ -67,6 +70,7 @@ def test_what_is_submitted_trains_with_and_without_a_job_that_prepares(folder: P
         assert cluster.wait(job.job_id) == "COMPLETED", cluster.told(job.job_id)
         assert curve(folder / "runs" / run) == pytest.approx(curve(folder / "runs" / "alone"), abs=1e-5, rel=0), run
         assert read_status(folder / "runs" / run).state == "finished"
+    assert [str(path) for path in folder.rglob("canary*")] == []
     assert main(["submit", "runs/ddp"]) == 2
     assert "runs/ddp is finished: 6 of 6 steps are done." in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from packhorse.commands.planned_jobs import Submission, planned_jobs, programs_o
 from packhorse.commands.sending import show_or_send
 from packhorse.commands.submit import Asked
 from packhorse.launching.slurm.jobs import Kind
-from packhorse.launching.slurm.script import JobRequest, command_script, cpu_request, train_request
+from packhorse.launching.slurm.script import JobRequest, command_script, cpu_request, gpu_request
 from packhorse.launching.slurm.submit import PlannedJob
 
 
@@ -47,5 +47,4 @@ def _evaluation(found: Submission) -> JobRequest:
     on_cpu = cpu_request(site, name, logs, "evaluate")
     if found.plan.topology.device == "cpu":
         return on_cpu
-    on_gpu = train_request(site, on_cpu.name, logs, 1, 1, on_cpu.time, 0)
-    return replace(on_gpu, output=on_cpu.output, signal_seconds=None)
+    return replace(gpu_request(site, name, logs, "evaluate", 1), time=on_cpu.time)

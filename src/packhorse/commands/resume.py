@@ -16,6 +16,7 @@ from packhorse.launching.slurm.stages import read_ends, stages_of
 from packhorse.launching.slurm.submit import only_submission, refuse_live
 from packhorse.launching.slurm.sweep_folder import find_sweep, member_folder, read_sweep
 from packhorse.plan.run_plan import read_plan
+from packhorse.record.attempts import job_of
 from packhorse.record.status import read_status
 
 
@@ -34,7 +35,15 @@ def resume(run: str, overrides: Sequence[str], gpus: int | None, restarts: int |
     """
     sweep = find_sweep(run)
     folder = sweep or Path(open_run(run).run_folder)
-    if sweep is None and not read_jobs(folder):
+    submitted = [record for record in read_jobs(folder) if record.goes_on_from is None]
+    if sweep is None and not submitted and job_of(folder):
+        raise UserError(
+            f"{relative(folder)} was run by job {job_of(folder)} of Slurm, which was submitted by hand.",
+            "nobody wrote down what that job asked for.",
+            f"submit it again as before (sbatch … slurm/job.sbatch {relative(folder)}), or with `packhorse submit "
+            f"{relative(folder)}`; here goes on `packhorse train {relative(folder)} --resume`.",
+        )
+    if sweep is None and not submitted:
         return train(run, overrides, gpus, resume=True, restarts=restarts, force=force)
     given = [*overrides, *([f"--gpus {gpus}"] if gpus else []), *([f"--restarts {restarts}"] if restarts else [])]
     if given:
@@ -45,14 +54,14 @@ def resume(run: str, overrides: Sequence[str], gpus: int | None, restarts: int |
         )
     if sweep is not None:
         return _resume_sweep(sweep)
-    submitted = _again(folder)
-    if not submitted:
+    again = _again(folder)
+    if not again:
         raise UserError(
             f"{relative(folder)} is finished: each of its jobs ended well.",
             "there is nothing left to run.",
             f"see `packhorse status {relative(folder)}`.",
         )
-    _say(folder, submitted)
+    _say(folder, again)
     return EXIT_OK
 
 

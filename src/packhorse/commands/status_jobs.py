@@ -72,8 +72,9 @@ def words_of(stage: Stage) -> str:
 
 def state_words(stages: Sequence[Stage]) -> str:
     """What is said in place of `killed` of a run whose job waits in the queue; empty where none does."""
-    waiting = next((stage for stage in stages if stage.record.kind == "train" and stage.became == "waits"), None)
-    if waiting is None:
+    trains = [stage for stage in stages if stage.record.kind == "train"]
+    waiting = next((stage for stage in trains if stage.became == "waits"), None)
+    if waiting is None or any(stage.became == "runs" for stage in trains):
         return ""
     why = f": {waiting.why}" if waiting.why else ""
     return f"job {waiting.record.job_id} waits in the queue{why}"

@@ -158,6 +158,12 @@ def last_sign_of_life(run_folder: Path) -> float:
     return max([_started_at(logs), *(beat.at for beat in read_heartbeats(logs) if beat.phase != "end")])
 
 
+def job_of(run_folder: Path) -> str:
+    """The first of the jobs that made the newest attempt; empty where no job did."""
+    begun = _begun(_logs(run_folder, max(_numbers(run_folder), default=0)))
+    return begun.chain if begun is not None else ""
+
+
 def in_vain(run_folder: Path, chain: str, newest_step: int) -> int:
     """How many of the last attempts in a row, all of these jobs, have left no newer checkpoint than there was.
 

@@ -122,6 +122,38 @@ def test_jobs_after_training_wait_for_the_job_that_goes_on_with_it() -> None:
     assert told(stages)[4] == ("train", "waits", "other jobs come first (Priority)")
 
 
+def test_a_job_that_stands_by_is_not_what_others_wait_for_while_the_first_one_trains() -> None:
+    """Where the site forbids requeue, each training job has a follower in the queue from its start."""
+    stands_by = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch",), goes_on_from="12")
+    waiting = [JobState(each, "PENDING", "Dependency") for each in ("13", "14", "30")]
+    jobs = list(zip([*chained()[1:], stands_by], [JobState("12", "RUNNING"), *waiting], strict=True))
+    stages = stages_of(jobs, {}, now("training"), has_data=True)
+    assert told(stages)[1] == ("evaluate", "waits", "it begins when job 12 (train) has ended well")
+    assert told(stages)[3] == ("train", "waits", "it begins only if job 12 is cut short")
+    assert status_jobs.state_words(stages) == ""
+
+
+@pytest.mark.parametrize("state", ["finished", "failed"])
+def test_a_job_that_stood_by_for_nothing_is_neither_the_result_nor_what_is_submitted_again(state: State) -> None:
+    stood_by = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch", "RUN"), goes_on_from="12")
+    ended = JobState("12", "COMPLETED" if state == "finished" else "FAILED")
+    jobs = [(chained()[1], ended), (stood_by, JobState("30", "CANCELLED", "DependencyNeverSatisfied"))]
+    stages = stages_of([*jobs, (chained()[2], None)], {}, now(state), has_data=True)
+    assert [stage.became for stage in stages[:2]] == ["done" if state == "finished" else "failed", "replaced"]
+    assert [record.job_id for record in left_of(stages)] == (["13"] if state == "finished" else ["12", "13"])
+    if state == "failed":
+        assert stages[2].why == "job 12 (train) did not end well"
+
+
+def test_what_went_on_with_a_job_is_submitted_again_as_that_job_was() -> None:
+    """A follower is submitted by the job itself, from a copy of the script that is gone when it ends."""
+    follower = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch", "RUN"), goes_on_from="12")
+    jobs = [(chained()[1], JobState("12", "TIMEOUT")), (follower, JobState("30", "FAILED"))]
+    stages = stages_of(jobs, {}, now("failed", "x"), has_data=True)
+    assert [stage.became for stage in stages] == ["replaced", "failed"]
+    assert left_of(stages) == [chained()[1]]
+
+
 @pytest.mark.parametrize(
     ("reason", "words"),
     [

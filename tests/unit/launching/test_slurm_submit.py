@@ -153,6 +153,8 @@ def test_a_run_waits_for_its_data_and_the_job_that_prepares_it_plans_it_to_the_e
     assert read_status(run).state == "waiting"
     assert open_run("first").data is None
 
+    assert main(["submit", "runs/first", "--nodes", "4", "--dry-run"]) == 2
+    assert "runs/first waits for its data, and is planned for 2 nodes" in capsys.readouterr().err
     assert main(["train", "runs/first", "--resume"]) == 2
     assert main(["verify", "runs/first"]) == 2
     assert "job 11 prepares it" in capsys.readouterr().err
@@ -164,6 +166,14 @@ def test_a_run_waits_for_its_data_and_the_job_that_prepares_it_plans_it_to_the_e
     assert (plan.topology.num_nodes, plan.topology.processes_per_node, plan.topology.device) == (2, 2, "cpu")
     assert read_status(run).state == "prepared"
     assert (run / "data.json").is_file()
+
+    capsys.readouterr()
+    assert main(["submit", "runs/first", "--nodes", "4", "--time", "00:20:00", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "#SBATCH --nodes=4\n" in shown
+    assert "#SBATCH --time=00:20:00\n" in shown
+    assert "prepare.sbatch" not in shown
+    assert open_run("first") == plan, "a dry run changes nothing"
 
 
 def test_rows_that_cannot_be_prepared_fail_the_run_and_its_name_is_free_again(

@@ -26,9 +26,11 @@ from packhorse.launching.slurm.sweep_folder import create_sweep, member_folder
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import expand
+from packhorse.record.attempts import Begun, begin_attempt
 from packhorse.record.status import Status, write_status
 from tiny import write_tiny
 
+SCRIPTS = (("prepare", "prepare"), ("train", "job"), ("evaluate", "evaluate"), ("verify", "verify"))
 SITE = {"name": "here", "gpus_per_node": 0, "cpus_per_node": 2, "time": "00:10:00"}
 
 
@@ -130,8 +132,11 @@ def test_a_run_that_was_started_here_is_stopped_by_signals_to_its_launcher(
     with subprocess.Popen([sys.executable, "-c", LAUNCHER, str(run), str(asked)], stdout=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
         launcher.stdout.readline()
-        assert cancel_verb.cancel(str(run), now) == 0
-        assert launcher.wait(20) == 70 + asked
+        try:
+            assert cancel_verb.cancel(str(run), now) == 0
+            assert launcher.wait(20) == 70 + asked
+        finally:
+            launcher.kill()
     out = capsys.readouterr().out
     assert f"process {launcher.pid} {how}" in out
     assert f"to go on: packhorse train {run} --resume" in out
@@ -213,6 +218,15 @@ def test_a_run_that_was_started_here_goes_on_here(run: Path, monkeypatch) -> Non
     monkeypatch.setattr(resume_verb, "train", lambda name, words, gpus, **more: seen.update(more, gpus=gpus) or 0)
     assert resume_verb.resume(str(run), [], 2, 3, True) == 0
     assert seen == {"gpus": 2, "resume": True, "restarts": 3, "force": True}
+
+
+def test_a_run_whose_job_was_submitted_by_hand_does_not_go_on_here_unasked(run: Path, monkeypatch) -> None:
+    said(run, 1, rank_0="x")
+    begin_attempt(run / "logs" / "attempt-1", Begun(started_at=1.0, chain="77"))
+    append_job(run, job("78", "train").model_copy(update={"goes_on_from": "77"}))
+    with pytest.raises(UserError, match=r"was run by job 77 of Slurm, which was submitted by hand") as caught:
+        resume_verb.resume(str(run), [], None, None, False)
+    assert f"slurm/job.sbatch {run}" in str(caught.value)
 
 
 @pytest.fixture
@@ -368,3 +382,24 @@ def test_status_of_a_sweep_is_a_table_over_its_runs(tmp_path: Path, monkeypatch,
     assert "s-2 seed=2 did not end well: rank 0 failed: x step 7 of 40 2.75 3.75" in lines
     assert "s-3 seed=3 waits: other jobs come first (Priority)" in lines
     assert lines[-1] == f"lowest evaluation/loss: {tmp_path}/s-1, 3.5"
+
+
+# --- pipelines ---
+
+
+def test_a_pipeline_evaluates_on_one_gpu_and_verifies_on_none_each_after_the_one_before(here: Path, capsys) -> None:
+    (here / "site.yaml").write_text(yaml.safe_dump({"name": "gpus", "gpus_per_node": 4, "cpus_per_gpu": 3}))
+    assert main(["pipeline", "tiny.yaml", "--nodes", "2", "--force", "--dry-run"]) == 0
+    scripts, commands = capsys.readouterr().out.split("# commands\n")
+    run = here / "runs" / "tiny"
+    by_kind = {
+        kind: scripts.split(f"# {run}/{name}.sbatch\n")[1].split("set -uo pipefail")[0] for kind, name in SCRIPTS
+    }
+    assert "--gpus-per-node=4" in by_kind["train"]
+    assert "--gpus-per-node=1\n#SBATCH --cpus-per-task=3\n" in by_kind["evaluate"]
+    assert not any("gpus" in by_kind[kind] for kind in ("prepare", "verify"))
+    chain = [("prepare", "prepare "), ("job", ""), ("evaluate", "evaluate "), ("verify", "verify ")]
+    typed = [f"{run}/{script}.sbatch {words}{run}" for script, words in chain]
+    after = ["", *(f"--dependency=afterok:JOB_{kind} --kill-on-invalid-dep=yes " for kind, _ in SCRIPTS[:3])]
+    assert commands.splitlines() == [f"sbatch --parsable {a}{words}" for a, words in zip(after, typed, strict=True)]
+    assert not run.exists()

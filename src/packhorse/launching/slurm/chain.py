@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,11 +25,19 @@ def chained(depends_on: Sequence[str]) -> list[str]:
 
 
 def left_of(stages: Sequence[Stage]) -> list[JobRecord]:
-    """The newest job of each kind, from the first one on that is not done."""
-    newest = {stage.record.kind: stage for stage in stages}
+    """The newest job of each kind, from the first one on that is not done; as it was submitted, not as it went on."""
+    newest = {stage.record.kind: stage for stage in stages if stage.became != "replaced"}
     chain = [newest[kind] for kind in ORDER if kind in newest]
     first = next((number for number, stage in enumerate(chain) if stage.became != "done"), len(chain))
-    return [stage.record for stage in chain[first:]]
+    records = {stage.record.job_id: stage.record for stage in stages}
+    return [_submitted(stage.record, records) for stage in chain[first:]]
+
+
+def _submitted(record: JobRecord, records: Mapping[str, JobRecord]) -> JobRecord:
+    """The job whose work a job went on with: that one was submitted with a script that stands in the run folder."""
+    while record.goes_on_from is not None and record.goes_on_from in records:
+        record = records[record.goes_on_from]
+    return record
 
 
 def submit_again(run_folder: Path, left: Sequence[JobRecord]) -> list[JobRecord]:

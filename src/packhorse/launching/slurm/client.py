@@ -99,11 +99,6 @@ class JobState:
         return self.state in WAITING
 
 
-def has_slurm() -> bool:
-    """Whether jobs can be submitted from here."""
-    return shutil.which("sbatch") is not None
-
-
 def submit_script(words: Sequence[str]) -> str:
     """Runs `sbatch --parsable WORDS`.
 
@@ -160,16 +155,6 @@ def cancel(ids: Sequence[str]) -> None:
     _ask(["scancel", "--", *ids])
 
 
-def requeue(job_id: str) -> None:
-    """Ends a job and queues it again under its number.
-
-    Raises:
-        NoSlurmError: There is no Slurm here.
-        SlurmError: Slurm refuses, or does not answer.
-    """
-    _ask(["scontrol", "requeue", job_id])
-
-
 def depend_on_any(job_id: str, ids: Sequence[str]) -> None:
     """Lets a job that waits begin once one of these has ended well, in place of what it waited for.
 
@@ -179,15 +164,6 @@ def depend_on_any(job_id: str, ids: Sequence[str]) -> None:
     """
     any_of = "?".join(f"afterok:{each}" for each in ids)
     _ask(["scontrol", "update", f"JobId={job_id}", f"Dependency={any_of}"])
-
-
-def version() -> str:
-    """Slurm's version, such as `22.05.8`.
-
-    Raises:
-        NoSlurmError: There is no Slurm here.
-    """
-    return _ask(["sbatch", "--version"])[0].split()[-1]
 
 
 def partitions() -> list[dict[str, str]]:

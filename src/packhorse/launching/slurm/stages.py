@@ -120,17 +120,22 @@ def stages_of(
         has_data: Its data is prepared.
         asked: Slurm was asked; else a job that has not told its end may live.
     """
-    newest = {record.kind: record.job_id for record, _ in jobs}
-    follows = {record.goes_on_from: record.job_id for record, _ in jobs if record.goes_on_from}
+    live = {record.job_id for record, state in jobs if state is not None and state.is_live}
+    stood_by = {record.job_id for record, state in jobs if record.goes_on_from and _is_cancelled(state)}
+    newest = {record.kind: record.job_id for record, _ in jobs if record.job_id not in stood_by}
+    standing = {None, *live, *(record.goes_on_from for record, _ in jobs if record.job_id in stood_by)}
+    follows = {record.goes_on_from: record.job_id for record, _ in jobs if record.goes_on_from not in standing}
+    is_finished = now is not None and now.state == "finished"
     became: dict[str, Stage] = {}
     for record, state in sorted(jobs, key=lambda job: ORDER.index(job[0].kind)):
         waits_for = [
             became[each] for each in (_last(number, follows) for number in record.depends_on) if each in became
         ]
-        is_finished = now is not None and now.state == "finished"
         done = {"prepare": has_data or is_finished, "train": is_finished}.get(record.kind, False)
         stage = _stage(record, state, ends.get(record.job_id), now, waits_for, done)
-        if newest[record.kind] != record.job_id and not (state is not None and state.is_live):
+        if record.job_id in stood_by:
+            stage = Stage(record, state, "replaced", f"job {record.goes_on_from} needed nobody to go on with its work")
+        elif newest[record.kind] != record.job_id and record.job_id not in live:
             stage = Stage(record, state, "replaced", f"job {newest[record.kind]} took its place")
         if state is None and not asked and stage.became in ("failed", "not run") and record.job_id not in ends:
             stage = Stage(record, state, "unknown", "there is no Slurm here to ask")
@@ -138,8 +143,12 @@ def stages_of(
     return [became[record.job_id] for record, _ in jobs]
 
 
-def _last(job_id: str, follows: Mapping[str, str]) -> str:
-    """The job that goes on with the work of this one now."""
+def _is_cancelled(state: JobState | None) -> bool:
+    return state is not None and state.state == "CANCELLED"
+
+
+def _last(job_id: str, follows: Mapping[str | None, str]) -> str:
+    """The job that goes on with the work of this one now; one that stands by while this one lives does not yet."""
     while job_id in follows:
         job_id = follows[job_id]
     return job_id
@@ -171,6 +180,8 @@ def _stage(
 def _live(record: JobRecord, state: JobState, waits_for: Sequence[Stage]) -> Stage:
     if not state.is_waiting:
         return Stage(record, state, "runs")
+    if record.goes_on_from and state.reason == "Dependency":
+        return Stage(record, state, "waits", f"it begins only if job {record.goes_on_from} is cut short")
     before = [each for each in waits_for if each.became != "done"]
     if before and state.reason == "Dependency":
         names = " and ".join(f"job {each.record.job_id} ({each.record.kind})" for each in before)
