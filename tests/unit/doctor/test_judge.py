@@ -185,6 +185,17 @@ def test_what_is_only_slow_or_later_is_a_note(breaks: Break, row_name: str, fact
     assert found[0].fix
 
 
+def test_what_a_blocked_port_hides_is_not_called_broken() -> None:
+    nodes = on_first("network", met=(0,))(sound_nodes())
+    blocked = on_second("network", hub_error="no answer", met=(), ways=0, clock_skew_seconds=None)(nodes)
+    seen = [node.model_copy(update={"folder": node.folder.model_copy(update={"sees": (0,)})}) for node in blocked]
+    seen = [node.model_copy(update={"bandwidth": None}) for node in seen]
+    verdicts = {row.name: row.verdict for row in judge(QUESTION, seen)}
+    assert [name for name, verdict in verdicts.items() if verdict == "broken"] == ["port"]
+    hidden = [name for name, verdict in verdicts.items() if verdict == "not tried"]
+    assert hidden == ["between nodes", "clocks", "bandwidth"]
+
+
 def test_nobody_answers() -> None:
     rows = judge(QUESTION, [], "bash: python: command not found")
     assert [row.name for row in rows] == ["nodes"]
