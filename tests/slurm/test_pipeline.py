@@ -119,7 +119,7 @@ def test_an_array_trains_a_run_for_each_value_and_status_compares_them(here: Pat
     assert (here / "runs" / "rates-2" / "logs" / f"job-{array}_2.out").is_file()
     assert "==> runs/rates-2/logs/" in told(capsys, "logs", "rates-2")
     assert main(["resume", "rates"]) == 0
-    assert "2 runs are finished already" in capsys.readouterr().out
+    assert "runs that are finished already: 2" in capsys.readouterr().out
 
 
 def test_a_run_that_is_cancelled_saves_ends_and_goes_on(here: Path, cluster: Cluster, capsys) -> None:
