@@ -185,6 +185,15 @@ def test_slurm_refuses_the_nodes(site: str, words: list[str], fact: str, place: 
     assert "fix: " in told.err
 
 
+def test_inside_a_job_it_asks_all_nodes_of_it(place: Place) -> None:
+    words = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--mem=8G", f"--chdir={place.shared}"]
+    job = place.cluster.ask("sbatch", *words, f"--output={place.shared}/said", "--wrap=packhorse doctor --fast").strip()
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.told(job)
+    told = " ".join((place.shared / "said").read_text().split())
+    assert "nodes ok 2 nodes answered: node1, node2" in told
+    assert "launcher 0 on node1; 1 on node2" in told
+
+
 def test_a_job_stops_before_it_loads_weights(place: Place) -> None:
     write_tiny(place.shared, steps=2)
     done = packhorse(place.shared, "plan", "tiny.yaml", "parallel.processes=2", "--nodes", "2", "--write")
