@@ -411,6 +411,8 @@ def test_status_of_a_sweep_is_a_table_over_its_runs(tmp_path: Path, monkeypatch,
     assert "s-2 seed=2 did not end well: rank 0 failed: x step 7 of 40 2.75 3.75" in lines
     assert "s-3 seed=3 waits" in lines
     assert lines[-1] == f"lowest evaluation/loss: {tmp_path}/s-1, 3.5"
+    assert main(["logs", str(folder)]) == 2
+    assert f"packhorse logs {tmp_path}/s-1" in capsys.readouterr().err
 
 
 # --- pipelines ---
