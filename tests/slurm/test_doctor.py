@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, network, running_cluster
 
-from cli import PACKHORSE, Typed
+from cli import PACKHORSE, Typed, packhorse
+from tiny import write_tiny
 
 MOST_SECONDS = 60
 NODES_HAVE_GPUS = """#!/bin/sh
@@ -100,7 +101,7 @@ def test_two_sound_nodes(place: Place) -> None:
         "launcher 0 on node1; 1 on node2",
     ):
         assert said in told.out
-    assert [path.name for path in place.shared.iterdir()] == ["site.yaml"]
+    assert not list(place.shared.glob(".packhorse-doctor*"))
 
 
 def test_an_interface_that_is_not_there(place: Place) -> None:
@@ -170,8 +171,36 @@ def test_a_node_with_a_gpu_less(place: Place) -> None:
     assert "first broken: GPUs: node2 has 1 of 2 GPUs" in told.out
 
 
-def test_slurm_refuses_the_nodes(place: Place) -> None:
-    told = place.doctor("--fast", site=["partition: nowhere"])
+@pytest.mark.parametrize(
+    ("site", "words", "fact"),
+    [
+        ("partition: nowhere", [], "set partition of there to one of debug, low, high, team"),
+        ("partition: debug", ["--nodes", "3"], "the job asks for 3 nodes, and partition debug has 2"),
+    ],
+)
+def test_slurm_refuses_the_nodes(site: str, words: list[str], fact: str, place: Place) -> None:
+    told = place.doctor("--fast", *words, site=[site])
     assert told.code == 2
-    assert "Slurm gives no nodes to the doctor" in told.err
-    assert "nvalid partition" in told.err
+    assert fact in told.err
+    assert "fix: " in told.err
+
+
+def test_inside_a_job_it_asks_all_nodes_of_it(place: Place) -> None:
+    words = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--mem=8G", f"--chdir={place.shared}"]
+    job = place.cluster.ask("sbatch", *words, f"--output={place.shared}/said", "--wrap=packhorse doctor --fast").strip()
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.told(job)
+    told = " ".join((place.shared / "said").read_text().split())
+    assert "nodes ok 2 nodes answered: node1, node2" in told
+    assert "launcher 0 on node1; 1 on node2" in told
+
+
+def test_a_job_stops_before_it_loads_weights(place: Place) -> None:
+    write_tiny(place.shared, steps=2)
+    done = packhorse(place.shared, "plan", "tiny.yaml", "parallel.processes=2", "--nodes", "2", "--write")
+    assert done.code == 0, done.err
+    run = place.shared / "runs" / "tiny"
+    job = place.cluster.submit(run, "--nodes=2", GLOO_SOCKET_IFNAME="eth7")
+    assert place.cluster.wait(job) == "FAILED"
+    told = " ".join((run / f"job-{job}.out").read_text().split())
+    assert "first broken: interface: node1: GLOO_SOCKET_IFNAME is eth7" in told
+    assert not list((run / "logs").glob("attempt-*/rank-*"))

@@ -141,6 +141,7 @@ def test_every_user_error_says_fact_why_and_fix(path: Path) -> None:
         ["plan", "llama3.3-70b/qlora", "--gpus", "8"],
         ["submit", "quickstart/full", "--site", "site.yaml", "--dry-run"],
         ["status", "nothing"],
+        ["doctor", "--fast"],
     ],
     ids=lambda words: words[0],
 )

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -17,11 +18,19 @@ from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.client import JobState
 from packhorse.launching.slurm.client import cancel as cancel_jobs
 from packhorse.launching.slurm.jobs import JobRecord, live_jobs, read_jobs
-from packhorse.launching.slurm.sweep_folder import find_sweep, member_folder
+from packhorse.launching.slurm.sweep_folder import find_sweep
+from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
 from packhorse.record.processes import process
 from packhorse.record.requests import STOP_FILE
 
-Live = tuple[JobRecord, JobState]
+
+@dataclass(frozen=True)
+class Live:
+    """A job that waits or runs, and the run that it is for."""
+
+    run: Path
+    record: JobRecord
+    state: JobState
 
 
 def cancel(run: str, now: bool = False) -> int:
@@ -36,8 +45,8 @@ def cancel(run: str, now: bool = False) -> int:
     """
     sweep = find_sweep(run)
     folder = sweep or Path(open_run(run).run_folder)
-    live = live_jobs(folder) if read_jobs(folder) else []
-    said = _cancel_jobs(folder, live, sweep is not None, now) if live else []
+    live = _live_of_sweep(sweep) if sweep is not None else [Live(folder, *each) for each in _live_of_run(folder)]
+    said = _cancel_jobs(folder, live, now) if live else []
     if sweep is None and not live:
         said += _cancel_launcher(folder, now)
     if not said:
@@ -52,27 +61,34 @@ def cancel(run: str, now: bool = False) -> int:
     return EXIT_OK
 
 
-def _cancel_jobs(folder: Path, live: Sequence[Live], of_sweep: bool, now: bool) -> list[str]:
+def _live_of_run(folder: Path) -> list[tuple[JobRecord, JobState]]:
+    return live_jobs(folder) if read_jobs(folder) else []
+
+
+def _live_of_sweep(sweep: Path) -> list[Live]:
+    return [
+        Live(run, record, state)
+        for run, jobs in jobs_of_runs(sweep).items()
+        for record, state in jobs
+        if state is not None and state.is_live
+    ]
+
+
+def _cancel_jobs(folder: Path, live: Sequence[Live], now: bool) -> list[str]:
     """Marks the runs first, so that no job that ends meanwhile begins another; those that train may save."""
-    saving = [state for record, state in live if record.kind == "train" and state.state == "RUNNING" and not now]
-    others = [state for _, state in live if state not in saving]
-    for _, state in live:
-        for run in _runs_of(folder, state) if of_sweep else [folder]:
-            (run / CANCEL_FILE).touch()
-            if state in saving:
-                (run / STOP_FILE).touch()
-    if others:
-        # What waits for a job goes before it, or Slurm would name it as broken.
-        cancel_jobs([state.job_id for state in reversed(others)])
-    lines = [f"job {state.job_id} is asked to save and to end; --now ends it at once" for state in saving]
-    lines += [f"job {state.job_id} is cancelled; it was {state.state.lower()}" for state in others]
+    saving = [each for each in live if each.record.kind == "train" and each.state.state == "RUNNING" and not now]
+    others = [each for each in live if each not in saving]
+    for each in live:
+        (each.run / CANCEL_FILE).touch()
+        if each in saving:
+            (each.run / STOP_FILE).touch()
+    # One job may prepare the data of many runs. What waits for a job goes before it, or Slurm would name it as broken.
+    ended = {each.record.job_id: each.state.state.lower() for each in reversed(others)}
+    if ended:
+        cancel_jobs(list(ended))
+    lines = [f"job {each.record.job_id} is asked to save and to end; --now ends it at once" for each in saving]
+    lines += [f"job {job_id} is cancelled; it was {state}" for job_id, state in reversed(ended.items())]
     return [*lines, f"to go on: packhorse resume {relative(folder)}"]
-
-
-def _runs_of(sweep: Path, state: JobState) -> list[Path]:
-    """The run of one task; of tasks that wait together, none: they begin nothing once they are out of the queue."""
-    task = state.job_id.partition("_")[2]
-    return [member_folder(sweep, int(task))] if task.isdecimal() else []
 
 
 def _cancel_launcher(folder: Path, now: bool) -> list[str]:

@@ -13,8 +13,9 @@ from packhorse.launching.run_folder import open_run, relative
 from packhorse.launching.slurm.chain import CANCEL_FILE, left_of, submit_again
 from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
 from packhorse.launching.slurm.stages import read_ends, stages_of
-from packhorse.launching.slurm.submit import only_submission, refuse_live
-from packhorse.launching.slurm.sweep_folder import find_sweep, member_folder, read_sweep
+from packhorse.launching.slurm.submit import only_submission
+from packhorse.launching.slurm.sweep_folder import find_sweep
+from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
 from packhorse.plan.run_plan import read_plan
 from packhorse.record.attempts import job_of
 from packhorse.record.status import read_status
@@ -67,17 +68,18 @@ def resume(run: str, overrides: Sequence[str], gpus: int | None, restarts: int |
 
 def _resume_sweep(sweep: Path) -> int:
     """Each run that is not done goes on in a job of its own; those that wait or run are left alone."""
-    console = Console()
-    refuse_live(sweep)
-    done = 0
-    for member in read_sweep(sweep).runs:
-        run = member_folder(sweep, member.number)
-        submitted = _again(run)
-        done += not submitted
-        if submitted:
+    live = done = 0
+    for run, jobs in jobs_of_runs(sweep).items():
+        if any(state is not None and state.is_live for _, state in jobs):
+            live += 1
+        elif submitted := _again(run):
             _say(run, submitted)
-    if done:
-        console.print(f"{done} runs are finished already", highlight=False)
+        else:
+            done += 1
+    console = Console()
+    for count, what in ((done, "are finished already"), (live, "wait or run")):
+        if count:
+            console.print(f"runs that {what}: {count}", highlight=False)
     return EXIT_OK
 
 

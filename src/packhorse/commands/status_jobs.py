@@ -29,16 +29,25 @@ LABELS = {
 def read_stages(run_folder: Path) -> tuple[list[Stage], str]:
     """The jobs of a run and what became of them; beside it why Slurm does not tell, empty where it does."""
     records = read_jobs(run_folder)
-    if not records:
-        return [], ""
-    jobs: Sequence[tuple[JobRecord, JobState | None]] = [(record, None) for record in records]
-    silent = ""
     try:
         jobs = with_states(records)
     except (NoSlurmError, SlurmError) as error:
-        silent = error.mistakes[0].fact
+        return stages_of_run(run_folder, [(record, None) for record in records], asked=False), error.mistakes[0].fact
+    return stages_of_run(run_folder, jobs, asked=True), ""
+
+
+def stages_of_run(run_folder: Path, jobs: Sequence[tuple[JobRecord, JobState | None]], asked: bool) -> list[Stage]:
+    """What became of these jobs of a run.
+
+    Args:
+        run_folder: The run's.
+        jobs: Its own, with what Slurm knows of them.
+        asked: Slurm was asked.
+    """
+    if not jobs:
+        return []
     has_data = read_plan(run_folder).data is not None
-    return stages_of(jobs, read_ends(run_folder), read_status(run_folder), has_data, asked=not silent), silent
+    return stages_of(jobs, read_ends(run_folder), read_status(run_folder), has_data, asked)
 
 
 def job_lines(run_folder: Path, stages: Sequence[Stage], silent: str) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from packhorse.commands.status_jobs import LABELS, read_stages, words_of
+from packhorse.commands.status_jobs import LABELS, stages_of_run, words_of
 from packhorse.launching.run_folder import relative
+from packhorse.launching.slurm.client import NoSlurmError, SlurmError
+from packhorse.launching.slurm.jobs import read_jobs
 from packhorse.launching.slurm.stages import Stage
 from packhorse.launching.slurm.sweep_folder import SweepMember, member_folder, read_sweep
+from packhorse.launching.slurm.sweep_jobs import Jobs, jobs_of_runs
 from packhorse.record.status import read_status
 from packhorse.track.sinks import METRICS_FILE, read_metrics
 
@@ -42,20 +45,37 @@ class Line:
 
 def show_sweep(folder: Path, console: Console) -> None:
     """Prints the table, the best run first named, and what to do where runs did not end well."""
-    lines = [line_of(folder, member) for member in read_sweep(folder).runs]
+    members, silent = read_sweep(folder).runs, ""
+    jobs: Mapping[Path, Jobs] = {}
+    try:
+        jobs = jobs_of_runs(folder)
+    except (NoSlurmError, SlurmError) as error:
+        silent = error.mistakes[0].fact
+        runs = [member_folder(folder, member.number) for member in members]
+        jobs = {run: [(record, None) for record in read_jobs(run)] for run in runs}
+    lines = [line_of(folder, member, jobs, asked=not silent) for member in members]
     console.print(f"sweep {relative(folder)}, {len(lines)} runs", highlight=False, soft_wrap=True)
     console.print(sweep_table(folder.name, lines))
+    if silent:
+        console.print(f"what its jobs do now is not known: {silent}", highlight=False, soft_wrap=True, markup=False)
     best = best_of(lines)
     if best is not None:
         name = relative(member_folder(folder, best.member.number))
         console.print(f"lowest {HELD_OUT}: {name}, {best.held_out:.4g}", highlight=False, soft_wrap=True, markup=False)
 
 
-def line_of(folder: Path, member: SweepMember) -> Line:
-    """Where one run stands."""
+def line_of(folder: Path, member: SweepMember, jobs: Mapping[Path, Jobs], asked: bool) -> Line:
+    """Where one run stands.
+
+    Args:
+        folder: Of the sweep.
+        member: The run.
+        jobs: Of all its runs.
+        asked: Slurm was asked.
+    """
     run = member_folder(folder, member.number)
     now = read_status(run)
-    stages, _ = read_stages(run)
+    stages = stages_of_run(run, jobs[run], asked)
     figures = list(read_metrics(run / METRICS_FILE))
     losses = [line[LOSS] for line in figures if LOSS in line]
     held_out = [line[HELD_OUT] for line in figures if HELD_OUT in line]

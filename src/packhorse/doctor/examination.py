@@ -17,9 +17,9 @@ from typing import Final
 from packhorse.doctor.facts import NodeFacts, Question
 from packhorse.doctor.folder import open_place
 from packhorse.doctor.node import from_lines
-from packhorse.errors import UserError
-from packhorse.launching.slurm.client import NoSlurmError
-from packhorse.launching.slurm.script import DIRECTIVE, directives, site_lines, train_request
+from packhorse.launching.slurm.client import NoSlurmError, SlurmError
+from packhorse.launching.slurm.refusals import explained, too_much
+from packhorse.launching.slurm.script import DIRECTIVE, JobRequest, directives, site_lines, train_request
 from packhorse.launching.slurm.site import SiteProfile
 
 MOST_SECONDS: Final = 58.0
@@ -63,18 +63,30 @@ def examine_in_short_job(
         NoSlurmError: srun is not on PATH.
         UserError: Slurm refuses the job.
     """
-    return _ask(question, [_srun(), *short_job_words(question, site, programs)], _outside_of_jobs(), None, say)
+    program, request = _srun(), _request(question, site)
+    refused = too_much(site, request)
+    if refused is not None:
+        raise refused
+    try:
+        words = [program, *short_job_words(question, site, programs)]
+        return _ask(question, words, _outside_of_jobs(), None, say)
+    except SlurmError as error:
+        raise explained(error, site, request) from error
 
 
 def short_job_words(question: Question, site: SiteProfile, programs: str | None) -> list[str]:
     """The words after `srun`, without the question itself; what the site needs runs before it on each node."""
-    request = train_request(
-        site, "packhorse-doctor", Path("/dev/null"), question.num_nodes, question.gpus_per_node, JOB_TIME, 60
-    )
-    asked = [line.removeprefix(DIRECTIVE).split(" #")[0].strip() for line in directives(site, request)]
+    lines = directives(site, _request(question, site))
+    asked = [line.removeprefix(DIRECTIVE).split(" #")[0].strip() for line in lines]
     options = [word for word in asked if word.partition("=")[0] not in OF_SBATCH_ONLY]
     prologue = "\n".join([*site_lines(site, programs, trains=False), 'exec "${container[@]}" "$@"'])
     return [*options, *_one_task_a_node(question)[2:], "bash", "-c", prologue, "-", "python", "-m", NODE_MODULE]
+
+
+def _request(question: Question, site: SiteProfile) -> JobRequest:
+    """As a job that trains would ask, but for its time."""
+    place, sizes = Path("/dev/null"), (question.num_nodes, question.gpus_per_node)
+    return train_request(site, "packhorse-doctor", place, *sizes, time=JOB_TIME, signal_seconds=60)
 
 
 def _one_task_a_node(question: Question) -> list[str]:
@@ -99,8 +111,9 @@ def _ask(
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
     found = from_lines(out.splitlines())
-    if not found and code and "srun: error: Unable to allocate resources" in err:
-        raise _refused(err)
+    refusal = re.search(r"Unable to allocate resources: (.*)", err)
+    if not found and code and refusal:
+        raise SlurmError("srun", refusal[1], "see `man srun`.")
     return found, last_words(err)
 
 
@@ -160,15 +173,6 @@ def last_words(err: str) -> str:
     lines = [re.sub(r"^\s*\d+: ", "", line).strip() for line in err.splitlines()]
     telling = list(dict.fromkeys(line for line in lines if line and not re.match(r"srun: (job|Job) \d+", line)))
     return " | ".join(telling[-UNHEARD_LINES:])[:400]
-
-
-def _refused(err: str) -> UserError:
-    said = next(line for line in err.splitlines() if "Unable to allocate resources" in line)
-    return UserError(
-        f"Slurm gives no nodes to the doctor: {said.rpartition('Unable to allocate resources: ')[2]}.",
-        "it asks for nodes as a training job would, for three minutes.",
-        "mend the site profile (account, partition, qos, constraint, gpus_per_node), or give other --nodes.",
-    )
 
 
 def _srun() -> str:

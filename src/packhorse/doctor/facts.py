@@ -28,6 +28,7 @@ class Question(Part):
     weights_bytes: int = 0
     """Of the model that the run starts from; 0 where it is not known."""
     model_folder: str = ""
+    """May hold `${env:NAME}`, which each node reads for itself."""
     model_id: str = ""
     """Hub name, looked for in the cache."""
     model_revision: str | None = None

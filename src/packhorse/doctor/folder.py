@@ -47,7 +47,11 @@ def open_place(question: Question) -> Path:
 def examine_folder(node_id: int, question: Question, meeting: Meeting) -> FolderFacts:
     """Writes a file, reads those of the nodes that it met, and removes its own."""
     folder, place = Path(question.folder), meeting_place(question)
-    facts = {"exists": folder.is_dir(), "kind": file_system(folder), "plan_sha256": plan_sha256(folder)}
+    facts = {
+        "exists": folder.is_dir(),
+        "kind": file_system(folder),
+        "plan_sha256": _plan_in_time(folder, question.plan_sha256),
+    }
     facts["sees_start"] = _read(place / START_FILE) == question.token
     write_error, lock_error, speed = _write(place, node_id, question)
     # Nobody looks for a file before it is there: NFS remembers for half a minute that it was not.
@@ -80,6 +84,14 @@ def plan_sha256(folder: Path) -> str:
         return hashlib.sha256((folder / PLAN_FILE).read_bytes()).hexdigest()
     except OSError:
         return ""
+
+
+def _plan_in_time(folder: Path, expected: str) -> str:
+    """What is expected, once it is seen: a client of NFS may know the one before for a while."""
+    end = time.monotonic() + (SEE_SECONDS if expected else 0.0)
+    while (found := plan_sha256(folder)) != expected and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
 
 
 def _write(place: Path, node_id: int, question: Question) -> tuple[str, str, float | None]:

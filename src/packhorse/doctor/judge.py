@@ -153,7 +153,7 @@ def free_gpu_row(question: Question, nodes: Sequence[NodeFacts]) -> Row | None:
     busy = [
         f"GPU {gpu.index} of {host} has {gpu.used_mib:,} of {gpu.memory_mib:,} MiB in use"
         for host, gpu in gpus
-        if gpu.used_mib > BUSY_SHARE * gpu.memory_mib
+        if gpu.memory_mib and gpu.used_mib > BUSY_SHARE * gpu.memory_mib
     ]
     if busy:
         return Row(
@@ -207,15 +207,15 @@ def shm_row(question: Question, nodes: Sequence[NodeFacts]) -> Row:
 
 
 def memory_row(question: Question, nodes: Sequence[NodeFacts]) -> Row:
-    """May a node's processes take as much memory as the weights have?"""
+    """May a node take as much memory as the weights have? Most methods read them a layer at a time."""
     least = min(nodes, key=lambda node: node.room.memory_bytes)
     said = f"{least.host} may take {size(least.room.memory_bytes)}, by {least.room.memory_from}"
     if question.weights_bytes > least.room.memory_bytes:
         return Row(
             "host memory",
-            "broken",
+            "note",
             f"{said}; the weights have {size(question.weights_bytes)}",
-            "ask for more: memory_per_gpu in the site profile, or sbatch --mem.",
+            "if loading is slow, or ended for want of memory, ask for more: memory_per_gpu in the site profile.",
         )
     return Row("host memory", "ok", said)
 

@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-MEET_SECONDS: Final = 20.0
-"""How long the first node waits for the others: srun starts them seconds apart on large clusters."""
-ANSWER_SECONDS: Final = 25.0
+MEET_SECONDS: Final = 30.0
+"""How long nodes wait for each other: a cold environment on a shared disk starts many seconds apart."""
+ANSWER_SECONDS: Final = MEET_SECONDS + 5.0
 BARRIER_SECONDS: Final = 15.0
 AGAIN_SECONDS: Final = 0.2
 
@@ -56,7 +56,7 @@ class Hub:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError, ValueError, KeyError), connection.makefile("rwb") as stream:
-            connection.settimeout(ANSWER_SECONDS + MEET_SECONDS)
+            connection.settimeout(2 * MEET_SECONDS)
             member = read_line(stream)
             number = member["node_id"]
             write_line(stream, {"time": time.time()})

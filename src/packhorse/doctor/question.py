@@ -9,25 +9,22 @@ from pathlib import Path
 from packhorse.data.manifest import read_manifest
 from packhorse.doctor.facts import Question
 from packhorse.doctor.folder import plan_sha256
+from packhorse.errors import UserError
 from packhorse.launching.preflight import room_to_come
 from packhorse.plan.architectures import find_configuration
 from packhorse.plan.cost.saved import checkpoint_room
 from packhorse.plan.parameters import read_shape
 from packhorse.plan.run_plan import RunPlan
-from packhorse.recipe.locate import expand
+from packhorse.recipe.locate import path_of
 
 
 def question_of_run(plan: RunPlan, scratch: str, fast: bool) -> Question:
-    """What a run needs: its nodes, its folder, room for its checkpoints, its weights and data.
-
-    Raises:
-        UserError: Its prepared data, or its model, names an environment variable that is not set here.
-    """
+    """What a run needs: its nodes, its folder, room for its checkpoints, its weights and data."""
     topology, recipe, data = plan.topology, plan.recipe, plan.data
     manifest = read_manifest(Path(data.folder)) if data is not None else None
     shape = read_shape(find_configuration(recipe, manifest.vocab_size if manifest is not None else None))
     room = checkpoint_room(plan, shape) if shape is not None else None
-    model_folder = expand(plan.base_model) if recipe.model.path is not None and plan.base_model is not None else ""
+    model_folder = (plan.base_model or "") if recipe.model.path is not None else ""
     folder = Path(plan.run_folder)
     return Question(
         num_nodes=topology.num_nodes,
@@ -62,7 +59,12 @@ def question_of_place(folder: Path, num_nodes: int, gpus_per_node: int, scratch:
 
 
 def _weights_bytes(model_folder: str) -> int:
-    return sum(file.stat().st_size for file in Path(model_folder).glob("*.safetensors")) if model_folder else 0
+    """As they are seen here; 0 where they are not."""
+    try:
+        folder = path_of(model_folder)
+    except UserError:  # names a variable that only the nodes have
+        return 0
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if model_folder else 0
 
 
 def _rendezvous() -> dict[str, str | int]:

@@ -17,6 +17,7 @@ from packhorse.data.stored import size_faults
 from packhorse.doctor.facts import Question, StoreFacts
 from packhorse.doctor.meeting import in_words
 from packhorse.errors import UserError
+from packhorse.recipe.locate import path_of
 
 CONFIG_FILE: Final = "config.json"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -44,7 +45,10 @@ def store_facts(node_id: int, question: Question) -> StoreFacts:
 def _model(question: Question) -> tuple[str, str]:
     """Folder of the weights, and what is wrong with it."""
     if question.model_folder:
-        folder = Path(question.model_folder)
+        try:
+            folder = path_of(question.model_folder)
+        except UserError as error:
+            return "", error.mistakes[0].fact
         return str(folder), weights_fault(folder)
     if not question.model_id:
         return "", ""

@@ -169,6 +169,13 @@ def test_doctor_of_a_run_here(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not [path for path in run.iterdir() if path.name.startswith(".packhorse-doctor")]
 
 
+def test_a_run_has_its_nodes_in_its_plan(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "runs/tiny", "--nodes", "2", "--site", "slurm/sites/none.yaml"]) == 2
+    Path("site.yaml").write_text("name: there\n")
+    assert main(["doctor", "runs/tiny", "--nodes", "2"]) == 2
+    assert "runs/tiny is planned for 1 nodes x 0 GPUs; --nodes and --gpus-per-node say 2 x 0" in capsys.readouterr().err
+
+
 def test_the_two_halves_of_a_job_script(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,6 +84,18 @@ def test_a_rename_that_is_none_is_seen(
     found = examine([asked(tmp_path)] * 2, meetings)
     assert found[1].rename_faults > 0
     assert found[1].rename_fault in ("no file was there",) or "of 65,536" in found[1].rename_fault
+
+
+def test_a_stale_handle_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [errno.ESTALE, errno.EIO]
+
+    def read(_: Path) -> bytes:
+        raise OSError(numbers.pop(0), "of a network file system")
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert module._torn(tmp_path / "file") == module.STALE
+    with pytest.raises(OSError, match="of a network file system"):
+        module._torn(tmp_path / "file")
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -123,11 +123,6 @@ CASES: dict[str, tuple[Break, str, str]] = {
     "a small disk": (on_first("folder", free_bytes=20 * GB), "disk", "20.0 GB are free in /shared/runs/first"),
     "no scratch": (on_second("room", scratch_error="/scratch: Permission denied"), "scratch", "gpu2 cannot write"),
     "a container's shared memory": (on_second("room", shm_bytes=64 * 2**20), "shared memory", "/dev/shm of gpu2"),
-    "a small cgroup": (
-        on_second("room", memory_bytes=8 * GB, memory_from="its cgroup"),
-        "host memory",
-        "gpu2 may take 8.0 GB, by its cgroup; the weights have 16.0 GB",
-    ),
     "no weights": (on_second("store", model_fault="it is not in /hf"), "weights", "on gpu2: it is not in /hf"),
     "torn data": (on_second("store", data_fault="ids.bin is missing."), "data", "on gpu2: ids.bin is missing."),
     "no all-reduce": (all_reduce(error="NCCL"), "bandwidth", "the all-reduce failed on gpu1: NCCL"),
@@ -166,6 +161,11 @@ def test_a_fault_is_named(name: str) -> None:
     ("breaks", "row_name", "fact"),
     [
         (on_second("network", clock_skew_seconds=2.5), "clocks", "gpu2 is 2.5 s ahead"),
+        (
+            on_second("room", memory_bytes=8 * GB, memory_from="its cgroup"),
+            "host memory",
+            "gpu2 may take 8.0 GB, by its cgroup; the weights have 16.0 GB",
+        ),
         (on_second("folder", lock_error="No locks available"), "shared folder", "gpu2 cannot lock a file"),
         (on_second("folder", rename_fault="stale handle"), "rename", "gpu2 got a stale handle"),
         (on_second("room", scratch_free_bytes=GB), "scratch", "has 1.0 GB free"),
@@ -185,10 +185,29 @@ def test_what_is_only_slow_or_later_is_a_note(breaks: Break, row_name: str, fact
     assert found[0].fix
 
 
+def test_what_a_blocked_port_hides_is_not_called_broken() -> None:
+    nodes = on_first("network", met=(0,))(sound_nodes())
+    blocked = on_second("network", hub_error="no answer", met=(), ways=0, clock_skew_seconds=None)(nodes)
+    seen = [node.model_copy(update={"folder": node.folder.model_copy(update={"sees": (0,)})}) for node in blocked]
+    seen = [node.model_copy(update={"bandwidth": None}) for node in seen]
+    verdicts = {row.name: row.verdict for row in judge(QUESTION, seen)}
+    assert [name for name, verdict in verdicts.items() if verdict == "broken"] == ["port"]
+    hidden = [name for name, verdict in verdicts.items() if verdict == "not tried"]
+    assert hidden == ["between nodes", "clocks", "bandwidth"]
+
+
 def test_nobody_answers() -> None:
     rows = judge(QUESTION, [], "bash: python: command not found")
     assert [row.name for row in rows] == ["nodes"]
     assert "bash: python: command not found" in rows[0].fact
+
+
+def test_a_host_without_a_name_is_told_only_where_there_are_others() -> None:
+    nameless = Choice(library="gloo", interface="lo", address="127.0.0.1", error="laptop is no known name")
+    nodes = on_first("network", choices=(nameless,))(sound_nodes())
+    assert first_broken(judge(QUESTION, nodes)).name == "interface"
+    alone = QUESTION.model_copy(update={"num_nodes": 1, "gpus_per_node": 0, "fast": True})
+    assert first_broken(judge(alone, nodes[:1])) is None
 
 
 def test_one_machine_without_gpus_has_rows_of_its_own_only() -> None:

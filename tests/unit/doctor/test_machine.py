@@ -134,6 +134,14 @@ def test_weights_that_are_not_whole(tmp_path: Path) -> None:
     assert "cannot be read" in weights_fault(tmp_path)
 
 
+def test_a_variable_in_the_models_path_is_the_nodes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Question(num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", model_folder="${env:MODELS}/base")
+    monkeypatch.delenv("MODELS", raising=False)
+    assert "MODELS is not set" in store_facts(1, asked).model_fault
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    assert store_facts(1, asked).model_fault == f"{tmp_path}/base holds no config.json"
+
+
 def test_what_is_not_there_is_told_without_a_look_at_the_hub(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

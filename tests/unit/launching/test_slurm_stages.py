@@ -184,6 +184,11 @@ def test_the_job_scripts_own_exit_codes_are_told_in_words() -> None:
     assert why == "FAILED, exit code 20:0: a node cannot do its part, told in its log"
 
 
+def test_why_a_cancelled_job_had_waited_is_not_told_as_how_it_ended() -> None:
+    jobs = [(chained()[1], JobState("12", "CANCELLED", "Resources", exit_code="0:0"))]
+    assert stages_of(jobs, {}, now("prepared"), has_data=True)[0].why == "CANCELLED"
+
+
 # --- status ---
 
 

@@ -19,7 +19,7 @@ from packhorse.commands import sending, status_jobs, submit_sweep
 from packhorse.errors import UserError
 from packhorse.launching.lock import LOCK_FILE
 from packhorse.launching.run_folder import check_free
-from packhorse.launching.slurm import chain
+from packhorse.launching.slurm import chain, sweep_jobs
 from packhorse.launching.slurm.client import Expected, JobState, SlurmError
 from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, read_jobs
 from packhorse.launching.slurm.sweep_folder import create_sweep, member_folder
@@ -89,16 +89,48 @@ def test_a_job_that_waits_to_train_is_not_asked_to_save(run: Path, monkeypatch, 
     assert not (run / "STOP").exists(), "the next attempt would stop at once"
 
 
-def test_of_a_sweep_only_the_runs_that_train_are_asked_to_save(tmp_path: Path, monkeypatch, ended: list[str]) -> None:
+def test_of_a_sweep_only_the_runs_that_train_are_asked_to_save(
+    tmp_path: Path, monkeypatch, ended: list[str], slurm: list[list[str]]
+) -> None:
+    """The third run waits in its array; the second one was resumed and has a job of its own beside it."""
     folder = sweep_of_three(tmp_path)
-    states = {"7_1": "COMPLETING", "7_2": "RUNNING", "7_[3]": "PENDING"}
-    append_job(folder, job("7", "train"))
-    monkeypatch.setattr(
-        cancel_verb, "live_jobs", lambda _: [(job("7", "train"), JobState(*item)) for item in states.items()]
-    )
+    for number in (1, 2, 3):
+        append_job(member_folder(folder, number), job(f"7_{number}", "train"))
+    append_job(member_folder(folder, 2), job("9", "train"))
+    states = {"7_1": "COMPLETING", "7_2": "FAILED", "7_[3]": "PENDING", "9": "RUNNING"}
+    asked: list[str] = []
+    slurm_knows(monkeypatch, asked, states)
     assert cancel_verb.cancel(str(folder)) == 0
+    assert asked == ["7", "9"], "Slurm is asked once for an array"
     assert [(member_folder(folder, each) / "STOP").exists() for each in (1, 2, 3)] == [False, True, False]
-    assert ended == ["7_[3]", "7_1"]
+    assert ended == ["7_3", "7_1"]
+    assert main(["resume", str(folder)]) == 0
+    assert slurm == []
+
+
+def slurm_knows(monkeypatch: pytest.MonkeyPatch, asked: list[str], states: dict[str, str]) -> None:
+    def job_states(ids: list[str]) -> dict[str, JobState]:
+        asked.extend(ids)
+        return {job_id: JobState(job_id, state) for job_id, state in states.items()}
+
+    monkeypatch.setattr(sweep_jobs, "job_states", job_states)
+
+
+@pytest.mark.parametrize(
+    ("job_id", "group"),
+    [
+        ("7_2", "7_2"),
+        ("7_4", "7_[3-5,8%2]"),
+        ("7_8", "7_[3-5,8%2]"),
+        ("7_6", None),
+        ("70_4", None),
+        ("7_13", "7_[11-15:2]"),
+    ],
+)
+def test_a_task_that_waits_with_others_has_their_state(job_id: str, group: str | None) -> None:
+    names = ("7_2", "7_[3-5,8%2]", "7_[11-15:2]", "8")
+    state = sweep_jobs.state_of(job_id, {name: JobState(name, "PENDING") for name in names})
+    assert (state.job_id if state else None) == group
 
 
 def test_there_is_nothing_to_cancel_where_nothing_runs(run: Path) -> None:
@@ -240,10 +272,10 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     for module in (submit_sweep, chain):
         monkeypatch.setattr(module, "submit_script", submit)
-    monkeypatch.setattr(resume_verb, "refuse_live", lambda _: None)
     monkeypatch.setattr("packhorse.launching.slurm.submit.refuse_live", lambda _: None)
     for module in (resume_verb, status_jobs):
         monkeypatch.setattr(module, "with_states", lambda records: [(record, None) for record in records])
+    monkeypatch.setattr(sweep_jobs, "job_states", lambda _: {})
     for module in (submit_sweep, sending):
         monkeypatch.setattr(module, "check_jobs", lambda _, jobs: [Expected(None, "", "") for _ in jobs])
     return typed
@@ -371,17 +403,16 @@ def test_status_of_a_sweep_is_a_table_over_its_runs(tmp_path: Path, monkeypatch,
         (tmp_path / f"s-{number}" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number in (1, 2, 3):
         append_job(tmp_path / f"s-{number}", job(f"9_{number}", "train"))
-    states = {"9_2": JobState("9_2", "FAILED"), "9_3": JobState("9_3", "PENDING", "Priority")}
-    monkeypatch.setattr(
-        status_jobs, "with_states", lambda records: [(record, states.get(record.job_id)) for record in records]
-    )
+    slurm_knows(monkeypatch, [], {"9_2": "FAILED", "9_[3]": "PENDING"})
     assert main(["status", str(folder)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == f"sweep {folder}, 3 runs"
     assert "s-1 seed=1 finished step 40 of 40 2.5 3.5 *" in lines
     assert "s-2 seed=2 did not end well: rank 0 failed: x step 7 of 40 2.75 3.75" in lines
-    assert "s-3 seed=3 waits: other jobs come first (Priority)" in lines
+    assert "s-3 seed=3 waits" in lines
     assert lines[-1] == f"lowest evaluation/loss: {tmp_path}/s-1, 3.5"
+    assert main(["logs", str(folder)]) == 2
+    assert f"packhorse logs {tmp_path}/s-1" in capsys.readouterr().err
 
 
 # --- pipelines ---

@@ -208,7 +208,9 @@ def _end_words(state: JobState | None, now: Status | None) -> str:
     if state is None:
         return "it ended without a word, and Slurm has forgotten it"
     own = SCRIPT_CODES.get(state.exit_code.partition(":")[0]) if now is not None else None
-    said = own or reason_words(state.reason)
+    # Of a job that was cancelled while it waited, the reason is still why it waited.
+    stale = state.state == "CANCELLED" and state.reason != "DependencyNeverSatisfied"
+    said = own or ("" if stale else reason_words(state.reason))
     code = f", exit code {state.exit_code}" if state.exit_code not in ("", "0:0") else ""
     return f"{state.state}{code}" + (f": {said}" if said else "")
 
