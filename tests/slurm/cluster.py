@@ -68,7 +68,14 @@ class Cluster:
 
         Its output goes to RUN/job-NUMBER.out.
         """
-        usual = ["--gpus-per-node=0", "--cpus-per-task=1", MEMORY, "--time=10", f"--output={run}/job-%j.out"]
+        usual = [
+            "--gpus-per-node=0",
+            "--cpus-per-task=1",
+            MEMORY,
+            "--time=30",
+            "--signal=B:USR1@120",
+            f"--output={run}/job-%j.out",
+        ]
         words = ["--parsable", *usual, *options, str(script), str(run)]
         done = subprocess.run(
             ["sbatch", *words],
@@ -86,7 +93,7 @@ class Cluster:
         text = self.ask("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(?:^|\s)([A-Za-z][\w:/]*)=(\S*)", text))
 
-    def wait(self, number: str, seconds: float = 180) -> str:
+    def wait(self, number: str, seconds: float = 400) -> str:
         """Waits until a job has ended; its state."""
         self.wait_until(lambda: self.job(number)["JobState"] not in LIVE, seconds, lambda: self.told(number))
         return self.job(number)["JobState"]

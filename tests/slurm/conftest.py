@@ -9,6 +9,7 @@ import pytest
 from cluster import Cluster, running_cluster
 from interrupted import EVALUATE_EVERY, SAVE_EVERY, STEPS, planned
 
+from packhorse.record.attempts import read_attempts
 from tiny import write_tiny
 
 
@@ -25,6 +26,9 @@ def slurm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny(
         place,
         steps=STEPS,
+        # Few rows: an evaluation each two steps takes a moment.
+        data={"sources": [{"path": "builtin:core.messages.jsonl", "rows": 160}]},
+        batch={"length": 256, "packs": 2},
         checkpoint={"every_steps": SAVE_EVERY, "asynchronous": False},
         evaluation={"every_steps": EVALUATE_EVERY, "exact_match_rows": 0},
     )
@@ -36,5 +40,6 @@ def unbroken(cluster: Cluster, slurm_folder: Path) -> Path:
     """A process on each of two nodes, from the first step to the last."""
     run = planned(slurm_folder, "unbroken", "parallel.processes=2")
     job = cluster.submit(run, "--nodes=2")
-    assert cluster.wait(job) == "COMPLETED", cluster.told(job)
+    assert cluster.wait(job, 900) == "COMPLETED", cluster.told(job)
+    assert len(read_attempts(run)) == 1
     return run

@@ -20,9 +20,9 @@ from packhorse.record.heartbeat import read_heartbeats
 MEASURED = ("train/loss", "train/grad_norm", "train/learning_rate", "evaluation/loss")
 HOLDS = {"forward": 1, "evaluate": 1, "publish": 0}
 """Phase to the rank that is held in it."""
-SECONDS = 150.0
-STEPS, SAVE_EVERY, EVALUATE_EVERY = 140, 3, 4
-"""Enough that each of some fifteen interruptions comes after another checkpoint."""
+SECONDS = 300.0
+STEPS, SAVE_EVERY, EVALUATE_EVERY = 80, 2, 2
+"""Enough that each of fifteen interruptions comes after another checkpoint."""
 
 
 def planned(folder: Path, name: str, *words: str) -> Path:
@@ -61,7 +61,7 @@ class Interrupted:
             is_signal: The ranks live on, and are let go; the request must have reached them when `strike` returns.
         """
         attempt = self.attempts
-        self._hold(phase, self._newest_step() + 4)
+        self._hold(phase, self._newest_step() + SAVE_EVERY + 1)
         self.wait_for(self._held.exists, f"no rank came to {phase}")
         strike(self)
         if is_signal:
@@ -78,7 +78,7 @@ class Interrupted:
         """Until the job has begun this attempt."""
         self.wait_for((self.run / "logs" / f"attempt-{number}").is_dir, f"attempt {number} did not come")
 
-    def end(self, seconds: float = SECONDS) -> str:
+    def end(self, seconds: float = 900) -> str:
         """Lets the run end; the state of its job."""
         return self.cluster.wait(self.job, seconds)
 
@@ -131,6 +131,10 @@ def kill_step(run: Interrupted) -> None:
 def lose_node(name: str) -> Callable[[Interrupted], None]:
     def strike(run: Interrupted) -> None:
         run.cluster.kill_node(name)
+        # Here a node that is back before Slurm misses it seems never to have been away: all share one boot time.
+        run.wait_for(
+            lambda: run.cluster.ask("sinfo", "-h", "-n", name, "-o", "%T").startswith("down"), "no node is down"
+        )
         run.cluster.start_node(name)
 
     return strike

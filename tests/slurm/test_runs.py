@@ -26,7 +26,7 @@ from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.lock import holder
 from packhorse.record.attempts import read_attempts
 
-SHORT = ("steps=6", "checkpoint.every_steps=null", "evaluation.every_steps=null")
+SHORT = ("steps=6", "batch.packs=8", "checkpoint.every_steps=null", "evaluation.every_steps=null")
 PHASES = ("forward", "evaluate", "publish")
 SIGNALS = {"the end of its time": time_is_nearly_over, "a signal": signal_ranks}
 ENDS = {
@@ -46,9 +46,9 @@ EVENTS = [
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster, slurm_folder: Path) -> Interrupted:
     """A job of one minute, submitted first: it stands still while others are looked at."""
-    words = ("parallel.processes=2", "steps=1000000", "checkpoint.every_steps=3", "evaluation.every_steps=null")
+    words = ("parallel.processes=2", "steps=1000000", "evaluation.every_steps=null")
     run = planned(slurm_folder, "limited", *words)
-    return Interrupted(cluster, run, "--time=1", "--signal=B:USR1@25", hold=("forward", 4))
+    return Interrupted(cluster, run, "--time=1", "--signal=B:USR1@25", hold=("forward", 3))
 
 
 def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
@@ -102,8 +102,8 @@ def test_at_its_time_limit_a_job_goes_on_even_if_it_could_not_save(limited: Inte
     cluster.wait(limited.job)
     first, second, *_ = read_attempts(limited.run)
     assert (first.outcome in ("killed", "lost"), first.first_step) == (True, 0)
-    assert (second.outcome, second.message, second.first_step) == ("stopped", "stopped", 3)
-    assert second.last_step > first.last_step > 3
+    assert (second.outcome, second.message, second.first_step) == ("stopped", "stopped", 2)
+    assert second.last_step > first.last_step > 2
     steps = [line["step"] for line in metrics(limited.run)]
     assert steps[: second.last_step + 1] == list(range(second.last_step + 1))
 
