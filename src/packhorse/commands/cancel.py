@@ -112,4 +112,4 @@ def _cancel_launcher(folder: Path, now: bool) -> list[str]:
     for number in (signal.SIGTERM, signal.SIGINT)[: 1 + now]:
         os.kill(pid, number)
     how = "ends its ranks at once" if now else "is asked to save and stop"
-    return [f"process {pid} {how}; to go on: packhorse train {relative(folder)} --resume"]
+    return [f"process {pid} {how}; to go on: packhorse resume {relative(folder)}"]

@@ -120,7 +120,7 @@ def _subject(plan: RunPlan) -> tuple[Subject, PreTrainedTokenizerBase]:
         raise UserError(
             f"{relative(plan.run_folder)} has no {tuned.name} folder.",
             "training writes its result there when it ends.",
-            f"let the run finish: packhorse train {relative(plan.run_folder)} --resume.",
+            f"let the run finish: packhorse resume {relative(plan.run_folder)}.",
         )
     tokenizer = tokenizer_of(plan.recipe, Path(data.tokenizer))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -59,7 +59,10 @@ def status(run: str) -> int:
     if attempts:
         finished = now is not None and now.state == "finished"
         reached = max((beat.step for beat in beats), default=0) if runs or finished else checkpoint
-        lines += [("attempts", _attempt(attempt, runs and attempt is attempts[-1])) for attempt in attempts]
+        # A job's ranks have no heartbeat before they begin.
+        begins = any(stage.record.kind == "train" and stage.became == "runs" for stage in stages)
+        live = runs or (begins and not has_ended(folder, attempts[-1].attempt))
+        lines += [("attempts", _attempt(attempt, live and attempt is attempts[-1])) for attempt in attempts]
         lines += _lost(attempts, figures, reached, time.time() if runs else attempts[-1].ended_at)
     latest: Figures = {}
     for line in figures:
@@ -88,8 +91,7 @@ def _state(now: Status, beats: Sequence[Heartbeat], runs: bool, stages: Sequence
     elif now.state in ("starting", "training") and not runs:
         last = max(beats, key=lambda beat: beat.at, default=None)
         since = f" at {clock(last.at)}, rank {last.rank} in {where(last)}" if last else ""
-        verb = "packhorse resume RUN" if stages else "packhorse train RUN --resume"
-        state_text = f"ended without a word (killed){since}; `{verb}` goes on"
+        state_text = f"ended without a word (killed){since}; `packhorse resume RUN` goes on"
     lines = [("state", state_text)]
     if now.num_steps:
         lines.append(("progress", f"step {now.step:,} of {now.num_steps:,}, attempt {now.attempt}"))

@@ -42,7 +42,7 @@ def _checkpoints(folder: Path) -> bool:
         _show(name, found)
     sound = [name for name, found in faults.items() if not found]
     status = read_status(folder.parent)
-    goes_on = f"; `packhorse train {relative(folder.parent)} --resume` goes on from {sound[-1]}" if sound else ""
+    goes_on = f"; `packhorse resume {relative(folder.parent)}` goes on from {sound[-1]}" if sound else ""
     if status is not None and status.state == "finished":
         goes_on = "; the run is finished"
     _say(f"{len(sound)} of {len(faults)} are sound{goes_on}.")

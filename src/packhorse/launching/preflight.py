@@ -61,7 +61,7 @@ def check_base_model(plan: RunPlan) -> None:
         raise UserError(
             f"model.path {path} is a run that {state}: it has no model folder.",
             "a run can start from a finished run of full fine-tuning.",
-            f"finish it with `packhorse train {path} --resume`, or name another model.",
+            f"finish it with `packhorse resume {path}`, or name another model.",
         )
     raise UserError(
         f"model.path {path} " + ("holds no config.json." if folder.is_dir() else "does not exist."),

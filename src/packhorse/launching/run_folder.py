@@ -36,7 +36,7 @@ def check_free(folder: Path) -> None:
         return
     state = f"a run that is {status.state} at step {status.step} of {status.num_steps}" if status else "files"
     verbs = {"finished": "", "waiting": f"packhorse submit {relative(folder)}"}
-    verb = verbs.get(status.state, f"packhorse train {relative(folder)} --resume") if status else ""
+    verb = verbs.get(status.state, f"packhorse resume {relative(folder)}") if status else ""
     resume = f"go on with `{verb}`, or " if verb else ""
     raise UserError(
         f"{relative(folder)} holds {state} already.",

@@ -171,7 +171,7 @@ def test_a_run_that_was_started_here_is_stopped_by_signals_to_its_launcher(
             launcher.kill()
     out = capsys.readouterr().out
     assert f"process {launcher.pid} {how}" in out
-    assert f"to go on: packhorse train {run} --resume" in out
+    assert f"to go on: packhorse resume {run}" in out
 
 
 def test_a_launcher_on_another_host_is_asked_by_a_file(run: Path, capsys) -> None:
