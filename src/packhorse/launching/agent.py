@@ -1,4 +1,4 @@
-"""What the processes between us and the ranks wrote of ranks that failed: accelerate, and torch's agent.
+"""What the processes between us and the ranks wrote of ranks that failed: accelerate, torch's agent, and Slurm.
 
 Exit codes do not survive them, and a signal that killed a rank is told nowhere else.
 """
@@ -15,6 +15,8 @@ STDERR_LOG = "stderr.log"
 AGENT = re.compile(r"(?:failed \(exitcode: (-?\d+)\) local_rank: \d+|exitcode  : (-?\d+)) \(pid: (\d+)\)")
 # subprocess.CalledProcessError, which accelerate raises of a single process
 SINGLE = re.compile(r"(?:died with <Signals\.\w+: (\d+)>|returned non-zero exit status (\d+))")
+# slurmstepd, by its own measure (jobacct_gather) or by that of a cgroup (task/cgroup)
+OVER_LIMIT = re.compile(r"exceeded memory limit \((\d+) > (\d+)\)|oom[-_]kill event")
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,20 @@ class Failure:
         return f"ended without a word, with exit code {self.exit_code}"
 
 
+def over_limit(logs: Path) -> str:
+    """Why Slurm killed ranks, where it was for their host memory; empty where it was not."""
+    found = OVER_LIMIT.search(_said(logs))
+    if found is None:
+        return ""
+    figures = (
+        f"{size(int(found[1]))} on a node, and its limit is {size(int(found[2]))}" if found[1] else "over its limit"
+    )
+    return f"; the job's host memory was {figures}: raise memory_per_gpu or memory_per_node of the site (sbatch --mem)"
+
+
 def failures(logs: Path) -> list[Failure]:
     """What stands of failures in an attempt's stderr.log, in order; empty where nothing does, or not yet."""
-    try:
-        text = (logs / STDERR_LOG).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
+    text = _said(logs)
     found = [Failure(int(pid), int(early or late)) for early, late, pid in AGENT.findall(text)]
     return found + [Failure(None, -int(number) if number else int(code)) for number, code in SINGLE.findall(text)]
 
@@ -50,3 +60,10 @@ def failures(logs: Path) -> list[Failure]:
 def failure_of(logs: Path, pid: int) -> Failure | None:
     """What became of one rank; None where it is not told, or not yet."""
     return next((failure for failure in failures(logs) if failure.pid in (pid, None)), None)
+
+
+def _said(logs: Path) -> str:
+    try:
+        return (logs / STDERR_LOG).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

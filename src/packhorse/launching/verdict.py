@@ -9,7 +9,7 @@ from typing import Any
 
 from packhorse.checkpoints.shelf import newest_complete, step_of
 from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED
-from packhorse.launching.agent import STDERR_LOG, Failure, failure_of
+from packhorse.launching.agent import STDERR_LOG, Failure, failure_of, over_limit
 from packhorse.launching.last_words import collectives, stack_of
 from packhorse.launching.run_folder import relative
 from packhorse.launching.watch import Ending
@@ -75,6 +75,7 @@ def _as_told(plan: RunPlan, logs: Path, attempt: int, ended_with: int | None) ->
         return Outcome(EXIT_STOPPED, f"stopped; {_go_on(folder, status.step, status.num_steps)}", "stopped")
     killed = Failure(None, ended_with) if ended_with is not None and ended_with < 0 else None
     headline = f"accelerate launch {killed.cause}" if killed else "the ranks ended without a word"
+    headline += over_limit(logs)
     _tell(plan, attempt, "failed", headline)
     message = _with_lines(headline, _last_lines(logs / STDERR_LOG), logs)
     return Outcome(EXIT_LOST if killed else EXIT_BUG, message, headline)
@@ -113,7 +114,7 @@ def _failed(plan: RunPlan, logs: Path, attempt: int, record: dict[str, Any]) -> 
 
 def _lost(plan: RunPlan, logs: Path, attempt: int, ending: Ending) -> Outcome:
     beat = ending.heartbeat
-    headline = f"rank {beat.rank} {_cause(logs, ending)} in {where(beat)}"
+    headline = f"rank {beat.rank} {_cause(logs, ending)} in {where(beat)}{over_limit(logs)}"
     _tell(plan, attempt, "failed", headline)
     own_log = logs / f"rank-{beat.rank}.log"
     lines = [f"{headline}, where it had been since {time.strftime('%H:%M:%S', time.localtime(beat.since))}."]

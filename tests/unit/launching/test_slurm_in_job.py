@@ -195,6 +195,33 @@ def test_a_killed_rank_is_named_from_what_the_launchers_said_and_the_job_tries_a
     assert holder(run)["job"] == "12", "this job goes on"
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        # As Slurm 22.05 was seen to write it; and src/slurmd/slurmstepd of Slurm, where a cgroup holds the limit.
+        (
+            "0: slurmstepd-node1: error: StepId=7.5 exceeded memory limit (1053990912 > 1048576000), being killed\n",
+            "1,005 MiB on a node, and its limit is 1,000 MiB",
+        ),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks", "over its limit"),
+    ],
+    ids=["by Slurm's own measure", "by a cgroup"],
+)
+@pytest.mark.parametrize("phase", ["load", None], ids=["while it loads", "before it has begun"])
+def test_ranks_that_took_too_much_host_memory_are_told_apart(
+    run: Path, said: str, words: str, phase: str | None
+) -> None:
+    begin(str(run), 3, JOB)
+    if phase is not None:
+        beat(run, 1, 1, phase=phase, step=0)
+    (run / "logs" / "attempt-1" / "stderr.log").write_text(said)
+    _, _, why = ended(run, 1)
+    assert f"the job's host memory was {words}: raise memory_per_gpu" in why
+    now = read_status(run)
+    assert now is not None
+    assert words in now.message
+
+
 def test_ranks_that_saved_because_of_a_signal_go_on_when_the_job_runs_again(run: Path) -> None:
     begin(str(run), 3, JOB)
     checkpoint(run, 5)
