@@ -44,9 +44,8 @@ def over_limit(logs: Path) -> str:
     found = OVER_LIMIT.search(_said(logs))
     if found is None:
         return ""
-    figures = (
-        f"{size(int(found[1]))} on a node, and its limit is {size(int(found[2]))}" if found[1] else "over its limit"
-    )
+    taken, limit = (f"{int(number or 0) / 2**20:,.0f} MiB" for number in found.groups())
+    figures = f"{taken} on a node, and its limit is {limit}" if found[1] else "over its limit"
     return f"; the job's host memory was {figures}: raise memory_per_gpu or memory_per_node of the site (sbatch --mem)"
 
 
