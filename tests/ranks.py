@@ -18,11 +18,12 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 
 from cli import INJECTED, PACKHORSE
 from packhorse.commands.train import write_run
-from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
+from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.plan.run_plan import RunPlan, read_plan
 
 IMPORTED = ["deepspeed", "packhorse.train.worker"]
-SECONDS, GRACE_SECONDS = 120.0, 5.0
+# The first that needs DeepSpeed on a new machine waits for g++.
+SECONDS, GRACE_SECONDS = 400.0, 5.0
 
 
 def planned(recipe: Path, name: str, *words: str) -> Path:
@@ -38,6 +39,7 @@ def run_ranks(run: Path, fault: str = "", attempt: int = 1) -> list[dict[str, An
     A rank that waits for one that has ended is ended too, as the launcher would do, and leaves nothing.
     """
     plan = read_plan(run)
+    remove_abandoned_locks(extensions_folder())  # as our launcher does: what was killed may have been building
     context = mp.get_context("forkserver")
     with mock.patch.dict(os.environ, plan.env):
         context.set_forkserver_preload(IMPORTED)
