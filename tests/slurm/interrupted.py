@@ -25,9 +25,9 @@ STEPS, SAVE_EVERY, EVALUATE_EVERY = 80, 2, 2
 """Enough that each of fifteen interruptions comes after another checkpoint."""
 
 
-def planned(folder: Path, name: str, *words: str) -> Path:
-    """A run folder for two nodes, of the folder's `tiny.yaml`."""
-    done = packhorse(folder, "plan", "tiny.yaml", f"name={name}", *words, "--nodes", "2", "--write")
+def planned(folder: Path, name: str, *words: str, nodes: int = 2) -> Path:
+    """A run folder for so many nodes, of the folder's `tiny.yaml`."""
+    done = packhorse(folder, "plan", "tiny.yaml", f"name={name}", *words, "--nodes", str(nodes), "--write")
     assert done.code == 0, done.err
     return folder / "runs" / name
 
@@ -50,7 +50,7 @@ class Interrupted:
         paths = os.pathsep.join(map(str, (INJECTED, CHECKOUT / "src", CHECKOUT / "tests")))
         variables = {"PACKHORSE_HOLD_FILE": str(self._file), "PYTHONPATH": paths}
         chosen = {} if script is None else {"script": script}
-        self.job = cluster.submit(run, "--nodes=2", *options, **chosen, **variables)
+        self.job = cluster.submit(run, *options, **chosen, **variables)
 
     def interrupt(self, phase: str, strike: Callable[[Interrupted], None], is_signal: bool) -> None:
         """Waits until all ranks work and have gained a checkpoint, and one stands in that phase; strikes there.

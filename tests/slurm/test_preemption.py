@@ -29,7 +29,7 @@ def test_preempted_ten_times_it_ends_with_the_weights_of_an_unbroken_run(
     cluster: Cluster, slurm_folder: Path, unbroken: Path
 ) -> None:
     run = planned(slurm_folder, "preempted", "parallel.processes=2")
-    job = Interrupted(cluster, run, "--partition=low")
+    job = Interrupted(cluster, run, "--nodes=2", "--partition=low")
     for number in range(TIMES):
         job.interrupt(("forward", "evaluate", "publish")[number % 3], preempt, is_signal=True)
     assert job.end() == "COMPLETED", cluster.told(job.job)

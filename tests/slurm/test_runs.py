@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import JOB_SCRIPT, Cluster
+from cluster import JOB_SCRIPT, Cluster, running_cluster
 from interrupted import (
     SAVE_EVERY,
     Interrupted,
@@ -44,11 +45,12 @@ EVENTS = [
 
 
 @pytest.fixture(scope="module")
-def limited(cluster: Cluster, slurm_folder: Path) -> Interrupted:
-    """A job of one minute, submitted first: it stands still while others are looked at."""
+def limited(slurm_folder: Path) -> Iterator[Interrupted]:
+    """A job of two minutes on a node of its own, submitted before all others: it stands still while they run."""
     words = ("parallel.processes=2", "steps=1000000", "evaluation.every_steps=null")
-    run = planned(slurm_folder, "limited", *words)
-    return Interrupted(cluster, run, "--time=1", "--signal=B:USR1@25", hold=("forward", 3))
+    run = planned(slurm_folder, "limited", *words, nodes=1)
+    with running_cluster(SLURM_TEST_NODES="1") as own:
+        yield Interrupted(own, run, "--time=2", "--signal=B:USR1@30", hold=("forward", 3))
 
 
 def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
@@ -80,7 +82,7 @@ def test_whatever_happens_in_training_evaluation_and_saving_it_comes_back_by_its
     cluster: Cluster, slurm_folder: Path, unbroken: Path
 ) -> None:
     run = planned(slurm_folder, "interrupted", "parallel.processes=2")
-    job = Interrupted(cluster, run)
+    job = Interrupted(cluster, run, "--nodes=2")
     for phase, name in EVENTS:
         is_signal = name in SIGNALS or name == "requeue"
         job.interrupt(phase, (SIGNALS | ENDS)[name], is_signal)
@@ -90,22 +92,6 @@ def test_whatever_happens_in_training_evaluation_and_saving_it_comes_back_by_its
     assert len(read_attempts(run)) == len(EVENTS) + 1
     # Slurm gives ranks KillWait seconds (here 5) after a requeue: enough to save, or as after a kill.
     assert {event: steps for event, steps in lost.items() if steps > (1 if event[1] in SIGNALS else SAVE_EVERY)} == {}
-
-
-def test_at_its_time_limit_a_job_goes_on_even_if_it_could_not_save(limited: Interrupted, cluster: Cluster) -> None:
-    """The real limit: one minute, of which the ranks are told some time before, and the first time do not listen."""
-    limited.wait_for_attempt(2)
-    limited.wait_for((limited.run / "STOP").exists, "the time of the second job is not over")
-    limited.let_go()
-    limited.wait_for_attempt(3)
-    cluster.ask("scancel", limited.job)
-    cluster.wait(limited.job)
-    first, second, *_ = read_attempts(limited.run)
-    assert (first.outcome in ("killed", "lost"), first.first_step) == (True, 0)
-    assert (second.outcome, second.message, second.first_step) == ("stopped", "stopped", 2)
-    assert second.last_step > first.last_step > 2
-    steps = [line["step"] for line in metrics(limited.run)]
-    assert steps[: second.last_step + 1] == list(range(second.last_step + 1))
 
 
 def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_folder: Path, unbroken: Path) -> None:
@@ -136,3 +122,18 @@ def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_
     assert state(run) == "finished"
     assert differences(run, unbroken) == []
     assert len(read_attempts(run)) == 2
+
+
+def test_at_its_time_limit_a_job_goes_on_even_if_it_could_not_save(limited: Interrupted) -> None:
+    """The real limit, of which the ranks are told some time before; the first time they do not listen."""
+    limited.wait_for_attempt(2)
+    limited.wait_for((limited.run / "STOP").exists, "the time of the second job is not over")
+    limited.let_go()
+    limited.wait_for_attempt(3)
+    first, second, *_ = read_attempts(limited.run)
+    assert first.outcome in ("killed", "lost")
+    assert (first.first_step, first.last_step, second.first_step) == (0, 3, 2)
+    assert (second.outcome, second.message) == ("stopped", "stopped")
+    assert second.last_step >= 3
+    steps = [line["step"] for line in metrics(limited.run)]
+    assert steps[: second.last_step + 1] == list(range(second.last_step + 1))
