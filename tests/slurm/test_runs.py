@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from interrupted import (
     lose_node,
     lost_steps,
     planned,
+    preempt,
     requeue,
     signal_ranks,
     state,
@@ -25,10 +27,12 @@ from interrupted import (
 from cli import curve, metrics, packhorse
 from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.lock import holder
+from packhorse.launching.slurm.jobs import read_jobs
 from packhorse.record.attempts import read_attempts
 
 SHORT = ("steps=6", "batch.packs=8", "checkpoint.every_steps=null", "evaluation.every_steps=null")
 PHASES = ("forward", "evaluate", "publish")
+TIMES = 10
 SIGNALS = {"the end of its time": time_is_nearly_over, "a signal": signal_ranks}
 ENDS = {
     "requeue": requeue,
@@ -42,6 +46,38 @@ EVENTS = [
     ("evaluate", "a lost other node"),
     ("publish", "a lost first node"),
 ]
+
+
+def interrupt_in_each_phase(cluster: Cluster, run: Path) -> Interrupted:
+    job = Interrupted(cluster, run, "--nodes=2")
+    for phase, name in EVENTS:
+        job.interrupt(phase, (SIGNALS | ENDS)[name], is_signal=name in SIGNALS or name == "requeue")
+    return job
+
+
+def preempt_ten_times(cluster: Cluster, run: Path) -> Interrupted:
+    job = Interrupted(cluster, run, "--nodes=2", "--partition=low")
+    for number in range(TIMES):
+        job.interrupt(PHASES[number % 3], preempt, is_signal=True)
+    return job
+
+
+@pytest.fixture(scope="module")
+def chains(slurm_folder: Path) -> Iterator[tuple[Future[Interrupted], Future[Interrupted]]]:
+    """Two runs that are interrupted again and again, each on a cluster of its own: most of it is waiting for Slurm."""
+    runs = [planned(slurm_folder, name, "parallel.processes=2") for name in ("interrupted", "preempted")]
+    with running_cluster() as one, running_cluster() as other, ThreadPoolExecutor(2) as pool:
+        yield pool.submit(interrupt_in_each_phase, one, runs[0]), pool.submit(preempt_ten_times, other, runs[1])
+
+
+@pytest.fixture(scope="module")
+def interrupted(chains: tuple[Future[Interrupted], Future[Interrupted]]) -> Future[Interrupted]:
+    return chains[0]
+
+
+@pytest.fixture(scope="module")
+def preempted(chains: tuple[Future[Interrupted], Future[Interrupted]]) -> Future[Interrupted]:
+    return chains[1]
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +115,25 @@ def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
 
 
 def test_whatever_happens_in_training_evaluation_and_saving_it_comes_back_by_itself(
-    cluster: Cluster, slurm_folder: Path, unbroken: Path
+    interrupted: Future[Interrupted], unbroken: Path
 ) -> None:
-    run = planned(slurm_folder, "interrupted", "parallel.processes=2")
-    job = Interrupted(cluster, run, "--nodes=2")
-    for phase, name in EVENTS:
-        is_signal = name in SIGNALS or name == "requeue"
-        job.interrupt(phase, (SIGNALS | ENDS)[name], is_signal)
-    assert job.end() == "COMPLETED", cluster.told(job.job)
-    assert differences(run, unbroken) == []
-    lost = dict(zip(EVENTS, lost_steps(run), strict=True))
-    assert len(read_attempts(run)) == len(EVENTS) + 1
+    job = interrupted.result()
+    assert job.end() == "COMPLETED", job.told()
+    assert differences(job.run, unbroken) == []
+    lost = dict(zip(EVENTS, lost_steps(job.run), strict=True))
     # Slurm gives ranks KillWait seconds (here 5) after a requeue: enough to save, or as after a kill.
     assert {event: steps for event, steps in lost.items() if steps > (1 if event[1] in SIGNALS else SAVE_EVERY)} == {}
+
+
+def test_preempted_ten_times_it_ends_with_the_weights_of_an_unbroken_run(
+    preempted: Future[Interrupted], unbroken: Path
+) -> None:
+    job = preempted.result()
+    assert job.end() == "COMPLETED", job.told()
+    assert differences(job.run, unbroken) == []
+    lost = lost_steps(job.run)
+    assert len(lost) == TIMES
+    assert max(lost) <= 1
 
 
 def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_folder: Path, unbroken: Path) -> None:
@@ -114,11 +156,12 @@ def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_
     job = Interrupted(cluster, run, script=script)
     job.interrupt("forward", time_is_nearly_over, is_signal=True)
     assert cluster.wait(job.job) == "FAILED"
-    jobs = [line.partition(",")[0] for line in (run / "jobs.jsonl").read_text(encoding="utf-8").splitlines()]
-    follower = str(int(job.job) + 1)
-    assert follower in jobs[0]
-    assert cluster.wait(follower) == "COMPLETED", cluster.told(follower)
-    assert cluster.wait(str(int(follower) + 1)) in ("CANCELLED", "PENDING")
+    first, *_ = read_jobs(run)
+    assert first.goes_on_from == job.job
+    assert cluster.wait(first.job_id) == "COMPLETED", cluster.told(first.job_id)
+    *_, never = read_jobs(run)
+    assert never.goes_on_from == first.job_id
+    assert cluster.wait(never.job_id) == "CANCELLED", "nothing is left to do for it"
     assert state(run) == "finished"
     assert differences(run, unbroken) == []
     assert len(read_attempts(run)) == 2
