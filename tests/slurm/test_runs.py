@@ -80,17 +80,27 @@ def preempted(chains: tuple[Future[Interrupted], Future[Interrupted]]) -> Future
     return chains[1]
 
 
+def reach_the_limit_twice(cluster: Cluster, run: Path) -> Interrupted:
+    """Two minutes each time; the first time the ranks do not listen, the second time they save."""
+    job = Interrupted(cluster, run, "--time=2", "--signal=B:USR1@30", hold=("forward", 3))
+    job.wait_for_attempt(2)
+    job.wait_for((run / "STOP").exists, "the time of the second job is not over")
+    job.let_go()
+    job.wait_for_attempt(3)
+    return job
+
+
 @pytest.fixture(scope="module")
-def limited(slurm_folder: Path) -> Iterator[Interrupted]:
-    """A job of two minutes on a node of its own, submitted before all others: it stands still while they run."""
+def limited(slurm_folder: Path) -> Iterator[Future[Interrupted]]:
+    """A job on a node of its own, submitted before all others: it stands still while they run."""
     words = ("parallel.processes=2", "steps=1000000", "evaluation.every_steps=null")
     run = planned(slurm_folder, "limited", *words, nodes=1)
-    with running_cluster(SLURM_TEST_NODES="1") as own:
-        yield Interrupted(own, run, "--time=2", "--signal=B:USR1@30", hold=("forward", 3))
+    with running_cluster(SLURM_TEST_NODES="1") as own, ThreadPoolExecutor(1) as pool:
+        yield pool.submit(reach_the_limit_twice, own, run)
 
 
 def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
-    limited: Interrupted, cluster: Cluster, slurm_folder: Path
+    limited: Future[Interrupted], cluster: Cluster, slurm_folder: Path
 ) -> None:
     runs = {
         engine: planned(slurm_folder, engine, f"parallel.engine={engine}", "parallel.processes=4", *SHORT)
@@ -167,16 +177,12 @@ def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_
     assert len(read_attempts(run)) == 2
 
 
-def test_at_its_time_limit_a_job_goes_on_even_if_it_could_not_save(limited: Interrupted) -> None:
-    """The real limit, of which the ranks are told some time before; the first time they do not listen."""
-    limited.wait_for_attempt(2)
-    limited.wait_for((limited.run / "STOP").exists, "the time of the second job is not over")
-    limited.let_go()
-    limited.wait_for_attempt(3)
-    first, second, *_ = read_attempts(limited.run)
+def test_at_its_time_limit_a_job_goes_on_even_if_it_could_not_save(limited: Future[Interrupted]) -> None:
+    run = limited.result().run
+    first, second, *_ = read_attempts(run)
     assert first.outcome in ("killed", "lost")
     assert (first.first_step, first.last_step, second.first_step) == (0, 3, 2)
     assert (second.outcome, second.message) == ("stopped", "stopped")
     assert second.last_step >= 3
-    steps = [line["step"] for line in metrics(limited.run)]
+    steps = [line["step"] for line in metrics(run)]
     assert steps[: second.last_step + 1] == list(range(second.last_step + 1))
