@@ -136,11 +136,7 @@ def preempt(run: Interrupted) -> None:
     """A job of higher priority takes both nodes for a moment; GraceTime lets ours save."""
     words = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--mem=1", "--output=/dev/null", "--wrap"]
     run.cluster.ask("sbatch", *words, "sleep 1")
-    started = time.monotonic()
-    while time.monotonic() - started < 20:
-        if "Preempt" in run.cluster.ask("scontrol", "show", "job", run.job):
-            break
-        time.sleep(0.1)
+    run.wait_for(lambda: run.cluster.job(run.job).get("PreemptTime") not in (None, "None"), "it was not preempted")
     time.sleep(1.0)
 
 
