@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster import JOB_SCRIPT, Cluster, running_cluster
+from cluster import Cluster, running_cluster
 from interrupted import (
     SAVE_EVERY,
     Interrupted,
@@ -28,6 +28,8 @@ from cli import curve, metrics, packhorse
 from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.lock import holder
 from packhorse.launching.slurm.jobs import read_jobs
+from packhorse.launching.slurm.script import train_request, train_script
+from packhorse.launching.slurm.site import SiteProfile
 from packhorse.record.attempts import read_attempts
 
 SHORT = ("steps=6", "batch.packs=8", "checkpoint.every_steps=null", "evaluation.every_steps=null")
@@ -147,22 +149,11 @@ def test_preempted_ten_times_it_ends_with_the_weights_of_an_unbroken_run(
 
 
 def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_folder: Path, unbroken: Path) -> None:
-    script = slurm_folder / "job.sbatch"
-    text = JOB_SCRIPT.read_text(encoding="utf-8")
-    # As `packhorse submit` writes it: the follower's options are those of the script, not of our command line.
-    usual = "#SBATCH --no-requeue --mem=16000 --output=/dev/null"
-    for old, new in (
-        ("\n#SBATCH --requeue", f"\n{usual}"),
-        ("\nrequeue=yes", "\nrequeue=no"),
-        ("--nodes=1", "--nodes=2"),
-        ("--gpus-per-node=8", "--gpus-per-node=0"),
-        ("--cpus-per-task=32", "--cpus-per-task=1"),
-        ("--time=24:00:00", "--time=10"),
-    ):
-        assert old in text
-        text = text.replace(old, new, 1)
-    script.write_text(text, encoding="utf-8")
     run = planned(slurm_folder, "followed", "parallel.processes=2")
+    site = SiteProfile(name="here", gpus_per_node=0, cpus_per_node=1, memory_per_node="16000M", requeue=False)
+    request = train_request(site, "followed", run, num_nodes=2, gpus_per_node=0, time="00:10:00", signal_seconds=60)
+    script = slurm_folder / "job.sbatch"
+    script.write_text(train_script(site, request, programs=None), encoding="utf-8")
     job = Interrupted(cluster, run, script=script)
     job.interrupt("forward", time_is_nearly_over, is_signal=True)
     assert cluster.wait(job.job) == "FAILED"
