@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ JOB_SCRIPT = CHECKOUT / "slurm" / "job.sbatch"
 # A node's memory is only claimed: what ranks share is counted for each of them, and Slurm ends those that take more.
 USUAL = {"SLURM_TEST_NODES": "2", "SLURM_TEST_MEM": "64000", "SLURM_TEST_CONF": "MessageTimeout=30"}
 MEMORY = "--mem=16000"
+STARTED = itertools.count()
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
@@ -157,4 +159,4 @@ def network() -> str:
 
 def free_ports() -> int:
     """The first of ports that another cluster on this machine is not likely to take; below those the kernel gives."""
-    return 17400 + 110 * (os.getpid() % 20)
+    return 17400 + 10 * ((8 * os.getpid() + next(STARTED)) % 250)

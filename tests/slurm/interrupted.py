@@ -25,9 +25,9 @@ STEPS, SAVE_EVERY, EVALUATE_EVERY = 80, 2, 2
 """Enough that each of fifteen interruptions comes after another checkpoint."""
 
 
-def planned(folder: Path, name: str, *words: str) -> Path:
-    """A run folder for two nodes, of the folder's `tiny.yaml`."""
-    done = packhorse(folder, "plan", "tiny.yaml", f"name={name}", *words, "--nodes", "2", "--write")
+def planned(folder: Path, name: str, *words: str, nodes: int = 2) -> Path:
+    """A run folder for so many nodes, of the folder's `tiny.yaml`."""
+    done = packhorse(folder, "plan", "tiny.yaml", f"name={name}", *words, "--nodes", str(nodes), "--write")
     assert done.code == 0, done.err
     return folder / "runs" / name
 
@@ -50,7 +50,7 @@ class Interrupted:
         paths = os.pathsep.join(map(str, (INJECTED, CHECKOUT / "src", CHECKOUT / "tests")))
         variables = {"PACKHORSE_HOLD_FILE": str(self._file), "PYTHONPATH": paths}
         chosen = {} if script is None else {"script": script}
-        self.job = cluster.submit(run, "--nodes=2", *options, **chosen, **variables)
+        self.job = cluster.submit(run, *options, **chosen, **variables)
 
     def interrupt(self, phase: str, strike: Callable[[Interrupted], None], is_signal: bool) -> None:
         """Waits until all ranks work and have gained a checkpoint, and one stands in that phase; strikes there.
@@ -69,6 +69,10 @@ class Interrupted:
         self.wait_for_attempt(max(attempt, 1) + 1)
         self.let_go()
         self._held.unlink(missing_ok=True)
+
+    def told(self) -> str:
+        """What the job has written."""
+        return self.cluster.told(self.job)
 
     def let_go(self) -> None:
         """The rank that is held goes on, if it lives."""
@@ -126,6 +130,14 @@ def kill_step(run: Interrupted) -> None:
     steps = run.cluster.ask("squeue", "-h", "-s", "-j", run.job, "-o", "%i").split()
     numbers = [step for step in steps if step.partition(".")[2].isdecimal()]
     run.cluster.ask("scancel", "--signal=KILL", max(numbers, key=lambda step: int(step.partition(".")[2])))
+
+
+def preempt(run: Interrupted) -> None:
+    """A job of higher priority takes both nodes for a moment; GraceTime lets ours save."""
+    words = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--mem=1", "--output=/dev/null", "--wrap"]
+    run.cluster.ask("sbatch", *words, "sleep 1")
+    run.wait_for(lambda: run.cluster.job(run.job).get("PreemptTime") not in (None, "None"), "it was not preempted")
+    time.sleep(1.0)
 
 
 def lose_node(name: str) -> Callable[[Interrupted], None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster import JOB_SCRIPT, Cluster
+from cluster import Cluster, running_cluster
 from interrupted import (
     SAVE_EVERY,
     Interrupted,
@@ -15,6 +17,7 @@ from interrupted import (
     lose_node,
     lost_steps,
     planned,
+    preempt,
     requeue,
     signal_ranks,
     state,
@@ -24,10 +27,14 @@ from interrupted import (
 from cli import curve, metrics, packhorse
 from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.lock import holder
+from packhorse.launching.slurm.jobs import read_jobs
+from packhorse.launching.slurm.script import train_request, train_script
+from packhorse.launching.slurm.site import SiteProfile
 from packhorse.record.attempts import read_attempts
 
 SHORT = ("steps=6", "batch.packs=8", "checkpoint.every_steps=null", "evaluation.every_steps=null")
 PHASES = ("forward", "evaluate", "publish")
+TIMES = 10
 SIGNALS = {"the end of its time": time_is_nearly_over, "a signal": signal_ranks}
 ENDS = {
     "requeue": requeue,
@@ -43,16 +50,59 @@ EVENTS = [
 ]
 
 
+def interrupt_in_each_phase(cluster: Cluster, run: Path) -> Interrupted:
+    job = Interrupted(cluster, run, "--nodes=2")
+    for phase, name in EVENTS:
+        job.interrupt(phase, (SIGNALS | ENDS)[name], is_signal=name in SIGNALS or name == "requeue")
+    return job
+
+
+def preempt_ten_times(cluster: Cluster, run: Path) -> Interrupted:
+    job = Interrupted(cluster, run, "--nodes=2", "--partition=low")
+    for number in range(TIMES):
+        job.interrupt(PHASES[number % 3], preempt, is_signal=True)
+    return job
+
+
 @pytest.fixture(scope="module")
-def limited(cluster: Cluster, slurm_folder: Path) -> Interrupted:
-    """A job of one minute, submitted first: it stands still while others are looked at."""
+def chains(slurm_folder: Path) -> Iterator[tuple[Future[Interrupted], Future[Interrupted]]]:
+    """Two runs that are interrupted again and again, each on a cluster of its own: most of it is waiting for Slurm."""
+    runs = [planned(slurm_folder, name, "parallel.processes=2") for name in ("interrupted", "preempted")]
+    with running_cluster() as one, running_cluster() as other, ThreadPoolExecutor(2) as pool:
+        yield pool.submit(interrupt_in_each_phase, one, runs[0]), pool.submit(preempt_ten_times, other, runs[1])
+
+
+@pytest.fixture(scope="module")
+def interrupted(chains: tuple[Future[Interrupted], Future[Interrupted]]) -> Future[Interrupted]:
+    return chains[0]
+
+
+@pytest.fixture(scope="module")
+def preempted(chains: tuple[Future[Interrupted], Future[Interrupted]]) -> Future[Interrupted]:
+    return chains[1]
+
+
+def reach_the_limit_twice(cluster: Cluster, run: Path) -> Interrupted:
+    """Two minutes each time; the first time the ranks do not listen, the second time they save."""
+    job = Interrupted(cluster, run, "--time=2", "--signal=B:USR1@30", hold=("forward", 3))
+    job.wait_for_attempt(2)
+    job.wait_for((run / "STOP").exists, "the time of the second job is not over")
+    job.let_go()
+    job.wait_for_attempt(3)
+    return job
+
+
+@pytest.fixture(scope="module")
+def limited(slurm_folder: Path) -> Iterator[Future[Interrupted]]:
+    """A job on a node of its own, submitted before all others: it stands still while they run."""
     words = ("parallel.processes=2", "steps=1000000", "evaluation.every_steps=null")
-    run = planned(slurm_folder, "limited", *words)
-    return Interrupted(cluster, run, "--time=1", "--signal=B:USR1@25", hold=("forward", 3))
+    run = planned(slurm_folder, "limited", *words, nodes=1)
+    with running_cluster(SLURM_TEST_NODES="1") as own, ThreadPoolExecutor(1) as pool:
+        yield pool.submit(reach_the_limit_twice, own, run)
 
 
 def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
-    limited: Interrupted, cluster: Cluster, slurm_folder: Path
+    limited: Future[Interrupted], cluster: Cluster, slurm_folder: Path
 ) -> None:
     runs = {
         engine: planned(slurm_folder, engine, f"parallel.engine={engine}", "parallel.processes=4", *SHORT)
@@ -77,62 +127,53 @@ def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
 
 
 def test_whatever_happens_in_training_evaluation_and_saving_it_comes_back_by_itself(
-    cluster: Cluster, slurm_folder: Path, unbroken: Path
+    interrupted: Future[Interrupted], unbroken: Path
 ) -> None:
-    run = planned(slurm_folder, "interrupted", "parallel.processes=2")
-    job = Interrupted(cluster, run)
-    for phase, name in EVENTS:
-        is_signal = name in SIGNALS or name == "requeue"
-        job.interrupt(phase, (SIGNALS | ENDS)[name], is_signal)
-    assert job.end() == "COMPLETED", cluster.told(job.job)
-    assert differences(run, unbroken) == []
-    lost = dict(zip(EVENTS, lost_steps(run), strict=True))
-    assert len(read_attempts(run)) == len(EVENTS) + 1
+    job = interrupted.result()
+    assert job.end() == "COMPLETED", job.told()
+    assert differences(job.run, unbroken) == []
+    lost = dict(zip(EVENTS, lost_steps(job.run), strict=True))
     # Slurm gives ranks KillWait seconds (here 5) after a requeue: enough to save, or as after a kill.
     assert {event: steps for event, steps in lost.items() if steps > (1 if event[1] in SIGNALS else SAVE_EVERY)} == {}
 
 
-def test_at_its_time_limit_a_job_goes_on_even_if_it_could_not_save(limited: Interrupted, cluster: Cluster) -> None:
-    """The real limit: one minute, of which the ranks are told some time before, and the first time do not listen."""
-    limited.wait_for_attempt(2)
-    limited.wait_for((limited.run / "STOP").exists, "the time of the second job is not over")
-    limited.let_go()
-    limited.wait_for_attempt(3)
-    cluster.ask("scancel", limited.job)
-    cluster.wait(limited.job)
-    first, second, *_ = read_attempts(limited.run)
-    assert (first.outcome in ("killed", "lost"), first.first_step) == (True, 0)
-    assert (second.outcome, second.message, second.first_step) == ("stopped", "stopped", 2)
-    assert second.last_step > first.last_step > 2
-    steps = [line["step"] for line in metrics(limited.run)]
-    assert steps[: second.last_step + 1] == list(range(second.last_step + 1))
+def test_preempted_ten_times_it_ends_with_the_weights_of_an_unbroken_run(
+    preempted: Future[Interrupted], unbroken: Path
+) -> None:
+    job = preempted.result()
+    assert job.end() == "COMPLETED", job.told()
+    assert differences(job.run, unbroken) == []
+    lost = lost_steps(job.run)
+    assert len(lost) == TIMES
+    assert max(lost) <= 1
 
 
 def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_folder: Path, unbroken: Path) -> None:
-    script = slurm_folder / "job.sbatch"
-    text = JOB_SCRIPT.read_text(encoding="utf-8")
-    # As `packhorse submit` writes it: the follower's options are those of the script, not of our command line.
-    usual = "#SBATCH --no-requeue --mem=16000 --output=/dev/null"
-    for old, new in (
-        ("\n#SBATCH --requeue", f"\n{usual}"),
-        ("\nrequeue=yes", "\nrequeue=no"),
-        ("--nodes=1", "--nodes=2"),
-        ("--gpus-per-node=8", "--gpus-per-node=0"),
-        ("--cpus-per-task=32", "--cpus-per-task=1"),
-        ("--time=24:00:00", "--time=10"),
-    ):
-        assert old in text
-        text = text.replace(old, new, 1)
-    script.write_text(text, encoding="utf-8")
     run = planned(slurm_folder, "followed", "parallel.processes=2")
+    site = SiteProfile(name="here", gpus_per_node=0, cpus_per_node=1, memory_per_node="16000M", requeue=False)
+    request = train_request(site, "followed", run, num_nodes=2, gpus_per_node=0, time="00:10:00", signal_seconds=60)
+    script = slurm_folder / "job.sbatch"
+    script.write_text(train_script(site, request, programs=None), encoding="utf-8")
     job = Interrupted(cluster, run, script=script)
     job.interrupt("forward", time_is_nearly_over, is_signal=True)
     assert cluster.wait(job.job) == "FAILED"
-    jobs = [line.partition(",")[0] for line in (run / "jobs.jsonl").read_text(encoding="utf-8").splitlines()]
-    follower = str(int(job.job) + 1)
-    assert follower in jobs[0]
-    assert cluster.wait(follower) == "COMPLETED", cluster.told(follower)
-    assert cluster.wait(str(int(follower) + 1)) in ("CANCELLED", "PENDING")
+    first, *_ = read_jobs(run)
+    assert first.goes_on_from == job.job
+    assert cluster.wait(first.job_id) == "COMPLETED", cluster.told(first.job_id)
+    *_, never = read_jobs(run)
+    assert never.goes_on_from == first.job_id
+    assert cluster.wait(never.job_id) == "CANCELLED", "nothing is left to do for it"
     assert state(run) == "finished"
     assert differences(run, unbroken) == []
     assert len(read_attempts(run)) == 2
+
+
+def test_at_its_time_limit_a_job_goes_on_even_if_it_could_not_save(limited: Future[Interrupted]) -> None:
+    run = limited.result().run
+    first, second, *_ = read_attempts(run)
+    assert first.outcome in ("killed", "lost")
+    assert (first.first_step, first.last_step, second.first_step) == (0, 3, 2)
+    assert (second.outcome, second.message) == ("stopped", "stopped")
+    assert second.last_step >= 3
+    steps = [line["step"] for line in metrics(run)]
+    assert steps[: second.last_step + 1] == list(range(second.last_step + 1))

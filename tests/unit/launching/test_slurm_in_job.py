@@ -17,7 +17,7 @@ from packhorse.launching.lock import LOCK_FILE, holder, only_launcher
 from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.decision import Asked
 from packhorse.launching.slurm.in_job import EXIT_IN_VAIN, begin, end, followed, main
-from packhorse.launching.slurm.jobs import read_jobs
+from packhorse.launching.slurm.jobs import append_job, read_jobs
 from packhorse.plan.run_plan import DataFacts, RunPlan, write_plan
 from packhorse.record.attempts import read_attempts
 from packhorse.record.heartbeat import Heartbeat
@@ -298,3 +298,8 @@ def test_the_job_that_goes_on_is_written_down(run: Path) -> None:
     followed(str(run), "13", JOB)
     (job,) = read_jobs(run)
     assert (job.job_id, job.kind, job.goes_on_from) == ("13", "train", "12")
+    assert job.argv[-2].endswith("slurm/job.sbatch")
+    sent = ("sbatch", "--parsable", str(run / "job.sbatch"), str(run))
+    append_job(run, job.model_copy(update={"job_id": "14", "argv": sent}))
+    followed(str(run), "15", JOB | {"SLURM_JOB_ID": "14"})
+    assert read_jobs(run)[-1].argv == sent, "resume submits it again in these words"

@@ -22,12 +22,13 @@ from packhorse.launching.lock import hold_for_job, release_job
 from packhorse.launching.run_folder import next_attempt, open_run, relative
 from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.decision import Asked, Situation, Verdict, decide
-from packhorse.launching.slurm.jobs import JobRecord, append_job, require_planned
+from packhorse.launching.slurm.jobs import JobRecord, append_job, read_jobs, require_planned
 from packhorse.launching.verdict import Outcome, judge, newest_step, stopped
 from packhorse.launching.watch import Ending, Watch
 from packhorse.plan.command import launch_argv
 from packhorse.plan.resume import replace_plan, with_smaller_micro
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
+from packhorse.recipe.shipped import shipped_path
 from packhorse.record.attempts import Begun, end_attempt, in_vain, outcome_of, read_attempts, settle_attempts
 from packhorse.record.heartbeat import read_heartbeats
 from packhorse.record.rank_records import is_cause, left_others, read_records
@@ -124,13 +125,15 @@ def end(run: str, most_in_vain: int, code: int, asked: Asked, environment: Mappi
 
 
 def followed(run: str, job: str, environment: Mapping[str, str]) -> None:
-    """Writes into RUN/jobs.jsonl which job goes on with the run when this one ends."""
+    """Writes into RUN/jobs.jsonl which job goes on with the run when this one ends; submitted like this one."""
     folder = Path(open_run(run).run_folder)
+    before = [job.argv for job in read_jobs(folder) if job.kind == "train"]
+    by_hand = ("sbatch", "--parsable", str(shipped_path("slurm", "job.sbatch")), str(folder))
     record = JobRecord(
         job_id=job,
         kind="train",
         submitted_at=time.time(),
-        argv=("sbatch", f"--dependency=afternotok:{environment['SLURM_JOB_ID']}", str(folder)),
+        argv=before[-1] if before else by_hand,
         goes_on_from=environment["SLURM_JOB_ID"],
     )
     append_job(folder, record)
