@@ -89,6 +89,7 @@ def reach_the_limit_twice(cluster: Cluster, run: Path) -> Interrupted:
     job.wait_for((run / "STOP").exists, "the time of the second job is not over")
     job.let_go()
     job.wait_for_attempt(3)
+    cluster.ask("scancel", job.job)
     return job
 
 
