@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 from cluster import CHECKOUT, Cluster
@@ -44,6 +43,7 @@ class Interrupted:
         hold: tuple[str, int] | None = None,
     ) -> None:
         self.cluster, self.run = cluster, run
+        self._struck: list[int] = []
         self._file = run.parent / f"{run.name}.hold"
         if hold is not None:
             self._hold(*hold)
@@ -60,19 +60,26 @@ class Interrupted:
             strike: What happens to the job.
             is_signal: The ranks live on, and are let go; the request must have reached them when `strike` returns.
         """
-        attempt = self.attempts
         self._hold(phase, self._newest_step() + SAVE_EVERY + 1)
         self.wait_for(self._held.exists, f"no rank came to {phase}")
+        self._struck.append(self.attempts)
         strike(self)
         if is_signal:
             self.let_go()
-        self.wait_for_attempt(max(attempt, 1) + 1)
+        self.wait_for_attempt(self._struck[-1] + 1)
         self.let_go()
         self._held.unlink(missing_ok=True)
 
     def told(self) -> str:
         """What the job has written."""
         return self.cluster.told(self.job)
+
+    def lost_steps(self) -> list[int]:
+        """For each interruption, steps between where its attempt ended and where the next that worked began."""
+        attempts = {attempt.attempt: attempt for attempt in read_attempts(self.run)}
+        worked = [attempt for attempt in attempts.values() if attempt.last_step > attempt.first_step]
+        after = [next(later for later in worked if later.attempt > number) for number in self._struck]
+        return [attempts[number].last_step - later.first_step for number, later in zip(self._struck, after)]
 
     def let_go(self) -> None:
         """The rank that is held goes on, if it lives."""
@@ -153,11 +160,6 @@ def lose_node(name: str) -> Callable[[Interrupted], None]:
 
 
 # --- what is left ----------------------------------------------------------------------------------------------------
-
-
-def lost_steps(run: Path) -> list[int]:
-    """Steps between where an attempt ended and where the next began."""
-    return [before.last_step - after.first_step for before, after in pairwise(read_attempts(run))]
 
 
 def differences(run: Path, unbroken: Path) -> list[str]:

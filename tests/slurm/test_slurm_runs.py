@@ -15,7 +15,6 @@ from interrupted import (
     hosts,
     kill_step,
     lose_node,
-    lost_steps,
     planned,
     preempt,
     requeue,
@@ -133,7 +132,7 @@ def test_whatever_happens_in_training_evaluation_and_saving_it_comes_back_by_its
     job = interrupted.result()
     assert job.end() == "COMPLETED", job.told()
     assert differences(job.run, unbroken) == []
-    lost = dict(zip(EVENTS, lost_steps(job.run), strict=True))
+    lost = dict(zip(EVENTS, job.lost_steps(), strict=True))
     # Slurm gives ranks KillWait seconds (here 5) after a requeue: enough to save, or as after a kill.
     assert {event: steps for event, steps in lost.items() if steps > (1 if event[1] in SIGNALS else SAVE_EVERY)} == {}
 
@@ -144,7 +143,7 @@ def test_preempted_ten_times_it_ends_with_the_weights_of_an_unbroken_run(
     job = preempted.result()
     assert job.end() == "COMPLETED", job.told()
     assert differences(job.run, unbroken) == []
-    lost = lost_steps(job.run)
+    lost = job.lost_steps()
     assert len(lost) == TIMES
     assert max(lost) <= 1
 
