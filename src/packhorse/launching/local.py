@@ -6,12 +6,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from packhorse.launching.agent import STDERR_LOG, failure_of
+from packhorse.launching.environment import launch_environment, programs_first
 from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.launching.last_words import ask_for_last_words
 from packhorse.launching.processes import end_processes
@@ -19,7 +19,7 @@ from packhorse.launching.run_folder import next_attempt
 from packhorse.launching.stop import StopSignals
 from packhorse.launching.verdict import Outcome, judge, stopped
 from packhorse.launching.watch import Ending, Watch
-from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE, RunPlan
+from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
 from packhorse.record.attempts import end_attempt, outcome_of
 from packhorse.record.heartbeat import LAUNCHER_VARIABLE
 from packhorse.record.processes import identity
@@ -111,18 +111,13 @@ def _hear_last_words(child: subprocess.Popen[bytes], logs: Path, watch: Watch, e
 
 
 def _environment(plan: RunPlan, attempt: int) -> dict[str, str]:
-    """Ours, with the programs that lie beside this Python first: accelerate, and ninja for what DeepSpeed builds."""
-    programs = Path(sys.executable).parent
     return {
         **os.environ,
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "OMP_NUM_THREADS": str(plan.topology.threads_per_process),
+        **launch_environment(plan.topology),
+        "PATH": programs_first(os.environ),
         FOLDER_VARIABLE: str(extensions_folder()),
         ATTEMPT_VARIABLE: str(attempt),
         LAUNCHER_VARIABLE: identity(os.getpid()),
-        RANK_LOGS_VARIABLE: "1",
-        # Else torch's agent kills the ranks 30 s after a SIGTERM, in the middle of a long save.
-        "PET_SIGNALS_TO_HANDLE": "SIGINT",
     }
 
 

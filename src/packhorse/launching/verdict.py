@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from packhorse.checkpoints.shelf import newest_complete, step_of
 from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED
 from packhorse.launching.agent import STDERR_LOG, Failure, failure_of, over_limit
+from packhorse.launching.first_failure import last_lines
 from packhorse.launching.last_words import collectives, stack_of
 from packhorse.launching.run_folder import relative
 from packhorse.launching.watch import Ending
@@ -77,7 +79,7 @@ def _as_told(plan: RunPlan, logs: Path, attempt: int, ended_with: int | None) ->
     headline = f"accelerate launch {killed.cause}" if killed else "the ranks ended without a word"
     headline += over_limit(logs)
     _tell(plan, attempt, "failed", headline)
-    message = _with_lines(headline, _last_lines(logs / STDERR_LOG), logs)
+    message = _with_lines(headline, last_lines(logs / STDERR_LOG, LAST_LINES), logs)
     return Outcome(EXIT_LOST if killed else EXIT_BUG, message, headline)
 
 
@@ -120,7 +122,7 @@ def _lost(plan: RunPlan, logs: Path, attempt: int, ending: Ending) -> Outcome:
     lines = [f"{headline}, where it had been since {time.strftime('%H:%M:%S', time.localtime(beat.since))}."]
     if stack := stack_of(logs, beat.rank):
         lines += ["  it stood at (innermost first):", *(f"    {line}" for line in stack)]
-    if said := _last_lines(own_log):
+    if said := last_lines(own_log, LAST_LINES):
         lines += [f"  its last lines ({relative(own_log)}):", *(f"    {line}" for line in said)]
     if waiting := collectives(logs):
         lines += ["  collectives that ranks wait in:", *(f"    {line}" for line in waiting)]
@@ -151,15 +153,9 @@ def _go_on(folder: Path, step: int, num_steps: int) -> str:
     return f"it goes on from step {step} of {num_steps} with: packhorse resume {relative(folder)}"
 
 
-def _with_lines(head: str, lines: list[str], logs: Path) -> str:
+def _with_lines(head: str, lines: Sequence[str], logs: Path) -> str:
     shown = ("  " + line for line in lines[-LAST_LINES:])
     return "\n".join([f"{head}; its last lines (all of it in {relative(logs)}):", *shown])
-
-
-def _last_lines(log: Path) -> list[str]:
-    if not log.is_file():
-        return []
-    return log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
 
 
 def _tell(plan: RunPlan, attempt: int, state: State, message: str) -> None:

@@ -8,7 +8,8 @@ from typing import Final
 
 import yaml
 
-from packhorse.plan.run_plan import RANK_LOGS_VARIABLE, RunPlan, Topology
+from packhorse.launching.environment import launch_environment
+from packhorse.plan.run_plan import RunPlan, Topology
 from packhorse.recipe.shipped import shipped_path
 
 ADDRESS: Final = "$MASTER_ADDR"
@@ -54,16 +55,6 @@ def torchrun_line(plan: RunPlan, node_rank: str) -> str:
         *plan.argv[-2:],
     ]
     return _line({**launch_environment(topology), **engine_environment(topology)}, words)
-
-
-def launch_environment(topology: Topology) -> dict[str, str]:
-    """What the launcher sets beside the plan's own variables, which the worker sets for itself."""
-    return {
-        "OMP_NUM_THREADS": str(topology.threads_per_process),
-        # Else torch's agent kills the ranks 30 s after a SIGTERM, in the middle of a long save.
-        "PET_SIGNALS_TO_HANDLE": "SIGINT",
-        RANK_LOGS_VARIABLE: "1",
-    }
 
 
 def engine_environment(topology: Topology) -> dict[str, str]:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Final
 
 from packhorse.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from packhorse.launching.places.lines import launch_environment
+from packhorse.launching.environment import launch_environment, programs_first
 from packhorse.launching.run_folder import open_run
 from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.command import launch_argv
@@ -78,10 +78,9 @@ def launch_of(
         )
     launcher, verb, *words = launch_argv(plan.topology, Path(plan.run_folder))
     meet = ["--machine_rank", node_rank, "--main_process_ip", address, "--main_process_port", port]
-    programs = Path(sys.executable).parent
     kept = {name: value for name, value in environment.items() if name not in OF_A_POD}
-    path = f"{programs}{os.pathsep}{environment.get('PATH', os.defpath)}"
-    return [launcher, verb, *meet, *words], {**kept, **launch_environment(plan.topology), "PATH": path}
+    ours = {**launch_environment(plan.topology), "PATH": programs_first(environment)}
+    return [launcher, verb, *meet, *words], {**kept, **ours}
 
 
 if __name__ == "__main__":
