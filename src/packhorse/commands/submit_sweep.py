@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from packhorse.commands.planned_jobs import Submission, planned_jobs, programs_o
 from packhorse.commands.sending import make_run, show_plain, size_words, when_words
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.run_folder import check_free, relative
-from packhorse.launching.slurm.client import Expected, NoSlurmError, SlurmError, cancel, submit_script
-from packhorse.launching.slurm.jobs import JobRecord, append_job
+from packhorse.launching.slurm.client import Expected, NoSlurmError, SlurmError, cancel
+from packhorse.launching.slurm.jobs import JobRecord, append_job, submit_job
 from packhorse.launching.slurm.refusals import explained
 from packhorse.launching.slurm.script import command_script, cpu_request, show, train_request, train_script
 from packhorse.launching.slurm.submit import PlannedJob, check_jobs, sbatch_words
@@ -133,19 +132,11 @@ def _send(sweep: Sweep, expected: Sequence[Expected]) -> list[JobRecord]:
         options = array_words(folder, len(sweep.runs)) if job.kind == "train" else []
         words = sbatch_words(folder, job, depends_on, options)
         try:
-            job_id = submit_script(words)
+            record = submit_job(words, job.kind, depends_on, None if depends_on else start.starts_at)
         except SlurmError as error:
             if records:
                 cancel([each.job_id for each in records])
             raise explained(error, sweep.found[0].site, job.request) from error
-        record = JobRecord(
-            job_id=job_id,
-            kind=job.kind,
-            submitted_at=time.time(),
-            argv=("sbatch", "--parsable", *words),
-            depends_on=depends_on,
-            expected_start=None if depends_on else start.starts_at,
-        )
         append_job(folder, record)
         for run in sweep.runs:
             append_job(member_folder(folder, run.number), _of_one(record, sweep, job, run.number))

@@ -94,7 +94,7 @@ def _asked_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tupl
         raise UserError(
             f"--gpus is {gpus}, which {num_nodes} nodes cannot share equally.",
             "each node runs the same number of processes.",
-            f"set --gpus to {gpus - gpus % num_nodes or num_nodes} or {gpus + num_nodes - gpus % num_nodes}.",
+            f"set --gpus to {_nearest_multiples(gpus, num_nodes)}.",
         )
     topology = Topology(
         device="cuda",

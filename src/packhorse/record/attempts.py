@@ -6,7 +6,6 @@ told from its ranks' heartbeats, and the next launch writes it down.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,6 +22,7 @@ from packhorse.errors import (
 from packhorse.masking import mask
 from packhorse.plan.run_plan import PlanPart
 from packhorse.record.heartbeat import read_heartbeats
+from packhorse.record.lines import append_line, read_lines
 from packhorse.record.rank_records import left_others, read_records
 
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -190,30 +190,11 @@ def _logs(run_folder: Path, attempt: int) -> Path:
 
 
 def _append(run_folder: Path, record: AttemptRecord) -> None:
-    with (run_folder / ATTEMPTS_FILE).open("ab+") as file:
-        # After a power cut the last line may be torn: what follows must not be torn with it.
-        if file.tell() and not _ends_a_line(run_folder / ATTEMPTS_FILE):
-            file.write(b"\n")
-        file.write(record.model_dump_json().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+    append_line(run_folder / ATTEMPTS_FILE, record)
 
 
 def _lines(run_folder: Path) -> list[AttemptRecord]:
-    file = run_folder / ATTEMPTS_FILE
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            found.append(AttemptRecord.model_validate_json(line))
-        except ValueError:  # torn
-            continue
-    return found
+    return read_lines(run_folder / ATTEMPTS_FILE, AttemptRecord)
 
 
 def _from_heartbeats(attempt: int, logs: Path) -> AttemptRecord:

@@ -14,12 +14,23 @@ from packhorse.launching.processes import processes_of
 from packhorse.launching.run_folder import create_run
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.make import make_plan
-from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
 from packhorse.record.heartbeat import Heartbeat
 
 NOW = 1000.0
+PREPARED = DataFacts(
+    folder="/data",
+    content_hash="0",
+    tokenizer="t",
+    num_rows=1,
+    num_packs=1,
+    num_tokens=1,
+    num_supervised_tokens=1,
+    fill=1.0,
+)
+"""Data as a plan that can be run has it."""
 
 
 def planned(folder: Path, **sections: Any) -> RunPlan:

@@ -118,7 +118,7 @@ def record(job_id: str, **more: object) -> JobRecord:
 def test_jobs_of_a_run_are_read_back_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     append_job(tmp_path, record("12"))
     with (tmp_path / "jobs.jsonl").open("a") as file:
-        file.write('{"job_id": "13", "ki\n')
+        file.write('{"job_id": "13", "ki')
     append_job(tmp_path, record("14", depends_on=("12",)))
     assert [each.job_id for each in read_jobs(tmp_path)] == ["12", "14"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching_cases import planned
+from launching_cases import PREPARED, planned
 
 from packhorse.checkpoints.manifest import CheckpointManifest, RunFacts
 from packhorse.errors import EXIT_LOST, EXIT_STOPPED, UserError
@@ -18,7 +18,7 @@ from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.decision import Asked
 from packhorse.launching.slurm.in_job import EXIT_IN_VAIN, begin, end, followed, main
 from packhorse.launching.slurm.jobs import append_job, read_jobs
-from packhorse.plan.run_plan import DataFacts, RunPlan, write_plan
+from packhorse.plan.run_plan import RunPlan, write_plan
 from packhorse.record.attempts import read_attempts
 from packhorse.record.heartbeat import Heartbeat
 from packhorse.record.requests import STOP_FILE
@@ -27,16 +27,6 @@ from packhorse.record.status import Status, read_status, write_status
 JOB = {"SLURM_JOB_ID": "12", "PACKHORSE_CHAIN": "12", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "4"}
 GONE = 2**22 + 1
 """No process has this number: it is above the most that Linux gives."""
-FACTS = DataFacts(
-    folder="/data",
-    content_hash="0",
-    tokenizer="t",
-    num_rows=1,
-    num_packs=1,
-    num_tokens=1,
-    num_supervised_tokens=1,
-    fill=1.0,
-)
 
 
 @pytest.fixture
@@ -44,7 +34,7 @@ def plan(tmp_path: Path) -> RunPlan:
     """Two nodes with a process each, its data prepared."""
     made = planned(tmp_path)
     topology = made.topology.model_copy(update={"num_nodes": 2, "processes_per_node": 1})
-    made = made.model_copy(update={"topology": topology, "data": FACTS})
+    made = made.model_copy(update={"topology": topology, "data": PREPARED})
     write_plan(made, Path(made.run_folder))
     return made
 

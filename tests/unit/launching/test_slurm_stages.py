@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from launching_cases import planned
+from launching_cases import PREPARED, planned
 
 from packhorse.commands import status_jobs
 from packhorse.commands.status import is_under_way, status
@@ -18,21 +18,11 @@ from packhorse.launching.slurm.chain import follow, left_of, submit_again
 from packhorse.launching.slurm.client import JobState, NoSlurmError
 from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, read_jobs
 from packhorse.launching.slurm.stages import Stage, read_ends, record_end, stages_of
-from packhorse.plan.run_plan import DataFacts, write_plan
+from packhorse.plan.run_plan import write_plan
 from packhorse.record.attempts import Begun, begin_attempt
 from packhorse.record.heartbeat import Heartbeat
 from packhorse.record.status import State, Status, write_status
 
-PREPARED = DataFacts(
-    folder="/d",
-    content_hash="h",
-    tokenizer="t",
-    num_rows=1,
-    num_packs=1,
-    num_tokens=1,
-    num_supervised_tokens=1,
-    fill=1.0,
-)
 CHAIN: tuple[Kind, ...] = ("prepare", "train", "evaluate", "verify")
 
 
@@ -294,7 +284,8 @@ def test_a_lock_that_a_job_left_does_not_make_its_run_live(run: Path, monkeypatc
 
 def test_what_is_left_is_submitted_as_before_each_after_the_one_before(run: Path, monkeypatch) -> None:
     typed: list[list[str]] = []
-    monkeypatch.setattr(chain, "submit_script", lambda words: str(typed.append(list(words)) or 50 + len(typed)))
+    sent = lambda words: str(typed.append(list(words)) or 50 + len(typed))  # noqa: E731
+    monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", sent)
     again = submit_again(run, chained()[1:])
     assert typed == [
         ["train.sbatch", "RUN"],

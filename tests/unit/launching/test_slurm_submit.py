@@ -12,7 +12,6 @@ from packhorse.cli import main
 from packhorse.errors import UserError
 from packhorse.launching.lock import hold_for_job, release_job
 from packhorse.launching.run_folder import open_run
-from packhorse.launching.slurm import submit as submitting
 from packhorse.launching.slurm.client import Expected
 from packhorse.launching.slurm.submit import only_submission
 from packhorse.record.status import read_status
@@ -131,7 +130,7 @@ def waiting_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             pass
         return number
 
-    monkeypatch.setattr(submitting, "submit_script", submit_script)
+    monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", submit_script)
     monkeypatch.setattr("packhorse.commands.sending.check_jobs", lambda site, jobs: [Expected(1.0, "n1", "p")] * 2)
     assert main(["submit", "tiny.yaml", "--nodes", "2"]) == 0
     return run

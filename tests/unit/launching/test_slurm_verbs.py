@@ -270,8 +270,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         typed.append(list(words))
         return str(100 + len(typed))
 
-    for module in (submit_sweep, chain):
-        monkeypatch.setattr(module, "submit_script", submit)
+    monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", submit)
     monkeypatch.setattr("packhorse.launching.slurm.submit.refuse_live", lambda _: None)
     for module in (resume_verb, status_jobs):
         monkeypatch.setattr(module, "with_states", lambda records: [(record, None) for record in records])
@@ -380,7 +379,7 @@ def test_a_sweep_that_slurm_refuses_leaves_nothing_behind(here: Path, slurm: lis
             )
         return "101"
 
-    monkeypatch.setattr(submit_sweep, "submit_script", refuse)
+    monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", refuse)
     assert main(["submit", "tiny.yaml", "--array", "seed=1,2"]) == 2
     assert cancelled == ["101"]
     assert [path.name for path in (here / "runs").glob("tiny*")] == []

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.lock import holder, release_job
-from packhorse.launching.slurm.client import depend_on_any, job_states, submit_script
-from packhorse.launching.slurm.jobs import JobRecord, append_job, live_jobs, read_jobs
+from packhorse.launching.slurm.client import depend_on_any, job_states
+from packhorse.launching.slurm.jobs import JobRecord, append_job, live_jobs, read_jobs, submit_job
 from packhorse.launching.slurm.stages import ORDER, Stage
 
 CANCEL_FILE: Final = "CANCEL"
@@ -52,13 +51,7 @@ def submit_again(run_folder: Path, left: Sequence[JobRecord]) -> list[JobRecord]
         depends_on = tuple(each.job_id for each in submitted[-1:])
         kept = [word for word in record.argv[1:] if word.partition("=")[0] not in CHAINED]
         words = [*chained(depends_on), *kept]
-        again = JobRecord(
-            job_id=submit_script(words),
-            kind=record.kind,
-            submitted_at=time.time(),
-            argv=("sbatch", "--parsable", *words),
-            depends_on=depends_on,
-        )
+        again = submit_job(words, record.kind, depends_on)
         append_job(run_folder, again)
         submitted.append(again)
     return submitted

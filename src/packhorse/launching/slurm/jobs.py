@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 from packhorse.errors import UserError
 from packhorse.launching.run_folder import relative
-from packhorse.launching.slurm.client import JobState, job_states
+from packhorse.launching.slurm.client import JobState, job_states, submit_script
 from packhorse.plan.run_plan import PlanPart, RunPlan
+from packhorse.record.lines import append_line, read_lines
 
 JOBS_FILE: Final = "jobs.jsonl"
 
@@ -33,24 +34,39 @@ class JobRecord(PlanPart):
     """The job whose work it goes on with, where the site lets no job be queued again."""
 
 
+def submit_job(
+    words: Sequence[str], kind: Kind, depends_on: tuple[str, ...], expected_start: float | None = None
+) -> JobRecord:
+    """Submits a job.
+
+    Args:
+        words: Options of sbatch, the script, and its arguments.
+        kind: What it does.
+        depends_on: Jobs that must end well before it begins.
+        expected_start: When Slurm thought that it may begin; Unix seconds.
+
+    Raises:
+        NoSlurmError: There is no Slurm here.
+        SlurmError: It is refused.
+    """
+    return JobRecord(
+        job_id=submit_script(words),
+        kind=kind,
+        submitted_at=time.time(),
+        argv=("sbatch", "--parsable", *words),
+        depends_on=depends_on,
+        expected_start=expected_start,
+    )
+
+
 def append_job(run_folder: Path, record: JobRecord) -> None:
     """Adds a line, and waits until it is on disk."""
-    with (run_folder / JOBS_FILE).open("ab") as file:
-        file.write(record.model_dump_json().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(run_folder / JOBS_FILE, record)
 
 
 def read_jobs(run_folder: Path) -> list[JobRecord]:
     """All jobs in the order in which they were submitted; a line that was torn is left out."""
-    file = run_folder / JOBS_FILE
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            found.append(JobRecord.model_validate_json(line))
-        except ValueError:
-            continue
-    return found
+    return read_lines(run_folder / JOBS_FILE, JobRecord)
 
 
 def live_jobs(run_folder: Path) -> list[tuple[JobRecord, JobState]]:

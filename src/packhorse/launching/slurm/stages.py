@@ -6,7 +6,6 @@ run folder says: status.json of training, plan.json of preparing, a line in RUN/
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Final, Literal
 from packhorse.launching.slurm.client import JobState
 from packhorse.launching.slurm.jobs import JobRecord, Kind
 from packhorse.plan.run_plan import PlanPart
+from packhorse.record.lines import append_line, read_lines
 from packhorse.record.status import Status
 
 ENDED_FILE: Final = "ended.jsonl"
@@ -84,24 +84,12 @@ class Stage:
 
 def record_end(run_folder: Path, kind: Kind, job_id: str, exit_code: int) -> None:
     """Adds a line to RUN/ended.jsonl, and waits until it is on disk."""
-    line = StageEnd(job_id=job_id, kind=kind, ended_at=time.time(), exit_code=exit_code).model_dump_json()
-    with (run_folder / ENDED_FILE).open("ab") as file:
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(run_folder / ENDED_FILE, StageEnd(job_id=job_id, kind=kind, ended_at=time.time(), exit_code=exit_code))
 
 
 def read_ends(run_folder: Path) -> dict[str, StageEnd]:
     """By job; of one that was queued again the last."""
-    file = run_folder / ENDED_FILE
-    found: dict[str, StageEnd] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            end = StageEnd.model_validate_json(line)
-        except ValueError:  # torn
-            continue
-        found[end.job_id] = end
-    return found
+    return {end.job_id: end for end in read_lines(run_folder / ENDED_FILE, StageEnd)}
 
 
 def stages_of(

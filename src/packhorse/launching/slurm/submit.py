@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from packhorse.errors import UserError
 from packhorse.launching.lock import only_launcher
 from packhorse.launching.run_folder import relative
 from packhorse.launching.slurm.chain import CANCEL_FILE, chained, release_ended
-from packhorse.launching.slurm.client import Expected, SlurmError, cancel, expect_start, submit_script
-from packhorse.launching.slurm.jobs import JOBS_FILE, JobRecord, Kind, append_job, live_jobs
+from packhorse.launching.slurm.client import Expected, SlurmError, cancel, expect_start
+from packhorse.launching.slurm.jobs import JOBS_FILE, JobRecord, Kind, append_job, live_jobs, submit_job
 from packhorse.launching.slurm.refusals import explained, nodes_are_down, too_much
 from packhorse.launching.slurm.script import JobRequest
 from packhorse.launching.slurm.site import SiteProfile
@@ -158,13 +157,6 @@ def send(run_folder: Path, jobs: Sequence[PlannedJob], expected: Sequence[Expect
 def _sent(run_folder: Path, job: PlannedJob, start: Expected, before: Sequence[JobRecord]) -> JobRecord:
     depends_on = tuple(record.job_id for record in before)
     words = sbatch_words(run_folder, job, depends_on)
-    record = JobRecord(
-        job_id=submit_script(words),
-        kind=job.kind,
-        submitted_at=time.time(),
-        argv=("sbatch", "--parsable", *words),
-        depends_on=depends_on,
-        expected_start=None if before else start.starts_at,
-    )
+    record = submit_job(words, job.kind, depends_on, None if before else start.starts_at)
     append_job(run_folder, record)
     return record
