@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from packhorse.plan.cost.slabs import Slabs
 from packhorse.plan.run_plan import Topology
 
 WEIGHTS_OWNER: Final = 0
@@ -33,21 +34,31 @@ class HostBuffers:
 
     Measured on two CPU cores, 1 GB in tensors of 64 MB: 0.80 s into fresh memory, 0.05 s into memory that was written
     before. Beside a GPU it is pinned, which torch documents as faster to copy to
-    (docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html); this was not measured.
+    (docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html); this was not measured. Many copies lie in one piece
+    of memory, as a storage of their own each: what writes them would clone those that share one.
     """
 
     def __init__(self) -> None:
         self._rooms: dict[str, Tensor] = {}
+        self._slabs = Slabs()
+        self._memory: list[Tensor] = []
 
     def copy(self, name: str, tensor: Tensor, num_rows: int | None = None) -> Tensor:
         """A copy on the CPU, filled up with anything to `num_rows`; the next one of that name takes its place."""
         shape = tensor.shape if num_rows is None else (num_rows, *tensor.shape[1:])
         room = self._rooms.get(name)
         if room is None or room.shape != shape or room.dtype != tensor.dtype:
-            room = torch.empty(shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._rooms[name] = room
+            room = self._rooms[name] = self._room(torch.Size(shape), tensor.dtype, pinned=tensor.is_cuda)
         (room if num_rows is None else room[: len(tensor)]).copy_(tensor.detach())
         return room
+
+    def _room(self, shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
+        if not shape.numel():
+            return torch.empty(shape, dtype=dtype)
+        slab, begin = self._slabs.place(shape.numel() * dtype.itemsize)
+        if slab == len(self._memory):
+            self._memory.append(torch.empty(self._slabs.sizes[slab], dtype=torch.uint8, pin_memory=pinned))
+        return torch.frombuffer(self._memory[slab].numpy(), dtype=dtype, count=shape.numel(), offset=begin).view(shape)
 
 
 class ShardGroup:

@@ -15,6 +15,7 @@ from typing import Final
 
 from packhorse.plan.cost import states
 from packhorse.plan.cost.held import Held, held_weights
+from packhorse.plan.cost.slabs import slabs_bytes
 from packhorse.plan.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 
@@ -162,7 +163,8 @@ def buffers_bytes(plan: RunPlan, held: Sequence[Held]) -> int:
     here = range(plan.topology.processes_per_node)
     if plan.topology.engine in ("fsdp2", "hsdp"):
         return sum(_rows_bytes(plan, weights, owned, rank) for rank in here)
-    return sum(_buffer(plan, each.bytes) for each in (*weights, *(each for rank in here for each in owned[rank])))
+    first = [each.bytes for each in weights]
+    return sum(_buffers(plan, [*(first if rank == 0 else ()), *(each.bytes for each in owned[rank])]) for rank in here)
 
 
 def _rows_bytes(plan: RunPlan, weights: Sequence[Saved], owned: Sequence[Sequence[Saved]], rank: int) -> int:
@@ -170,7 +172,7 @@ def _rows_bytes(plan: RunPlan, weights: Sequence[Saved], owned: Sequence[Sequenc
     ranks = states.shard_ranks(plan)
     first = rank // ranks * ranks
     theirs = [each for owner in owned[first : first + ranks] for each in owner]
-    return sum(_buffer(plan, each.rows_bytes(ranks)) for each in (*theirs, *(weights if first == 0 else ())))
+    return _buffers(plan, [each.rows_bytes(ranks) for each in (*(weights if first == 0 else ()), *theirs)])
 
 
 def _owned(plan: RunPlan, held: Sequence[Held]) -> list[list[Saved]]:
@@ -190,14 +192,9 @@ def _in_file(owned: Sequence[Saved]) -> int:
     return min(_bytes(owned), FILE_BYTES + max((each.bytes for each in owned), default=0))
 
 
-def _buffer(plan: RunPlan, size: int) -> int:
-    """Room for a copy; pinned memory comes in powers of two (torch's CachingHostAllocator)."""
-    return pinned_bytes(size) if plan.topology.device == "cuda" else size
-
-
-def pinned_bytes(size: int) -> int:
-    """The least power of two that holds so many bytes."""
-    return 1 << (size - 1).bit_length() if size else 0
+def _buffers(plan: RunPlan, sizes: Sequence[int]) -> int:
+    """Room for copies on one rank; of what is not pinned only the pages that are written are taken."""
+    return slabs_bytes(sizes) if plan.topology.device == "cuda" else sum(sizes)
 
 
 def _bytes(tensors: Iterable[Saved]) -> int:

@@ -12,7 +12,8 @@ from packhorse.plan.cost.activations import count_activations
 from packhorse.plan.cost.component import Component, total_bytes
 from packhorse.plan.cost.held import WIDTHS, Held, compute_width, held_weights
 from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.cost.saved import copies_bytes, pinned_bytes, room_of
+from packhorse.plan.cost.saved import copies_bytes, room_of
+from packhorse.plan.cost.slabs import pinned_bytes
 from packhorse.plan.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 
