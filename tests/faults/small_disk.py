@@ -9,9 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from cli import PACKHORSE, Typed, environment
+from missing_parts import missing
 
 IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
@@ -19,7 +18,7 @@ IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 def need_small_disks() -> None:
     """Skips where this machine gives its users no mount namespaces."""
     if shutil.which("unshare") is None or subprocess.run([*IN_A_NAMESPACE, "true"], capture_output=True).returncode:
-        pytest.skip("this machine allows no mount namespaces; what is full is then only played (test_writing.py)")
+        missing("this machine allows no mount namespaces; what is full is then only played (test_writing.py)")
 
 
 def python_on_small_disk(program: Path, disk: Path, size_kib: int, *words: str) -> Typed:
