@@ -11,7 +11,7 @@ from cluster import Cluster
 
 from cli import curve, packhorse
 from packhorse.cli import main
-from packhorse.commands.planned_jobs import planned_jobs, submission
+from packhorse.commands.planned_jobs import Asked, planned_jobs, submission
 from packhorse.errors import UserError
 from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.lock import only_launcher
@@ -104,7 +104,7 @@ def test_of_two_submissions_at_once_one_is_sent(folder: Path, cluster: Cluster, 
     write_site(folder, options=["--hold"])
     assert main(["submit", "tiny.yaml"]) == 0
     run = folder / "runs" / "tiny"
-    found = submission("runs/tiny", [], "", None, None, "", False)
+    found = submission("runs/tiny", [], Asked())
     jobs = planned_jobs(found)
     # The other one has looked for live jobs before this one sent its own.
     with pytest.raises(UserError, match="runs/tiny is submitted already: job"):

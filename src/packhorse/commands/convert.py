@@ -8,7 +8,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from packhorse.commands.plan import pairs
+from packhorse.commands.lines import pairs
 from packhorse.data.converting.convert import Conversion, Target, convert_file
 from packhorse.data.converting.prices import RULE, TokenCount, default_epochs, read_prices
 from packhorse.data.formats.bad_row import closest

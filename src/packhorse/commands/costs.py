@@ -12,7 +12,9 @@ from packhorse.data.places import data_root
 from packhorse.plan.cost.case import Basis, Guessed
 from packhorse.plan.cost.gpus import GpuProfile, gpu_of_device
 from packhorse.plan.cost.packs import PackFigures
+from packhorse.plan.cost.saved import CheckpointRoom, checkpoint_room
 from packhorse.plan.hardware import Hardware
+from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.schema import Recipe
 
 GBIT_TO_GB = 1 / 8
@@ -62,6 +64,17 @@ def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, term
     network = None if terms.network_gbit is None else terms.network_gbit * GBIT_TO_GB
     host = here.host_bytes if _gpu_here(here) == gpu else None
     return Basis(shape, packs, gpu, validation, network, terms.price, host_bytes=host)
+
+
+def room_on_disk(made: RunPlan, vocab_size: int | None) -> CheckpointRoom | None:
+    """What the checkpoints of a run take; None where the model's weights cannot be counted ahead.
+
+    Args:
+        made: The run.
+        vocab_size: Size of the tokenizer, which a fresh model takes.
+    """
+    shape = known_shape(made.recipe, vocab_size)
+    return None if isinstance(shape, Unknown) else checkpoint_room(made, shape)
 
 
 def with_guess(basis: Basis, recipe: Recipe) -> Basis:

@@ -10,8 +10,9 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from packhorse.commands.lines import pairs
 from packhorse.commands.parameters import parameter_lines, show_parameters
-from packhorse.commands.plan import manifest_if_prepared, pairs
+from packhorse.commands.prepared import manifest_if_prepared
 from packhorse.commands.waiting import prepare_run
 from packhorse.data.audit import audit
 from packhorse.data.audit_report import AuditReport

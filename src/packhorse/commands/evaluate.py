@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from packhorse.commands.plan import require_data
+from packhorse.commands.prepared import require_data
 from packhorse.data.manifest import TestLook
 from packhorse.data.packs.store import SEALED_SPLIT
 from packhorse.data.rendering.tokenizer import tokenizer_of

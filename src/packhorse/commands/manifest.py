@@ -6,18 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from packhorse.commands.costs import basis_of
-from packhorse.commands.parameters import Unknown
-from packhorse.commands.plan import data_facts, manifest_if_prepared, read_gpus
-from packhorse.data.places import data_root
+from packhorse.commands.inquiry import inquire, read_gpus
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.places.manifests import KINDS, manifest_text
 from packhorse.launching.places.request import read_request
 from packhorse.launching.run_folder import open_run
 from packhorse.plan.auto import plan_best
-from packhorse.plan.compare import Wanted
 from packhorse.plan.cost.case import case_of
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.recipe.load import load_recipe
 
@@ -52,14 +47,7 @@ def _plan_of(recipe: str, overrides: Sequence[str], gpus: str, nodes: int | None
             )
         return open_run(recipe)
     loaded = load_recipe(recipe, overrides, check_environment=False)
-    found = manifest_if_prepared(loaded)
-    facts = data_facts(data_root(loaded) / found.content_hash, found) if found else None
-    here = detect_hardware()
-    ask, terms = read_gpus(gpus, nodes)
-    basis = basis_of(loaded, found, here, terms)
-    wanted = Wanted(loaded, ask, here, facts)
-    if isinstance(basis, Unknown):
-        return plan_best(wanted, None)
-    plan = plan_best(wanted, basis)
-    case = case_of(plan, basis)
+    found = inquire(loaded, *read_gpus(gpus, nodes))
+    plan = plan_best(found.wanted, found.known)
+    case = case_of(plan, found.known) if found.known is not None else None
     return case.noted() if case is not None else plan

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from packhorse.commands.planned_jobs import Submission, planned_jobs, programs_of, submission
+from packhorse.commands.planned_jobs import Asked, Submission, planned_jobs, programs_of, submission
 from packhorse.commands.sending import show_or_send
-from packhorse.commands.submit import Asked
 from packhorse.launching.slurm.jobs import Kind
 from packhorse.launching.slurm.script import JobRequest, command_script, cpu_request, gpu_request
 from packhorse.launching.slurm.submit import PlannedJob
@@ -22,7 +21,7 @@ def pipeline(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> in
         UserError: As `packhorse submit`.
     """
     wish = Asked(**asked)
-    found = submission(recipe, overrides, wish.site, wish.nodes, wish.gpus_per_node, wish.time, wish.force)
+    found = submission(recipe, overrides, wish)
     return show_or_send(found, [*planned_jobs(found), *_jobs_after(found)], wish.dry_run)
 
 

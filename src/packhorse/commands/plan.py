@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.commands.calibrate import measured_of
-from packhorse.commands.costs import Terms, basis_of, with_guess
-from packhorse.commands.parameters import Unknown, known_shape, parameter_lines, show_parameters
+from packhorse.commands.costs import Terms, room_on_disk, with_guess
+from packhorse.commands.inquiry import inquire, read_gpus
+from packhorse.commands.lines import pairs, shown
+from packhorse.commands.parameters import Unknown, parameter_lines, show_parameters
 from packhorse.commands.plan_values import least_value, plan_value, scaling_value, ways_value
 from packhorse.commands.plan_view import (
     change_table,
@@ -31,27 +31,20 @@ from packhorse.commands.plan_view import (
     verdict_words,
     ways_table,
 )
-from packhorse.data.identity import find_prepared
-from packhorse.data.manifest import DataManifest, read_manifest
-from packhorse.data.places import data_root
-from packhorse.data.stored import require_sizes
 from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.places.lines import lines_of_nodes
 from packhorse.launching.run_folder import open_run, relative
-from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.auto import plan_best
 from packhorse.plan.changes import Change, changes_that_fit
 from packhorse.plan.command import job_argv, launch_files
 from packhorse.plan.compare import Wanted, chosen_of, every_way
 from packhorse.plan.cost.case import Basis, Case, case_of
-from packhorse.plan.cost.gpus import find_gpu, known_gpus, parse_gpus
-from packhorse.plan.cost.saved import CheckpointRoom, checkpoint_room
+from packhorse.plan.cost.gpus import find_gpu, known_gpus
 from packhorse.plan.cost.scaling import Counted, scale
 from packhorse.plan.difference import differences
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.least import least_hardware
-from packhorse.plan.run_plan import DataFacts, RunPlan
+from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
@@ -93,17 +86,14 @@ def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
     """Shows what would run, whether it fits, how long it takes; prepares nothing, writes nothing."""
     wish = Asked(**asked)
     loaded = load_recipe(recipe, overrides, check_environment=False)
-    manifest = manifest_if_prepared(loaded)
-    facts = data_facts(data_root(loaded) / manifest.content_hash, manifest) if manifest else None
-    console, here = Console(), detect_hardware()
+    console = Console()
     if wish.gpus.startswith("auto"):
-        return _least(console, Wanted(loaded, Ask(), here, facts), wish, manifest)
-    ask, terms = read_gpus(wish.gpus, wish.nodes, wish.network_gbit, wish.price)
-    basis = basis_of(loaded, manifest, here, terms)
+        return _least(console, loaded, wish)
+    found = inquire(loaded, *read_gpus(wish.gpus, wish.nodes, wish.network_gbit, wish.price))
+    wanted, basis = found.wanted, found.basis
     if not isinstance(basis, Unknown):
         basis = with_guess(basis, loaded)
         basis = replace(basis, measured=measured_of(open_run(wish.calibrate)) if wish.calibrate else None)
-    wanted = Wanted(loaded, ask, here, facts)
     if wish.compare:
         return _compare(console, wanted, basis, wish.as_json)
     if wish.scale:
@@ -122,26 +112,12 @@ def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
         if wish.as_json:
             _print_json(plan_value(made, case, unknown, changes, _now()))
         else:
-            vocab_size = manifest.vocab_size if manifest else None
-            _show(console, made, vocab_size)
+            _show(console, made, found.vocab_size)
             _show_costs(console, case, unknown, changes, wish.gpus)
     return EXIT_OK
 
 
-def read_gpus(
-    gpus: str, nodes: int | None, network_gbit: float | None = None, price: float | None = None
-) -> tuple[Ask, Terms]:
-    """What `--gpus`, `--nodes` and what belongs to them say.
-
-    Raises:
-        UserError: `--gpus` is no number of GPUs, or no GPU is called so.
-    """
-    asked = parse_gpus(gpus) if gpus else None
-    kind = asked.gpu if asked else None
-    return Ask(asked.count if asked else None, nodes), Terms(kind, network_gbit, price)
-
-
-def _least(console: Console, wanted: Wanted, wish: Asked, manifest: DataManifest | None) -> int:
+def _least(console: Console, recipe: Recipe, wish: Asked) -> int:
     """`--gpus auto`: the fewest GPUs of one kind, or of each."""
     name = wish.gpus.removeprefix("auto").lstrip("x×*").strip()
     kinds = [find_gpu(name)] if name else list(known_gpus().values())
@@ -151,14 +127,15 @@ def _least(console: Console, wanted: Wanted, wish: Asked, manifest: DataManifest
             "as many nodes are taken as the GPUs need, at 8 a node.",
             "leave --nodes out.",
         )
-    basis = basis_of(wanted.recipe, manifest, wanted.here, Terms(kinds[0], wish.network_gbit, wish.price))
+    found = inquire(recipe, Ask(), Terms(kinds[0], wish.network_gbit, wish.price))
+    basis = found.basis
     if isinstance(basis, Unknown):
-        raise _not_known(basis, wanted.recipe)
-    found = least_hardware(wanted, with_guess(basis, wanted.recipe), kinds)
+        raise _not_known(basis, recipe)
+    least = least_hardware(found.wanted, with_guess(basis, recipe), kinds)
     if wish.as_json:
-        _print_json(least_value(found))
+        _print_json(least_value(least))
     else:
-        console.print(least_table(found))
+        console.print(least_table(least))
         console.print(f"from {_assumed(basis)}", style="dim", highlight=False)
     return EXIT_OK
 
@@ -234,50 +211,6 @@ def _print_json(value: Any) -> None:  # noqa: ANN401
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
-    """What is said of the prepared data; None where there is none, or it is far from here."""
-    if not data_root(recipe).is_dir():
-        return None
-    try:
-        return find_prepared(recipe)
-    except UserError:
-        return None
-
-
-def require_data(plan: RunPlan) -> DataFacts:
-    """The prepared data of a run, which must still be there, each file as long as it was written.
-
-    Raises:
-        UserError: It is gone, or a file of it is missing or has another size.
-    """
-    require_planned(plan)
-    assert plan.data is not None
-    manifest = read_manifest(Path(plan.data.folder))
-    if manifest is not None:
-        require_sizes(Path(plan.data.folder), manifest)
-        return plan.data
-    raise UserError(
-        f"the prepared data of this run, {plan.data.folder}, is gone.",
-        "packs and held-out rows are read from there.",
-        f"make it again: packhorse prepare {relative(plan.run_folder)}/recipe.yaml",
-    )
-
-
-def data_facts(folder: Path, manifest: DataManifest) -> DataFacts:
-    """What the plan says of prepared data."""
-    split = manifest.splits["train"]
-    return DataFacts(
-        folder=str(folder.absolute()),
-        content_hash=manifest.content_hash,
-        tokenizer=manifest.tokenizer,
-        num_rows=split.num_rows,
-        num_packs=split.num_packs,
-        num_tokens=split.num_tokens,
-        num_supervised_tokens=split.num_supervised_tokens,
-        fill=split.fill,
-    )
-
-
 def _show(console: Console, made: RunPlan, vocab_size: int | None) -> None:
     topology, batch = made.topology, made.batch
     tokens = batch.packs_per_step * batch.length_tokens
@@ -330,34 +263,8 @@ def _now() -> datetime:
     return datetime.now().astimezone()
 
 
-def room_on_disk(made: RunPlan, vocab_size: int | None) -> CheckpointRoom | None:
-    """What the checkpoints of a run take; None where the model's weights cannot be counted ahead.
-
-    Args:
-        made: The run.
-        vocab_size: Size of the tokenizer, which a fresh model takes.
-    """
-    shape = known_shape(made.recipe, vocab_size)
-    return None if isinstance(shape, Unknown) else checkpoint_room(made, shape)
-
-
 def _room(made: RunPlan, vocab_size: int | None) -> str:
     room = room_on_disk(made, vocab_size)
     if room is None:
         return "their size is known when the model is loaded; whether the disk holds them is not checked before"
     return f"{size(room.each_bytes)} each, {room.count} at once at most: {size(room.total_bytes)}"
-
-
-def pairs(lines: Sequence[tuple[str, str]]) -> Table:
-    """A label and a text a line, folded to the width of the terminal."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in lines:
-        table.add_row(label, Text(text))
-    return table
-
-
-def shown(argv: Sequence[str]) -> str:
-    """A command as it would be typed here."""
-    return shlex.join(relative(word) for word in argv)

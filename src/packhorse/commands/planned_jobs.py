@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from packhorse.commands.costs import basis_of
+from packhorse.commands.costs import basis_of, room_on_disk
 from packhorse.commands.fitting import draft_plan, fitting_plan
 from packhorse.commands.parameters import Unknown
-from packhorse.commands.plan import data_facts, require_data, room_on_disk
+from packhorse.commands.prepared import data_facts, require_data
 from packhorse.commands.waiting import SITE_RECORD, terms_of
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import read_manifest
@@ -40,6 +40,27 @@ from packhorse.track.sinks import METRICS_FILE, read_metrics
 
 TIME_WORDS: Final = "at most"
 GIB: Final = 2**30
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for.
+
+    Attributes:
+        nodes: Nodes; None takes those of the run, or one.
+        gpus_per_node: GPUs of each; None takes those of the run, or the site's.
+        site: A site profile; empty takes the run's own, or `site.yaml` of this folder.
+        time: Time limit of the job; empty takes the site's.
+        dry_run: Only show.
+        force: Even if the GPUs cannot hold it.
+    """
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    site: str = ""
+    time: str = ""
+    dry_run: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,22 +97,14 @@ class Submission:
         return f"about {hours:,.1f} h of steps, and a job takes {self.site.time} {TIME_WORDS}{goes_on}"
 
 
-def submission(
-    recipe: str,
-    overrides: Sequence[str],
-    site: str,
-    nodes: int | None,
-    gpus_per_node: int | None,
-    time: str,
-    force: bool,
-) -> Submission:
+def submission(recipe: str, overrides: Sequence[str], asked: Asked) -> Submission:
     """Plans a new run of a recipe, or takes a run that is there; all that can be refused without Slurm is.
 
     Raises:
         UserError: Anything that the user can mend.
     """
     run = Path(open_run(recipe).run_folder) if is_run(recipe) else None
-    profile = with_time(_site(site, run), time)
+    profile, gpus_per_node = with_time(_site(asked.site, run), asked.time), asked.gpus_per_node
     if gpus_per_node is not None and gpus_per_node > profile.gpus_per_node:
         raise UserError(
             f"--gpus-per-node is {gpus_per_node}, and a node of {profile.name} has {profile.gpus_per_node} GPUs.",
@@ -101,8 +114,9 @@ def submission(
             else "leave it out: parallel.processes of the recipe are shared by the nodes.",
         )
     if run is None:
-        return _new(recipe, overrides, profile, nodes or 1, gpus_per_node or profile.gpus_per_node, force)
-    return _again(run, overrides, profile, nodes, gpus_per_node)
+        per_node = gpus_per_node or profile.gpus_per_node
+        return _new(recipe, overrides, profile, asked.nodes or 1, per_node, asked.force)
+    return _again(run, overrides, profile, asked.nodes, gpus_per_node)
 
 
 def planned_jobs(found: Submission) -> list[PlannedJob]:

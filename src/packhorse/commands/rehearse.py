@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from packhorse.commands.costs import basis_of
-from packhorse.commands.parameters import Unknown
-from packhorse.commands.plan import data_facts, manifest_if_prepared, pairs, read_gpus
-from packhorse.data.places import data_root
+from packhorse.commands.inquiry import inquire, read_gpus
+from packhorse.commands.lines import pairs
 from packhorse.errors import EXIT_BUG, EXIT_OK, UserError
 from packhorse.plan.architectures import find_configuration
 from packhorse.plan.auto import plan_best
-from packhorse.plan.compare import Wanted
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.load import load_recipe
 
@@ -43,17 +39,14 @@ def rehearse(recipe: str, overrides: Sequence[str], gpus: str, nodes: int | None
             "a rehearsal is that of one plan, and auto looks through many.",
             "name the GPUs, for example --gpus 8xH100-80GB.",
         )
-    manifest, here = manifest_if_prepared(loaded), detect_hardware()
-    facts = data_facts(data_root(loaded) / manifest.content_hash, manifest) if manifest else None
-    ask, terms = read_gpus(gpus, nodes)
-    basis = basis_of(loaded, manifest, here, terms)
-    made = plan_best(Wanted(loaded, ask, here, facts), None if isinstance(basis, Unknown) else basis)
+    found = inquire(loaded, *read_gpus(gpus, nodes))
+    made = plan_best(found.wanted, found.known)
     # Before torch is imported: a rehearsal takes no GPU, also where there is one.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     from packhorse.train.rehearse import rehearse as step
 
-    done = step(made, find_configuration(made.recipe, manifest.vocab_size if manifest else None))
+    done = step(made, find_configuration(made.recipe, found.vocab_size))
     if as_json:
         sys.stdout.write(json.dumps(asdict(done), indent=2) + "\n")
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.commands.plan import pairs
+from packhorse.commands.lines import pairs
 from packhorse.commands.planned_jobs import TIME_WORDS, Submission
 from packhorse.commands.waiting import SITE_RECORD
 from packhorse.errors import EXIT_OK

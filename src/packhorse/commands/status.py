@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.commands.plan import pairs
+from packhorse.commands.lines import pairs
 from packhorse.commands.status_jobs import clock, failure_lines, job_lines, read_stages, state_words
 from packhorse.commands.status_sweep import show_sweep
 from packhorse.errors import EXIT_OK

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.commands.plan import pairs
-from packhorse.commands.planned_jobs import Submission, planned_jobs, programs_of, submission
+from packhorse.commands.lines import pairs
+from packhorse.commands.planned_jobs import Asked, Submission, planned_jobs, programs_of, submission
 from packhorse.commands.sending import make_run, show_plain, size_words, when_words
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.run_folder import check_free, relative
@@ -44,16 +44,7 @@ class Sweep:
     jobs: Sequence[PlannedJob]
 
 
-def submit_sweep(
-    recipe: str,
-    overrides: Sequence[str],
-    site: str,
-    nodes: int | None,
-    gpus_per_node: int | None,
-    time_limit: str,
-    force: bool,
-    dry_run: bool,
-) -> int:
+def submit_sweep(recipe: str, overrides: Sequence[str], asked: Asked) -> int:
     """Submits every run of a sweep, or shows what would be submitted.
 
     Raises:
@@ -66,10 +57,10 @@ def submit_sweep(
     found = []
     for run in runs:
         own = [*overrides, "sweep={}", f"name={run.recipe.name}", *run.overrides]
-        found.append(submission(recipe, own, site, nodes, gpus_per_node, time_limit, force))
+        found.append(submission(recipe, own, asked))
     sweep = Sweep(recipe, folder, runs, found, _jobs(folder, runs, found))
     console = Console()
-    if dry_run:
+    if asked.dry_run:
         _show(console, sweep)
         return EXIT_OK
     try:

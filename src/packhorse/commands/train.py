@@ -8,10 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.commands.costs import Terms, basis_of
+from packhorse.commands.costs import Terms, basis_of, room_on_disk
 from packhorse.commands.fitting import draft_plan, fitting_plan
+from packhorse.commands.inquiry import read_gpus
+from packhorse.commands.lines import shown
 from packhorse.commands.parameters import Unknown
-from packhorse.commands.plan import data_facts, read_gpus, require_data, room_on_disk, shown
+from packhorse.commands.prepared import data_facts, require_data
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.places import data_root

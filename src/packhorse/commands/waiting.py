@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from packhorse.commands.costs import Terms, basis_of
+from packhorse.commands.costs import Terms, basis_of, room_on_disk
 from packhorse.commands.fitting import fitting_plan
-from packhorse.commands.plan import data_facts, room_on_disk
+from packhorse.commands.prepared import data_facts
 from packhorse.data.manifest import DataManifest
 from packhorse.data.places import data_root
 from packhorse.errors import UserError

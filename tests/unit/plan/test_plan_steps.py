@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.commands.plan import data_facts
+from packhorse.commands.prepared import data_facts
 from packhorse.data.manifest import read_manifest
 from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader

@@ -1,0 +1,71 @@
+"""What is asked of a recipe, and what an answer can be based on; nothing is prepared or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packhorse.commands.costs import Terms, basis_of
+from packhorse.commands.parameters import Unknown
+from packhorse.commands.prepared import data_facts, manifest_if_prepared
+from packhorse.data.manifest import DataManifest
+from packhorse.data.places import data_root
+from packhorse.plan.compare import Wanted
+from packhorse.plan.cost.case import Basis
+from packhorse.plan.cost.gpus import parse_gpus
+from packhorse.plan.hardware import detect_hardware
+from packhorse.plan.topology import Ask
+from packhorse.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """A recipe on GPUs that need not be here, with data that need not be prepared.
+
+    Attributes:
+        wanted: The recipe, its data and the GPUs.
+        basis: What is known of model, packs and GPU, or what is not.
+        manifest: Of the data, where it is prepared.
+    """
+
+    wanted: Wanted
+    basis: Basis | Unknown
+    manifest: DataManifest | None
+
+    @property
+    def known(self) -> Basis | None:
+        """The basis of figures; None where there can be none."""
+        return None if isinstance(self.basis, Unknown) else self.basis
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Of the tokenizer, where the data is prepared."""
+        return self.manifest.vocab_size if self.manifest is not None else None
+
+
+def inquire(recipe: Recipe, ask: Ask, terms: Terms) -> Inquiry:
+    """Looks at this machine, at the model's shape and for prepared data.
+
+    Args:
+        recipe: With its overrides.
+        ask: GPUs and nodes of the command line.
+        terms: What it says of them beside their number.
+
+    Raises:
+        UserError: As `costs.basis_of`.
+    """
+    manifest, here = manifest_if_prepared(recipe), detect_hardware()
+    facts = data_facts(data_root(recipe) / manifest.content_hash, manifest) if manifest is not None else None
+    return Inquiry(Wanted(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms), manifest)
+
+
+def read_gpus(
+    gpus: str, nodes: int | None, network_gbit: float | None = None, price: float | None = None
+) -> tuple[Ask, Terms]:
+    """What `--gpus`, `--nodes` and what belongs to them say.
+
+    Raises:
+        UserError: `--gpus` is no number of GPUs, or no GPU is called so.
+    """
+    asked = parse_gpus(gpus) if gpus else None
+    kind = asked.gpu if asked else None
+    return Ask(asked.count if asked else None, nodes), Terms(kind, network_gbit, price)

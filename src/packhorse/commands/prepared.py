@@ -1,0 +1,59 @@
+"""Prepared data as commands meet it: what is said of it in a plan, and whether it is still there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from packhorse.data.identity import find_prepared
+from packhorse.data.manifest import DataManifest, read_manifest
+from packhorse.data.places import data_root
+from packhorse.data.stored import require_sizes
+from packhorse.errors import UserError
+from packhorse.launching.run_folder import relative
+from packhorse.launching.slurm.jobs import require_planned
+from packhorse.plan.run_plan import DataFacts, RunPlan
+from packhorse.recipe.schema import Recipe
+
+
+def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
+    """What is said of the prepared data; None where there is none, or it is far from here."""
+    if not data_root(recipe).is_dir():
+        return None
+    try:
+        return find_prepared(recipe)
+    except UserError:
+        return None
+
+
+def data_facts(folder: Path, manifest: DataManifest) -> DataFacts:
+    """What the plan says of prepared data."""
+    split = manifest.splits["train"]
+    return DataFacts(
+        folder=str(folder.absolute()),
+        content_hash=manifest.content_hash,
+        tokenizer=manifest.tokenizer,
+        num_rows=split.num_rows,
+        num_packs=split.num_packs,
+        num_tokens=split.num_tokens,
+        num_supervised_tokens=split.num_supervised_tokens,
+        fill=split.fill,
+    )
+
+
+def require_data(plan: RunPlan) -> DataFacts:
+    """The prepared data of a run, which must still be there, each file as long as it was written.
+
+    Raises:
+        UserError: It is gone, or a file of it is missing or has another size.
+    """
+    require_planned(plan)
+    assert plan.data is not None
+    manifest = read_manifest(Path(plan.data.folder))
+    if manifest is not None:
+        require_sizes(Path(plan.data.folder), manifest)
+        return plan.data
+    raise UserError(
+        f"the prepared data of this run, {plan.data.folder}, is gone.",
+        "packs and held-out rows are read from there.",
+        f"make it again: packhorse prepare {relative(plan.run_folder)}/recipe.yaml",
+    )
