@@ -106,7 +106,7 @@ def test_a_stage_that_fails_stops_the_rest_and_resume_goes_on_from_there(
 
 
 def test_an_array_trains_a_run_for_each_value_and_status_compares_them(here: Path, cluster: Cluster, capsys) -> None:
-    words = ["submit", "tiny.yaml", "name=rates", "--array", "optimizer.learning_rate=1e-2,1e-4"]
+    words = ["submit", "tiny.yaml", "name=rates", "--array", "optimizer.learning_rate=1e-2,1e-4", "--at-once", "2"]
     assert main(words) == 0
     array = read_jobs(here / "runs" / "rates")[-1].job_id
     for number in (1, 2):

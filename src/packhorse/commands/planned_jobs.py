@@ -53,6 +53,7 @@ class Asked:
         time: Time limit of the job; empty takes the site's.
         dry_run: Only show.
         force: Even if the GPUs cannot hold it.
+        at_once: Runs of a sweep that may run at the same time; None leaves it to Slurm.
     """
 
     nodes: int | None = None
@@ -61,6 +62,7 @@ class Asked:
     time: str = ""
     dry_run: bool = False
     force: bool = False
+    at_once: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from packhorse.commands.planned_jobs import Asked, is_run, planned_jobs, submission
 from packhorse.commands.sending import show_or_send
 from packhorse.commands.submit_sweep import submit_sweep
+from packhorse.errors import UserError
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import is_sweep
 
@@ -21,5 +22,11 @@ def submit(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
     wish = Asked(**asked)
     if not is_run(recipe) and is_sweep(load_recipe(recipe, overrides)):
         return submit_sweep(recipe, overrides, wish)
+    if wish.at_once is not None:
+        raise UserError(
+            f"--at-once is {wish.at_once}, and {recipe} is one run.",
+            "it says how many runs of a sweep may run at the same time.",
+            "leave it out, or vary a field: --array seed=1,2,3.",
+        )
     found = submission(recipe, overrides, wish)
     return show_or_send(found, planned_jobs(found), wish.dry_run)

@@ -35,6 +35,7 @@ class Sweep:
         runs: Which there are.
         found: Each as it would be submitted alone.
         jobs: Those of the whole sweep: one that prepares what data is not prepared yet, and the array.
+        at_once: Tasks of the array that may run at the same time; None leaves it to Slurm.
     """
 
     recipe: str
@@ -42,6 +43,7 @@ class Sweep:
     runs: Sequence[SweepRun]
     found: Sequence[Submission]
     jobs: Sequence[PlannedJob]
+    at_once: int | None
 
 
 def submit_sweep(recipe: str, overrides: Sequence[str], asked: Asked) -> int:
@@ -58,7 +60,7 @@ def submit_sweep(recipe: str, overrides: Sequence[str], asked: Asked) -> int:
     for run in runs:
         own = [*overrides, "sweep={}", f"name={run.recipe.name}", *run.overrides]
         found.append(submission(recipe, own, asked))
-    sweep = Sweep(recipe, folder, runs, found, _jobs(folder, runs, found))
+    sweep = Sweep(recipe, folder, runs, found, _jobs(folder, runs, found), asked.at_once)
     console = Console()
     if asked.dry_run:
         _show(console, sweep)
@@ -83,9 +85,10 @@ def submit_sweep(recipe: str, overrides: Sequence[str], asked: Asked) -> int:
     return EXIT_OK
 
 
-def array_words(folder: Path, count: int) -> list[str]:
+def array_words(sweep: Sweep) -> list[str]:
     """Options of the array: a task for each run, whose log stands with that run (filename pattern in sbatch(1))."""
-    return [f"--array=1-{count}", f"--output={folder}-%a/logs/job-%A_%a.out"]
+    most = f"%{sweep.at_once}" if sweep.at_once is not None else ""
+    return [f"--array=1-{len(sweep.runs)}{most}", f"--output={sweep.folder}-%a/logs/job-%A_%a.out"]
 
 
 def _jobs(folder: Path, runs: Sequence[SweepRun], found: Sequence[Submission]) -> list[PlannedJob]:
@@ -120,7 +123,7 @@ def _send(sweep: Sweep, expected: Sequence[Expected]) -> list[JobRecord]:
         (folder / job.script_name).write_text(job.script, encoding="utf-8")
     for job, start in zip(sweep.jobs, expected, strict=True):
         depends_on = tuple(each.job_id for each in records)
-        options = array_words(folder, len(sweep.runs)) if job.kind == "train" else []
+        options = array_words(sweep) if job.kind == "train" else []
         words = sbatch_words(folder, job, depends_on, options)
         try:
             record = submit_job(words, job.kind, depends_on, None if depends_on else start.starts_at)
@@ -152,7 +155,7 @@ def _show(console: Console, sweep: Sweep) -> None:
     commands = []
     for job in sweep.jobs:
         show_plain(console, f"# {folder / job.script_name}\n{job.script}")
-        options = array_words(folder, len(sweep.runs)) if job.kind == "train" else []
+        options = array_words(sweep) if job.kind == "train" else []
         commands.append(show(["sbatch", "--parsable", *sbatch_words(folder, job, before, options)]))
         before = (f"JOB_{job.kind}",)
     show_plain(console, "\n".join(["# commands", *commands]))

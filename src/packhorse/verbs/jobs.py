@@ -64,6 +64,7 @@ def submit(
     site: str = "",
     time: str = "",
     array: str = "",
+    at_once: str = "",
     dry_run: str = "False",
     force: str = "False",
     **more: str,
@@ -77,9 +78,11 @@ def submit(
 
     --site FILE|NAME: what the cluster is like, ./site.yaml if not given; `packhorse site` writes a first one.
     --time T: limit of one job; a run that takes longer goes on in the next. --force: even if the GPUs cannot hold it.
+    --at-once N: with --array or `sweep:`, so many runs at the same time.
     """
     asked = _asked(nodes, gpus_per_node, site, time, dry_run, force)
-    words = [*overrides_of(overrides, more, (*ASKED, "array")), *_array(array)]
+    asked["at_once"] = count_of("at-once", at_once)
+    words = [*overrides_of(overrides, more, (*ASKED, "array", "at-once")), *_array(array)]
     return Action("submit", "submit", {"recipe": recipe, "overrides": words, "asked": asked})
 
 

@@ -48,7 +48,7 @@ def count_of(name: str, text: str, at_least: int = 1) -> int | None:
     if not text.isdecimal() or int(text) < at_least:
         raise UserError(
             f"--{name} is {text}.",
-            f"it says how many {name}.",
+            "it is a count.",
             f"give a whole number of {at_least} or more, for example --{name} 8.",
         )
     return int(text)

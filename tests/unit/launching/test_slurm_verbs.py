@@ -347,6 +347,22 @@ def test_a_sweep_becomes_one_array_whose_tasks_each_have_a_run_of_their_own(
     assert "runs/tiny holds files already" in capsys.readouterr().err
 
 
+def test_so_many_runs_of_a_sweep_run_at_once(here: Path, slurm: list[list[str]], capsys) -> None:
+    for words, said in (
+        (["--at-once", "2"], "--at-once is 2, and tiny.yaml is one run."),
+        (["--array", "seed=1,2,3", "--at-once", "0"], "--at-once is 0."),
+        (["--array", "seed=1,2,3", "--atonce", "2"], "did you mean --at-once?"),
+    ):
+        assert main(["submit", "tiny.yaml", *words]) == 2
+        assert said in capsys.readouterr().err
+    assert slurm == []
+    words = ["submit", "tiny.yaml", "--array", "seed=1,2,3", "--at-once", "2"]
+    assert main([*words, "--dry-run"]) == 0
+    assert " --array=1-3%2 " in capsys.readouterr().out
+    assert main(words) == 0
+    assert "--array=1-3%2" in slurm[-1]
+
+
 def test_a_run_of_a_sweep_goes_on_alone_with_a_log_of_its_own(here: Path, slurm: list[list[str]]) -> None:
     assert main(["submit", "tiny.yaml", "--array", "seed=1,2"]) == 0
     runs = here / "runs"
