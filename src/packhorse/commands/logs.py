@@ -13,7 +13,6 @@ from packhorse.commands.status import is_under_way
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.agent import STDERR_LOG
 from packhorse.launching.run_folder import open_run, relative
-from packhorse.launching.slurm.sweep_folder import find_sweep, member_folder, read_sweep
 
 LOOK_SECONDS: Final = 0.5
 OVER_SECONDS: Final = 5.0
@@ -32,13 +31,6 @@ def logs(run: str, rank: int | None = None, follow: bool = False) -> int:
     Raises:
         UserError: There is no such run, or it said nothing yet, or has no such rank.
     """
-    sweep = find_sweep(run)
-    if sweep is not None:
-        raise UserError(
-            f"{relative(sweep)} is a sweep of {len(read_sweep(sweep).runs)} runs.",
-            "each of its runs has logs of its own.",
-            f"name one of them: packhorse logs {relative(member_folder(sweep, 1))}",
-        )
     folder = Path(open_run(run).run_folder)
     files = log_files(folder, rank)
     if not files and not (follow and is_under_way(folder)):

@@ -19,7 +19,7 @@ from packhorse.data.places import data_root
 from packhorse.data.stored import require_sizes
 from packhorse.errors import UserError
 from packhorse.launching.preflight import check_base_model, check_disk, check_resumable, check_writable
-from packhorse.launching.run_folder import check_free, open_run, relative
+from packhorse.launching.run_folder import SWEEP_FILE, check_free, named_folder, open_run, relative
 from packhorse.launching.slurm.lead import Lead, signal_lead
 from packhorse.launching.slurm.script import check_path, command_script, cpu_request, train_request, train_script
 from packhorse.launching.slurm.site import DURATION, SITE_FILE, SiteProfile, seconds_of
@@ -177,8 +177,8 @@ def with_time(site: SiteProfile, time: str) -> SiteProfile:
 
 
 def is_run(name: str) -> bool:
-    """Whether a run is called so, or stands there."""
-    return any((folder / PLAN_FILE).is_file() for folder in (Path(name), Path("runs") / name))
+    """Whether a run or a sweep is called so, or stands there."""
+    return any((named_folder(name) / file).is_file() for file in (PLAN_FILE, SWEEP_FILE))
 
 
 def _site(site: str, run: Path | None) -> SiteProfile:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from packhorse.errors import UserError
 from packhorse.plan.command import launch_argv
@@ -14,6 +15,9 @@ from packhorse.plan.run_plan import PLAN_FILE, RunPlan, read_plan, write_plan
 from packhorse.recipe.load import dump_recipe
 from packhorse.record.attempts import Begun, begin_attempt
 from packhorse.record.status import State, Status, read_status, write_status
+
+SWEEP_FILE: Final = "sweep.json"
+"""Stands in the folder of a sweep, in place of a plan; `slurm/sweep_folder.py` writes it."""
 
 
 def check_free(folder: Path) -> None:
@@ -103,16 +107,28 @@ def _new(plan: RunPlan) -> Status:
     return Status(state=state, step=0, num_steps=plan.num_steps or 0, attempt=0, message=message)
 
 
-def open_run(name: str) -> RunPlan:
-    """Reads the plan of a run given by its folder, or by its name below `runs`.
-
-    Raises:
-        UserError: There is no such run.
-    """
+def named_folder(name: str) -> Path:
+    """The folder of a run or a sweep: its path, or its name below `runs`."""
     folder = Path(name)
     # A name of one part: what is typed as a path is read as that path only.
     if not folder.exists() and folder.parts == (folder.name,) and (Path("runs") / name).is_dir():
         folder = Path("runs") / name
+    return folder
+
+
+def open_run(name: str) -> RunPlan:
+    """Reads the plan of a run given by its folder, or by its name below `runs`.
+
+    Raises:
+        UserError: There is no such run, or it is a sweep of many.
+    """
+    folder = named_folder(name)
+    if (folder / SWEEP_FILE).is_file():
+        raise UserError(
+            f"{relative(folder)} is a sweep, not a run.",
+            "each of its runs has a folder of its own; status, cancel and resume take them all.",
+            f"name one of them, such as {relative(folder)}-1.",
+        )
     plan = read_plan(folder)
     if Path(plan.run_folder) == folder.absolute():
         return plan

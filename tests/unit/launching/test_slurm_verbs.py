@@ -426,8 +426,18 @@ def test_status_of_a_sweep_is_a_table_over_its_runs(tmp_path: Path, monkeypatch,
     assert "s-2 seed=2 did not end well: rank 0 failed: x step 7 of 40 2.75 3.75" in lines
     assert "s-3 seed=3 waits" in lines
     assert lines[-1] == f"lowest evaluation/loss: {tmp_path}/s-1, 3.5"
-    assert main(["logs", str(folder)]) == 2
-    assert f"packhorse logs {tmp_path}/s-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["logs"], ["verify"], ["evaluate"], ["chat"], ["submit"], ["train", "--resume"]])
+def test_what_takes_one_run_says_that_a_sweep_is_many(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    sweep_of_three(tmp_path / "runs")
+    for name in ("s", "runs/s", str(tmp_path / "runs" / "s")):
+        assert main([words[0], name, *words[1:]]) == 2
+        told = capsys.readouterr().err
+        assert "runs/s is a sweep, not a run." in told
+        assert "name one of them, such as runs/s-1." in told
 
 
 # --- pipelines ---

@@ -10,11 +10,10 @@ from typing import Final
 from pydantic import ValidationError
 
 from packhorse.errors import UserError
-from packhorse.launching.run_folder import check_free, relative
+from packhorse.launching.run_folder import SWEEP_FILE, check_free, named_folder, relative
 from packhorse.plan.run_plan import PlanPart
 from packhorse.recipe.sweep import SweepRun
 
-SWEEP_FILE: Final = "sweep.json"
 SWEEP_VERSION: Final = 1
 
 
@@ -68,9 +67,7 @@ def create_sweep(folder: Path, recipe: str, runs: Sequence[SweepRun]) -> SweepRe
 
 def find_sweep(name: str) -> Path | None:
     """The absolute folder of a sweep given by its path, or by its name below `runs`; None where it is none."""
-    folder = Path(name)
-    if not folder.exists() and folder.parts == (folder.name,):
-        folder = Path("runs") / name
+    folder = named_folder(name)
     return folder.absolute() if (folder / SWEEP_FILE).is_file() else None
 
 
