@@ -30,9 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
-from packhorse.data.packs.batches import BatchPlan
-from packhorse.data.packs.loader import PackLoader, StepBatch
-from packhorse.data.packs.store import open_store
+from packhorse.data.packs.loader import StepBatch
 from packhorse.errors import UserError
 from packhorse.model.sequence import SequenceGroup, join_sequence_group
 from packhorse.plan.anatomy import NotMeasuredError
@@ -53,7 +51,7 @@ from packhorse.train.resident import (
     state_tensors,
     weight_tensors,
 )
-from packhorse.train.setup import training_model
+from packhorse.train.setup import step_loader, training_model
 from packhorse.train.worker import quiet_libraries
 
 CPU: Final = torch.device("cpu")
@@ -204,16 +202,7 @@ def _step(plan: RunPlan, rank: int, planned: Sizes | None) -> Rehearsal:
 
 def _batch(plan: RunPlan, rank: int) -> StepBatch:
     """This rank's share of the first step, as the worker's loader deals it."""
-    assert plan.data is not None
-    store = open_store(Path(plan.data.folder), "train")
-    loader = PackLoader(
-        store=store,
-        batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed, store.in_order),
-        rank=rank // plan.topology.sequence,
-        world_size=plan.topology.data_ranks,
-        accumulation_steps=plan.batch.accumulation_steps,
-        device_pin=False,
-    )
+    loader = step_loader(plan, rank, pinned=False)
     try:
         return loader.step(0)
     finally:

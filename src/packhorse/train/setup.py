@@ -1,4 +1,4 @@
-"""From a plan to the model that trains: which weights, which method, which kernel."""
+"""From a plan to what trains: which weights, which method, which kernel; and to the packs of a rank."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from packhorse.data.packs.batches import BatchPlan
+from packhorse.data.packs.loader import PackLoader
+from packhorse.data.packs.store import open_store
 from packhorse.data.rendering.tokenizer import pieces_before
 from packhorse.model.attention import register_attention
 from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model, open_model
@@ -22,6 +25,26 @@ from packhorse.train.memory import apply_checkpointing
 from packhorse.train.objective import install_loss_head
 from packhorse.train.precision import COMPUTE_DTYPES
 from packhorse.train.sharding import placement_of
+
+
+def step_loader(plan: RunPlan, rank: int, pinned: bool) -> PackLoader:
+    """A rank's share of every step.
+
+    Args:
+        plan: With its data.
+        rank: Of the process.
+        pinned: Into memory that a GPU fetches from by itself.
+    """
+    assert plan.data is not None, "a plan is only run once its data is prepared"
+    store = open_store(Path(plan.data.folder), "train")
+    return PackLoader(
+        store=store,
+        batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed, store.in_order),
+        rank=rank // plan.topology.sequence,  # neighbours share their packs
+        world_size=plan.topology.data_ranks,
+        accumulation_steps=plan.batch.accumulation_steps,
+        device_pin=pinned,
+    )
 
 
 def base_request(

@@ -16,8 +16,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from packhorse.data.packs.batches import BatchPlan
-from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import PackStore, open_store
 from packhorse.data.rendering.tokenizer import tokenizer_of
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, UserError
@@ -42,7 +40,7 @@ from packhorse.train.precision import set_matmul_precision
 from packhorse.train.probe import probe
 from packhorse.train.ranks import own_rank
 from packhorse.train.report import Reporter, tell
-from packhorse.train.setup import training_model
+from packhorse.train.setup import step_loader, training_model
 from packhorse.train.signals import Stopped, StopRequest
 from packhorse.train.state import TrainState
 from packhorse.train.weights import publish_result
@@ -133,17 +131,8 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
 
 def _assemble(plan: RunPlan, engine: Engine, state: TrainState, attempt: Attempt, reporter: Reporter, rank: int) -> Run:
     agreement = Agreement(attempt.signals, Path(plan.run_folder), is_main=rank == 0)
-    store = open_store(Path(_data(plan).folder), "train")
     sequence = join_sequence_group(plan.topology.sequence, GROUP_TIMEOUT)
-    data_rank = rank // plan.topology.sequence  # neighbours share their packs
-    loader = PackLoader(
-        store=store,
-        batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed, store.in_order),
-        rank=data_rank,
-        world_size=plan.topology.data_ranks,
-        accumulation_steps=plan.batch.accumulation_steps,
-        device_pin=engine.device.type == "cuda",
-    )
+    loader = step_loader(plan, rank, pinned=engine.device.type == "cuda")
     checkpoints = Checkpoints(plan, engine, rank == 0, partial(attempt.pulse.phase, "save"))
     return Run(
         plan=plan,
@@ -155,20 +144,21 @@ def _assemble(plan: RunPlan, engine: Engine, state: TrainState, attempt: Attempt
         agreement=agreement,
         numbers=Numbers(plan, engine, loader, sequence, rank == 0, checkpoints.finish),
         pulse=attempt.pulse,
-        evaluate=_evaluation(plan, engine, data_rank, sequence, partial(agreement.go_on, engine)),
+        evaluate=_evaluation(plan, engine, rank, sequence, partial(agreement.go_on, engine)),
         reporter=reporter,
         rank=rank,
     )
 
 
 def _evaluation(
-    plan: RunPlan, engine: Engine, data_rank: int, sequence: SequenceGroup | None, go_on: Callable[[], None]
+    plan: RunPlan, engine: Engine, rank: int, sequence: SequenceGroup | None, go_on: Callable[[], None]
 ) -> Callable[[], float] | None:
     try:
         store: PackStore = open_store(Path(_data(plan).folder), "validation")
     except FileNotFoundError:
         return None
     ranks, micro = plan.topology.data_ranks, plan.batch.micro_packs
+    data_rank = rank // plan.topology.sequence
     return partial(validation_loss, engine, engine.model, store, micro, data_rank, ranks, sequence, go_on)
 
 
