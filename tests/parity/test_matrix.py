@@ -19,8 +19,9 @@ from cli import curve
 from golden import METHODS, Curve, assert_norms
 
 LOSS_TOLERANCE = 1e-5
-# Two fp32 sums of the same numbers in another order differ by this much, relative to the sum.
-NOISE = 1e-7
+# The loop by hand, with its weights changed by 1e-7 at random, has losses that differ from its own by up to 3.9e-7 in the
+# mean, of one sign (full, stories260K: 7.7 standard errors): as much is not told from rounding.
+NOISE = 5e-7
 
 
 FACTORS = {
@@ -112,7 +113,7 @@ def _relative(mine: list[float], golden: list[float]) -> np.ndarray:
 
 
 def _drifts(mine: list[float], golden: list[float]) -> bool:
-    """Whether the differences have one sign: their mean is further from 0 than three standard errors."""
+    """Whether the differences have one sign: their mean is further from 0 than rounding and three standard errors."""
     differences = _relative(mine, golden)
     return abs(differences.mean()) > max(NOISE, 3 * differences.std(ddof=1) / np.sqrt(len(differences)))
 
