@@ -19,8 +19,8 @@ from cli import curve
 from golden import METHODS, Curve, assert_norms
 
 LOSS_TOLERANCE = 1e-5
-# The loop by hand, with its weights changed by 1e-7 at random, has losses that differ from its own by up to 3.9e-7 in the
-# mean, of one sign (full, stories260K: 7.7 standard errors): as much is not told from rounding.
+# The loop by hand, with its weights changed by 1e-7 at random, has losses that differ from its own by up to 3.9e-7 in
+# the mean, of one sign (full, stories260K: 7.7 standard errors): as much is not told from rounding.
 NOISE = 5e-7
 
 
