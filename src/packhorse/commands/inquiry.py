@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.parameters import Unknown
-from packhorse.commands.prepared import data_facts, manifest_if_prepared
+from packhorse.commands.prepared import facts_of, manifest_if_prepared
 from packhorse.data.manifest import DataManifest
-from packhorse.data.places import data_root
 from packhorse.plan.compare import Wanted
 from packhorse.plan.cost.case import Basis
 from packhorse.plan.cost.gpus import parse_gpus
@@ -54,7 +53,7 @@ def inquire(recipe: Recipe, ask: Ask, terms: Terms) -> Inquiry:
         UserError: As `costs.basis_of`.
     """
     manifest, here = manifest_if_prepared(recipe), detect_hardware()
-    facts = data_facts(data_root(recipe) / manifest.content_hash, manifest) if manifest is not None else None
+    facts = facts_of(recipe, manifest) if manifest is not None else None
     return Inquiry(Wanted(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms), manifest)
 
 

@@ -11,7 +11,7 @@ from typing import Final
 from packhorse.commands.costs import basis_of, room_on_disk
 from packhorse.commands.fitting import draft_plan, fitting_plan
 from packhorse.commands.parameters import Unknown
-from packhorse.commands.prepared import data_facts, require_data
+from packhorse.commands.prepared import facts_of, require_data
 from packhorse.commands.waiting import SITE_RECORD, terms_of
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import read_manifest
@@ -210,7 +210,7 @@ def _new(
         plan = _waiting(plan, wanted, force)
     else:
         require_sizes(data_root(loaded) / manifest.content_hash, manifest)
-        wanted = Wanted(loaded, wanted.ask, here, data_facts(data_root(loaded) / manifest.content_hash, manifest))
+        wanted = Wanted(loaded, wanted.ask, here, facts_of(loaded, manifest))
         plan = fitting_plan(wanted, basis_of(loaded, manifest, here, terms), force)
         files = {"data.json": manifest.model_dump_json(indent=2) + "\n"}
     room = room_on_disk(plan, manifest.vocab_size if manifest else None)

@@ -25,8 +25,13 @@ def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
         return None
 
 
+def facts_of(recipe: Recipe, manifest: DataManifest) -> DataFacts:
+    """What the plan says of a recipe's prepared data."""
+    return data_facts(data_root(recipe) / manifest.content_hash, manifest)
+
+
 def data_facts(folder: Path, manifest: DataManifest) -> DataFacts:
-    """What the plan says of prepared data."""
+    """The same, of data in any folder."""
     split = manifest.splits["train"]
     return DataFacts(
         folder=str(folder.absolute()),

@@ -13,7 +13,7 @@ from packhorse.commands.fitting import draft_plan, fitting_plan
 from packhorse.commands.inquiry import read_gpus
 from packhorse.commands.lines import shown
 from packhorse.commands.parameters import Unknown
-from packhorse.commands.prepared import data_facts, require_data
+from packhorse.commands.prepared import facts_of, require_data
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.places import data_root
@@ -120,7 +120,7 @@ def _new_run(
 
         manifest = prepare_with_progress(loaded, console).manifest
     require_sizes(data_root(loaded) / manifest.content_hash, manifest)
-    facts = data_facts(data_root(loaded) / manifest.content_hash, manifest)
+    facts = facts_of(loaded, manifest)
     made = fitting_plan(replace(wanted, data=facts), basis_of(loaded, manifest, here, terms), force)
     check_disk(made, room_on_disk(made, manifest.vocab_size))
     create_run(made, {"data.json": manifest.model_dump_json(indent=2) + "\n"})

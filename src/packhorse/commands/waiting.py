@@ -7,9 +7,8 @@ from pathlib import Path
 
 from packhorse.commands.costs import Terms, basis_of, room_on_disk
 from packhorse.commands.fitting import fitting_plan
-from packhorse.commands.prepared import data_facts
+from packhorse.commands.prepared import facts_of
 from packhorse.data.manifest import DataManifest
-from packhorse.data.places import data_root
 from packhorse.errors import UserError
 from packhorse.launching.preflight import check_disk
 from packhorse.launching.run_folder import complete_run, open_run
@@ -55,7 +54,7 @@ def _complete(plan: RunPlan, manifest: DataManifest) -> None:
     on_cpus = topology.device == "cpu"
     ask = Ask(None if on_cpus else topology.world_size, topology.num_nodes, on_cpus)
     here = Hardware(num_cores=topology.threads_per_process * topology.processes_per_node, gpus=())
-    facts = data_facts(data_root(recipe) / manifest.content_hash, manifest)
+    facts = facts_of(recipe, manifest)
     record = Path(plan.run_folder) / SITE_RECORD
     site = SiteProfile.model_validate_json(record.read_text(encoding="utf-8")) if record.is_file() else None
     made = fitting_plan(
