@@ -18,7 +18,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 
 from cli import INJECTED, PACKHORSE
 from packhorse.commands.train import write_run
-from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
+from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.plan.run_plan import RunPlan, read_plan
 
 IMPORTED = ["deepspeed", "packhorse.train.worker"]
@@ -81,7 +81,7 @@ def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
     from packhorse.train import loop
-    from packhorse.train.signals import StopRequest
+    from packhorse.train.ranks.signals import StopRequest
     from packhorse.train.worker import run_worker
 
     if fault:

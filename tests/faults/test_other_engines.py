@@ -16,10 +16,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from cli import curve, metrics, packhorse
-from packhorse.checkpoints.manifest import read_manifest
 from packhorse.data.packs.store import open_store
 from packhorse.plan.run_plan import read_plan
-from packhorse.record.status import read_status, write_status
+from packhorse.run_folder.checkpoints.manifest import read_manifest
+from packhorse.run_folder.status import read_status, write_status
 from tiny import TINY, write_tiny
 
 STEPS, PACKS = 8, 8

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cli import PACKHORSE, environment, metrics, packhorse
-from packhorse.checkpoints.manifest import faults_of
+from packhorse.run_folder.checkpoints.manifest import faults_of
 from tiny import write_tiny
 
 WORDS = ("parallel.processes=2", "batch.micro=2")

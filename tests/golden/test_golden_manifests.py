@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 
 HERE = Path(__file__).parent
 SCHEMAS = HERE / "schemas"

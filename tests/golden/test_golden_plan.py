@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 
 HERE = Path(__file__).parent
 # name -> words; what stands above the costs holds paths of this machine, and is left out.

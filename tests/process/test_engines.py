@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli import curve, packhorse
-from packhorse.record.status import read_status, write_status
+from packhorse.run_folder.status import read_status, write_status
 from tiny import TINY, write_tiny
 
 KEPT = {"every_steps": 3}

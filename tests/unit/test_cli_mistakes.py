@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from packhorse.cli import main, read_command
+from packhorse.cli.main import main, read_command
 from tiny import TINY, write_tiny
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}

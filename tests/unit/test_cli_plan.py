@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 from packhorse.errors import EXIT_OK, EXIT_USER_ERROR
 from packhorse.plan.hardware import host_memory
 from packhorse.plan.run_plan import read_plan

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from doctor_cases import QUESTION, sound_nodes
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 from packhorse.doctor.__main__ import main as in_job
 from packhorse.doctor.examination import short_job_words
 from packhorse.doctor.facts import Question

@@ -11,14 +11,14 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 from packhorse.errors import UserError
 from packhorse.launching.places.lines import ADDRESS, engine_environment, lines_of_nodes
 from packhorse.launching.places.request import name_of
 from packhorse.launching.places.start import launch_of
-from packhorse.launching.run_folder import open_run
 from packhorse.plan.command import launch_argv
 from packhorse.plan.run_plan import RunPlan, Topology
+from packhorse.run_folder.folder import open_run
 from tiny import write_tiny
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 from packhorse.errors import UserError
 from packhorse.launching.slurm import site_probe
 from packhorse.launching.slurm.client import NoSlurmError

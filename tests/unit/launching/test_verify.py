@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 from packhorse.commands.prepared import require_data
 from packhorse.data.manifest import DataManifest, SplitCounts, read_manifest, write_manifest
 from packhorse.errors import UserError

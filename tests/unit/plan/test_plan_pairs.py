@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 
 from packhorse.errors import UserError
+from packhorse.plan.compatibility import METHODS, REFUSALS, name_of, pairs_table, refusal_of
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.pairs import METHODS, REFUSALS, name_of, pairs_table, refusal_of
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import Device
 from packhorse.plan.topology import Ask
 from packhorse.recipe.methods import AdapterMethod, FullMethod, PartialMethod

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 from packhorse.recipe.load import load_recipe
 from secrets_made_up import SECRETS
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 from packhorse.commands import data
 from packhorse.report.data_page import render_data_page
 from report_cases import hostile_report, real_report
