@@ -260,7 +260,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from packhorse.run_folder.checkpoints.listing import newest_sound
 from packhorse.errors import UserError
-from packhorse.train.checkpoint.checkpoints import checkpoints as checkpoint
+from packhorse.train.checkpoint import checkpoints as checkpoint
 from saving_cases import Trainer, make_run, save_at
 
 checkpoint._no_room = lambda folder, needed: None  # something else fills the disk meanwhile

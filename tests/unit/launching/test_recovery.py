@@ -22,7 +22,7 @@ from packhorse.errors import (
     EXIT_USER_ERROR,
     UserError,
 )
-from packhorse.launching.local.launch import recovery
+from packhorse.launching.local import recovery
 from packhorse.launching.local.outcome import Outcome
 from packhorse.launching.local.processes import processes_of
 from packhorse.launching.local.recovery import run_to_end

@@ -12,7 +12,7 @@ from packhorse.estimate import saved
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.checkpoints.pinned_slabs import pinned_bytes, slabs_bytes
-from packhorse.train.checkpoint.checkpoints import background as saving
+from packhorse.train.checkpoint import background as saving
 from packhorse.train.checkpoint.snapshot import HostBuffers
 from saving_cases import Trainer, buffers_of, make_run, save_at, weights_of
 

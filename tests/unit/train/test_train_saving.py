@@ -22,8 +22,8 @@ from packhorse.estimate.saved import buffers_bytes
 from packhorse.plan.run_plan import Topology
 from packhorse.run_folder.checkpoints.listing import newest_sound
 from packhorse.run_folder.checkpoints.manifest import read_manifest
+from packhorse.train.checkpoint import snapshot
 from packhorse.train.checkpoint.background import Share, dealt, fresh_copy, in_files
-from packhorse.train.checkpoint.checkpoints import snapshot
 from packhorse.train.checkpoint.snapshot import HostBuffers, ShardGroup, Snapshot
 from packhorse.train.engine.sharding import make_mesh
 from packhorse.train.ranks.failure import agreed_failure

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from packhorse.run_folder.heartbeat import Heartbeat
-from packhorse.train.ranks.identity import standstill
+from packhorse.train.ranks import standstill
 from packhorse.train.ranks.standstill import Standstill
 
 HANG = 30.0
