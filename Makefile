@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install quickstart test lint bench parity chaos accuracy gpu clean
+.PHONY: install quickstart test lint bench parity chaos accuracy gpu canary clean
 
 install: .venv/installed
 
@@ -16,8 +16,8 @@ quickstart: install
 	$(BIN)/packhorse quickstart
 
 lint: install
-	$(BIN)/ruff format --check src tests launch benchmarks
-	$(BIN)/ruff check src tests launch benchmarks
+	$(BIN)/ruff format --check src tests launch benchmarks tools
+	$(BIN)/ruff check src tests launch benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit/test_architecture.py
 
@@ -46,6 +46,10 @@ accuracy: install
 # On a machine with a GPU of 24 GB or more: the plan's memory beside the peak of CUDA's allocator; rows for docs/lab-log.md.
 gpu: install
 	$(BIN)/python benchmarks/plan_accuracy.py --no-write gpu
+
+# The newest releases of the libraries whose private names are used (src/packhorse/library_hooks.toml).
+canary: install
+	$(BIN)/python tools/canary.py $(CANARY)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
