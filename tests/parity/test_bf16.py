@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from laboratory import Laboratory
-from launches import ENGINES, train
+from launches import ENGINES, train_forked
 
 from cli import curve
 
@@ -38,7 +38,7 @@ CELLS = [
 def test_the_curve_stays_near_the_one_in_fp32(method: str, engine: str, laboratory: Laboratory) -> None:
     golden = laboratory.golden(method, "tiny", "none")
     recipe = laboratory.recipe(method, "tiny", "none")
-    run = train(recipe, ENGINES[engine], f"{method}-{engine}-bf16".replace(" ", "-"), "precision=bf16")
+    run = train_forked(recipe, ENGINES[engine], f"{method}-{engine}-bf16".replace(" ", "-"), "precision=bf16")
     losses = np.array(curve(run)) / golden.losses - 1
     norms = np.array(curve(run, "train/grad_norm")) / golden.norms - 1
     assert abs(losses).max() < LOSS_TOLERANCE

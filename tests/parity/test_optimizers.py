@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 from laboratory import Laboratory
-from launches import ENGINES, train
+from launches import ENGINES, train_forked
 
 from cli import curve
 from golden import METHODS, adafactor, lion, muon, trajectory
@@ -52,7 +52,7 @@ def test_the_curve_is_the_optimizers_own(name: str, engine: str, laboratory: Lab
     chosen = OPTIMIZERS[name]
     golden = trajectory(METHODS["full"], laboratory.start("tiny", "none"), chosen.make, chosen.learning_rate)
     assert golden.losses[-1] < 0.99 * golden.untrained
-    run = train(
+    run = train_forked(
         laboratory.recipe("full", "tiny", "none"),
         ENGINES[engine],
         f"{name}-{engine}".replace(" ", "-"),

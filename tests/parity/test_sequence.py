@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from laboratory import Laboratory
 
-from cli import curve, metrics, packhorse
+from cli import curve, metrics
 from golden import assert_norms
+from ranks import trained
 
 TOLERANCE = 1e-5
 
@@ -17,19 +18,11 @@ SYSTEMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("sequence"))
-
-
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_packs_on_two_processes_each_give_the_golden_curve(system: str, laboratory: Laboratory) -> None:
     recipe = laboratory.recipe("full", "tiny", "mixed")
-    words = [f"name={system}", "parallel.sequence=2", *SYSTEMS[system]]
-    done = packhorse(laboratory.folder, "train", recipe.name, *words, timeout=600)
-    assert done.code == 0, done.err
+    run = trained(recipe, system, "parallel.sequence=2", *SYSTEMS[system])
     golden = laboratory.golden("full", "tiny", "mixed")
-    run = laboratory.folder / "runs" / system
     assert curve(run) == pytest.approx(golden.losses, rel=TOLERANCE, abs=0)
     assert_norms(curve(run, "train/grad_norm"), golden)
     assert golden.losses[-1] < golden.losses[0] - 0.05, "the curve must fall, or equal curves say little"
