@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from cli import PACKHORSE, environment, metrics
 from packhorse.checkpoints.shelf import complete_checkpoints
@@ -231,11 +230,3 @@ def differences(run: Path, unbroken: Path) -> list[str]:
         if (run / name).read_bytes() != (unbroken / name).read_bytes():
             found.append(name)
     return found
-
-
-def trained(folder: Path, words: Sequence[str], **more: Any) -> None:
-    """Trains without faults, to the end."""
-    done = subprocess.run(
-        [str(PACKHORSE), "train", *words], cwd=folder, env=environment(), capture_output=True, text=True, **more
-    )
-    assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from committed import committed_curve, fingerprint
 from laboratory import COMMON, EVERY_ROW, PACKS, Laboratory
 from peft import PeftModel
 from test_packing import documents, model_pair, packed
@@ -171,10 +172,22 @@ class Families:
         with torch.no_grad():
             return mean_loss(model.eval(), self.steps[NUM_STEPS]).item()
 
+    @staticmethod
+    def key(family: str, method: str) -> str:
+        """The name of a curve in curves.json."""
+        return f"family {family}, {method}"
+
+    def fingerprint(self, family: str) -> str:
+        return fingerprint(self.base(family) / "model.safetensors")
+
     def _golden(self, family: str, method: str) -> tuple[Curve, float]:
         """The curve by hand, and the loss of the next step's rows after it."""
         chosen = Method({}, METHODS[method], _adapted if method == "lora" else lambda model: model)
-        found = trajectory(chosen, Start(lambda _: _loaded(self.base(family)), self.steps))
+        found = committed_curve(
+            self.key(family, method),
+            self.fingerprint(family),
+            lambda: trajectory(chosen, Start(lambda _: _loaded(self.base(family)), self.steps)),
+        )
         return found, found.losses[NUM_STEPS]
 
     def _base(self, family: str) -> Path:
