@@ -109,6 +109,7 @@ def main() -> int:
         for lane in lanes:
             lane.join()
         builder.join()
+    results.sort(key=lambda result: names.index(result.name))
     print("\n".join(closing_lines(results, time.monotonic() - began)), flush=True)
     return int(any(result.code for result in results))
 
@@ -134,7 +135,8 @@ def run_group(group: Group, is_shown: bool, log: Path, more: Sequence[str]) -> R
                     if is_shown:
                         sys.stdout.write(line)
                         sys.stdout.flush()
-            result.code = 0 if child.returncode == NO_TESTS and group.is_pytest else child.returncode
+            # Words of the user may choose none of a group's tests; without them a group has some.
+            result.code = 0 if child.returncode == NO_TESTS and more else child.returncode
             if result.code:
                 break
     result.seconds = time.monotonic() - began
@@ -154,7 +156,9 @@ def closing_lines(results: Sequence[Result], seconds: float) -> list[str]:
     counts: Counter[str] = Counter()
     for result in results:
         counts += result.counts
-    shown = [f"{counts[name]} {name}" for name in ("failed", "error", "passed", "skipped") if counts[name]]
+    plural = {"error": "errors"} if counts["error"] > 1 else {}
+    outcomes = ("failed", "error", "passed", "skipped")
+    shown = [f"{counts[name]} {plural.get(name, name)}" for name in outcomes if counts[name]]
     broken = [result.name for result in results if result.code and not result.failures]
     lines = ["", "----- all groups -----"]
     for result in results:
