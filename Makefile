@@ -21,7 +21,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit/test_architecture.py
 
-# Lint too, and all tests that this machine can run, in groups: some words choose, `make test ONLY="units slurm"`.
+# Lint too, and all tests that this machine can run, in groups: some words choose, `make test ONLY="lint slurm"`.
 test: install
 	$(BIN)/python tests/run.py $(ONLY)
 

@@ -102,7 +102,9 @@ def _variables(plan: RunPlan) -> dict[str, str]:
     agent = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # As our launcher has it: where DeepSpeed's C++ parts are built, and with which ninja.
     ours = {FOLDER_VARIABLE: str(extensions_folder()), "PATH": f"{PACKHORSE.parent}{os.pathsep}{os.environ['PATH']}"}
-    return {**told, **plan.env, **agent, **ours, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    found = {**told, **plan.env, **agent, **ours, "HF_HUB_OFFLINE": "1"}
+    # Ranks of two and more keep the plan's number of threads: they are compared bit for bit with ranks of a launch.
+    return found | {"OMP_NUM_THREADS": "1"} if plan.topology.world_size == 1 else found
 
 
 def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
