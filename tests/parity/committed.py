@@ -42,7 +42,7 @@ def committed_curve(key: str, base: str, compute: Callable[[], Curve]) -> Curve:
         base: Fingerprint of the base model that it starts from.
         compute: Trains by hand.
     """
-    stored = _read()
+    stored = read_file()
     kept = stored["curves"].get(key)
     fits = kept is not None and kept["base"] == base and stored["versions"] == versions()
     if not fits or os.environ.get(RECOMPUTE):
@@ -64,12 +64,13 @@ def fingerprint(weights: Path | dict[str, torch.Tensor]) -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of the libraries that a curve depends on."""
-    return {name: version(name) for name in LIBRARIES}
+    """Versions of the libraries that a curve depends on, whatever they were built for."""
+    return {name: version(name).partition("+")[0] for name in LIBRARIES}
 
 
 @cache
-def _read() -> dict[str, Any]:
+def read_file() -> dict[str, Any]:
+    """The file's `versions` and `curves`; empty where there is none yet."""
     found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     return {"versions": {}, "curves": {}} | found
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from committed import read_file, versions
 from covering import Cell, allowed_cells, combinations_of, covering_array
 from laboratory import PACKS, RUN_STEPS, Laboratory
 from launches import ENGINES, train, train_forked
@@ -79,6 +80,10 @@ def test_the_share_holds_every_pair_of_settings_and_the_matrix_every_three() -> 
         held, wanted = (set().union(*(combinations_of(c, strength) for c in group)) for group in (chosen, cells))
         assert held == wanted
     assert all(_can_be(cell) for cell in SHARE + REST)
+
+
+def test_the_committed_curves_are_those_of_the_pinned_libraries() -> None:
+    assert read_file()["versions"] == versions(), "write them again: python tests/parity/committed.py"
 
 
 @pytest.mark.parametrize("cell", MATRIX)
