@@ -134,7 +134,7 @@ class Weather:
 
     def _wait_for_the_next(self, launcher: subprocess.Popen[bytes], attempt: int) -> None:
         """Until the fault has ended this attempt."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while launcher.poll() is None and self._attempts() == attempt:
             assert time.monotonic() < end, f"attempt {attempt} goes on as if nothing had struck"
             time.sleep(0.02)

@@ -80,7 +80,7 @@ def test_chat_answers_from_standard_input(folder: Path) -> None:
         input="hello\n/exit\n",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "/exit" in done.stdout
