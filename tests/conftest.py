@@ -10,6 +10,8 @@ import pytest
 import shared_folder
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
+# Threads that spin while they wait for each other take ten times as long on cores that other tests use too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
