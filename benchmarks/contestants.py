@@ -26,16 +26,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import IGNORED_LABEL, MicroBatch, make_micro_batch
 from packhorse.data.packs.store import open_store
-from packhorse.data.rendering.render import load_tokenizer
+from packhorse.data.render.render import load_tokenizer
 from packhorse.model.attention import Documents, register_attention
 from packhorse.model.load import load_model
 from packhorse.plan.run_plan import RunPlan, read_plan
 from packhorse.track.meter import Figures, resident_peak_bytes
 from packhorse.train import worker
-from packhorse.train.objective import CHUNK_TOKENS
+from packhorse.train.objectives.token_loss import CHUNK_TOKENS
+from packhorse.train.ranks.signals import StopRequest
 from packhorse.train.report import Reporter
 from packhorse.train.setup import base_request
-from packhorse.train.signals import StopRequest
 from packhorse.train.state import TrainState
 
 

@@ -117,7 +117,7 @@ def _trl() -> LossOf:
 
 
 def _ours() -> LossOf:
-    from packhorse.train.objective import token_loss_sum
+    from packhorse.train.objectives.token_loss import token_loss_sum
 
     return lambda hidden, weight, labels: token_loss_sum(hidden, weight, None, labels)
 

@@ -29,8 +29,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import lab_log
 from packhorse.data.prepare import prepare
-from packhorse.data.rendering.render import load_tokenizer, make_renderer
-from packhorse.data.rendering.serving import saved_form
+from packhorse.data.render.render import load_tokenizer, make_renderer
+from packhorse.data.render.serving import saved_form
 from packhorse.quickstart.files import materialise
 from packhorse.recipe.schema import DataSection, Recipe, Source
 

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING
 import lab_log
 from packhorse.commands.prepared import data_facts
 from packhorse.data.prepare import prepare
-from packhorse.launching.run_folder import create_run
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
+from packhorse.run_folder.folder import create_run
 
 if TYPE_CHECKING:
     from contestants import Reading

@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from packhorse.masking import mask_output
-from packhorse.train.signals import StopRequest
+from packhorse.secrets import mask_output
+from packhorse.train.ranks.signals import StopRequest
 
 
 def main() -> int:

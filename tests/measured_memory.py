@@ -24,20 +24,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from packhorse.data.packs.loader import MicroBatch, lay_out
-from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
-from packhorse.plan.cost.activations import count_activations
-from packhorse.plan.cost.held import held_weights
-from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import Shape, read_shape
-from packhorse.plan.run_plan import DataFacts, RunPlan
-from packhorse.plan.topology import Ask
-from packhorse.recipe.schema import Recipe
-from packhorse.train.engine import start_accelerator, start_engine
-from packhorse.train.forward import micro_batch_loss
-from packhorse.train.optimizer import make_optimizer
-from packhorse.train.resident import (
+from packhorse.estimate.activations import count_activations
+from packhorse.estimate.held import held_weights
+from packhorse.estimate.measure.resident import (
     address_of,
     bytes_of,
     gradient_tensors,
@@ -45,6 +34,17 @@ from packhorse.train.resident import (
     state_tensors,
     weight_tensors,
 )
+from packhorse.estimate.packs import PackFigures
+from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
+from packhorse.model_spec.parameters import Shape, read_shape
+from packhorse.plan.hardware import Hardware
+from packhorse.plan.make_plan import make_plan
+from packhorse.plan.run_plan import DataFacts, RunPlan
+from packhorse.plan.topology import Ask
+from packhorse.recipe.schema import Recipe
+from packhorse.train.engine.engine import start_accelerator, start_engine
+from packhorse.train.engine.optimizer import make_optimizer
+from packhorse.train.objectives.forward import micro_batch_loss
 from packhorse.train.setup import training_model
 
 CPU = torch.device("cpu")

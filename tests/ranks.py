@@ -18,9 +18,9 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 
 from cli import INJECTED, PACKHORSE, ROOM
 from packhorse.commands.train import write_run
-from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
+from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.plan.hardware import detect_hardware
-from packhorse.plan.resume import replace_plan, replan
+from packhorse.plan.replan import replace_plan, replan
 from packhorse.plan.run_plan import RunPlan, read_plan
 from packhorse.plan.topology import Ask
 
@@ -113,8 +113,9 @@ def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
     log = (run / f"rank-{rank}.log").open("a", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
-    from packhorse.train import loop, standstill
-    from packhorse.train.signals import StopRequest
+    from packhorse.train import loop
+    from packhorse.train.ranks import standstill
+    from packhorse.train.ranks.signals import StopRequest
     from packhorse.train.worker import run_worker
 
     standstill.LAST_WORDS_SECONDS *= ROOM

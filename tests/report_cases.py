@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, SourceAudit, SplitAudit
+from packhorse.data.checks.scorecard import Sample, ScoreCard
 from packhorse.data.ledger import Entry, Ledger
-from packhorse.data.quality.scorecard import Sample, ScoreCard
 
 START, END = "<|im_start|>", "<|im_end|>"
 

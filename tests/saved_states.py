@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from packhorse.train.engine import Engine
-from packhorse.train.optimizer_state import OTHERS_FILE, gather_states, scale_of
-from packhorse.train.saving import Others, Share, dealt, fresh_copy, in_files
+from packhorse.train.checkpoint.background import Others, Share, dealt, fresh_copy, in_files
+from packhorse.train.checkpoint.optimizer_state import OTHERS_FILE, gather_states, scale_of
+from packhorse.train.engine.engine import Engine
 
 
 def save_states(engine: Engine, folder: Path) -> None:

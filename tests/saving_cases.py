@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from packhorse.plan.cost.held import Held, held_weights
+from packhorse.estimate.held import Held, held_weights
+from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.hardware import detect_hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan, write_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
-from packhorse.train.checkpoint import Checkpoints
-from packhorse.train.engine import Engine
-from packhorse.train.optimizer import make_optimizer
-from packhorse.train.sharding import Fsdp2, make_mesh
+from packhorse.train.checkpoint.checkpoints import Checkpoints
+from packhorse.train.engine.engine import Engine
+from packhorse.train.engine.optimizer import make_optimizer
+from packhorse.train.engine.sharding import Fsdp2, make_mesh
 from packhorse.train.state import TrainState
 from tiny import TINY
 

@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from cli import PACKHORSE, environment, metrics
-from packhorse.checkpoints.shelf import complete_checkpoints
-from packhorse.record.attempts import AttemptRecord, made_steps, read_attempts
-from packhorse.record.heartbeat import Heartbeat, read_heartbeats
+from packhorse.run_folder.attempts import AttemptRecord, made_steps, read_attempts
+from packhorse.run_folder.checkpoints.listing import complete_checkpoints
+from packhorse.run_folder.heartbeat import Heartbeat, read_heartbeats
 
 RANKS = 2
 # Learnt or decided, not timed: these must be the same to the last bit.

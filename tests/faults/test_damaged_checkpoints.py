@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cli import curve, packhorse
-from packhorse.checkpoints.manifest import faults_of
+from packhorse.run_folder.checkpoints.manifest import faults_of
 from tiny import write_tiny
 
 

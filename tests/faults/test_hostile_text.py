@@ -17,14 +17,14 @@ import yaml
 
 from packhorse.cli import main
 from packhorse.errors import UserError
-from packhorse.launching.run_folder import open_run
 from packhorse.plan.hardware import detect_hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import dump_recipe, load_recipe
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.schema_view import recipe_schema, resolve
+from packhorse.run_folder.folder import open_run
 from tiny import TINY, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from cli import curve, metrics, packhorse
 from packhorse.errors import EXIT_MEMORY, EXIT_NOT_FINITE, EXIT_OK
-from packhorse.plan.resume import replace_plan, with_smaller_micro
+from packhorse.plan.replan import replace_plan, with_smaller_micro
 from packhorse.plan.run_plan import read_plan
-from packhorse.record.left_out import read_left_out, write_left_out
+from packhorse.run_folder.skipped_steps import read_left_out, write_left_out
 from ranks import planned, run_ranks
 from tiny import write_tiny
 

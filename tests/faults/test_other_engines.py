@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import ranks
 from cli import curve, metrics, packhorse
-from packhorse.checkpoints.manifest import read_manifest
 from packhorse.data.packs.store import open_store
-from packhorse.launching.run_folder import open_run
 from packhorse.plan.run_plan import read_plan, write_plan
-from packhorse.record.status import read_status, write_status
+from packhorse.run_folder.checkpoints.manifest import read_manifest
+from packhorse.run_folder.folder import open_run
+from packhorse.run_folder.status import read_status, write_status
 from tiny import TINY, write_tiny
 
 STEPS, PACKS = 8, 8

@@ -15,7 +15,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from packhorse.checkpoints.manifest import (
+from packhorse.cli import main
+from packhorse.data.packs.store import open_store
+from packhorse.data.render.tokenizer import load_tokenizer
+from packhorse.errors import UserError
+from packhorse.model.load import ModelRequest, load_model, open_model
+from packhorse.model.methods.attach import with_adapter
+from packhorse.quickstart.files import materialise
+from packhorse.run_folder.checkpoints.listing import newest_sound
+from packhorse.run_folder.checkpoints.manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
     FileRecord,
@@ -24,17 +32,9 @@ from packhorse.checkpoints.manifest import (
     files_below,
     sha256_of,
 )
-from packhorse.checkpoints.shelf import newest_sound
-from packhorse.cli import main
-from packhorse.data.packs.store import open_store
-from packhorse.data.rendering.tokenizer import load_tokenizer
-from packhorse.errors import UserError
-from packhorse.model.load import ModelRequest, load_model, open_model
-from packhorse.model.methods.attach import with_adapter
-from packhorse.quickstart.files import materialise
-from packhorse.train.checkpoint import read_state
-from packhorse.train.engine import Engine
-from packhorse.train.optimizer_state import load_states
+from packhorse.train.checkpoint.checkpoints import read_state
+from packhorse.train.checkpoint.optimizer_state import load_states
+from packhorse.train.engine.engine import Engine
 from packhorse.train.state import TrainState
 from prepared import write_prepared
 from saved_states import save_states

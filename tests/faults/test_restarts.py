@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli import PACKHORSE, ROOM, curve, environment, metrics, packhorse, processes_that_name
-from packhorse.record.attempts import read_attempts
+from packhorse.run_folder.attempts import read_attempts
 from ranks import trained
 from tiny import write_tiny
 

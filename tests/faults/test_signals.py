@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cli import PACKHORSE, environment, metrics, packhorse
-from packhorse.checkpoints.manifest import faults_of
 from packhorse.errors import EXIT_STOPPED
+from packhorse.run_folder.checkpoints.manifest import faults_of
 from ranks import run_ranks, to_the_end, trained
 from tiny import write_tiny
 

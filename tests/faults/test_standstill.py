@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cli import ROOM
 from packhorse.errors import EXIT_LOST
-from packhorse.launching.last_words import collectives, stack_of
+from packhorse.launching.local.hang_report import collectives, stack_of
 from ranks import planned, run_ranks
 from tiny import write_tiny
 

@@ -19,11 +19,17 @@ import torch
 from small_disk import need_small_disks, python_on_small_disk, train_with_small_checkpoints
 
 from cli import curve
-from packhorse.checkpoints import shelf
-from packhorse.checkpoints.manifest import faults_of
-from packhorse.checkpoints.shelf import checkpoints_in, complete_checkpoints, newest_sound, prune, remove_unfinished
 from packhorse.errors import EXIT_DISK, UserError
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.checkpoints import listing as shelf
+from packhorse.run_folder.checkpoints.listing import (
+    checkpoints_in,
+    complete_checkpoints,
+    newest_sound,
+    prune,
+    remove_unfinished,
+)
+from packhorse.run_folder.checkpoints.manifest import faults_of
 from packhorse.train.state import TrainState
 from saving_cases import Trainer, make_run, save_at
 from tiny import write_tiny
@@ -252,9 +258,9 @@ MID_WRITE = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from packhorse.checkpoints.shelf import newest_sound
+from packhorse.run_folder.checkpoints.listing import newest_sound
 from packhorse.errors import UserError
-from packhorse.train import checkpoint
+from packhorse.train.checkpoint import checkpoints as checkpoint
 from saving_cases import Trainer, make_run, save_at
 
 checkpoint._no_room = lambda folder, needed: None  # something else fills the disk meanwhile

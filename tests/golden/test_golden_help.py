@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.cli import VERBS, read_command
+from packhorse.cli.main import VERBS, read_command
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.shipped import list_recipes

@@ -12,7 +12,7 @@ from packhorse.commands.sending import show_jobs
 from packhorse.launching.slurm.lead import signal_lead
 from packhorse.launching.slurm.site_load import load_site, shipped_sites
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
 

@@ -23,22 +23,22 @@ import torch
 from measured_memory import LivePeak, save_model
 from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.packs.store import open_store
-from packhorse.plan.architectures import published
-from packhorse.plan.cost.memory import MemoryEstimate, estimate_memory
-from packhorse.plan.cost.packs import PackFigures
+from packhorse.estimate.measure.rehearse import rank_environment
+from packhorse.estimate.measure.resident import weight_tensors
+from packhorse.estimate.memory import MemoryEstimate, estimate_memory
+from packhorse.estimate.packs import PackFigures
+from packhorse.model_spec.configuration import published
+from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan, write_plan
 from packhorse.plan.topology import Ask
 from packhorse.quickstart.files import materialise
 from packhorse.recipe.schema import Recipe
-from packhorse.record.heartbeat import Pulse
+from packhorse.run_folder.heartbeat import Pulse
 from packhorse.train import worker
-from packhorse.train.engine import Engine, start_engine
-from packhorse.train.rehearse import rank_environment
-from packhorse.train.resident import weight_tensors
-from packhorse.train.signals import StopRequest
+from packhorse.train.engine.engine import Engine, start_engine
+from packhorse.train.ranks.signals import StopRequest
 from prepared import write_prepared
 from ranks import IMPORTED
 

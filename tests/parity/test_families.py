@@ -33,8 +33,8 @@ from packhorse.model.methods.attach import Start as AdapterStart
 from packhorse.model.methods.attach import attach
 from packhorse.quickstart.files import materialise
 from packhorse.recipe.methods import LoraMethod
-from packhorse.train.forward import micro_batch_loss
-from packhorse.train.objective import install_loss_head
+from packhorse.train.objectives.forward import micro_batch_loss
+from packhorse.train.objectives.token_loss import install_loss_head
 from ranks import trained
 
 NUM_STEPS = 6

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 from packhorse.data.packs.loader import MicroBatch
 from packhorse.errors import UserError
 from packhorse.model.attention import register_attention
-from packhorse.train.forward import micro_batch_loss, model_inputs
-from packhorse.train.objective import install_loss_head
+from packhorse.train.objectives.forward import micro_batch_loss, model_inputs
+from packhorse.train.objectives.token_loss import install_loss_head
 
 SIZES = {
     "vocab_size": 97,

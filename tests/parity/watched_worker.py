@@ -23,7 +23,7 @@ def main() -> int:
     from torch.distributed.tensor import DTensor
 
     from packhorse.train import worker
-    from packhorse.train.signals import StopRequest
+    from packhorse.train.ranks.signals import StopRequest
 
     def tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Frozen weights as this rank stores them, and the constants that 4-bit ones are read with."""

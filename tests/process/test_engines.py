@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli import curve
-from packhorse.launching.run_folder import open_run
 from packhorse.plan.run_plan import write_plan
-from packhorse.record.status import read_status, write_status
+from packhorse.run_folder.folder import open_run
+from packhorse.run_folder.status import read_status, write_status
 from ranks import to_the_end, trained
 from tiny import TINY, write_tiny
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from packhorse.cli import main
 from packhorse.errors import EXIT_STOPPED
-from packhorse.record.status import read_status
+from packhorse.run_folder.status import read_status
 from tiny import write_tiny
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import PACKHORSE, curve, environment, metrics, packhorse
-from packhorse.checkpoints.manifest import faults_of
-from packhorse.launching.run_folder import create_run
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.shipped import shipped_path
+from packhorse.run_folder.checkpoints.manifest import faults_of
+from packhorse.run_folder.folder import create_run
 from ranks import trained
 from tiny import TINY, write_tiny
 

@@ -10,7 +10,7 @@ import pytest
 from cli import curve
 from packhorse.errors import EXIT_OK
 from packhorse.plan.run_plan import read_plan
-from packhorse.record.status import read_status
+from packhorse.run_folder.status import read_status
 from ranks import planned, run_ranks
 from tiny import write_tiny
 

@@ -14,7 +14,7 @@ import pytest
 from packhorse.data.audit import audit
 from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import prepare
-from packhorse.data.reading.sources import read_rows
+from packhorse.data.read.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe, Source
 from shared_folder import shared

@@ -15,12 +15,12 @@ from datasketch import MinHash
 from numpy.typing import NDArray
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from packhorse.data.quality.contamination import EvaluationIndex
-from packhorse.data.quality.duplicates import equal_groups, near_groups
-from packhorse.data.quality.encoding import broken_encoding, mend
-from packhorse.data.quality.language import languages
-from packhorse.data.quality.personal import find_personal
-from packhorse.data.quality.signatures import signatures
+from packhorse.data.checks.contamination import EvaluationIndex
+from packhorse.data.checks.duplicates import equal_groups, near_groups
+from packhorse.data.checks.encoding import broken_encoding, mend
+from packhorse.data.checks.language import languages
+from packhorse.data.checks.personal import find_personal
+from packhorse.data.checks.signatures import signatures
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.reading.mistakes import RowMistakes
-from packhorse.data.rendering.render import check_serving, load_tokenizer, make_renderer, render_examples
-from packhorse.data.rendering.serving import saved_form
+from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.render.render import check_serving, load_tokenizer, make_renderer, render_examples
+from packhorse.data.render.serving import saved_form
 from packhorse.errors import UserError
 from packhorse.recipe.schema import DataSection
 

@@ -9,7 +9,7 @@ import pytest
 from cluster import Cluster, running_cluster
 from interrupted import EVALUATE_EVERY, SAVE_EVERY, STEPS, planned
 
-from packhorse.record.attempts import read_attempts
+from packhorse.run_folder.attempts import read_attempts
 from tiny import write_tiny
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from cluster import CHECKOUT, Cluster
 
 from cli import INJECTED, metrics, packhorse
-from packhorse.checkpoints.shelf import complete_checkpoints, step_of
-from packhorse.record.attempts import read_attempts
-from packhorse.record.heartbeat import read_heartbeats
+from packhorse.run_folder.attempts import read_attempts
+from packhorse.run_folder.checkpoints.listing import complete_checkpoints, step_of
+from packhorse.run_folder.heartbeat import read_heartbeats
 
 # Learnt or decided, not timed: these must be the same to the last bit.
 MEASURED = ("train/loss", "train/grad_norm", "train/learning_rate", "evaluation/loss")

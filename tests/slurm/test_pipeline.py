@@ -13,8 +13,8 @@ from cluster import CHECKOUT, Cluster
 from cli import INJECTED, curve
 from packhorse.cli import main
 from packhorse.launching.slurm.jobs import JobRecord, read_jobs
-from packhorse.record.attempts import read_attempts
-from packhorse.record.status import read_status
+from packhorse.run_folder.attempts import read_attempts
+from packhorse.run_folder.status import read_status
 from packhorse.track.sinks import METRICS_FILE, read_metrics
 from tiny import write_tiny
 

@@ -24,12 +24,12 @@ from interrupted import (
 )
 
 from cli import curve, metrics, packhorse
-from packhorse.launching.extensions import FOLDER_VARIABLE, extensions_folder
-from packhorse.launching.lock import holder
+from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.slurm.jobs import read_jobs
 from packhorse.launching.slurm.script import train_request, train_script
 from packhorse.launching.slurm.site import SiteProfile
-from packhorse.record.attempts import read_attempts
+from packhorse.run_folder.attempts import read_attempts
+from packhorse.run_folder.lock import holder
 
 SHORT = ("steps=6", "batch.packs=8", "checkpoint.every_steps=null", "evaluation.every_steps=null")
 PHASES = ("forward", "evaluate", "publish")

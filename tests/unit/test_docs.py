@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.cli import VERBS, Action, read_command
+from packhorse.cli.main import VERBS, Action, read_command
 from packhorse.errors import UserError
 from packhorse.recipe.describe import reference
 from packhorse.track.meter import Meter, evaluation_figures

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from packhorse.masking import mask, mask_output, masked, secret_in
+from packhorse.secrets import mask, mask_output, masked, secret_in
 from secrets_made_up import SECRETS
 
 PLAIN = [

@@ -8,12 +8,12 @@ from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.parameters import Unknown
 from packhorse.data.manifest import read_manifest
 from packhorse.errors import UserError
-from packhorse.launching.run_folder import relative
-from packhorse.plan.cost.case import Measured, case_of
-from packhorse.plan.cost.gpus import find_gpu
-from packhorse.plan.cost.speed import measured_step_seconds
+from packhorse.estimate.case import Measured, case_of
+from packhorse.estimate.gpus import find_gpu
+from packhorse.estimate.speed import measured_step_seconds
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.folder import relative
 from packhorse.track.sinks import METRICS_FILE, read_metrics
 
 

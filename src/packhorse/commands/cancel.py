@@ -12,16 +12,16 @@ from pathlib import Path
 from rich.console import Console
 
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.lock import holder
-from packhorse.launching.run_folder import open_run, relative
 from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.client import JobState
 from packhorse.launching.slurm.client import cancel as cancel_jobs
 from packhorse.launching.slurm.jobs import JobRecord, live_jobs, read_jobs
-from packhorse.launching.slurm.sweep_folder import find_sweep
 from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
-from packhorse.record.processes import process
-from packhorse.record.requests import STOP_FILE
+from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.lock import holder
+from packhorse.run_folder.processes import process
+from packhorse.run_folder.requests import STOP_FILE
+from packhorse.run_folder.sweep import find_sweep
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from packhorse.commands.lines import pairs
-from packhorse.data.converting.convert import Conversion, Target, convert_file
-from packhorse.data.converting.prices import RULE, TokenCount, default_epochs, read_prices
+from packhorse.data.convert.convert import Conversion, Target, convert_file
+from packhorse.data.convert.prices import RULE, TokenCount, default_epochs, read_prices
 from packhorse.data.formats.bad_row import closest
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.recipe.locate import path_of

@@ -8,11 +8,11 @@ from pathlib import Path
 from packhorse.commands.parameters import Unknown, known_shape
 from packhorse.data.manifest import DataManifest
 from packhorse.data.packs.store import open_store
-from packhorse.data.places import data_root
-from packhorse.plan.cost.case import Basis, Guessed
-from packhorse.plan.cost.gpus import GpuProfile, gpu_of_device
-from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.cost.saved import CheckpointRoom, checkpoint_room
+from packhorse.data.resolve import data_root
+from packhorse.estimate.case import Basis, Guessed
+from packhorse.estimate.gpus import GpuProfile, gpu_of_device
+from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.saved import CheckpointRoom, checkpoint_room
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.schema import Recipe

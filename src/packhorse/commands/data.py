@@ -16,12 +16,10 @@ from packhorse.commands.prepared import manifest_if_prepared
 from packhorse.commands.waiting import prepare_run
 from packhorse.data.audit import audit
 from packhorse.data.audit_report import AuditReport
-from packhorse.data.places import runs_folder_of
 from packhorse.data.prepare import PreparedData
 from packhorse.data.prepare import prepare as prepare_data
+from packhorse.data.resolve import runs_folder_of
 from packhorse.errors import EXIT_OK
-from packhorse.launching.run_folder import relative
-from packhorse.launching.slurm.sweep_folder import find_sweep, member_folder, read_sweep
 from packhorse.plan.run_plan import PLAN_FILE
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
@@ -29,6 +27,8 @@ from packhorse.recipe.schema import Recipe
 from packhorse.report.data_page import write_data_page
 from packhorse.report.readable import readable
 from packhorse.report.terminal import figure_lines, finding_lines, ledger_table, row_text, split_table
+from packhorse.run_folder.folder import relative
+from packhorse.run_folder.sweep import find_sweep, member_folder, read_sweep
 
 # The page shows more of them.
 SHOWN_ROWS: Final = 2

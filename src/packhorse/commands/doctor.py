@@ -15,11 +15,11 @@ from packhorse.doctor.question import question_of_place, question_of_run
 from packhorse.doctor.rows import EXIT_BROKEN
 from packhorse.doctor.table import summary
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.run_folder import open_run
 from packhorse.launching.slurm.script import show
 from packhorse.launching.slurm.site import SiteProfile
 from packhorse.launching.slurm.site_load import load_site
 from packhorse.plan.hardware import detect_hardware
+from packhorse.run_folder.folder import open_run
 
 
 def doctor(

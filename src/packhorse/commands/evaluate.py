@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from packhorse.commands.prepared import require_data
 from packhorse.data.manifest import TestLook
 from packhorse.data.packs.store import SEALED_SPLIT
-from packhorse.data.rendering.tokenizer import tokenizer_of
+from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.data.seal import looks_at, open_test
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
@@ -25,10 +25,10 @@ from packhorse.evaluate.held_out import HeldOut, held_out_of, read_sets
 from packhorse.evaluate.models import Subject, load_tuned
 from packhorse.evaluate.show import render
 from packhorse.evaluate.turns import trained_form
-from packhorse.launching.run_folder import open_run, relative
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.folder import open_run, relative
+from packhorse.train.checkpoint.weights import weights_folder_name
 from packhorse.train.setup import base_request
-from packhorse.train.weights import weights_folder_name
 
 EVALUATION_FILE = "evaluation.json"
 TEST_FILE = "evaluation-test.json"

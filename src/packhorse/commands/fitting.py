@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from packhorse.commands.parameters import Unknown
-from packhorse.plan.auto import plan_best
-from packhorse.plan.compare import Wanted
-from packhorse.plan.cost.case import Basis, Case
-from packhorse.plan.cost.packs import PackFigures
+from packhorse.estimate.case import Basis, Case
+from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.search.auto import plan_best
+from packhorse.estimate.search.compare import Wanted
+from packhorse.estimate.verdict import check_memory
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.verdict import check_memory
 
 
 def draft_plan(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:

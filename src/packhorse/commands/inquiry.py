@@ -8,9 +8,9 @@ from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.parameters import Unknown
 from packhorse.commands.prepared import facts_of, manifest_if_prepared
 from packhorse.data.manifest import DataManifest
-from packhorse.plan.compare import Wanted
-from packhorse.plan.cost.case import Basis
-from packhorse.plan.cost.gpus import parse_gpus
+from packhorse.estimate.case import Basis
+from packhorse.estimate.gpus import parse_gpus
+from packhorse.estimate.search.compare import Wanted
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe

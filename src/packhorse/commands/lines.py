@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from packhorse.launching.run_folder import relative
+from packhorse.run_folder.folder import relative
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> Table:

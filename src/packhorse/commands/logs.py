@@ -11,8 +11,8 @@ from typing import Final
 
 from packhorse.commands.status import is_under_way
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.agent import STDERR_LOG
-from packhorse.launching.run_folder import open_run, relative
+from packhorse.launching.local.agent import STDERR_LOG
+from packhorse.run_folder.folder import open_run, relative
 
 LOOK_SECONDS: Final = 0.5
 OVER_SECONDS: Final = 5.0

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from packhorse.commands.inquiry import inquire, read_gpus
 from packhorse.errors import EXIT_OK, UserError
+from packhorse.estimate.case import case_of
+from packhorse.estimate.search.auto import plan_best
 from packhorse.launching.places.manifests import KINDS, manifest_text
 from packhorse.launching.places.request import read_request
-from packhorse.launching.run_folder import open_run
-from packhorse.plan.auto import plan_best
-from packhorse.plan.cost.case import case_of
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.recipe.load import load_recipe
+from packhorse.run_folder.folder import open_run
 
 
 def manifest(

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from packhorse.errors import UserError
-from packhorse.plan.anatomy import PLAIN, NotMeasuredError
-from packhorse.plan.architectures import CONFIG_FILE, Configuration, find_configuration
-from packhorse.plan.parameters import Shape, read_shape
-from packhorse.plan.supported import check_model
-from packhorse.plan.trainable import ParameterCounts, count_of
+from packhorse.model_spec.anatomy import PLAIN, NotMeasuredError
+from packhorse.model_spec.configuration import CONFIG_FILE, Configuration, find_configuration
+from packhorse.model_spec.parameters import Shape, read_shape
+from packhorse.model_spec.supported import check_model
+from packhorse.model_spec.trainable import ParameterCounts, count_of
 from packhorse.recipe.schema import Recipe
 
 LATER = "counted when the model is loaded"
@@ -99,7 +99,7 @@ def _built(recipe: Recipe, configuration: Configuration) -> Shape | Unknown:
     """Of a model that no description covers: made without memory, and looked at."""
     check_model(recipe)
     # Only here: families that are described need no torch.
-    from packhorse.train.anatomy import shape_of_configuration
+    from packhorse.estimate.measure.anatomy import shape_of_configuration
 
     try:
         shape = shape_of_configuration(json.dumps(configuration, sort_keys=True))

@@ -33,22 +33,22 @@ from packhorse.commands.plan_view import (
 )
 from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
+from packhorse.estimate.case import Basis, Case, case_of
+from packhorse.estimate.gpus import find_gpu, known_gpus
+from packhorse.estimate.search.auto import plan_best
+from packhorse.estimate.search.changes import Change, changes_that_fit
+from packhorse.estimate.search.compare import Wanted, chosen_of, every_way
+from packhorse.estimate.search.least import least_hardware
+from packhorse.estimate.search.scaling import Counted, scale
 from packhorse.launching.places.lines import lines_of_nodes
-from packhorse.launching.run_folder import open_run, relative
-from packhorse.plan.auto import plan_best
-from packhorse.plan.changes import Change, changes_that_fit
 from packhorse.plan.command import job_argv, launch_files
-from packhorse.plan.compare import Wanted, chosen_of, every_way
-from packhorse.plan.cost.case import Basis, Case, case_of
-from packhorse.plan.cost.gpus import find_gpu, known_gpus
-from packhorse.plan.cost.scaling import Counted, scale
 from packhorse.plan.difference import differences
-from packhorse.plan.least import least_hardware
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.folder import open_run, relative
 
 DEEPSPEED = "; what DeepSpeed is told stands in plan.json"
 

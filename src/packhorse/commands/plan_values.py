@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from packhorse.plan.changes import Change
+from packhorse.estimate.case import Case
+from packhorse.estimate.component import Component
+from packhorse.estimate.search.changes import Change
+from packhorse.estimate.search.compare import Way, why_not
+from packhorse.estimate.search.least import Least
+from packhorse.estimate.search.scaling import Scaling
 from packhorse.plan.command import job_argv, launch_files
-from packhorse.plan.compare import Way, why_not
-from packhorse.plan.cost.case import Case
-from packhorse.plan.cost.component import Component
-from packhorse.plan.cost.scaling import Scaling
-from packhorse.plan.least import Least
 from packhorse.plan.run_plan import RunPlan
 
 Value = dict[str, Any]

@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.durable import size
-from packhorse.plan.changes import Change
-from packhorse.plan.compare import Way, host_words, why_not
-from packhorse.plan.cost.case import MARGIN, Case
-from packhorse.plan.cost.component import Component
-from packhorse.plan.cost.memory import Phase
-from packhorse.plan.cost.scaling import Scaling
-from packhorse.plan.least import Least
+from packhorse.estimate.case import MARGIN, Case
+from packhorse.estimate.component import Component
+from packhorse.estimate.memory import Phase
+from packhorse.estimate.search.changes import Change
+from packhorse.estimate.search.compare import Way, host_words, why_not
+from packhorse.estimate.search.least import Least
+from packhorse.estimate.search.scaling import Scaling
 
 GIB = 2**30
 BAR_CELLS = 40

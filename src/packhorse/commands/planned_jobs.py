@@ -15,27 +15,27 @@ from packhorse.commands.prepared import facts_of, require_data
 from packhorse.commands.waiting import SITE_RECORD, terms_of
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import read_manifest
-from packhorse.data.places import data_root
+from packhorse.data.resolve import data_root
 from packhorse.data.stored import require_sizes
 from packhorse.errors import UserError
+from packhorse.estimate.saved import CheckpointRoom
+from packhorse.estimate.search.compare import Wanted
 from packhorse.launching.preflight import check_base_model, check_disk, check_resumable, check_writable
-from packhorse.launching.run_folder import SWEEP_FILE, check_free, named_folder, open_run, relative
 from packhorse.launching.slurm.lead import Lead, signal_lead
 from packhorse.launching.slurm.script import check_path, command_script, cpu_request, train_request, train_script
 from packhorse.launching.slurm.site import DURATION, SITE_FILE, SiteProfile, seconds_of
 from packhorse.launching.slurm.site_load import load_site
 from packhorse.launching.slurm.submit import PlannedJob
-from packhorse.plan.compare import Wanted
-from packhorse.plan.cost.saved import CheckpointRoom
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import run_folder_of
-from packhorse.plan.resume import replan
+from packhorse.plan.make_plan import run_folder_of
+from packhorse.plan.replan import replan
 from packhorse.plan.run_plan import PLAN_FILE, Decision, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.locate import expand
 from packhorse.recipe.sweep import check_single
-from packhorse.record.status import read_status
+from packhorse.run_folder.folder import SWEEP_FILE, check_free, named_folder, open_run, relative
+from packhorse.run_folder.status import read_status
 from packhorse.track.sinks import METRICS_FILE, read_metrics
 
 TIME_WORDS: Final = "at most"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import DataManifest, read_manifest
-from packhorse.data.places import data_root
+from packhorse.data.resolve import data_root
 from packhorse.data.stored import require_sizes
 from packhorse.errors import UserError
-from packhorse.launching.run_folder import relative
 from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.folder import relative
 
 
 def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:

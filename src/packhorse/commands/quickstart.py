@@ -11,10 +11,10 @@ from packhorse.commands.evaluate import evaluate_run
 from packhorse.commands.train import train
 from packhorse.errors import EXIT_OK
 from packhorse.evaluate.show import render
-from packhorse.launching.run_folder import open_run
-from packhorse.plan.make import run_folder_of
+from packhorse.plan.make_plan import run_folder_of
 from packhorse.recipe.load import load_recipe
-from packhorse.record.status import read_status
+from packhorse.run_folder.folder import open_run
+from packhorse.run_folder.status import read_status
 
 STEPS = (
     ("quickstart/full", "Full fine-tuning of a small fresh Llama on a bilingual corpus, on 2 processes"),

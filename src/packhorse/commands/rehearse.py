@@ -15,13 +15,13 @@ from rich.table import Table
 from packhorse.commands.inquiry import inquire, read_gpus
 from packhorse.commands.lines import pairs
 from packhorse.errors import EXIT_BUG, EXIT_OK, UserError
-from packhorse.plan.architectures import find_configuration
-from packhorse.plan.auto import plan_best
+from packhorse.estimate.search.auto import plan_best
+from packhorse.model_spec.configuration import find_configuration
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.load import load_recipe
 
 if TYPE_CHECKING:
-    from packhorse.train.rehearse import Rehearsal
+    from packhorse.estimate.measure.rehearse import Rehearsal
 
 TOLERANCE = 0.02
 
@@ -44,7 +44,7 @@ def rehearse(recipe: str, overrides: Sequence[str], gpus: str, nodes: int | None
     # Before torch is imported: a rehearsal takes no GPU, also where there is one.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-    from packhorse.train.rehearse import rehearse as step
+    from packhorse.estimate.measure.rehearse import rehearse as step
 
     done = step(made, find_configuration(made.recipe, found.vocab_size))
     if as_json:

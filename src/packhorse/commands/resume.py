@@ -9,16 +9,16 @@ from rich.console import Console
 
 from packhorse.commands.train import train
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.run_folder import open_run, relative
 from packhorse.launching.slurm.chain import CANCEL_FILE, left_of, submit_again
 from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
 from packhorse.launching.slurm.stages import read_ends, stages_of
 from packhorse.launching.slurm.submit import only_submission
-from packhorse.launching.slurm.sweep_folder import find_sweep
 from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
 from packhorse.plan.run_plan import read_plan
-from packhorse.record.attempts import job_of
-from packhorse.record.status import read_status
+from packhorse.run_folder.attempts import job_of
+from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.status import read_status
+from packhorse.run_folder.sweep import find_sweep
 
 
 def resume(run: str, overrides: Sequence[str], gpus: int | None, restarts: int | None, force: bool) -> int:

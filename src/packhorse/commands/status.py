@@ -13,15 +13,15 @@ from packhorse.commands.lines import pairs
 from packhorse.commands.status_jobs import clock, failure_lines, job_lines, read_stages, state_words
 from packhorse.commands.status_sweep import show_sweep
 from packhorse.errors import EXIT_OK
-from packhorse.launching.lock import holder
-from packhorse.launching.run_folder import open_run, relative
+from packhorse.launching.local.outcome import newest_step, where
 from packhorse.launching.slurm.stages import Stage
-from packhorse.launching.slurm.sweep_folder import find_sweep
-from packhorse.launching.verdict import newest_step, where
-from packhorse.record.attempts import AttemptRecord, has_ended, lost_steps, made_steps, read_attempts
-from packhorse.record.heartbeat import Heartbeat, read_heartbeats
-from packhorse.record.processes import process
-from packhorse.record.status import Status, read_status
+from packhorse.run_folder.attempts import AttemptRecord, has_ended, lost_steps, made_steps, read_attempts
+from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.heartbeat import Heartbeat, read_heartbeats
+from packhorse.run_folder.lock import holder
+from packhorse.run_folder.processes import process
+from packhorse.run_folder.status import Status, read_status
+from packhorse.run_folder.sweep import find_sweep
 from packhorse.track.meter import Figures
 from packhorse.track.sinks import METRICS_FILE, read_metrics
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from packhorse.launching.first_failure import first_failure
-from packhorse.launching.run_folder import relative
+from packhorse.launching.local.first_failure import first_failure
 from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmError
 from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
 from packhorse.launching.slurm.stages import Stage, read_ends, stages_of
 from packhorse.plan.run_plan import read_plan
-from packhorse.record.attempts import AttemptRecord
-from packhorse.record.status import read_status
+from packhorse.run_folder.attempts import AttemptRecord
+from packhorse.run_folder.folder import relative
+from packhorse.run_folder.status import read_status
 
 LABELS = {
     "waits": "waits",

@@ -13,16 +13,16 @@ from packhorse.commands.lines import pairs
 from packhorse.commands.planned_jobs import Asked, Submission, planned_jobs, programs_of, submission
 from packhorse.commands.sending import make_run, show_plain, size_words, when_words
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.run_folder import check_free, relative
 from packhorse.launching.slurm.client import Expected, NoSlurmError, SlurmError, cancel
 from packhorse.launching.slurm.jobs import JobRecord, append_job, submit_job
 from packhorse.launching.slurm.refusals import explained
 from packhorse.launching.slurm.script import command_script, cpu_request, show, train_request, train_script
 from packhorse.launching.slurm.submit import PlannedJob, check_jobs, sbatch_words
-from packhorse.launching.slurm.sweep_folder import create_sweep, member_folder
-from packhorse.plan.make import run_folder_of
+from packhorse.plan.make_plan import run_folder_of
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import SweepRun, expand
+from packhorse.run_folder.folder import check_free, relative
+from packhorse.run_folder.sweep import create_sweep, member_folder
 
 
 @dataclass(frozen=True)

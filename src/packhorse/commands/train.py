@@ -16,26 +16,26 @@ from packhorse.commands.parameters import Unknown
 from packhorse.commands.prepared import facts_of, require_data
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import DataManifest, read_manifest
-from packhorse.data.places import data_root
+from packhorse.data.resolve import data_root
 from packhorse.data.stored import require_sizes
 from packhorse.errors import EXIT_OK, EXIT_STOPPED, UserError
-from packhorse.launching.lock import only_launcher
+from packhorse.estimate.case import Case
+from packhorse.estimate.search.compare import Wanted
+from packhorse.estimate.verdict import check_memory
+from packhorse.launching.local.recovery import run_to_end
+from packhorse.launching.local.stop_signals import StoppedEarly, stop_signals
 from packhorse.launching.preflight import check_base_model, check_disk, check_nvme, check_resumable, check_writable
-from packhorse.launching.recovery import run_to_end
-from packhorse.launching.run_folder import check_free, create_run, open_run, relative
-from packhorse.launching.stop import StoppedEarly, stop_signals
 from packhorse.plan.command import job_argv
-from packhorse.plan.compare import Wanted
-from packhorse.plan.cost.case import Case
 from packhorse.plan.hardware import Hardware, detect_hardware
-from packhorse.plan.make import run_folder_of
-from packhorse.plan.resume import replace_plan, replan
+from packhorse.plan.make_plan import run_folder_of
+from packhorse.plan.replan import replace_plan, replan
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.plan.topology import Ask, check_machine
-from packhorse.plan.verdict import check_memory
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import check_single
-from packhorse.record.status import read_status
+from packhorse.run_folder.folder import check_free, create_run, open_run, relative
+from packhorse.run_folder.lock import only_launcher
+from packhorse.run_folder.status import read_status
 
 
 def train(

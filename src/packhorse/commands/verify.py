@@ -6,15 +6,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.checkpoints.manifest import faults_of
-from packhorse.checkpoints.shelf import checkpoints_in
 from packhorse.data.manifest import MANIFEST_FILE, read_manifest
 from packhorse.data.stored import content_faults, recorded_files
 from packhorse.errors import EXIT_BUG, EXIT_OK
-from packhorse.launching.run_folder import open_run, relative
 from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.run_plan import RunPlan
-from packhorse.record.status import read_status
+from packhorse.run_folder.checkpoints.listing import checkpoints_in
+from packhorse.run_folder.checkpoints.manifest import faults_of
+from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.status import read_status
 
 
 def verify(run: str) -> int:

@@ -10,17 +10,17 @@ from packhorse.commands.fitting import fitting_plan
 from packhorse.commands.prepared import facts_of
 from packhorse.data.manifest import DataManifest
 from packhorse.errors import UserError
+from packhorse.estimate.gpus import find_gpu
+from packhorse.estimate.search.compare import Wanted
 from packhorse.launching.preflight import check_disk
-from packhorse.launching.run_folder import complete_run, open_run
 from packhorse.launching.slurm.site import SiteProfile
-from packhorse.plan.compare import Wanted
-from packhorse.plan.cost.gpus import find_gpu
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import dump_recipe
 from packhorse.recipe.schema import Recipe
-from packhorse.record.status import Status, write_status
+from packhorse.run_folder.folder import complete_run, open_run
+from packhorse.run_folder.status import Status, write_status
 
 SITE_RECORD = "site.json"
 """RUN/site.json: the profile that the run was submitted with."""

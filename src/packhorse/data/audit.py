@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, SourceAudit, SplitAudit
+from packhorse.data.checks.scorecard import MOST_SAMPLES, Sample, ScoreCard, ScoreKeeper, make_sample
 from packhorse.data.decide import KEPT
 from packhorse.data.formats.example import Example
 from packhorse.data.gather import Gathered
 from packhorse.data.ledger import SIDES
-from packhorse.data.places import resolve_tokenizer
-from packhorse.data.quality.scorecard import MOST_SAMPLES, Sample, ScoreCard, ScoreKeeper, make_sample
-from packhorse.data.rendering.render import Rendered, Renderer
+from packhorse.data.render.render import Rendered, Renderer
+from packhorse.data.resolve import resolve_tokenizer
 from packhorse.data.settle import Settled, fill, settle
 from packhorse.data.source_pass import SourceGathered
 from packhorse.data.spool import text_of

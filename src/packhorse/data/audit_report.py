@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from packhorse.data.checks.scorecard import ScoreCard
 from packhorse.data.ledger import Ledger
-from packhorse.data.quality.scorecard import ScoreCard
 
 
 @dataclass(frozen=True)

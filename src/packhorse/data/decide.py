@@ -11,14 +11,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from packhorse.data.checks.contradictions import contradictions
+from packhorse.data.checks.duplicates import equal_groups, near_groups
 from packhorse.data.gather import Gathered
 from packhorse.data.ledger import LOSSES, SIDES
-from packhorse.data.quality.contradictions import contradictions
-from packhorse.data.quality.duplicates import equal_groups, near_groups
 from packhorse.data.source_pass import Use
-from packhorse.data.splitting.draw import draw
-from packhorse.data.splitting.shares import resolve_shares
-from packhorse.data.splitting.split import assign, replayed, too_small
+from packhorse.data.split.draw import draw
+from packhorse.data.split.shares import resolve_shares
+from packhorse.data.split.split import assign, replayed, too_small
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe, RetainSource
 

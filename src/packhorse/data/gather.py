@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from packhorse.data.checks.contamination import EvaluationIndex
+from packhorse.data.checks.texts import prompt_text
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
-from packhorse.data.places import resolve_tokenizer, runs_folder_of, source_name
-from packhorse.data.quality.contamination import EvaluationIndex
-from packhorse.data.quality.texts import prompt_text
-from packhorse.data.reading.mistakes import RowMistakes
-from packhorse.data.reading.sources import read_rows
-from packhorse.data.rendering.render import Renderer, make_renderer
-from packhorse.data.rendering.serving import saved_form
-from packhorse.data.rendering.tokenizer import tokenizer_of
+from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.sources import read_rows
+from packhorse.data.render.render import Renderer, make_renderer
+from packhorse.data.render.serving import saved_form
+from packhorse.data.render.tokenizer import tokenizer_of
+from packhorse.data.resolve import resolve_tokenizer, runs_folder_of, source_name
 from packhorse.data.source_pass import UNTRAINABLE, SourceGathered, SourcePass, Strata, Use, Watch
 from packhorse.data.spool import Spool, SpoolWriter
 from packhorse.errors import Mistake, UserError

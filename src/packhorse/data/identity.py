@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from packhorse.data.manifest import DataManifest, read_manifest
-from packhorse.data.places import data_root, resolve_tokenizer, source_files, template_path, tokenizer_files
+from packhorse.data.resolve import data_root, resolve_tokenizer, source_files, template_path, tokenizer_files
 from packhorse.recipe.schema import Recipe, Source
 
 DATA_VERSION: Final = 4

@@ -28,8 +28,8 @@ from packhorse.data.manifest import (
     write_manifest,
 )
 from packhorse.data.packs.store import write_pieces, write_split
-from packhorse.data.places import data_root, resolve_tokenizer
-from packhorse.data.rendering.render import Rendered
+from packhorse.data.render.render import Rendered
+from packhorse.data.resolve import data_root, resolve_tokenizer
 from packhorse.data.settle import Settled, settle
 from packhorse.data.source_pass import SourceGathered
 from packhorse.data.spool import stretches

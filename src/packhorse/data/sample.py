@@ -14,9 +14,9 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 
 from packhorse.data.fast_tokenizer import fast_tokenizer
-from packhorse.data.places import source_files
-from packhorse.data.reading.listing import form_of
-from packhorse.data.splitting.shares import resolve_shares
+from packhorse.data.read.listing import form_of
+from packhorse.data.resolve import source_files
+from packhorse.data.split.shares import resolve_shares
 from packhorse.errors import UserError
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe, Source

@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from packhorse.data.checks.contamination import EvaluationIndex
+from packhorse.data.checks.encoding import mend
+from packhorse.data.checks.keys import answer_keys, content_keys, prompt_keys
+from packhorse.data.checks.language import languages
+from packhorse.data.checks.signatures import signatures
+from packhorse.data.checks.texts import answer_text, prompt_text, row_text
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import RowFormat
-from packhorse.data.places import source_name
-from packhorse.data.quality.contamination import EvaluationIndex
-from packhorse.data.quality.encoding import mend
-from packhorse.data.quality.keys import answer_keys, content_keys, prompt_keys
-from packhorse.data.quality.language import languages
-from packhorse.data.quality.signatures import signatures
-from packhorse.data.quality.texts import answer_text, prompt_text, row_text
-from packhorse.data.reading.mistakes import RowMistakes
-from packhorse.data.rendering.render import Rendered, Renderer, render_examples
-from packhorse.data.rendering.serving import check_serving
+from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.render.render import Rendered, Renderer, render_examples
+from packhorse.data.render.serving import check_serving
+from packhorse.data.resolve import source_name
 from packhorse.data.spool import SpoolWriter
 from packhorse.errors import Mistake
 from packhorse.recipe.schema import DataSection, Source

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from packhorse.data.formats.example import Example
 from packhorse.data.mapped import release
 from packhorse.data.packs.store import token_type
-from packhorse.data.rendering.render import Rendered
+from packhorse.data.render.render import Rendered
 
 TOKENS_FILE: Final = "tokens.bin"
 SUPERVISED_FILE: Final = "supervised.bin"

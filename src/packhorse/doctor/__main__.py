@@ -23,7 +23,7 @@ from packhorse.doctor.question import question_of_run
 from packhorse.doctor.rows import EXIT_BROKEN
 from packhorse.doctor.table import summary
 from packhorse.errors import EXIT_OK, EXIT_USER_ERROR, UserError
-from packhorse.launching.run_folder import open_run
+from packhorse.run_folder.folder import open_run
 
 USAGE = "usage: python -m packhorse.doctor ask RUN [SCRATCH] | judge QUESTION\n"
 

@@ -10,10 +10,10 @@ from packhorse.data.manifest import read_manifest
 from packhorse.doctor.facts import Question
 from packhorse.doctor.folder import plan_sha256
 from packhorse.errors import UserError
+from packhorse.estimate.saved import checkpoint_room
 from packhorse.launching.preflight import room_to_come
-from packhorse.plan.architectures import find_configuration
-from packhorse.plan.cost.saved import checkpoint_room
-from packhorse.plan.parameters import read_shape
+from packhorse.model_spec.configuration import find_configuration
+from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import path_of
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.example import Message as Turn
-from packhorse.data.rendering.control_tokens import ControlTokens
-from packhorse.data.rendering.turns import template_tools, template_turns
+from packhorse.data.render.control_tokens import ControlTokens
+from packhorse.data.render.turns import template_tools, template_turns
 from packhorse.evaluate.generate import Message, Tools
 from packhorse.recipe.schema import DataSection, TrainOnSection
 

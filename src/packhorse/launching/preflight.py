@@ -10,17 +10,17 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from packhorse.checkpoints.manifest import read_manifest
-from packhorse.checkpoints.shelf import complete_checkpoints, newest_complete
 from packhorse.durable import size
 from packhorse.errors import UserError
-from packhorse.launching.run_folder import relative
+from packhorse.estimate.saved import CheckpointRoom
 from packhorse.plan.command import nvme_folder
-from packhorse.plan.cost.saved import CheckpointRoom
+from packhorse.plan.compatibility import NO_RESUME_FROM_NVME
 from packhorse.plan.optimizer_pairs import IN_8_BITS
-from packhorse.plan.pairs import NO_RESUME_FROM_NVME
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.recipe.locate import expand, path_of
+from packhorse.run_folder.checkpoints.listing import complete_checkpoints, newest_complete
+from packhorse.run_folder.checkpoints.manifest import read_manifest
+from packhorse.run_folder.folder import relative
 
 
 def check_writable(folder: Path) -> None:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from packhorse.plan.architectures import find_configuration
-from packhorse.plan.parameters import list_parameters, read_shape
+from packhorse.model_spec.configuration import find_configuration
+from packhorse.model_spec.parameters import list_parameters, read_shape
 from packhorse.plan.run_plan import BatchSplit, RunPlan, Topology
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from packhorse.errors import UserError
-from packhorse.plan.choose import choose_batch
+from packhorse.plan.batch import choose_batch
+from packhorse.plan.compatibility import SHARDING_WEIGHTS, check_pair
 from packhorse.plan.optimizer_pairs import check_stepping
-from packhorse.plan.pairs import SHARDING_WEIGHTS, check_pair
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.sequence import check_heads
 from packhorse.plan.topology import with_mesh

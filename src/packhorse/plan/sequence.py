@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packhorse.plan.architectures import find_configuration
+from packhorse.model_spec.configuration import find_configuration
 from packhorse.plan.run_plan import Topology
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.sequence_rules import unshared_heads

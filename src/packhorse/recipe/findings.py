@@ -22,7 +22,7 @@ from packhorse.recipe.schema_view import (
     schema_at,
     words_for,
 )
-from packhorse.recipe.yaml_source import Node, child_of, kind_of, parse_scalar, plain
+from packhorse.yaml_source.nodes import Node, child_of, kind_of, parse_scalar, plain
 
 
 @dataclass(frozen=True)

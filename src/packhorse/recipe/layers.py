@@ -10,7 +10,7 @@ from typing import Any
 
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.shipped import find_recipe, unknown_recipe
-from packhorse.recipe.yaml_source import Node, kind_of, parse_scalar, parse_yaml, read_yaml
+from packhorse.yaml_source.nodes import Node, kind_of, parse_scalar, parse_yaml, read_yaml
 
 ALTERNATIVES = {"steps": "epochs", "epochs": "steps"}
 OVERRIDE_LAYER = 1_000

@@ -19,7 +19,7 @@ from packhorse.recipe.rules import rule_findings
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.schema_view import KeyPath
 from packhorse.recipe.secrets import secret_mistakes
-from packhorse.recipe.yaml_source import Node, parse_scalar, parse_yaml, plain
+from packhorse.yaml_source.nodes import Node, parse_scalar, parse_yaml, plain
 
 ANY_REFERENCE = re.compile(r"\$\{[^}]*\}?")
 # Stand in for what is missing while the rules look at the rest; findings about them are not told.

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from packhorse.recipe.schema import Recipe
-from packhorse.recipe.yaml_source import Node, child_of
+from packhorse.yaml_source.nodes import Node, child_of
 
 JsonSchema = dict[str, Any]
 KeyPath = tuple[str | int, ...]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from packhorse.errors import Mistake
-from packhorse.masking import is_secret_variable, secret_in
 from packhorse.recipe.locate import ENVIRONMENT_REFERENCE
-from packhorse.recipe.yaml_source import Node
+from packhorse.secrets import is_secret_variable, secret_in
+from packhorse.yaml_source.nodes import Node
 
 WHERE_SECRETS_ARE_READ = "HF_TOKEN (hub) and WANDB_API_KEY (W&B) are read from the environment by themselves"
 

@@ -14,7 +14,7 @@ from packhorse.recipe.layers import FLOW_STARTS
 from packhorse.recipe.load import override_recipe
 from packhorse.recipe.schema import Recipe, SweepSection
 from packhorse.recipe.sweep_rules import dotted_fields
-from packhorse.recipe.yaml_source import parse_scalar
+from packhorse.yaml_source.nodes import parse_scalar
 
 
 @dataclass(frozen=True)

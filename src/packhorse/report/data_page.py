@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, SourceAudit
+from packhorse.data.checks.scorecard import ScoreCard
 from packhorse.data.ledger import SIDES, Entry
-from packhorse.data.quality.scorecard import ScoreCard
 from packhorse.durable import replace_file
 from packhorse.errors import UserError
 from packhorse.report.balance import balance

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from packhorse.data.checks.scorecard import Sample, ScoreCard
 from packhorse.data.ledger import Entry, Ledger
-from packhorse.data.quality.scorecard import Sample, ScoreCard
 
 PERSONAL: Final = "personal"
 _KINDS: Final[Mapping[str, str]] = {

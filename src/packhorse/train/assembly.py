@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from packhorse.model.streaming import Weights
 from packhorse.model.units import units_of
 from packhorse.recipe.methods import AdapterMethod, LoraMethod, Method, QloraMethod
-from packhorse.train.sharding import Placement
+from packhorse.train.engine.sharding import Placement
 
 Attach = Callable[[PreTrainedModel], nn.Module]
 BetweenUnits = Callable[[], None]

@@ -12,8 +12,8 @@ from torch import nn
 from packhorse.data.packs.loader import make_micro_batch
 from packhorse.data.packs.store import PackStore
 from packhorse.model.sequence import SequenceGroup
-from packhorse.train.engine import Engine
-from packhorse.train.forward import micro_batch_loss
+from packhorse.train.engine.engine import Engine
+from packhorse.train.objectives.forward import micro_batch_loss
 
 
 def validation_loss(

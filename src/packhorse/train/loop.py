@@ -12,19 +12,19 @@ from torch import Tensor
 from packhorse.data.packs.loader import PackLoader, StepBatch
 from packhorse.model.sequence import SequenceGroup
 from packhorse.plan.run_plan import RunPlan
-from packhorse.record.heartbeat import Pulse
+from packhorse.run_folder.heartbeat import Pulse
 from packhorse.track.meter import Figures, Meter, evaluation_figures
-from packhorse.train.agreement import Agreed, Agreement
-from packhorse.train.checkpoint import Checkpoints
-from packhorse.train.engine import Engine
-from packhorse.train.forward import micro_batch_loss
-from packhorse.train.memory_error import noting
+from packhorse.train.checkpoint.checkpoints import Checkpoints
+from packhorse.train.engine.engine import Engine
+from packhorse.train.engine.optimizer import set_learning_rate
+from packhorse.train.engine.schedule import learning_rate_at
+from packhorse.train.guard.memory_error import noting
+from packhorse.train.guard.step_guard import Judgement, Numbers, Step, times_factor
 from packhorse.train.noise import NoiseScale
-from packhorse.train.numbers import Judgement, Numbers, Step, times_factor
-from packhorse.train.optimizer import set_learning_rate
+from packhorse.train.objectives.forward import micro_batch_loss
+from packhorse.train.ranks.agreement import Agreed, Agreement
+from packhorse.train.ranks.signals import Stopped
 from packhorse.train.report import Reporter
-from packhorse.train.schedule import learning_rate_at
-from packhorse.train.signals import Stopped
 from packhorse.train.state import TrainState, seed_step
 
 

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass, field
 
 from packhorse.data.packs.loader import MicroBatch
-from packhorse.train.engine import Engine
-from packhorse.train.gradient_norm import gradient_norm
+from packhorse.train.engine.engine import Engine
+from packhorse.train.engine.gradient_norm import gradient_norm
 
 # Single steps scatter widely; the paper averages both estimates over steps before it divides them.
 DECAY = 0.95

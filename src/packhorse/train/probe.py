@@ -19,8 +19,8 @@ from packhorse.data.packs.loader import IGNORED_LABEL, MicroBatch, lay_out
 from packhorse.data.packs.store import Ids, PackStore
 from packhorse.errors import UserError
 from packhorse.model.sequence import SequenceGroup
-from packhorse.train.engine import Engine
-from packhorse.train.forward import micro_batch_loss, model_inputs
+from packhorse.train.engine.engine import Engine
+from packhorse.train.objectives.forward import micro_batch_loss, model_inputs
 
 PROBE_TOKENS = 48
 NUM_DOCUMENTS = 3

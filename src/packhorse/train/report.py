@@ -9,7 +9,7 @@ from rich.console import Console
 
 from packhorse.data.manifest import read_manifest
 from packhorse.plan.run_plan import RunPlan
-from packhorse.record.status import State, Status, write_status
+from packhorse.run_folder.status import State, Status, write_status
 from packhorse.track.meter import Figures
 from packhorse.track.progress import open_progress
 from packhorse.track.sinks import METRICS_FILE, MetricsFile, Sinks

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import open_store
-from packhorse.data.rendering.tokenizer import pieces_before
+from packhorse.data.render.tokenizer import pieces_before
 from packhorse.model.attention import register_attention
 from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model, open_model
 from packhorse.model.methods.attach import Start, attach, load_adapter
@@ -21,10 +21,10 @@ from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
 from packhorse.recipe.methods import QloraMethod
 from packhorse.train.assembly import BetweenUnits, can_stream, place_streamed, place_whole
-from packhorse.train.memory import apply_checkpointing
-from packhorse.train.objective import install_loss_head
-from packhorse.train.precision import COMPUTE_DTYPES
-from packhorse.train.sharding import placement_of
+from packhorse.train.engine.activation_checkpointing import apply_checkpointing
+from packhorse.train.engine.precision import COMPUTE_DTYPES
+from packhorse.train.engine.sharding import placement_of
+from packhorse.train.objectives.token_loss import install_loss_head
 
 
 def step_loader(plan: RunPlan, rank: int, pinned: bool) -> PackLoader:

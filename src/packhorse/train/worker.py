@@ -17,33 +17,33 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from packhorse.data.packs.store import PackStore, open_store
-from packhorse.data.rendering.tokenizer import tokenizer_of
+from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, UserError
 from packhorse.model.parameters import count_parameters, trained_kinds
 from packhorse.model.sequence import SequenceGroup, join_sequence_group
 from packhorse.plan.command import nvme_folder, on_this_machine
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
-from packhorse.record.status import State
+from packhorse.run_folder.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
-from packhorse.train.agreement import Agreement, stopped
-from packhorse.train.another_attempt import AnotherAttempt
-from packhorse.train.attempt import Attempt, open_attempt
-from packhorse.train.checkpoint import Checkpoints, checkpoint_to_resume, newest_state
-from packhorse.train.engine import GROUP_TIMEOUT, Engine, start_accelerator, start_engine
+from packhorse.train.checkpoint.checkpoints import Checkpoints, checkpoint_to_resume, newest_state
+from packhorse.train.checkpoint.weights import publish_result
+from packhorse.train.engine.engine import GROUP_TIMEOUT, Engine, start_accelerator, start_engine
+from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
+from packhorse.train.engine.optimizer import make_optimizer
+from packhorse.train.engine.precision import set_matmul_precision
 from packhorse.train.evaluate import validation_loss
-from packhorse.train.joint_optimizer import InBackwardOptimizer
+from packhorse.train.guard.memory_error import is_out_of_memory, memory_error
+from packhorse.train.guard.step_guard import Numbers
 from packhorse.train.loop import Run, train
-from packhorse.train.memory_error import is_out_of_memory, memory_error
-from packhorse.train.numbers import Numbers
-from packhorse.train.optimizer import make_optimizer
-from packhorse.train.precision import set_matmul_precision
 from packhorse.train.probe import probe
-from packhorse.train.ranks import own_rank
+from packhorse.train.ranks.agreement import Agreement, stopped
+from packhorse.train.ranks.another_attempt import AnotherAttempt
+from packhorse.train.ranks.attempt import Attempt, open_attempt
+from packhorse.train.ranks.identity import own_rank
+from packhorse.train.ranks.signals import Stopped, StopRequest
 from packhorse.train.report import Reporter, tell
 from packhorse.train.setup import step_loader, training_model
-from packhorse.train.signals import Stopped, StopRequest
 from packhorse.train.state import TrainState
-from packhorse.train.weights import publish_result
 
 
 def run_worker(plan_file: Path, signals: StopRequest) -> int:

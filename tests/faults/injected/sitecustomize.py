@@ -78,7 +78,7 @@ class Fault:
                 self._kind = ""
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        checkpoint = sys.modules["packhorse.train.checkpoint"]
+        checkpoint = sys.modules["packhorse.train.checkpoint.checkpoints"]
         publish = checkpoint.publish
 
         def at_publish(temporary: Path, facts: Any) -> None:

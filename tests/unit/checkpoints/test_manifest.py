@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.checkpoints.manifest import (
+from packhorse.run_folder.checkpoints.listing import (
+    checkpoints_in,
+    complete_checkpoints,
+    newest_sound,
+    remove_checkpoint,
+    superseded,
+)
+from packhorse.run_folder.checkpoints.manifest import (
     MANIFEST_FILE,
     RunFacts,
     bring_to_disk,
@@ -17,13 +24,6 @@ from packhorse.checkpoints.manifest import (
     files_below,
     read_manifest,
     write_manifest,
-)
-from packhorse.checkpoints.shelf import (
-    checkpoints_in,
-    complete_checkpoints,
-    newest_sound,
-    remove_checkpoint,
-    superseded,
 )
 
 FACTS = RunFacts(step=4, engine="ddp", world_size=2, plan="p", data="d")

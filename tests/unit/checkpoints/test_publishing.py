@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.checkpoints import manifest
-from packhorse.checkpoints.manifest import RunFacts, bring_to_disk, faults_of, read_manifest
-from packhorse.checkpoints.publishing import leave_record, publish, temporary_folder
 from packhorse.errors import UserError
+from packhorse.run_folder.checkpoints import manifest
+from packhorse.run_folder.checkpoints.manifest import RunFacts, bring_to_disk, faults_of, read_manifest
+from packhorse.run_folder.checkpoints.publishing import leave_record, publish, temporary_folder
 
 FACTS = RunFacts(step=4, engine="fsdp2", world_size=2, plan="p", data="d")
 

@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from packhorse.data.places import resolve_tokenizer
 from packhorse.data.prepare import prepare
+from packhorse.data.resolve import resolve_tokenizer
 from packhorse.data.sample import guess_packs
 from packhorse.recipe.schema import Recipe
 from tiny import TINY

@@ -29,19 +29,19 @@ from packhorse.model.attention import Documents, register_attention
 from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model
 from packhorse.model.methods.attach import Start, attach
 from packhorse.model.units import units_of
-from packhorse.plan.architectures import find_configuration
+from packhorse.model_spec.configuration import find_configuration
+from packhorse.model_spec.trainable import count_parameters
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
-from packhorse.plan.trainable import count_parameters
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.methods import QloraMethod
 from packhorse.recipe.shipped import list_recipes
-from packhorse.train.memory import apply_checkpointing
-from packhorse.train.objective import install_loss_head, loss_sum
-from packhorse.train.optimizer import make_optimizer
-from packhorse.train.sharding import Placement, placement_of
+from packhorse.train.engine.activation_checkpointing import apply_checkpointing
+from packhorse.train.engine.optimizer import make_optimizer
+from packhorse.train.engine.sharding import Placement, placement_of
+from packhorse.train.objectives.token_loss import install_loss_head, loss_sum
 
 # Of peft and deepspeed, about names that torch and transformers have changed.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,14 +10,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from packhorse.launching.processes import processes_of
-from packhorse.launching.run_folder import create_run
+from packhorse.launching.local.processes import processes_of
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
-from packhorse.record.heartbeat import Heartbeat
+from packhorse.run_folder.folder import create_run
+from packhorse.run_folder.heartbeat import Heartbeat
 
 NOW = 1000.0
 PREPARED = DataFacts(

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from packhorse.errors import EXIT_USER_ERROR, UserError
+from packhorse.estimate.saved import CheckpointRoom, checkpoint_room
 from packhorse.launching import preflight
 from packhorse.launching.preflight import check_disk
-from packhorse.plan.architectures import find_configuration
-from packhorse.plan.cost.saved import CheckpointRoom, checkpoint_room
+from packhorse.model_spec.configuration import find_configuration
+from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.hardware import detect_hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe

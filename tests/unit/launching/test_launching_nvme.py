@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.checkpoints.manifest import RunFacts, write_manifest
 from packhorse.errors import UserError
 from packhorse.launching.preflight import check_nvme, check_resumable
 from packhorse.plan.command import on_this_machine
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.checkpoints.manifest import RunFacts, write_manifest
 
 BUILDS, DOES_NOT_BUILD = "true", "false"  # as compilers: they only end well, or not
 

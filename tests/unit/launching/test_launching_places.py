@@ -16,9 +16,9 @@ from packhorse.errors import UserError
 from packhorse.launching.places.lines import ADDRESS, engine_environment, lines_of_nodes
 from packhorse.launching.places.request import name_of
 from packhorse.launching.places.start import launch_of
-from packhorse.launching.run_folder import open_run
 from packhorse.plan.command import launch_argv
 from packhorse.plan.run_plan import RunPlan, Topology
+from packhorse.run_folder.folder import open_run
 from tiny import write_tiny
 
 

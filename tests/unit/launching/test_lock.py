@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.launching.lock import LOCK_FILE, only_launcher
+from packhorse.run_folder.lock import LOCK_FILE, only_launcher
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from packhorse.launching.lock import only_launcher
+from packhorse.run_folder.lock import only_launcher
 with only_launcher(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -22,15 +22,15 @@ from packhorse.errors import (
     EXIT_USER_ERROR,
     UserError,
 )
-from packhorse.launching import recovery
-from packhorse.launching.processes import processes_of
-from packhorse.launching.recovery import run_to_end
-from packhorse.launching.run_folder import next_attempt
-from packhorse.launching.stop import StopSignals
-from packhorse.launching.verdict import Outcome
+from packhorse.launching.local import recovery
+from packhorse.launching.local.outcome import Outcome
+from packhorse.launching.local.processes import processes_of
+from packhorse.launching.local.recovery import run_to_end
+from packhorse.launching.local.stop_signals import StopSignals
 from packhorse.plan.run_plan import RunPlan, read_plan
-from packhorse.record.attempts import ATTEMPTS_FILE, end_attempt, outcome_of, read_attempts
-from packhorse.record.left_out import write_left_out
+from packhorse.run_folder.attempts import ATTEMPTS_FILE, end_attempt, outcome_of, read_attempts
+from packhorse.run_folder.folder import next_attempt
+from packhorse.run_folder.skipped_steps import write_left_out
 
 LOST = Outcome(EXIT_LOST, "lost", "rank 1 was killed")
 DONE = Outcome(EXIT_OK)
@@ -189,8 +189,8 @@ def test_ranks_of_a_launch_typed_by_hand_are_left_alone_and_said(scripted, plan:
 
 def test_a_rank_whose_launcher_is_gone_ends_itself(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from packhorse.record.heartbeat import Pulse;"
-        "from packhorse.record.processes import identity;"
+        "import os, sys, time; from pathlib import Path; from packhorse.run_folder.heartbeat import Pulse;"
+        "from packhorse.run_folder.processes import identity;"
         "os.environ['PACKHORSE_LAUNCHER'] = identity(os.getppid());"
         "Pulse(Path(sys.argv[1]), 0); print('beats', os.getpid(), flush=True); time.sleep(60)"
     )

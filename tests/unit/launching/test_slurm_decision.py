@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from packhorse.errors import EXIT_BUG, EXIT_DISK, EXIT_LOST, EXIT_MEMORY, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
+from packhorse.launching.local.outcome import Outcome
 from packhorse.launching.slurm.decision import Asked, Situation, decide
-from packhorse.launching.verdict import Outcome
-from packhorse.record.attempts import AttemptRecord
+from packhorse.run_folder.attempts import AttemptRecord
 
 STOPPED = Outcome(EXIT_STOPPED, "stopped; it goes on from step 7", "stopped")
 LOST = Outcome(EXIT_LOST, "rank 1 was killed", "rank 1 was killed")

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from launching_cases import PREPARED, planned
 
-from packhorse.checkpoints.manifest import CheckpointManifest, RunFacts
 from packhorse.errors import EXIT_LOST, EXIT_STOPPED, UserError
-from packhorse.launching.lock import LOCK_FILE, holder, only_launcher
 from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.decision import Asked
 from packhorse.launching.slurm.in_job import EXIT_IN_VAIN, begin, end, followed, main
 from packhorse.launching.slurm.jobs import append_job, read_jobs
 from packhorse.plan.run_plan import RunPlan, write_plan
-from packhorse.record.attempts import read_attempts
-from packhorse.record.heartbeat import Heartbeat
-from packhorse.record.requests import STOP_FILE
-from packhorse.record.status import Status, read_status, write_status
+from packhorse.run_folder.attempts import read_attempts
+from packhorse.run_folder.checkpoints.manifest import CheckpointManifest, RunFacts
+from packhorse.run_folder.heartbeat import Heartbeat
+from packhorse.run_folder.lock import LOCK_FILE, holder, only_launcher
+from packhorse.run_folder.requests import STOP_FILE
+from packhorse.run_folder.status import Status, read_status, write_status
 
 JOB = {"SLURM_JOB_ID": "12", "PACKHORSE_CHAIN": "12", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "4"}
 GONE = 2**22 + 1

@@ -12,16 +12,16 @@ from launching_cases import PREPARED, planned
 
 from packhorse.commands import status_jobs
 from packhorse.commands.status import is_under_way, status
-from packhorse.launching.lock import LOCK_FILE
 from packhorse.launching.slurm import chain
 from packhorse.launching.slurm.chain import follow, left_of, submit_again
 from packhorse.launching.slurm.client import JobState, NoSlurmError
 from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, read_jobs
 from packhorse.launching.slurm.stages import Stage, read_ends, record_end, stages_of
 from packhorse.plan.run_plan import write_plan
-from packhorse.record.attempts import Begun, begin_attempt
-from packhorse.record.heartbeat import Heartbeat
-from packhorse.record.status import State, Status, write_status
+from packhorse.run_folder.attempts import Begun, begin_attempt
+from packhorse.run_folder.heartbeat import Heartbeat
+from packhorse.run_folder.lock import LOCK_FILE
+from packhorse.run_folder.status import State, Status, write_status
 
 CHAIN: tuple[Kind, ...] = ("prepare", "train", "evaluate", "verify")
 

@@ -10,11 +10,11 @@ import yaml
 
 from packhorse.cli import main
 from packhorse.errors import UserError
-from packhorse.launching.lock import hold_for_job, release_job
-from packhorse.launching.run_folder import open_run
 from packhorse.launching.slurm.client import Expected
 from packhorse.launching.slurm.submit import only_submission
-from packhorse.record.status import read_status
+from packhorse.run_folder.folder import open_run
+from packhorse.run_folder.lock import hold_for_job, release_job
+from packhorse.run_folder.status import read_status
 from tiny import write_tiny
 
 ONE_ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}

@@ -17,17 +17,17 @@ from packhorse.commands import logs as logs_verb
 from packhorse.commands import resume as resume_verb
 from packhorse.commands import sending, status_jobs, submit_sweep
 from packhorse.errors import UserError
-from packhorse.launching.lock import LOCK_FILE
-from packhorse.launching.run_folder import check_free
 from packhorse.launching.slurm import chain, sweep_jobs
 from packhorse.launching.slurm.client import Expected, JobState, SlurmError
 from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, read_jobs
-from packhorse.launching.slurm.sweep_folder import create_sweep, member_folder
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import expand
-from packhorse.record.attempts import Begun, begin_attempt
-from packhorse.record.status import Status, write_status
+from packhorse.run_folder.attempts import Begun, begin_attempt
+from packhorse.run_folder.folder import check_free
+from packhorse.run_folder.lock import LOCK_FILE
+from packhorse.run_folder.status import Status, write_status
+from packhorse.run_folder.sweep import create_sweep, member_folder
 from tiny import write_tiny
 
 SCRIPTS = (("prepare", "prepare"), ("train", "job"), ("evaluate", "evaluate"), ("verify", "verify"))
@@ -141,7 +141,7 @@ def test_there_is_nothing_to_cancel_where_nothing_runs(run: Path) -> None:
 LAUNCHER = """
 import signal, sys, time
 from pathlib import Path
-from packhorse.launching.lock import only_launcher
+from packhorse.run_folder.lock import only_launcher
 asked = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))

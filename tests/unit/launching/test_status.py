@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from launching_cases import planned
 
-from packhorse.checkpoints.manifest import RunFacts, bring_to_disk, write_manifest
 from packhorse.commands.status import status
-from packhorse.launching.lock import LOCK_FILE
-from packhorse.record.attempts import Begun, begin_attempt, end_attempt
-from packhorse.record.status import Status, write_status
+from packhorse.run_folder.attempts import Begun, begin_attempt, end_attempt
+from packhorse.run_folder.checkpoints.manifest import RunFacts, bring_to_disk, write_manifest
+from packhorse.run_folder.lock import LOCK_FILE
+from packhorse.run_folder.status import Status, write_status
 
 NOBODY = 2**22 + 1  # above the kernel's highest process number
 

@@ -10,8 +10,8 @@ import pytest
 
 from packhorse.cli import main
 from packhorse.data import prepare
-from packhorse.launching.stop import StoppedEarly, StopSignals, stop_signals
-from packhorse.train.signals import STOP_SIGNALS
+from packhorse.launching.local.stop_signals import StoppedEarly, StopSignals, stop_signals
+from packhorse.train.ranks.signals import STOP_SIGNALS
 from tiny import write_tiny
 
 

@@ -12,11 +12,11 @@ import pytest
 from launching_cases import NOW, Ranks, planned
 
 from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_NOT_FINITE, EXIT_OK, EXIT_STOPPED
-from packhorse.launching.processes import end_processes, processes_of
-from packhorse.launching.verdict import judge
-from packhorse.launching.watch import Watch
+from packhorse.launching.local.outcome import judge
+from packhorse.launching.local.processes import end_processes, processes_of
+from packhorse.launching.local.watch import Watch
 from packhorse.plan.run_plan import RunPlan
-from packhorse.record.status import Status, read_status, write_status
+from packhorse.run_folder.status import Status, read_status, write_status
 
 PEER_GONE = "Traceback\nRuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9132"
 

@@ -29,9 +29,9 @@ from packhorse.recipe.methods import (
     PromptTuningMethod,
     QloraMethod,
 )
-from packhorse.train.forward import micro_batch_loss
-from packhorse.train.objective import install_loss_head
-from packhorse.train.weights import save_weights
+from packhorse.train.checkpoint.weights import save_weights
+from packhorse.train.objectives.forward import micro_batch_loss
+from packhorse.train.objectives.token_loss import install_loss_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
 

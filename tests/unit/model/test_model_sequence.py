@@ -25,8 +25,8 @@ from packhorse.errors import UserError
 from packhorse.model.attention import Documents, register_attention
 from packhorse.model.sequence import SequenceGroup, join_sequence_group, to_whole_documents
 from packhorse.train.evaluate import validation_loss
-from packhorse.train.forward import micro_batch_loss
-from packhorse.train.objective import install_loss_head
+from packhorse.train.objectives.forward import micro_batch_loss
+from packhorse.train.objectives.token_loss import install_loss_head
 from packhorse.train.probe import ProbeReport, probe
 from prepared import write_prepared
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from packhorse.plan.architectures import find_configuration
-from packhorse.plan.cost import activations, states
-from packhorse.plan.cost.component import total_bytes
-from packhorse.plan.cost.held import Held, held_weights
-from packhorse.plan.cost.memory import MemoryEstimate, Phase, estimate_memory
-from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.cost.storage import StorageEstimate, estimate_storage
+from packhorse.estimate import activations, states
+from packhorse.estimate.component import total_bytes
+from packhorse.estimate.held import Held, held_weights
+from packhorse.estimate.memory import MemoryEstimate, Phase, estimate_memory
+from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.storage import StorageEstimate, estimate_storage
+from packhorse.model_spec.configuration import find_configuration
+from packhorse.model_spec.parameters import Shape, list_parameters, read_shape
+from packhorse.model_spec.trainable import count_parameters
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import Shape, list_parameters, read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
-from packhorse.plan.trainable import count_parameters
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.shipped import list_recipes
@@ -185,7 +185,7 @@ def test_activations_grow_with_tokens_and_sequence_ranks_share_them() -> None:
 
 
 def test_the_loss_holds_one_chunk_of_logits() -> None:
-    from packhorse.plan.cost.memory import FP32
+    from packhorse.estimate.memory import FP32
 
     chunk = activations.CHUNK_TOKENS * 128_256 * FP32
     for length in (1024, 8192):
@@ -287,7 +287,7 @@ def test_every_shipped_recipe_is_estimated_and_every_component_says_why(name: st
 
 def test_an_estimate_imports_no_torch() -> None:
     code = (
-        "import sys, packhorse.plan.cost.memory, packhorse.plan.cost.storage;"
+        "import sys, packhorse.estimate.memory, packhorse.estimate.storage;"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=180)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from packhorse.plan.architectures import published
-from packhorse.plan.cost.memory import MemoryEstimate, estimate_memory
-from packhorse.plan.cost.packs import PackFigures
+from packhorse.estimate.memory import MemoryEstimate, estimate_memory
+from packhorse.estimate.packs import PackFigures
+from packhorse.model_spec.configuration import published
+from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
 

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from packhorse.plan.architectures import find_configuration, published
-from packhorse.plan.cost.communication import CONTENTION, RING, Exchange, Fabric, Group
-from packhorse.plan.cost.gpus import find_gpu
-from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.cost.scaling import COUNTS, Counted, Mode, Scaling, scale
-from packhorse.plan.cost.speed import (
+from packhorse.estimate.communication import CONTENTION, RING, Exchange, Fabric, Group
+from packhorse.estimate.gpus import find_gpu
+from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.search.scaling import COUNTS, Counted, Mode, Scaling, scale
+from packhorse.estimate.speed import (
     SpeedEstimate,
     estimate_speed,
     measured_step_seconds,
     scaled,
 )
+from packhorse.model_spec.configuration import find_configuration, published
+from packhorse.model_spec.parameters import list_parameters, read_shape
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import list_parameters, read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe

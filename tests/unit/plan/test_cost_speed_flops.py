@@ -13,20 +13,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.data.packs.loader import lay_out
+from packhorse.estimate.flops import PassWork, pairs_of_pack, pass_work
+from packhorse.estimate.measure.anatomy import shape_of_configuration
+from packhorse.estimate.packs import PackFigures
 from packhorse.model.attention import register_attention
 from packhorse.model.methods.attach import Start, attach
-from packhorse.plan.architectures import published
-from packhorse.plan.cost.flops import PassWork, pairs_of_pack, pass_work
-from packhorse.plan.cost.packs import PackFigures
+from packhorse.model_spec.configuration import published
+from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
-from packhorse.train.anatomy import shape_of_configuration
-from packhorse.train.forward import micro_batch_loss
-from packhorse.train.memory import apply_checkpointing
-from packhorse.train.objective import install_loss_head
+from packhorse.train.engine.activation_checkpointing import apply_checkpointing
+from packhorse.train.objectives.forward import micro_batch_loss
+from packhorse.train.objectives.token_loss import install_loss_head
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft reads it

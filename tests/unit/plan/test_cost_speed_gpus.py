@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.plan.cost.gpus import OWN_FILE, OWN_VARIABLE, find_gpu, gpu_of_device, known_gpus, parse_gpus
+from packhorse.estimate.gpus import OWN_FILE, OWN_VARIABLE, find_gpu, gpu_of_device, known_gpus, parse_gpus
 
 
 @pytest.fixture(autouse=True)

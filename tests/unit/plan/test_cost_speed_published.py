@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from packhorse.plan.architectures import find_configuration, published
-from packhorse.plan.cost.gpus import find_gpu
-from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.cost.scaling import scale
-from packhorse.plan.cost.speed import PUBLISHED, SpeedEstimate, estimate_speed
+from packhorse.estimate.gpus import find_gpu
+from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.search.scaling import scale
+from packhorse.estimate.speed import PUBLISHED, SpeedEstimate, estimate_speed
+from packhorse.model_spec.configuration import find_configuration, published
+from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe

@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.data.packs.loader import lay_out
+from packhorse.estimate.flops import pass_work
+from packhorse.estimate.held import held_weights
+from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.traffic import pass_traffic
 from packhorse.model.attention import register_attention
 from packhorse.model.methods.attach import Start, attach
-from packhorse.plan.cost.flops import pass_work
-from packhorse.plan.cost.held import held_weights
-from packhorse.plan.cost.packs import PackFigures
-from packhorse.plan.cost.traffic import pass_traffic
+from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
-from packhorse.train.forward import micro_batch_loss
-from packhorse.train.objective import install_loss_head
+from packhorse.train.objectives.forward import micro_batch_loss
+from packhorse.train.objectives.token_loss import install_loss_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
 

@@ -10,23 +10,23 @@ import pytest
 
 from packhorse.durable import size
 from packhorse.errors import EXIT_USER_ERROR, UserError
-from packhorse.plan.architectures import find_configuration
-from packhorse.plan.auto import plan_best
-from packhorse.plan.changes import changes_that_fit
-from packhorse.plan.compare import BY_NAME, LAST, Wanted, Way, chosen_of, every_way, why_not
-from packhorse.plan.cost.case import MARGIN, Basis, Case, Measured
-from packhorse.plan.cost.gpus import find_gpu
-from packhorse.plan.cost.packs import PackFigures
+from packhorse.estimate.case import MARGIN, Basis, Case, Measured
+from packhorse.estimate.gpus import find_gpu
+from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.search.auto import plan_best
+from packhorse.estimate.search.changes import changes_that_fit
+from packhorse.estimate.search.compare import BY_NAME, LAST, Wanted, Way, chosen_of, every_way, why_not
+from packhorse.estimate.search.least import least_hardware
+from packhorse.estimate.verdict import check_memory
+from packhorse.model_spec.configuration import find_configuration
+from packhorse.model_spec.parameters import read_shape
+from packhorse.plan.compatibility import ENGINES
 from packhorse.plan.difference import Difference, differences
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.least import least_hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.pairs import ENGINES
-from packhorse.plan.parameters import read_shape
-from packhorse.plan.resume import replan, with_smaller_micro
+from packhorse.plan.make_plan import make_plan
+from packhorse.plan.replan import replan, with_smaller_micro
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
-from packhorse.plan.verdict import check_memory
 from packhorse.recipe.load import load_recipe, override_recipe
 from packhorse.recipe.schema import Recipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.plan.choose import choose_batch
+from packhorse.plan.batch import choose_batch
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.topology import Ask, check_machine, choose_topology
 from packhorse.recipe.schema import BatchSection, ParallelSection

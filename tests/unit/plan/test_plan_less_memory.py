@@ -8,7 +8,7 @@ import pytest
 
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.less_memory import less_memory, smaller_micro
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe

@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 
 from packhorse.errors import UserError
+from packhorse.plan.compatibility import METHODS, REFUSALS, name_of, pairs_table
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.pairs import METHODS, REFUSALS, name_of, pairs_table
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.methods import AdapterMethod, FullMethod, PartialMethod
 from packhorse.recipe.schema import Engine, Recipe

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.commands.parameters import parameter_lines
 from packhorse.data.fast_tokenizer import vocabulary_size
-from packhorse.plan.architectures import find_configuration, published
-from packhorse.plan.parameters import FAMILIES, list_parameters, read_shape
-from packhorse.plan.trainable import count_parameters
+from packhorse.model_spec.configuration import find_configuration, published
+from packhorse.model_spec.parameters import FAMILIES, list_parameters, read_shape
+from packhorse.model_spec.trainable import count_parameters
 from packhorse.quickstart.tokenizer import VOCABULARY_SIZE
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.methods import (
@@ -222,7 +222,7 @@ def test_a_local_configuration_wins_over_the_shipped_table(tmp_path: Any, monkey
     folder = snapshot / "snapshots" / ("0" * 40)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 7}')
-    monkeypatch.setattr("packhorse.plan.architectures.HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("packhorse.model_spec.configuration.HUB_CACHE", str(tmp_path))
     assert find_configuration(recipe) == {"model_type": "llama", "hidden_size": 7}
 
 

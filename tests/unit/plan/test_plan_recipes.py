@@ -8,7 +8,7 @@ import pytest
 
 from packhorse.errors import UserError
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, read_plan, write_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe

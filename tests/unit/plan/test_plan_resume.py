@@ -10,8 +10,8 @@ import pytest
 
 from packhorse.errors import EXIT_DISK, UserError
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.resume import replace_plan, replan, with_smaller_micro
+from packhorse.plan.make_plan import make_plan
+from packhorse.plan.replan import replace_plan, replan, with_smaller_micro
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan, write_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe

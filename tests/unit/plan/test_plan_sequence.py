@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.plan.choose import choose_batch
+from packhorse.plan.batch import choose_batch
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe

@@ -16,7 +16,7 @@ from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import PackStore, open_store
 from packhorse.data.prepare import prepare
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe

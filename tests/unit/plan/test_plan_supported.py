@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from packhorse.errors import UserError
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
 

@@ -10,7 +10,7 @@ from packhorse.recipe.describe import summary
 from packhorse.recipe.layers import parse_override
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import as_typed, expand, is_sweep
-from packhorse.recipe.yaml_source import plain
+from packhorse.yaml_source.nodes import plain
 
 GRID = 'sweep.grid={"optimizer.learning_rate": [1e-4, 3e-4], seed: [1, 2, 3]}'
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.recipe.yaml_source import parse_scalar, parse_yaml, plain, read_yaml
+from packhorse.yaml_source.nodes import parse_scalar, parse_yaml, plain, read_yaml
 
 
 @pytest.mark.parametrize(

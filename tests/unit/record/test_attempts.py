@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from packhorse.errors import EXIT_BUG, EXIT_OK
-from packhorse.record.attempts import (
+from packhorse.run_folder.attempts import (
     ATTEMPTS_FILE,
     AttemptRecord,
     Begun,

@@ -10,12 +10,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from packhorse.record.heartbeat import Heartbeat, Pulse, hung, read_heartbeats
+from packhorse.run_folder.heartbeat import Heartbeat, Pulse, hung, read_heartbeats
 
 BEATING = """
 import sys, time
 from pathlib import Path
-from packhorse.record.heartbeat import Pulse
+from packhorse.run_folder.heartbeat import Pulse
 pulse = Pulse(Path(sys.argv[1]), 3)
 pulse.phase("backward", 7)
 print("named", flush=True)

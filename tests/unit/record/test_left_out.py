@@ -8,7 +8,7 @@ import pytest
 
 from packhorse import durable
 from packhorse.errors import UserError
-from packhorse.record.left_out import LEFT_OUT_FILE, read_left_out, write_left_out
+from packhorse.run_folder.skipped_steps import LEFT_OUT_FILE, read_left_out, write_left_out
 
 
 def test_what_is_written_is_read_in_order(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from measured_memory import (
     save_model,
     shape_of,
 )
-from packhorse.plan.cost.activations import CHUNK_TOKENS
-from packhorse.plan.cost.memory import estimate_memory
-from packhorse.train import objective
+from packhorse.estimate.activations import CHUNK_TOKENS
+from packhorse.estimate.memory import estimate_memory
+from packhorse.train.objectives import token_loss as objective
 
 # Of peft, bitsandbytes and DeepSpeed, about names that torch has changed.
 pytestmark = pytest.mark.filterwarnings("ignore")

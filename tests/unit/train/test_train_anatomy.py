@@ -13,20 +13,20 @@ from transformers import AutoConfig
 from measured_memory import Figures, figures_of, measured, plan_of, save_model
 from packhorse.commands.parameters import Unknown, known_shape
 from packhorse.errors import UserError
-from packhorse.plan.cost.activations import count_activations
-from packhorse.plan.cost.flops import pass_work
-from packhorse.plan.cost.held import held_weights
-from packhorse.plan.cost.packs import PackFigures
+from packhorse.estimate.activations import count_activations
+from packhorse.estimate.flops import pass_work
+from packhorse.estimate.held import held_weights
+from packhorse.estimate.measure.anatomy import shape_of_configuration
+from packhorse.estimate.measure.resident import planned_sizes
+from packhorse.estimate.packs import PackFigures
+from packhorse.model_spec.parameters import Shape, read_shape
+from packhorse.model_spec.trainable import count_of
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import Shape, read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
-from packhorse.plan.trainable import count_of
 from packhorse.recipe.methods import FullMethod, LoraMethod
 from packhorse.recipe.schema import Recipe
-from packhorse.train.anatomy import shape_of_configuration
-from packhorse.train.resident import planned_sizes
 
 # Of peft, bitsandbytes and DeepSpeed, about names that torch has changed.
 pytestmark = pytest.mark.filterwarnings("ignore")

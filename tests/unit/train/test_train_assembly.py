@@ -22,7 +22,7 @@ from packhorse.recipe.methods import (
     QloraMethod,
 )
 from packhorse.train.assembly import can_stream, place_streamed
-from packhorse.train.sharding import Whole
+from packhorse.train.engine.sharding import Whole
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

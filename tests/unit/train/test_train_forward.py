@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packhorse.data.packs.loader import MicroBatch, lay_out
-from packhorse.train.forward import part_of_row
+from packhorse.train.objectives.forward import part_of_row
 
 
 def row(lengths: list[int]) -> MicroBatch:

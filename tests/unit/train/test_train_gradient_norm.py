@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from packhorse.train.gradient_norm import clip_gradients, gradient_norm
+from packhorse.train.engine.gradient_norm import clip_gradients, gradient_norm
 
 SHAPES = [(700, 300), (1024,), (5,), (3, 1024), ()]
 

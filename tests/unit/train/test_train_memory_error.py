@@ -10,13 +10,13 @@ import torch
 from packhorse.data.packs.loader import MicroBatch, lay_out
 from packhorse.errors import EXIT_MEMORY
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import Predicted, RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
-from packhorse.record.heartbeat import Heartbeat
-from packhorse.train.another_attempt import AnotherAttempt
-from packhorse.train.memory_error import is_out_of_memory, memory_error, noting
+from packhorse.run_folder.heartbeat import Heartbeat
+from packhorse.train.guard.memory_error import is_out_of_memory, memory_error, noting
+from packhorse.train.ranks.another_attempt import AnotherAttempt
 from tiny import TINY
 
 GIB = 2**30

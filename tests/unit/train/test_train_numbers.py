@@ -20,14 +20,14 @@ from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import open_store
 from packhorse.errors import EXIT_NOT_FINITE, EXIT_STOPPED, UserError
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
-from packhorse.record.left_out import read_left_out, write_left_out
-from packhorse.train.another_attempt import AnotherAttempt
-from packhorse.train.engine import Engine
-from packhorse.train.numbers import Judgement, Numbers, Step, times_factor
+from packhorse.run_folder.skipped_steps import read_left_out, write_left_out
+from packhorse.train.engine.engine import Engine
+from packhorse.train.guard.step_guard import Judgement, Numbers, Step, times_factor
+from packhorse.train.ranks.another_attempt import AnotherAttempt
 from prepared import write_prepared
 from tiny import TINY
 

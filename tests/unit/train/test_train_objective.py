@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from packhorse.errors import UserError
 from packhorse.model.methods.attach import Start, attach
 from packhorse.recipe.methods import LoraMethod
-from packhorse.train.objective import token_loss_sum
+from packhorse.train.objectives.token_loss import token_loss_sum
 
 
 @pytest.mark.parametrize("num_labels", [0, 700])

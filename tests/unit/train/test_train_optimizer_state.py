@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
-from packhorse.train.engine import Engine
-from packhorse.train.joint_optimizer import InBackwardOptimizer
-from packhorse.train.optimizer import make_optimizer
-from packhorse.train.optimizer_state import load_states
+from packhorse.train.checkpoint.optimizer_state import load_states
+from packhorse.train.engine.engine import Engine
+from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
+from packhorse.train.engine.optimizer import make_optimizer
 from saved_states import save_states
 
 OPTIMIZERS = ["adamw", "adafactor", "muon", "lion", "lion_8bit", "adamw_8bit"]
@@ -103,7 +103,7 @@ def test_sharded_states_are_saved_whole_and_sharded_again(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Small enough that the states fill several files.
-    monkeypatch.setattr("packhorse.train.saving.LARGEST_FILE_BYTES", 40_000)
+    monkeypatch.setattr("packhorse.train.checkpoint.background.LARGEST_FILE_BYTES", 40_000)
     mesh = init_device_mesh("cpu", (1,))
 
     def sharded() -> tuple[nn.Module, Optimizer]:

@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from packhorse.errors import UserError
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.schema import Recipe
-from packhorse.train.planned import assert_sharded_as_planned
+from packhorse.train.engine.launch_proof import assert_sharded_as_planned
 
 LAPTOP = Hardware(num_cores=4, gpus=())
 

@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from packhorse.errors import UserError
-from packhorse.train.engine import Engine
-from packhorse.train.objective import token_loss_sum
-from packhorse.train.precision import refuse_small_loss_scale, scale_on_cpu, set_matmul_precision
+from packhorse.train.engine.engine import Engine
+from packhorse.train.engine.precision import refuse_small_loss_scale, scale_on_cpu, set_matmul_precision
+from packhorse.train.objectives.token_loss import token_loss_sum
 
 RATE, CLIP = 1e-2, 0.5
 # The second overflows fp16.

@@ -18,17 +18,17 @@ import pytest
 from cli import packhorse
 from packhorse.commands.rehearse import too_much
 from packhorse.errors import UserError
-from packhorse.plan.architectures import find_configuration, published
-from packhorse.plan.cost.held import held_weights
-from packhorse.plan.cost.states import touched_by_rank
+from packhorse.estimate.held import held_weights
+from packhorse.estimate.measure.miniature import small_fields
+from packhorse.estimate.measure.rehearse import Rehearsal, rehearse
+from packhorse.estimate.states import touched_by_rank
+from packhorse.model_spec.configuration import find_configuration, published
+from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.hardware import Hardware
-from packhorse.plan.make import make_plan
-from packhorse.plan.parameters import read_shape
+from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Ask
 from packhorse.recipe.load import load_recipe
-from packhorse.train.miniature import small_fields
-from packhorse.train.rehearse import Rehearsal, rehearse
 from ranks import IMPORTED
 from tiny import write_tiny
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from packhorse.plan.cost import saved
-from packhorse.plan.cost.slabs import pinned_bytes, slabs_bytes
+from packhorse.estimate import saved
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.schema import Recipe
-from packhorse.train import saving
-from packhorse.train.snapshot import HostBuffers
+from packhorse.run_folder.checkpoints.pinned_slabs import pinned_bytes, slabs_bytes
+from packhorse.train.checkpoint import background as saving
+from packhorse.train.checkpoint.snapshot import HostBuffers
 from saving_cases import Trainer, buffers_of, make_run, save_at, weights_of
 
 # Some matrices of 4,096 numbers and more, from which on bitsandbytes keeps 8 bits of each.

@@ -17,16 +17,16 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from packhorse.checkpoints.manifest import read_manifest
-from packhorse.checkpoints.shelf import newest_sound
 from packhorse.errors import EXIT_DISK, UserError
-from packhorse.plan.cost.saved import buffers_bytes
+from packhorse.estimate.saved import buffers_bytes
 from packhorse.plan.run_plan import Topology
-from packhorse.train import snapshot
-from packhorse.train.failure import agreed_failure
-from packhorse.train.saving import Share, dealt, fresh_copy, in_files
-from packhorse.train.sharding import make_mesh
-from packhorse.train.snapshot import HostBuffers, ShardGroup, Snapshot
+from packhorse.run_folder.checkpoints.listing import newest_sound
+from packhorse.run_folder.checkpoints.manifest import read_manifest
+from packhorse.train.checkpoint import snapshot
+from packhorse.train.checkpoint.background import Share, dealt, fresh_copy, in_files
+from packhorse.train.checkpoint.snapshot import HostBuffers, ShardGroup, Snapshot
+from packhorse.train.engine.sharding import make_mesh
+from packhorse.train.ranks.failure import agreed_failure
 from saving_cases import Trainer, buffers_of, make_run, save_at, weights_of
 
 RANKS, SECONDS = 2, timedelta(seconds=60)
@@ -44,7 +44,7 @@ def test_each_tensor_goes_to_the_rank_that_has_least_to_write() -> None:
 
 
 def test_a_file_ends_before_it_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packhorse.train.saving.LARGEST_FILE_BYTES", 100)
+    monkeypatch.setattr("packhorse.train.checkpoint.background.LARGEST_FILE_BYTES", 100)
     tensors = {name: torch.zeros(size, dtype=torch.uint8) for name, size in zip("abcde", (60, 40, 1, 300, 5))}
     assert [list(part) for part in in_files(tensors.items())] == [["a", "b"], ["c"], ["d"], ["e"]]
 
@@ -108,7 +108,7 @@ def test_on_full_continue_goes_on_and_counts_what_failed(
     save_at(trainer, 2)
     full: Any = type("Usage", (), {"free": 5_000})
     with monkeypatch.context() as patched:
-        patched.setattr("packhorse.train.checkpoint.shutil.disk_usage", lambda folder: full)
+        patched.setattr("packhorse.train.checkpoint.checkpoints.shutil.disk_usage", lambda folder: full)
         for step in (4, 6):
             save_at(trainer, step)
     assert trainer.checkpoints.take_figures()["checkpoint/failed"] == 2
@@ -152,7 +152,9 @@ def of_two_ranks(rank: int, folder: str, engine: str) -> None:
     told = ""
     try:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("packhorse.train.checkpoint.Checkpoints._make_room", lambda self, temporary: None)
+            patched.setattr(
+                "packhorse.train.checkpoint.checkpoints.Checkpoints._make_room", lambda self, temporary: None
+            )
             save_at(trainer, 4)
     except UserError as error:
         told = f"{error.exit_code} {error}"
@@ -223,7 +225,7 @@ def of_sharded_ranks(rank: int, folder: str) -> None:
     if rank == 0:
         (trainer.checkpoints.folder / ".step-000012.tmp" / "model" / "config.json").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("packhorse.train.checkpoint.Checkpoints._make_room", lambda self, temporary: None)
+        patched.setattr("packhorse.train.checkpoint.checkpoints.Checkpoints._make_room", lambda self, temporary: None)
         save_at(trainer, 12)  # rank 0 fails before the states are put together
     save_at(trainer, 14)
     dist.barrier()

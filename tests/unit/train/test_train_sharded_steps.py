@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from packhorse.recipe.schema import Recipe
-from packhorse.train.joint_optimizer import InBackwardOptimizer
-from packhorse.train.optimizer import make_optimizer
+from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
+from packhorse.train.engine.optimizer import make_optimizer
 
 RANKS, STEPS = 2, 3
 MESHES = {"fsdp2": (RANKS,), "hsdp": (RANKS, 1)}

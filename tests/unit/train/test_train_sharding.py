@@ -21,7 +21,7 @@ from packhorse.model.placed import assign
 from packhorse.plan.run_plan import Topology
 from packhorse.recipe.methods import FullMethod, LoraMethod, Method, PartialMethod, PromptTuningMethod, QloraMethod
 from packhorse.train.assembly import place_streamed, place_whole
-from packhorse.train.sharding import Fsdp2, Placement, Zero3, make_mesh
+from packhorse.train.engine.sharding import Fsdp2, Placement, Zero3, make_mesh
 
 RANKS = 2
 LAYERS = 12

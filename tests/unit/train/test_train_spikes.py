@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from packhorse.train.spikes import spike_score
+from packhorse.train.guard.spikes import spike_score
 
 WINDOW = 64
 

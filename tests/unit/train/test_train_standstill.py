@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from packhorse.record.heartbeat import Heartbeat
-from packhorse.train import standstill
-from packhorse.train.standstill import Standstill
+from packhorse.run_folder.heartbeat import Heartbeat
+from packhorse.train.ranks import standstill
+from packhorse.train.ranks.standstill import Standstill
 
 HANG = 30.0
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from packhorse.errors import UserError
-from packhorse.train.weights import save_weights
-from packhorse.train.written import check_written
+from packhorse.train.checkpoint.check_written import check_written
+from packhorse.train.checkpoint.weights import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from packhorse.recipe.schema import Recipe
-from packhorse.train.engine import Engine
-from packhorse.train.optimizer import make_optimizer
-from packhorse.train.optimizer_state import load_states
-from packhorse.train.weights import gather_kept
-from packhorse.train.zero_state import has_master, set_master
+from packhorse.train.checkpoint.optimizer_state import load_states
+from packhorse.train.checkpoint.weights import gather_kept
+from packhorse.train.checkpoint.zero_state import has_master, set_master
+from packhorse.train.engine.engine import Engine
+from packhorse.train.engine.optimizer import make_optimizer
 from saved_states import save_states
 
 RANKS = 2

@@ -9,7 +9,7 @@ from packhorse.data.formats.content import other_fields, text_of
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.tools import TOOL_KEYS, check_tool_use, tools_of
 from packhorse.data.formats.turns import messages_of
-from packhorse.data.reading.sources import Row
+from packhorse.data.read.sources import Row
 
 MESSAGES_KEYS: Final = frozenset(("messages", "system", *TOOL_KEYS))
 SHAREGPT_KEYS: Final = frozenset(("conversations", "system", *TOOL_KEYS))

@@ -9,7 +9,7 @@ from typing import Any, Final
 from packhorse.data.formats.bad_row import closest, names
 from packhorse.data.formats.detect import KNOWN_KEYS, RowFormat, detect_format
 from packhorse.data.formats.turns import ROLES, THINKING_KEYS, WEIGHT_KEYS
-from packhorse.data.reading.sources import Row
+from packhorse.data.read.sources import Row
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 

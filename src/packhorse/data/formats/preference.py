@@ -20,7 +20,7 @@ from packhorse.data.formats.single_turn import (
 )
 from packhorse.data.formats.tools import TOOL_KEYS, tools_of
 from packhorse.data.formats.turns import messages_of
-from packhorse.data.reading.sources import Row
+from packhorse.data.read.sources import Row
 
 PROMPT_KEYS: Final = ("prompt", "messages", "conversations", "instruction", "question")
 PREFERENCE_KEYS: Final = frozenset((*PROMPT_KEYS, "input", "history", "system", "chosen", "rejected", *TOOL_KEYS))

@@ -26,8 +26,8 @@ from packhorse.data.formats.single_turn import (
     from_text,
     from_text_label,
 )
-from packhorse.data.reading.mistakes import RowMistakes
-from packhorse.data.reading.sources import Row
+from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.sources import Row
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.schema import Format, Source
 

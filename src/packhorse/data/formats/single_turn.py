@@ -13,7 +13,7 @@ from packhorse.data.formats.detect import LABEL_KEYS
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.tools import NOTHING, TOOL_KEYS, tools_of
 from packhorse.data.formats.turns import messages_of
-from packhorse.data.reading.sources import Row
+from packhorse.data.read.sources import Row
 
 ALPACA_KEYS: Final = frozenset(("instruction", "input", "output", "system", "history", *TOOL_KEYS))
 PROMPT_KEYS: Final = frozenset(("prompt", "completion", "system"))

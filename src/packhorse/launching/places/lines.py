@@ -8,7 +8,7 @@ from typing import Final
 
 import yaml
 
-from packhorse.launching.environment import launch_environment
+from packhorse.launching.local.environment import launch_environment
 from packhorse.plan.run_plan import RunPlan, Topology
 from packhorse.recipe.shipped import shipped_path
 

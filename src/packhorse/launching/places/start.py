@@ -16,11 +16,11 @@ from types import FrameType
 from typing import Final
 
 from packhorse.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from packhorse.launching.environment import launch_environment, programs_first
-from packhorse.launching.run_folder import open_run
+from packhorse.launching.local.environment import launch_environment, programs_first
 from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.command import launch_argv
-from packhorse.record.requests import STOP_FILE
+from packhorse.run_folder.folder import open_run
+from packhorse.run_folder.requests import STOP_FILE
 
 OF_A_POD: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PET_NNODES", "PET_NPROC_PER_NODE",
                    "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")  # fmt: skip

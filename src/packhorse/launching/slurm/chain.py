@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.lock import holder, release_job
 from packhorse.launching.slurm.client import depend_on_any, job_states
 from packhorse.launching.slurm.jobs import JobRecord, append_job, live_jobs, read_jobs, submit_job
 from packhorse.launching.slurm.stages import ORDER, Stage
+from packhorse.run_folder.lock import holder, release_job
 
 CANCEL_FILE: Final = "CANCEL"
 """RUN/CANCEL: the run is not to go on by itself, whatever ends its job; `packhorse resume` takes it away."""

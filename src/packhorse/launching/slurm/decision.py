@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from packhorse.errors import EXIT_OK, EXIT_STOPPED
-from packhorse.launching.recovery import MAY_SUCCEED, same_again
-from packhorse.launching.verdict import Outcome
-from packhorse.record.attempts import AttemptRecord
+from packhorse.launching.local.outcome import Outcome
+from packhorse.launching.local.recovery import MAY_SUCCEED, same_again
+from packhorse.run_folder.attempts import AttemptRecord
 
 Word = Literal["finished", "again", "requeue", "ended", "give-up"]
 

@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from packhorse.errors import EXIT_OK, EXIT_STOPPED, UserError
-from packhorse.launching.lock import hold_for_job, release_job
-from packhorse.launching.run_folder import next_attempt, open_run, relative
+from packhorse.launching.local.outcome import Outcome, judge, newest_step, stopped
+from packhorse.launching.local.watch import Ending, Watch
 from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.decision import Asked, Situation, Verdict, decide
 from packhorse.launching.slurm.jobs import JobRecord, append_job, read_jobs, require_planned
-from packhorse.launching.verdict import Outcome, judge, newest_step, stopped
-from packhorse.launching.watch import Ending, Watch
 from packhorse.plan.command import launch_argv
-from packhorse.plan.resume import replace_plan, with_smaller_micro
+from packhorse.plan.replan import replace_plan, with_smaller_micro
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
 from packhorse.recipe.shipped import shipped_path
-from packhorse.record.attempts import Begun, end_attempt, in_vain, outcome_of, read_attempts, settle_attempts
-from packhorse.record.heartbeat import read_heartbeats
-from packhorse.record.rank_records import is_cause, left_others, read_records
-from packhorse.record.requests import STOP_FILE
-from packhorse.record.status import Status, read_status, write_status
+from packhorse.run_folder.attempts import Begun, end_attempt, in_vain, outcome_of, read_attempts, settle_attempts
+from packhorse.run_folder.folder import next_attempt, open_run, relative
+from packhorse.run_folder.heartbeat import read_heartbeats
+from packhorse.run_folder.lock import hold_for_job, release_job
+from packhorse.run_folder.rank_records import is_cause, left_others, read_records
+from packhorse.run_folder.requests import STOP_FILE
+from packhorse.run_folder.status import Status, read_status, write_status
 
 EXIT_IN_VAIN: Final = 30
 CHAIN_VARIABLE: Final = "PACKHORSE_CHAIN"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Final, Literal
 
 from packhorse.errors import UserError
-from packhorse.launching.run_folder import relative
 from packhorse.launching.slurm.client import JobState, job_states, submit_script
 from packhorse.plan.run_plan import PlanPart, RunPlan
-from packhorse.record.lines import append_line, read_lines
+from packhorse.run_folder.folder import relative
+from packhorse.run_folder.json_lines import append_line, read_lines
 
 JOBS_FILE: Final = "jobs.jsonl"
 

@@ -16,7 +16,7 @@ from packhorse.recipe.findings import dotted, node_at, show
 from packhorse.recipe.schema_view import KeyPath, join_words
 from packhorse.recipe.secrets import secret_mistakes
 from packhorse.recipe.shipped import shipped_folder
-from packhorse.recipe.yaml_source import Node, kind_of, parse_yaml, plain
+from packhorse.yaml_source.nodes import Node, kind_of, parse_yaml, plain
 
 SCHEMA: dict[str, Any] = SiteProfile.model_json_schema()
 WORDS = {"string": "text", "boolean": "true or false", "integer": "a whole number", "number": "a number"}

@@ -15,8 +15,8 @@ from typing import Final, Literal
 from packhorse.launching.slurm.client import JobState
 from packhorse.launching.slurm.jobs import JobRecord, Kind
 from packhorse.plan.run_plan import PlanPart
-from packhorse.record.lines import append_line, read_lines
-from packhorse.record.status import Status
+from packhorse.run_folder.json_lines import append_line, read_lines
+from packhorse.run_folder.status import Status
 
 ENDED_FILE: Final = "ended.jsonl"
 Became = Literal["done", "failed", "not run", "waits", "runs", "replaced", "unknown"]

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Final
 
 from packhorse.errors import UserError
-from packhorse.launching.lock import only_launcher
-from packhorse.launching.run_folder import relative
 from packhorse.launching.slurm.chain import CANCEL_FILE, chained, release_ended
 from packhorse.launching.slurm.client import Expected, SlurmError, cancel, expect_start
 from packhorse.launching.slurm.jobs import JOBS_FILE, JobRecord, Kind, append_job, live_jobs, submit_job
 from packhorse.launching.slurm.refusals import explained, nodes_are_down, too_much
 from packhorse.launching.slurm.script import JobRequest
 from packhorse.launching.slurm.site import SiteProfile
+from packhorse.run_folder.folder import relative
+from packhorse.run_folder.lock import only_launcher
 
 SCRIPTS: Final[dict[str, str]] = {"train": "job.sbatch"}
 """Names of job scripts in the run folder, where they are not that of the job's kind."""

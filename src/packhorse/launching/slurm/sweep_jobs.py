@@ -9,7 +9,7 @@ from typing import Final
 
 from packhorse.launching.slurm.client import JobState, job_states
 from packhorse.launching.slurm.jobs import JobRecord, read_jobs
-from packhorse.launching.slurm.sweep_folder import member_folder, read_sweep
+from packhorse.run_folder.sweep import member_folder, read_sweep
 
 TASKS: Final = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 Jobs = list[tuple[JobRecord, JobState | None]]

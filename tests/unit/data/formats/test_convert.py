@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from packhorse.cli import main
-from packhorse.data.converting.convert import CONTEXT_MARK, Target, convert_file
-from packhorse.data.converting.prices import default_epochs, estimated_tokens, read_prices
+from packhorse.data.convert.convert import CONTEXT_MARK, Target, convert_file
+from packhorse.data.convert.prices import default_epochs, estimated_tokens, read_prices
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.rows import convert_rows
-from packhorse.data.reading.mistakes import RowMistakes
-from packhorse.data.reading.sources import read_rows
+from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 

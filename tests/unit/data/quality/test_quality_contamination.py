@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from packhorse.data.quality.contamination import EvaluationIndex
+from packhorse.data.checks.contamination import EvaluationIndex
 
 ASKED = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from packhorse.data.quality.duplicates import NearGroups, band_slots, equal_groups, near_groups
+from packhorse.data.checks.duplicates import NearGroups, band_slots, equal_groups, near_groups
 
 SLOTS = 64
 Rows = NDArray[np.uint32]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packhorse.data.quality.encoding import broken_encoding, mend
+from packhorse.data.checks.encoding import broken_encoding, mend
 
 SOUND = [
     'Plain text: 3 < 4 && "quoted" – it\'s fine.\n\tTabs\r\ntoo.',

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from packhorse.data.checks.contradictions import contradictions
+from packhorse.data.checks.keys import answer_keys, content_keys, prompt_keys
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.quality.contradictions import contradictions
-from packhorse.data.quality.keys import answer_keys, content_keys, prompt_keys
 
 ASKED = Message("user", "Is it raining?")
 ANSWER = Message("assistant", "Yes.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packhorse.data.quality.language import languages
+from packhorse.data.checks.language import languages
 
 SENTENCES = {
     "en": "The train leaves at nine, and we should be there before it starts to rain.",

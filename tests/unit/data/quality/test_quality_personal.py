@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packhorse.data.quality.personal import find_personal, masked
+from packhorse.data.checks.personal import find_personal, masked
 
 PRIVATE_KEY = (
     "-----BEGIN RSA PRIVATE KEY-----\n"

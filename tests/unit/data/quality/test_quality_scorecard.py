@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from packhorse.data.checks.scorecard import ScoreCard, ScoreKeeper, make_sample
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.quality.scorecard import ScoreCard, ScoreKeeper, make_sample
 
 ASKED = "What did the old man on the bridge say to the two dogs this morning?"
 ANSWER = "He said that it would rain before noon, and they went home."

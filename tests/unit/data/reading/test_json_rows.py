@@ -12,7 +12,7 @@ import pytest
 from data_cases import write_lines
 from reading_cases import mistake_of, read, read_all, rows_of
 
-from packhorse.data.reading import json_array, streams
+from packhorse.data.read import json_array, streams
 
 GOOD = {"text": "good"}
 

@@ -11,7 +11,7 @@ import pytest
 from data_cases import write_lines
 from reading_cases import mistake_of, read
 
-from packhorse.data.places import source_files
+from packhorse.data.resolve import source_files
 
 HOLD = {"text": "one"}
 

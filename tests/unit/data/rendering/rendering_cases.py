@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.reading.mistakes import RowMistakes
-from packhorse.data.rendering.render import Rendered, Renderer, load_tokenizer, make_renderer, render_examples
+from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.render.render import Rendered, Renderer, load_tokenizer, make_renderer, render_examples
 from packhorse.errors import UserError
 from packhorse.recipe.schema import DataSection
 

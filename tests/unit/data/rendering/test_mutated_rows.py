@@ -8,8 +8,8 @@ import pytest
 from rendering_cases import chat_of, loaded, renderer_of
 
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.reading.mistakes import RowMistakes
-from packhorse.data.rendering.render import render_examples
+from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.render.render import render_examples
 from shared_folder import shared
 
 PIECES = [

@@ -9,7 +9,7 @@ import pytest
 from rendering_cases import CHAT, byte_tokenizer, chat_of, pieces, refusal, render
 
 from packhorse.data.formats.example import Message
-from packhorse.data.rendering.render import load_tokenizer
+from packhorse.data.render.render import load_tokenizer
 from packhorse.errors import UserError
 
 SPECIAL = {

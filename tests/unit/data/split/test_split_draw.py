@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packhorse.data.splitting.draw import draw
+from packhorse.data.split.draw import draw
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 
@@ -76,7 +76,7 @@ def test_more_rows_take_the_same_and_others() -> None:
 
 def test_which_rows_are_drawn_says_nothing_of_their_side() -> None:
     """Drawn by the order that the split cuts, a smaller draw would be of training rows only."""
-    from packhorse.data.splitting.split import assign
+    from packhorse.data.split.split import assign
 
     keys = keys_of(10000)
     drawn = draw(keys, np.zeros(10000, np.int16), [source(rows=5000)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from packhorse.data.splitting.shares import recommended_shares, resolve_shares
-from packhorse.data.splitting.split import assign
+from packhorse.data.split.shares import recommended_shares, resolve_shares
+from packhorse.data.split.split import assign
 from packhorse.errors import UserError
 from packhorse.recipe.schema import SplitSection
 

@@ -1,0 +1,182 @@
+"""`packhorse convert`: the rows of a file in another form, all of them or none."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from packhorse.data.convert.prices import TokenCount
+from packhorse.data.formats.bad_row import BadRowError, names
+from packhorse.data.formats.example import Example
+from packhorse.data.formats.openai import LARGEST_FILE_BYTES, LEAST_EXAMPLES, to_openai
+from packhorse.data.formats.rows import RowFormat, renamed_rows, resolve_format, row_converter
+from packhorse.data.formats.tools import TOOL_KEYS
+from packhorse.data.formats.writing import KEYS_READ, to_alpaca, to_messages
+from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.sources import Row, read_rows
+from packhorse.data.resolve import source_name
+from packhorse.durable import sync_to_disk
+from packhorse.errors import Mistake, UserError
+from packhorse.recipe.schema import Source
+
+Target = Literal["messages", "alpaca", "openai"]
+Writer = Callable[[Example, Mapping[str, Any]], dict[str, Any]]
+
+WRITERS: Final[Mapping[Target, Writer]] = {"messages": to_messages, "alpaca": to_alpaca, "openai": to_openai}
+FIRST_ROWS: Final = 10
+CONTEXT_MARK: Final = "train: false of turns that are not the assistant's"
+
+
+@dataclass
+class Conversion:
+    """What became of a file's rows.
+
+    Attributes:
+        row_format: What they were read as.
+        num_rows: Rows written.
+        left_out: What the form has no place for, and in how many rows it was left out.
+        tokens: Estimate of the tokens, for `openai`.
+    """
+
+    row_format: RowFormat
+    num_rows: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    tokens: TokenCount = field(default_factory=TokenCount)
+
+
+def convert_file(source: Source, target: Path, to: Target, force: bool, runs_folder: Path) -> Conversion:
+    """Write all rows of a source in another form.
+
+    The file appears whole, under its name, once every row is right; until then nothing is at that place but what was
+    there before.
+
+    Args:
+        source: Anything that `read_rows` reads.
+        target: A .jsonl file.
+        to: The form.
+        force: Replace a file that is there.
+        runs_folder: Folder where `builtin:` files are made.
+
+    Raises:
+        UserError: All rows that cannot be read, converted or taken by the service; or the target cannot be written.
+    """
+    _check_target(target, force)
+    # Beside the target, so that the rename stays within one file system.
+    draft = target.with_name(f".{target.name}.draft-{os.getpid()}")
+    mistakes = RowMistakes(source_name(source))
+    rows = read_rows(source, runs_folder, mistakes)
+    first = list(islice(rows, FIRST_ROWS))
+    if not first:
+        raise UserError.of(mistakes.told())
+    conversion = Conversion(resolve_format(source.format, first, source))
+    try:
+        with draft.open("w", encoding="utf-8", newline="\n") as file:
+            for line in _lines(chain(first, rows), source, to, conversion, mistakes):
+                file.write(line)
+        mistakes.raise_if_any()
+        if to == "openai":
+            _check_file(conversion, draft.stat().st_size)
+        sync_to_disk(draft)
+        draft.replace(target)
+        sync_to_disk(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written: {error.strerror}.",
+            "the rows are written beside it first, then renamed.",
+            "name a file in a folder that you may write, with room for it.",
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return conversion
+
+
+def _lines(
+    rows: Iterator[Row], source: Source, to: Target, conversion: Conversion, mistakes: RowMistakes
+) -> Iterator[str]:
+    convert = row_converter(conversion.row_format, source)
+    for row in renamed_rows(rows, source):
+        try:
+            example = convert(row)
+            others = _others(row.values, conversion.row_format, example)
+            written = WRITERS[to](example, others)
+            line = _json_line(written)
+        except BadRowError as error:
+            mistakes.add(Mistake(error.fact, error.why, error.fix, row.where))
+            continue
+        conversion.num_rows += 1
+        conversion.left_out.update(_left_out(example, others, written, to))
+        if to == "openai":
+            conversion.tokens.add(written)
+        yield line
+
+
+def _others(values: dict[str, Any], row_format: RowFormat, example: Example) -> dict[str, Any]:
+    read = KEYS_READ[row_format].union(TOOL_KEYS) if example.tools else KEYS_READ[row_format]
+    return {key: value for key, value in values.items() if key not in read}
+
+
+def _left_out(example: Example, others: Mapping[str, Any], written: Mapping[str, Any], to: Target) -> list[str]:
+    left_out = [key for key in others if key not in written]
+    context = any(not turn.trained and turn.role != "assistant" for turn in example.messages or ())
+    return [*left_out, CONTEXT_MARK] if context and to != "messages" else left_out
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    try:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        line.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        # Only now, as it costs as much as writing the row again.
+        bad = [key for key, value in row.items() if not _is_json(value)]
+        raise BadRowError(
+            f"the field {names(bad)} cannot be written as JSON ({type(error).__name__}).",
+            "a date, bytes, NaN, infinity and half a surrogate pair are not JSON.",
+            "take the field out, or write it as text or a number.",
+        ) from error
+    return f"{line}\n"
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if not target.name:
+        raise UserError(f"{target} is a folder.", "the rows are written to one file.", "name a file, as out.jsonl.")
+    if target.suffix != ".jsonl":
+        raise UserError(
+            f"{target} ends in {target.suffix or 'no extension'}.",
+            "rows are written one a line, as .jsonl.",
+            f"name it {target.with_suffix('.jsonl').name}.",
+        )
+    if target.is_dir():
+        raise UserError(f"{target} is a folder.", "the rows are written to one file.", "name a file.")
+    if target.exists() and not force:
+        raise UserError(f"{target} exists.", "it would be replaced.", "name another file, or add --force.")
+    if not target.parent.is_dir():
+        raise UserError(f"the folder {target.parent} does not exist.", "the file is written there.", "make it first.")
+
+
+def _check_file(conversion: Conversion, size_bytes: int) -> None:
+    if conversion.num_rows < LEAST_EXAMPLES:
+        raise UserError(
+            f"the file has {conversion.num_rows} examples.",
+            f"the service takes files of {LEAST_EXAMPLES} or more.",
+            "add rows.",
+        )
+    if size_bytes > LARGEST_FILE_BYTES:
+        raise UserError(
+            f"the file would have {size_bytes / 1024**2:,.0f} MB.",
+            f"the service takes files of up to {LARGEST_FILE_BYTES // 1024**2} MB.",
+            "share the rows out over several files.",
+        )

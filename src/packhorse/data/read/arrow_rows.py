@@ -1,0 +1,154 @@
+"""Rows of Parquet and Arrow files, and of any table in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pyarrow
+from pyarrow import ipc, parquet
+
+from packhorse.data.read.broken import WHOLE_ROW, reason
+from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import Row
+from packhorse.data.read.streams import seekable
+from packhorse.errors import Mistake, UserError
+
+ROWS_AT_ONCE: Final = 1000
+ARROW_FILE_MAGIC: Final = b"ARROW1"
+ARROW_STREAM_END: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+# What pyarrow raises for files that are not as they say: ArrowException, but also plain Python errors.
+UNREADABLE: Final = (
+    pyarrow.ArrowException,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    # A length that the file states wrongly is asked for before anybody sees that so much is not there.
+    MemoryError,
+)
+
+
+def read_parquet(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
+    """Yield the rows of a Parquet file; a row group is held at a time.
+
+    Raises:
+        UserError: The file cannot be read to its end, or two columns have one name.
+    """
+    with seekable(path) as file:
+        yield from _rows_of_file(path, "Parquet", _parquet_batches(file), mistakes)
+
+
+def read_arrow(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
+    """Yield the rows of an Arrow file or stream, as `datasets` saves them; a record batch is held at a time.
+
+    Raises:
+        UserError: The file cannot be read to its end, or two columns have one name.
+    """
+    with seekable(path) as file:
+        yield from _rows_of_file(path, "Arrow", _arrow_batches(file), mistakes)
+
+
+def rows_of_batches(batches: Iterable[pyarrow.Table], name: str, mistakes: RowMistakes) -> Iterator[Row]:
+    """Yield the rows of tables or record batches; where one row cannot be had, the others of its batch still are.
+
+    Args:
+        batches: pyarrow tables or record batches of at most some thousand rows.
+        name: What stands before the row's number in `where`.
+        mistakes: Collects rows with values that Python cannot hold.
+    """
+    number = 0
+    for batch in batches:
+        try:
+            rows = batch.to_pylist(maps_as_pydicts="strict")
+        except UNREADABLE:
+            yield from _one_by_one(batch, name, number, mistakes)
+        else:
+            for at, values in enumerate(rows, number + 1):
+                yield Row(f"{name}:{at}", values)
+        number += batch.num_rows
+
+
+def _one_by_one(batch: pyarrow.Table, name: str, number: int, mistakes: RowMistakes) -> Iterator[Row]:
+    for at in range(batch.num_rows):
+        where = f"{name}:{number + at + 1}"
+        try:
+            (values,) = batch.slice(at, 1).to_pylist(maps_as_pydicts="strict")
+        except UNREADABLE as error:
+            mistakes.add(
+                Mistake(f"a value of the row cannot be had: {reason(error)}", WHOLE_ROW, "mend or remove it.", where)
+            )
+        else:
+            yield Row(where, values)
+
+
+def _rows_of_file(
+    path: Path, form: str, batches: Iterator[pyarrow.RecordBatch], mistakes: RowMistakes
+) -> Iterator[Row]:
+    counted = _Counted(batches)
+    # Rows are handed out by the reader below, so no error of whoever takes them is caught here.
+    try:
+        yield from rows_of_batches(counted, str(path), mistakes)
+    except UNREADABLE as error:
+        raise UserError(
+            f"the file cannot be read as {form} after row {counted.num_rows}: {reason(error)}.",
+            WHOLE_ROW,
+            "write or copy the file again, or give the rows as .jsonl.",
+            f"{path}:{counted.num_rows + 1}",
+        ) from error
+
+
+class _Counted:
+    """Batches, and how many rows those had that were handed out."""
+
+    def __init__(self, batches: Iterator[pyarrow.RecordBatch]) -> None:
+        self.num_rows = 0
+        self._batches = batches
+        self._last = 0
+
+    def __iter__(self) -> _Counted:
+        return self
+
+    def __next__(self) -> pyarrow.RecordBatch:
+        self.num_rows += self._last
+        self._last = 0
+        batch = next(self._batches)
+        self._last = batch.num_rows
+        return batch
+
+
+def _parquet_batches(file: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
+    with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+        _refuse_equal_names(opened.schema_arrow)
+        yield from opened.iter_batches(batch_size=ROWS_AT_ONCE)
+
+
+def _arrow_batches(file: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
+    is_file = file.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
+    if not is_file:
+        _refuse_open_end(file)
+    file.seek(0)
+    with ipc.open_file(file) if is_file else ipc.open_stream(file) as opened:
+        _refuse_equal_names(opened.schema)
+        batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
+        for batch in batches:
+            # Offsets come from the file as they are: unchecked, a wrong one reads beside the memory of the batch.
+            batch.validate(full=True)
+            for begin in range(0, batch.num_rows, ROWS_AT_ONCE):
+                yield batch.slice(begin, ROWS_AT_ONCE)
+
+
+def _refuse_open_end(file: pyarrow.NativeFile) -> None:
+    """A stream that was cut off between two batches reads as a whole one: only its end mark tells."""
+    file.seek(max(0, file.size() - len(ARROW_STREAM_END)))
+    if file.read() != ARROW_STREAM_END:
+        raise ValueError("the end mark is missing, so the file was cut off")
+
+
+def _refuse_equal_names(schema: pyarrow.Schema) -> None:
+    twice = [name for at, name in enumerate(schema.names) if name in schema.names[:at]]
+    if twice:
+        raise ValueError(f"two columns are called {twice[0]}")

@@ -1,0 +1,106 @@
+"""The template's own proof, before any row: a chat whose every turn is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from packhorse.data.render.contents import check_contents
+from packhorse.data.render.draw import ChatTemplate
+from packhorse.data.render.mask import TokenMasker
+from packhorse.data.render.refusal import RowRefusedError, excerpt
+from packhorse.data.render.spans import TurnSpan, draw_chat
+from packhorse.data.render.tokenizer import HOW_TO_MARK, fitting_templates, require_template
+from packhorse.data.render.turns import Turn
+from packhorse.errors import UserError
+from packhorse.recipe.schema import TrainOnSection
+
+PROBE_SYSTEM: Final[Turn] = {"role": "system", "content": "instruction of the probe"}
+PROBE: Final[tuple[Turn, ...]] = (
+    {"role": "user", "content": "first question of the probe"},
+    {"role": "assistant", "content": "first answer of the probe"},
+    {"role": "user", "content": "second question of the probe"},
+    {"role": "assistant", "content": "second answer of the probe"},
+)
+
+
+def prove_template(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, stops: frozenset[int], train_on: TrainOnSection
+) -> tuple[ChatTemplate, TokenMasker]:
+    """Prove that the tokenizer's template trains each answer with its stop token, and no other text.
+
+    The chat begins with a system turn where the template takes one.
+
+    Raises:
+        UserError: No template, or one that cannot be trusted with rows.
+    """
+    require_template(tokenizer, folder)
+    chats: list[list[Turn]] = [[PROBE_SYSTEM, *PROBE], [*PROBE]]
+    try:
+        template = ChatTemplate(tokenizer.get_chat_template(), tokenizer)
+        for turns in chats:
+            try:
+                return template, _prove(tokenizer, template, stops, turns, train_on)
+            except (TemplateError, RowRefusedError) as error:
+                refused = error
+        raise refused
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template of {folder} cannot render a chat of user and assistant turns: {error}",
+            "every row is rendered by it.",
+            f"mend the template, or set data.template to {' or '.join(fitting_templates(tokenizer))}.",
+        ) from error
+    except RowRefusedError as error:
+        marked = "" if template.has_markers else f" In it, {HOW_TO_MARK}"
+        fact = f"the chat template of {folder}, tried on a chat: {error.fact}"
+        raise UserError(fact, error.why, error.fix + marked) from error
+
+
+def _prove(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    stops: frozenset[int],
+    turns: list[Turn],
+    train_on: TrainOnSection,
+) -> TokenMasker:
+    answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    trained = answers[-1:] if train_on.turns == "last" else answers
+    text, spans = draw_chat(template, turns, None, trained)
+    check_contents(text, turns, None, spans)
+    masker = TokenMasker(tokenizer, stops, text)
+    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    masker.mask(text, ids, spans, [turn["role"] for turn in turns], hide_thinking=False)
+    refuse_double_start(ids, tokenizer.bos_token_id, text)
+    for span in spans:
+        _check_prompt(template, turns, text, span)
+    return masker
+
+
+def _check_prompt(template: ChatTemplate, turns: list[Turn], text: str, span: TurnSpan) -> None:
+    prompt = template.prompt(turns[: span.place])
+    if text.startswith(prompt) and len(prompt) >= span.start:
+        return
+    raise RowRefusedError(
+        f"turn {span.place + 1} is trained after {excerpt(text, span.start)}, and generated after "
+        f"{excerpt(prompt, len(prompt))}",
+        "nobody would write what stands between: a served prompt does not, and the model is not taught to.",
+        "let the template end with what stands before an answer, for instance "
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}.",
+    )
+
+
+def refuse_double_start(ids: list[int], start: int | None, text: str) -> None:
+    """Refuse a row that begins with the start token twice.
+
+    Raises:
+        RowRefusedError: It does.
+    """
+    if start is not None and ids[0:1] == ids[1:2] == [start]:
+        raise RowRefusedError(
+            f"the row begins with the start token twice (id {start}): {excerpt(text)}",
+            "the model never saw that; it is written by the template, the text or the tokenizer, and again by another.",
+            "remove it from the template or from the row's text.",
+        )

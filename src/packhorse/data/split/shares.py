@@ -1,0 +1,88 @@
+"""The shares of train, validation and test: as the recipe gives them, or by the number of rows."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from packhorse.data.split.quotas import PARTS, largest_remainder, share_parts
+from packhorse.errors import UserError
+from packhorse.recipe.schema import SplitSection
+
+Shares = tuple[float, float, float]
+
+MANY_ROWS: Final = 100_000
+SOME_ROWS: Final = 50_000
+TOLERANCE: Final = 1e-6
+
+
+def recommended_shares(num_rows: int) -> tuple[Shares, str]:
+    """Return the shares for a number of rows, and why.
+
+    Raises:
+        UserError: One row cannot be both trained on and measured.
+    """
+    if num_rows >= MANY_ROWS:
+        return (0.7, 0.15, 0.15), f"{num_rows:,} rows, {MANY_ROWS:,} or more: enough for a sealed test set of 15 %"
+    if num_rows >= SOME_ROWS:
+        return (0.8, 0.1, 0.1), f"{num_rows:,} rows, {SOME_ROWS:,} or more: enough for a sealed test set of 10 %"
+    if num_rows < 2:
+        raise UserError(
+            f"there is {num_rows} row to share out, and data.split gives no shares.",
+            "a row that is trained on cannot show what was learnt.",
+            "add rows, name rows of their own in data.validation, or train on all: data.split.train: 1.",
+        )
+    if largest_remainder(num_rows, share_parts((0.85, 0.15)))[1] == 0:
+        share = round(1 / num_rows, 9)
+        return (1 - share, share, 0.0), f"{num_rows} rows: one of them is measured"
+    return (0.85, 0.15, 0.0), f"{num_rows:,} rows, fewer than {SOME_ROWS:,}: no test set, so that more is trained on"
+
+
+def resolve_shares(split: SplitSection, num_rows: int) -> tuple[Shares, str]:
+    """Return the shares of train, validation and test, which sum to 1, and why they are what they are.
+
+    Without any share given they follow the number of rows. What is absent beside others is 0 where the others sum
+    to 1, and the rest where it is the only one absent.
+
+    Raises:
+        UserError: The shares given do not say what the others are, sum to more or less than 1, or leave nothing to
+            train on.
+    """
+    given = {name: getattr(split, name) for name in ("train", "validation", "test")}
+    known = {name: share for name, share in given.items() if share is not None}
+    if not known:
+        return recommended_shares(num_rows)
+    rest = round(1 - sum(known.values()), 9)
+    absent = [name for name in given if name not in known]
+    if abs(rest) > TOLERANCE and (rest < 0 or len(absent) != 1):
+        raise _not_whole(known, absent, rest)
+    shares = {**dict.fromkeys(absent, rest if len(absent) == 1 and rest > TOLERANCE else 0.0), **known}
+    if shares["train"] * PARTS < 1:
+        raise UserError(
+            f"data.split gives train a share of {shares['train']:g}.",
+            "no row would be trained on.",
+            "set data.split.train above 0.",
+        )
+    return (shares["train"], shares["validation"], shares["test"]), _reason(absent, rest)
+
+
+def _reason(absent: list[str], rest: float) -> str:
+    if not absent:
+        return "as data.split gives them"
+    left = "what is left" if rest > TOLERANCE else "0, as nothing is left"
+    return f"as data.split gives them; {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} {left}"
+
+
+def _not_whole(known: dict[str, float], absent: list[str], rest: float) -> UserError:
+    shares = " + ".join(f"{name} {share:g}" for name, share in known.items())
+    largest = max(known, key=lambda name: known[name])
+    if rest > 0 and absent:
+        fix = f"{rest:g} is left: give {' or '.join(absent)} too, for example data.split.{absent[0]}: {rest:g}."
+    elif known[largest] + rest > 0:
+        fix = f"mend one of them, for example data.split.{largest}: {known[largest] + rest:g}."
+    else:
+        fix = "mend them, for example data.split: {train: 0.7, validation: 0.15, test: 0.15}."
+    return UserError(
+        f"the shares of data.split are {shares} = {sum(known.values()):g}.",
+        "each row is on one side, so the shares of all sides sum to 1.",
+        fix,
+    )

@@ -1,0 +1,82 @@
+"""What this rank holds from step to step, in bytes: weights, gradients, optimizer states; and what the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from packhorse.estimate import states
+from packhorse.estimate.held import Held
+from packhorse.plan.run_plan import RunPlan
+from packhorse.train.engine.engine import Engine
+
+Sizes = dict[str, int]
+"""Bytes by component: `weights`, `gradients`, `optimizer`."""
+
+
+def planned_sizes(plan: RunPlan, held: Iterable[Held]) -> Sizes:
+    """What the plan says that a rank holds at the end of a step's last backward pass.
+
+    Args:
+        plan: Of the run.
+        held: Every tensor of weights (`plan/cost/held.py`).
+    """
+    every = tuple(held)
+    return {
+        "weights": sum(part.bytes for part in states.weights(plan, every) if part.name != "persistent weights"),
+        "gradients": states.final_gradients(plan, every) + states.kept_gradients(plan, every),
+        "optimizer": states.optimizer_states(plan, every) + states.masters(plan, every),
+    }
+
+
+def weight_tensors(model: nn.Module) -> list[Tensor]:
+    """This rank's parts of all weights, and what belongs to packed ones."""
+    found: list[Tensor] = []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            found.append(getattr(parameter, "ds_tensor", parameter))
+            # FSDP2's parameter is another object than the packed one, and only the layer still has the scales.
+            scales = getattr(parameter, "quant_state", getattr(module, "quant_state", None))
+            if scales is not None:
+                found += [scales.absmax, scales.code]
+                found += [scales.offset, scales.state2.absmax] if scales.nested else []
+            rows = getattr(parameter, "SCB", None)
+            found += [rows] if isinstance(rows, Tensor) else []
+    return found
+
+
+def gradient_tensors(engine: Engine) -> list[Tensor]:
+    """This rank's parts of all gradients, between the last backward pass of a step and its update."""
+    if not engine.is_deepspeed:
+        return [parameter.grad for parameter in engine.model.parameters() if parameter.grad is not None]
+    optimizer: Any = engine.model.optimizer
+    if hasattr(optimizer, "grad_partitions_flat_buffer"):
+        return [optimizer.grad_partitions_flat_buffer]
+    return [part for parts in optimizer.averaged_gradients.values() for part in parts or ()]
+
+
+def state_tensors(engine: Engine) -> list[Tensor]:
+    """This rank's optimizer states, and the float32 weights that DeepSpeed steps; there after the first step."""
+    optimizer: Any = engine.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    if engine.is_deepspeed:
+        zero: Any = engine.model.optimizer
+        found += getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+    return found
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of all storages together, each once; of a sharded tensor this rank's part."""
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
+    return sum({address_of(each): each.untyped_storage().nbytes() for each in local}.values())
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where the storage of this rank's part begins."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()

@@ -1,0 +1,234 @@
+"""DDP, FSDP2 and DeepSpeed ZeRO behind one name: backward, step, gradient norm, and proof of what runs.
+
+Accelerate wires each of them; the step loop sees none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, PartialState
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from packhorse.plan.run_plan import RunPlan
+from packhorse.train.engine.gradient_norm import clip_gradients, gradient_norm
+from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
+from packhorse.train.engine.launch_proof import assert_launched_as_planned, assert_sharded_as_planned
+from packhorse.train.engine.precision import mixed_precision, refuse_small_loss_scale, scale_on_cpu
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass
+class Engine:
+    """What the step loop asks of whatever shards the model.
+
+    Attributes:
+        accelerator: Accelerate's handle.
+        model: The wrapped model.
+        optimizer: The optimizer whose learning rate counts.
+        gradient_factor: What the loss is multiplied by to undo the engine's averaging.
+        control: Process group on the CPU, for flags and figures that must not wait for a GPU.
+        step_was_skipped: Whether the last step was left out because its gradient overflowed fp16.
+        step_was_refused: Whether it was left out because its gradient is no number; the weights are as before it.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Optimizer
+    gradient_factor: float
+    clip_norm: float | None
+    control: dist.ProcessGroup | None
+    step_was_skipped: bool = False
+    step_was_refused: bool = False
+    _no_backward: bool = False
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """DeepSpeed clips, steps and zeroes inside its own step."""
+        return hasattr(self.model, "set_gradient_accumulation_boundary")
+
+    @property
+    def device(self) -> torch.device:
+        """Where micro-batches go."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @contextmanager
+    def micro_step(self, is_last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch; gradients are exchanged with the last one only."""
+        skip = not is_last and not self.is_deepspeed
+        with self.accelerator.no_sync(self.model) if skip else nullcontext():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass; under DeepSpeed the last one of a step also clips, steps and zeroes."""
+        if self.is_deepspeed:
+            self.model.backward(loss)  # type: ignore[operator]
+            self.model.step()  # type: ignore[operator]
+        else:
+            self.accelerator.backward(loss)
+
+    def refuse(self) -> None:
+        """In place of the backward pass of an engine that steps in it, where the loss is no number."""
+        self._no_backward = True
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What fp16's losses are multiplied by, None under other precisions; waits for the device."""
+        if not self.is_deepspeed:
+            return self.accelerator.scaler.get_scale() if self.accelerator.scaler else None
+        scaled = self.model.fp16_enabled()  # type: ignore[operator]
+        return float(self.model.optimizer.loss_scale) if scaled else None  # type: ignore[union-attr, arg-type]
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether weights change before the norm of the whole gradient is known."""
+        return isinstance(self._plain_optimizer, InBackwardOptimizer)
+
+    @property
+    def _plain_optimizer(self) -> Optimizer:
+        plain: Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # below accelerate's wrapper
+        return plain
+
+    def step(self) -> float:
+        """Clips, steps, zeroes; a gradient that is no number is only zeroed.
+
+        All ranks do the same, as the norm is that of the whole gradient. Knowing it before the step is one wait for
+        the device.
+
+        Returns:
+            The gradient norm before clipping; under DeepSpeed infinite wherever it is not finite.
+
+        Raises:
+            UserError: Gradients overflow fp16 at any loss scale.
+        """
+        self.step_was_skipped = self.step_was_refused = False
+        if self._no_backward:
+            self._no_backward, self.step_was_refused = False, True
+            return math.nan
+        if self.is_deepspeed:
+            return self._after_deepspeed_step()
+        if isinstance(self._plain_optimizer, InBackwardOptimizer):
+            return float(self._plain_optimizer.take_norm())
+        self.accelerator.unscale_gradients()
+        whole = gradient_norm(self.model.parameters())
+        norm, scale = float(whole), self.loss_scale
+        if scale is None and not math.isfinite(norm):
+            self.step_was_refused = True
+        else:
+            if self.clip_norm is not None:
+                clip_gradients(self.model.parameters(), self.clip_norm, whole)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if scale is not None:
+            # Fused optimizers skip by themselves, unseen by accelerate; the scaler goes down in just these steps.
+            after = self.loss_scale
+            assert after is not None
+            self.step_was_skipped = after < scale
+            refuse_small_loss_scale(after)
+        return norm
+
+    def _after_deepspeed_step(self) -> float:
+        """What came of the step inside the last backward; DeepSpeed steps no gradient whose norm is no number."""
+        model: Any = self.model
+        left_out = not model.was_step_applied()
+        self.step_was_skipped = left_out and self.loss_scale is not None
+        self.step_was_refused = left_out and not self.step_was_skipped
+        return float(model.get_global_grad_norm())
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Sums each figure over all ranks, in fp64 on the CPU."""
+        if self.control is None:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return [float(value) for value in tensor.tolist()]
+
+    def close(self) -> None:
+        """Ends the process group in order: FSDP2 on gloo sometimes aborts at exit otherwise."""
+        if dist.is_initialized():
+            dist.barrier(group=self.control)
+            dist.destroy_process_group()
+
+
+def start_accelerator(plan: RunPlan) -> Accelerator:
+    """Joins the process group and asserts that what runs is what was planned.
+
+    Raises:
+        UserError: World size or engine differ from the plan.
+    """
+    plugin = {}
+    if plan.deepspeed is not None:
+        # Its fields would contradict the plan's complete DeepSpeed configuration.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        plugin["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=dict(plan.deepspeed))
+    on_cpu = plan.topology.device == "cpu"
+    if on_cpu and plan.topology.engine in ("fsdp2", "hsdp"):
+        _allow_fsdp_on_cpu()
+    accelerator = Accelerator(
+        # `cpu=True` makes Accelerate take DDP in place of DeepSpeed; there DS_ACCELERATOR=cpu says it.
+        cpu=on_cpu and plan.deepspeed is None,
+        mixed_precision=mixed_precision(plan),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
+        **plugin,
+    )
+    if on_cpu and plan.recipe.precision == "fp16":
+        scale_on_cpu(accelerator)
+    # Else transformers would shard what it loads, or refuse to load it, where the worker shards unit by unit.
+    unset_hf_deepspeed_config()
+    assert_launched_as_planned(accelerator, plan)
+    return accelerator
+
+
+def _allow_fsdp_on_cpu() -> None:
+    """Accelerate shards only where it sees an accelerator; torch's FSDP2 itself runs on gloo.
+
+    With this, tests without a GPU run the same wiring as GPUs do.
+    """
+    state = PartialState(cpu=True, timeout=GROUP_TIMEOUT)
+    state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def start_engine(accelerator: Accelerator, plan: RunPlan, model: nn.Module, optimizer: Optimizer) -> Engine:
+    """Shards model and optimizer as planned, and proves it.
+
+    Raises:
+        UserError: Another stage, offload or mesh runs than planned.
+    """
+    if plan.topology.engine in ("fsdp2", "hsdp"):
+        # Sharded while it was loaded, and the optimizer holds the shards already.
+        prepared_model, prepared_optimizer = model, accelerator.prepare_optimizer(optimizer)
+    else:
+        prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    assert_sharded_as_planned(prepared_model, plan)
+    factor = float(plan.topology.world_size)
+    if plan.deepspeed is not None:
+        factor *= plan.batch.accumulation_steps
+    return Engine(
+        accelerator=accelerator,
+        model=prepared_model,
+        optimizer=prepared_optimizer,
+        gradient_factor=factor,
+        clip_norm=plan.recipe.optimizer.clip_norm,
+        control=_control_group(),
+    )
+
+
+def _control_group() -> dist.ProcessGroup | None:
+    if not dist.is_initialized():
+        return None
+    # A rehearsal has no other ranks to answer (`train/rehearse.py`).
+    backend = "gloo" if dist.get_backend() != "fake" else "fake"
+    group: dist.ProcessGroup = dist.new_group(backend=backend, timeout=GROUP_TIMEOUT)
+    return group
