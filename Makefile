@@ -9,7 +9,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_WORDS) -c constraints.txt -e '.[dev]'
 	touch $@
 
 quickstart: install
@@ -21,8 +21,9 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit/test_architecture.py
 
-test: lint
-	$(BIN)/pytest tests
+# Lint too, and all tests that this machine can run, in groups: some words choose, `make test ONLY="lint slurm"`.
+test: install
+	$(BIN)/python tests/run.py $(ONLY)
 
 bench: install
 	$(BIN)/python benchmarks/step_loop.py
@@ -31,13 +32,17 @@ bench: install
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/saving.py
 
-# Every method under every engine: some two hundred launches of ten seconds and more; the table goes to docs/lab-log.md.
+# Every method under every engine, 20 steps each; golden curves are computed again by hand and compared with those that
+# are committed; the table goes to docs/lab-log.md. Then the cells of other tests that `make test` leaves to this.
 parity: install
 	$(BIN)/python benchmarks/parity.py
+	$(BIN)/pytest tests/unit tests/faults -m matrix
 
-# Two hundred kills and twenty minutes of all kinds of faults, about an hour; the table goes to docs/lab-log.md.
+# Two hundred kills and twenty minutes of all kinds of faults, about an hour; the table goes to docs/lab-log.md. Then
+# every kind of interruption in every phase of jobs on a real Slurm.
 chaos: install
 	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/pytest tests/slurm -m chaos
 
 # How right `packhorse plan` is: beside published speeds and beside what ranks on this CPU hold; to docs/lab-log.md.
 accuracy: install

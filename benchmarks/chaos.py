@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "faults"))
 
 import lab_log
-from chaos import Report, Weather, differences, trained
+from chaos import Report, Weather, differences
+from ranks import trained
 from tiny import write_tiny
 
 PACKAGES = ("torch", "accelerate", "transformers")
@@ -70,7 +71,10 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-write", action="store_true", help="show the table, leave docs/lab-log.md as it is")
+    parser.add_argument("--smoke", action="store_true", help="one kill, to see that it runs; written nowhere")
     options = parser.parse_args()
+    if options.smoke:
+        options.kills, options.minutes, options.no_write = 2, 0, True
     rows, faults = [], []
     for case in cases(options, random.Random(options.seed)):
         with tempfile.TemporaryDirectory() as folder:
@@ -104,22 +108,23 @@ def cases(options: argparse.Namespace, draw: random.Random) -> list[Case]:
     strikes = [*FAULTS, *(draw.choice(FAULTS) for _ in range(number))][:number]
     draw.shuffle(strikes)
     found.append(Case("all kinds of faults", options.steps_per_fault * number, 10, True, strikes, a_while, None))
-    return [case for case in found if case.strikes]
+    struck = [case for case in found if case.strikes]
+    return struck[:1] if options.smoke else struck
 
 
 def run_case(case: Case, folder: Path, seed: int) -> tuple[Report, list[str]]:
     """The run without faults, then the one with them."""
-    write_tiny(
+    recipe = write_tiny(
         folder,
         steps=case.steps,
         batch={"length": 256, "packs": 2},
         checkpoint={"every_steps": case.save_every, "asynchronous": case.asynchronous, "keep_last": 3},
         evaluation={"every_steps": 500, "exact_match_rows": 0},
     )
-    trained(folder, ["tiny.yaml", "name=unbroken", *WORDS])
+    unbroken = trained(recipe, "unbroken", *WORDS)
     weather = Weather(folder, "tiny.yaml", "broken", WORDS, seed)
     report = weather.pass_over(case.strikes, case.wait, seconds=4 * 3600, from_strike=case.most_lost is None)
-    return report, differences(weather.run, folder / "runs" / "unbroken")
+    return report, differences(weather.run, unbroken)
 
 
 def faults_of(case: Case, report: Report, different: list[str]) -> list[str]:

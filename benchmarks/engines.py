@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import lab_log
-from step_loop import HERE, real_rows
+from step_loop import HERE, TINY, real_rows
 
 BIN = Path(sys.executable).parent
 WARM_UP = 2
@@ -42,10 +42,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps that are counted")
     parser.add_argument("--write", action="store_true", help="append the table to docs/lab-log.md")
+    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs; judges no bar")
     options = parser.parse_args()
+    engines, peers, more = (dict(ENGINES), list(PEERS), real_rows("chat"))
+    if options.smoke:
+        engines, peers, more, options.steps = {1: ("ddp",)}, ["bare-chunked"], list(TINY), 1
     with tempfile.TemporaryDirectory(prefix="packhorse-bench-") as name:
-        speeds = _measure(Path(name), WARM_UP + options.steps)
-    rows = [_row(who, speeds) for who in (*dict.fromkeys(e for names in ENGINES.values() for e in names), *PEERS)]
+        speeds = _measure(Path(name), WARM_UP + options.steps, engines, peers, more)
+    rows = [_row(who, speeds) for who in (*dict.fromkeys(e for names in engines.values() for e in names), *peers)]
     header = ("engine", "1 process", "÷ bare", "÷ TRL", "2 processes", "÷ bare", "÷ TRL")
     text = (
         "Fresh Llama of 21.5 million parameters, full fine-tuning, fp32, 4 packs of 1,024 a step, one thread a process;"
@@ -58,22 +62,24 @@ def main() -> int:
     return 0
 
 
-def _measure(folder: Path, num_steps: int) -> dict[tuple[str, int], float]:
+def _measure(
+    folder: Path, num_steps: int, engines: dict[int, tuple[str, ...]], peers: Sequence[str], more: Sequence[str]
+) -> dict[tuple[str, int], float]:
     speeds = {}
-    for processes, engines in ENGINES.items():
-        for engine in engines:
-            run = _train(folder, engine, processes, num_steps)
+    for processes, names in engines.items():
+        for engine in names:
+            run = _train(folder, engine, processes, num_steps, more)
             speeds[engine, processes] = _ours(run)
             sys.stderr.write(f"{engine} x {processes}: {speeds[engine, processes]:.0f} tokens/s\n")
-        for peer in PEERS:
+        for peer in peers:
             speeds[peer, processes] = _peer(folder / "runs" / f"ddp-{processes}", peer, processes)
             sys.stderr.write(f"{peer} x {processes}: {speeds[peer, processes]:.0f} tokens/s\n")
     return speeds
 
 
-def _train(folder: Path, engine: str, processes: int, num_steps: int) -> Path:
+def _train(folder: Path, engine: str, processes: int, num_steps: int, more: Sequence[str]) -> Path:
     words = [f"name={engine}-{processes}", f"runs_folder={folder / 'runs'}", f"steps={num_steps}", "batch.packs=4"]
-    words += [f"parallel.engine={engine}", f"parallel.processes={processes}", *real_rows("chat")]
+    words += [f"parallel.engine={engine}", f"parallel.processes={processes}", *more]
     _run([str(BIN / "packhorse"), "train", str(HERE / "step_loop.yaml"), *words], processes)
     return folder / "runs" / f"{engine}-{processes}"
 
@@ -113,7 +119,9 @@ def _row(who: str, speeds: dict[tuple[str, int], float]) -> list[str]:
         if speed is None:
             cells += ["", "", ""]
             continue
-        cells += [f"{speed:,.0f}", *(f"{speed / speeds[peer, processes]:.2f}" for peer in ("bare-chunked", "trl"))]
+        cells.append(f"{speed:,.0f}")
+        for peer in ("bare-chunked", "trl"):
+            cells.append(f"{speed / speeds[peer, processes]:.2f}" if (peer, processes) in speeds else "")
     return cells
 
 

@@ -1,6 +1,7 @@
 """How dear is preparing rows? One batched tokenizer call is the ceiling, TRL's preparation of the same rows the peer.
 
     python benchmarks/prepare.py --rows FILE --tokenizer FOLDER [--rounds 3] [--write]
+    python benchmarks/prepare.py --smoke
 
 FILE holds question and answer rows (JSONL), FOLDER a tokenizer with a chat template. All run in one process, in turn,
 round by round; CPU seconds of the whole process, threads included, medians of the rounds. The tokenizer call gets text
@@ -30,6 +31,7 @@ import lab_log
 from packhorse.data.prepare import prepare
 from packhorse.data.render.render import load_tokenizer, make_renderer
 from packhorse.data.render.serving import saved_form
+from packhorse.quickstart.files import materialise
 from packhorse.recipe.schema import DataSection, Recipe, Source
 
 Figures = tuple[float, float, int]
@@ -39,25 +41,32 @@ ROWS_A_CALL = 1000
 CEILING = "one batched tokenizer call"
 LOADING = "loading the tokenizer, and again as it will be saved"
 OURS = "packhorse prepare, cold"
+PEER = "TRL SFTTrainer's preparation"
 
 
 def main() -> None:
     """Measures and prints."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--rows", type=Path, required=True)
-    words.add_argument("--tokenizer", type=Path, required=True)
+    words.add_argument("--rows", type=Path)
+    words.add_argument("--tokenizer", type=Path)
     words.add_argument("--rounds", type=int, default=3)
     words.add_argument("--write", action="store_true", help="append the table to docs/lab-log.md")
+    words.add_argument("--smoke", action="store_true", help="a few seconds on made-up rows, without the peer")
     given = words.parse_args()
+    if not given.smoke and None in (given.rows, given.tokenizer):
+        words.error("--rows and --tokenizer are needed, or --smoke")
     datasets.disable_progress_bars()
     datasets.disable_caching()
     logging.disable(logging.WARNING)
 
     with tempfile.TemporaryDirectory() as folder:
-        contestants = _contestants(given.rows, given.tokenizer, Path(folder))
+        if given.smoke:
+            given.rounds = 1
+            given.rows, given.tokenizer = _made_up(Path(folder)), materialise("tokenizer", Path(folder))
+        contestants = _contestants(given.rows, given.tokenizer, Path(folder), with_peer=not given.smoke)
         rounds = [{name: _timed(run) for name, run in contestants.items()} for _ in range(given.rounds)]
+        num_rows = sum(1 for _ in given.rows.open("rb"))
     table = _table(rounds)
-    num_rows = sum(1 for _ in given.rows.open("rb"))
     text = (
         f"{given.rows.name}, {num_rows:,} rows, tokenizer {given.tokenizer.name}, medians of {given.rounds} rounds;"
         f" {lab_log.machine(2, ('tokenizers', 'transformers', 'trl'))}\n\n{table}"
@@ -67,18 +76,26 @@ def main() -> None:
         lab_log.append("Preparing rows", text)
 
 
-def _contestants(rows: Path, tokenizer_folder: Path, folder: Path) -> dict[str, Callable[[], int]]:
+def _contestants(rows: Path, tokenizer_folder: Path, folder: Path, with_peer: bool) -> dict[str, Callable[[], int]]:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     chats = [_chat(json.loads(line)) for line in rows.read_bytes().split(b"\n") if line.strip()]
     rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     recipe = _recipe(rows, tokenizer_folder, folder)
-    return {
+    found = {
         CEILING: lambda: _call(tokenizer, rendered),
         LOADING: lambda: _load(tokenizer_folder),
         OURS: lambda: _prepare_cold(recipe, folder),
         "packhorse prepare, warm": lambda: _num_tokens(recipe),
-        "TRL SFTTrainer's preparation": _trl(rows, tokenizer),
     }
+    return found | ({PEER: _trl(rows, tokenizer)} if with_peer else {})
+
+
+def _made_up(folder: Path) -> Path:
+    """A file of 500 questions and answers."""
+    path = folder / "rows.jsonl"
+    rows = ({"question": f"What is {number} and 1?", "answer": f"{number + 1}."} for number in range(500))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def _timed(run: Callable[[], int]) -> Figures:

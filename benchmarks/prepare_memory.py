@@ -47,11 +47,14 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--rows", type=int, nargs="+", default=[250_000, 1_000_000])
     words.add_argument("--write", action="store_true", help="append the table to docs/lab-log.md")
+    words.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     words.add_argument("--one", type=int, help=argparse.SUPPRESS)
     given = words.parse_args()
     if given.one is not None:
         print(json.dumps(_prepare(given.one)))
         return
+    if given.smoke:
+        given.rows = [500, 1_000]
     measured = [(num_rows, *_in_a_process(num_rows)) for num_rows in sorted(given.rows)]
     table = lab_log.markdown_table(
         ["rows", "peak MiB", "CPU s", "CPU us a row"],

@@ -36,7 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--write", action="store_true", help="append to docs/lab-log.md")
+    parser.add_argument("--smoke", action="store_true", help="two ranks, to see that it runs")
     asked = parser.parse_args()
+    if asked.smoke:
+        asked.ranks = [2]
     rows = []
     for lazy in (False, True):
         for world_size in asked.ranks:

@@ -54,7 +54,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
     parser.add_argument("--write", action="store_true", help="append the table to docs/lab-log.md")
+    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs; judges no bar")
     options = parser.parse_args()
+    if options.smoke:
+        return _smoke()
     seconds: Seconds = {(who, state): [] for who in (OURS, TRL) for state in (COLD, WARM)}
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory(prefix="packhorse-bench-") as folder:
@@ -67,16 +70,30 @@ def main() -> int:
     return 0 if max(ratios.values()) <= BAR else 1
 
 
+def _smoke() -> int:
+    """The first finished step of ours alone, once."""
+    with tempfile.TemporaryDirectory(prefix="packhorse-bench-") as name:
+        seconds = _start_ours(_made(Path(name)), COLD)
+    sys.stdout.write(lab_log.markdown_table(("state", OURS), [[COLD, f"{seconds:.1f}"]]) + "\n")
+    return 0
+
+
 def _round(folder: Path, seconds: Seconds) -> None:
+    _made(folder)
+    for state, who in itertools.product((COLD, WARM), (OURS, TRL)):
+        start = _start_ours if who == OURS else _start_trl
+        seconds[who, state].append(start(folder, state))
+        sys.stderr.write(f"{state} {who}: {seconds[who, state][-1]:.1f} s\n")
+
+
+def _made(folder: Path) -> Path:
+    """The folder, with the model, the tokenizer and the rows that both take."""
     tokenizer = materialise("tokenizer", folder / "files")
     rows = materialise("core.messages.jsonl", folder / "files")
     subprocess.run([sys.executable, "-c", MAKE_MODEL, str(tokenizer), str(folder / "model")], check=True)
     (folder / "rows").mkdir()
     shutil.copyfile(rows, folder / "rows" / "train.jsonl")
-    for state, who in itertools.product((COLD, WARM), (OURS, TRL)):
-        start = _start_ours if who == OURS else _start_trl
-        seconds[who, state].append(start(folder, state))
-        sys.stderr.write(f"{state} {who}: {seconds[who, state][-1]:.1f} s\n")
+    return folder
 
 
 def _start_ours(folder: Path, name: str) -> float:

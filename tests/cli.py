@@ -12,6 +12,8 @@ from typing import Any
 
 INJECTED = Path(__file__).parent / "faults" / "injected"
 PACKHORSE = Path(sys.executable).parent / "packhorse"
+ROOM = 3.0 if "PYTEST_XDIST_WORKER" in os.environ else 1.0
+"""How many times longer something may take where other tests run beside it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def environment(fault: str = "") -> dict[str, str]:
     return ours | {"PACKHORSE_FAULT": fault, "PYTHONPATH": path} if fault else ours
 
 
-def packhorse(folder: Path, *words: str, timeout: float = 300, fault: str = "") -> Typed:
+def packhorse(folder: Path, *words: str, timeout: float = 600, fault: str = "") -> Typed:
     """Types `packhorse WORDS` in `folder`."""
     done = subprocess.run(
         [str(PACKHORSE), *words], cwd=folder, env=environment(fault), capture_output=True, text=True, timeout=timeout

@@ -16,14 +16,17 @@ from unittest import mock
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-from cli import INJECTED, PACKHORSE
+from cli import INJECTED, PACKHORSE, ROOM
 from packhorse.commands.train import write_run
 from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
+from packhorse.plan.hardware import detect_hardware
+from packhorse.plan.replan import replace_plan, replan
 from packhorse.plan.run_plan import RunPlan, read_plan
+from packhorse.plan.topology import Ask
 
 IMPORTED = ["deepspeed", "packhorse.train.worker"]
 # The first that needs DeepSpeed on a new machine waits for g++.
-SECONDS, GRACE_SECONDS = 400.0, 5.0
+SECONDS, GRACE_SECONDS = 600.0, 5.0
 
 
 def planned(recipe: Path, name: str, *words: str) -> Path:
@@ -31,6 +34,34 @@ def planned(recipe: Path, name: str, *words: str) -> Path:
     runs = recipe.parent / "runs"
     write_run(str(recipe), [f"name={name}", f"runs_folder={runs}", *words], None, None)
     return runs / name
+
+
+def trained(recipe: Path, name: str, *words: str) -> Path:
+    """The folder of a new run, trained to its end."""
+    run = planned(recipe, name, *words)
+    to_the_end(run)
+    return run
+
+
+def resumed(run: Path, attempt: int, *words: str) -> None:
+    """Resumes a run on other processes or under another engine, and trains it to its end; `attempt` begins now."""
+    plan = read_plan(run)
+    made = replan(plan, words, Ask(None), detect_hardware(), attempt - 1)
+    if made != plan:
+        replace_plan(made)
+    to_the_end(run, attempt)
+
+
+def to_the_end(run: Path, attempt: int = 1) -> None:
+    """Runs every rank once; each must end well."""
+    ended = [(record["exit_code"], record["message"]) for record in run_ranks(run, attempt=attempt)]
+    assert ended == [(0, "")] * read_plan(run).topology.world_size, _last_words(run) or ended
+
+
+def _last_words(run: Path) -> str:
+    """The end of what each rank printed."""
+    logs = sorted([*run.glob("rank-*.log"), *run.glob("logs/attempt-*/rank-*.log")])
+    return "\n".join(f"{log.name}: {log.read_text(encoding='utf-8', errors='replace')[-2000:]}" for log in logs)
 
 
 def run_ranks(run: Path, fault: str = "", attempt: int = 1) -> list[dict[str, Any]]:
@@ -71,7 +102,9 @@ def _variables(plan: RunPlan) -> dict[str, str]:
     agent = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # As our launcher has it: where DeepSpeed's C++ parts are built, and with which ninja.
     ours = {FOLDER_VARIABLE: str(extensions_folder()), "PATH": f"{PACKHORSE.parent}{os.pathsep}{os.environ['PATH']}"}
-    return {**told, **plan.env, **agent, **ours, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    found = {**told, **plan.env, **agent, **ours, "HF_HUB_OFFLINE": "1"}
+    # Ranks of two and more keep the plan's number of threads: they are compared bit for bit with ranks of a launch.
+    return found | {"OMP_NUM_THREADS": "1"} if plan.topology.world_size == 1 else found
 
 
 def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
@@ -81,9 +114,11 @@ def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
     from packhorse.train import loop
+    from packhorse.train.ranks import standstill
     from packhorse.train.ranks.signals import StopRequest
     from packhorse.train.worker import run_worker
 
+    standstill.LAST_WORDS_SECONDS *= ROOM
     if fault:
         _injected().Fault(fault, None).install(loop)
     signals = StopRequest()

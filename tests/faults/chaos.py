@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from cli import PACKHORSE, environment, metrics
 from packhorse.run_folder.attempts import AttemptRecord, made_steps, read_attempts
@@ -135,7 +134,7 @@ class Weather:
 
     def _wait_for_the_next(self, launcher: subprocess.Popen[bytes], attempt: int) -> None:
         """Until the fault has ended this attempt."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while launcher.poll() is None and self._attempts() == attempt:
             assert time.monotonic() < end, f"attempt {attempt} goes on as if nothing had struck"
             time.sleep(0.02)
@@ -231,11 +230,3 @@ def differences(run: Path, unbroken: Path) -> list[str]:
         if (run / name).read_bytes() != (unbroken / name).read_bytes():
             found.append(name)
     return found
-
-
-def trained(folder: Path, words: Sequence[str], **more: Any) -> None:
-    """Trains without faults, to the end."""
-    done = subprocess.run(
-        [str(PACKHORSE), "train", *words], cwd=folder, env=environment(), capture_output=True, text=True, **more
-    )
-    assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ def need_small_disks() -> None:
 def python_on_small_disk(program: Path, disk: Path, size_kib: int, *words: str) -> Typed:
     """Runs a Python program while `disk`, which exists, holds no more than `size_kib`."""
     mount = [sys.executable, __file__, str(disk), str(size_kib), sys.executable, str(program), *words]
-    done = subprocess.run([*IN_A_NAMESPACE, *mount], capture_output=True, text=True, timeout=300, env=_environment())
+    done = subprocess.run([*IN_A_NAMESPACE, *mount], capture_output=True, text=True, timeout=600, env=_environment())
     return Typed(done.returncode, done.stdout, done.stderr)
 
 
@@ -34,7 +34,7 @@ def train_with_small_checkpoints(folder: Path, run: str, size_kib: int) -> Typed
     The checkpoints are copied out before the disk is gone, to FOLDER/checkpoints.
     """
     words = [sys.executable, __file__, str(folder), run, str(size_kib)]
-    done = subprocess.run([*IN_A_NAMESPACE, *words], capture_output=True, text=True, timeout=300, env=_environment())
+    done = subprocess.run([*IN_A_NAMESPACE, *words], capture_output=True, text=True, timeout=600, env=_environment())
     return Typed(done.returncode, done.stdout, done.stderr)
 
 

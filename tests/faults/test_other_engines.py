@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+import ranks
 from cli import curve, metrics, packhorse
 from packhorse.data.packs.store import open_store
-from packhorse.plan.run_plan import read_plan
+from packhorse.plan.run_plan import read_plan, write_plan
 from packhorse.run_folder.checkpoints.manifest import read_manifest
+from packhorse.run_folder.folder import open_run
 from packhorse.run_folder.status import read_status, write_status
 from tiny import TINY, write_tiny
 
@@ -58,8 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def recipe(folder: Path, method: str, every_steps: int) -> None:
-    write_tiny(
+def recipe(folder: Path, method: str, every_steps: int) -> Path:
+    return write_tiny(
         folder,
         model={"path": str(folder / "base"), "tokenizer": "builtin:tokenizer"},
         method=METHODS[method],
@@ -72,10 +74,7 @@ def recipe(folder: Path, method: str, every_steps: int) -> None:
 
 def trained(folder: Path, method: str, name: str, leg: Leg, every_steps: int = STEPS) -> Path:
     """A new run to its end."""
-    recipe(folder, method, every_steps)
-    done = packhorse(folder, "train", "tiny.yaml", f"name={name}", *leg.words())
-    assert done.code == 0, done.err
-    return folder / "runs" / name
+    return ranks.trained(recipe(folder, method, every_steps), name, *leg.words())
 
 
 def stop_at(run: Path, step: int) -> None:
@@ -91,15 +90,18 @@ def stop_at(run: Path, step: int) -> None:
 
 
 def moved(folder: Path, method: str, legs: list[Leg]) -> tuple[Path, Path]:
-    """A run that went through all legs, and one that only ever knew the first."""
+    """A run that went through all legs, and one that only ever knew the first; the last move is typed by a user."""
     every_steps = legs[1].first
     unbroken = trained(folder, method, f"{method}-unbroken", legs[0], every_steps)
     run = unbroken.with_name(f"{method}-moved")
     shutil.copytree(unbroken, run)
-    for leg in legs[1:]:
+    write_plan(open_run(str(run)), run)
+    for attempt, leg in enumerate(legs[1:-1], start=2):
         stop_at(run, leg.first)
-        done = packhorse(folder, "train", str(run), "--resume", *leg.words())
-        assert done.code == 0, done.err
+        ranks.resumed(run, attempt, *leg.words())
+    stop_at(run, legs[-1].first)
+    done = packhorse(folder, "train", str(run), "--resume", *legs[-1].words())
+    assert done.code == 0, done.err
     return run, unbroken
 
 

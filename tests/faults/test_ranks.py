@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import PACKHORSE, environment, metrics, packhorse, processes_that_name
+from cli import PACKHORSE, ROOM, environment, metrics, packhorse, processes_that_name
 from packhorse.errors import EXIT_BUG, EXIT_LOST
 from tiny import write_tiny
 
@@ -65,11 +65,11 @@ def test_a_fault_of_one_rank_ends_the_run_by_name(case: Case, folder: Path) -> N
     with subprocess.Popen(
         words, cwd=folder, env=environment(case.fault), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as child:
-        _, said = child.communicate(timeout=120)
+        _, said = child.communicate(timeout=300)
     ended = time.time()
     struck = (run / "metrics.jsonl").stat().st_mtime  # the last step was logged just before
     assert child.returncode == case.code, said
-    assert ended - struck <= case.seconds
+    assert ended - struck <= ROOM * case.seconds
     assert re.search(case.said, said, re.DOTALL), said
     assert metrics(run)[-1]["step"] == STEP
     assert processes_that_name(run) == []

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cli import PACKHORSE, curve, environment, metrics, packhorse, processes_that_name
+from cli import PACKHORSE, ROOM, curve, environment, metrics, packhorse, processes_that_name
 from packhorse.run_folder.attempts import read_attempts
+from ranks import trained
 from tiny import write_tiny
 
 STEPS = 30
@@ -22,7 +23,7 @@ WEIGHTS = "model/model.safetensors"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run that nothing happened to."""
     place = tmp_path_factory.mktemp("restarts")
-    write_tiny(
+    recipe = write_tiny(
         place,
         steps=STEPS,
         batch={"length": 256, "packs": 64},  # steps that are long enough to be caught in their midst
@@ -30,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint={"every_steps": 5},
         evaluation={"exact_match_rows": 0},
     )
-    assert packhorse(place, "train", "tiny.yaml", "name=unbroken").code == 0
+    trained(recipe, "unbroken")
     return place
 
 
@@ -76,7 +77,7 @@ def test_without_its_launcher_no_rank_lives_on_and_the_run_goes_on_to_the_same_e
     child = started(folder, "tiny.yaml", "name=orphaned")
     wait_for((run / "logs" / "attempt-1" / "stderr.log").exists)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=10) == 75
+    assert child.wait(timeout=60) == 75
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     assert processes_that_name(run) == []
 
@@ -84,7 +85,7 @@ def test_without_its_launcher_no_rank_lives_on_and_the_run_goes_on_to_the_same_e
     wait_for(lambda: (run / "metrics.jsonl").is_file() and len(metrics(run)) > 2)
     child.send_signal(signal.SIGUSR2)
     child.send_signal(signal.SIGUSR2)  # a warning that comes twice is no second Ctrl-C
-    assert child.wait(timeout=20) == 75
+    assert child.wait(timeout=60) == 75
     stopped_at = json.loads((run / "status.json").read_text())["step"]
     assert 0 < stopped_at < STEPS
     assert (run / "checkpoints" / f"step-{stopped_at:06d}").is_dir()
@@ -96,7 +97,7 @@ def test_without_its_launcher_no_rank_lives_on_and_the_run_goes_on_to_the_same_e
     child.wait()
     killed = time.monotonic()
     wait_for(lambda: not processes_that_name(run))
-    assert time.monotonic() - killed < 5
+    assert time.monotonic() - killed < 5 * ROOM
     assert "ended without a word (killed)" in packhorse(folder, "status", str(run)).out
 
     done = packhorse(folder, "train", str(run), "--resume")
@@ -115,7 +116,7 @@ def started(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     )
 
 
-def wait_for(condition, seconds: float = 90) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

@@ -49,7 +49,7 @@ def typed(folder: Path, *words: str, **variables: str) -> Typed:
     env = {**environment(), **IN_ENVIRONMENT, **variables}
     env.pop("WANDB_MODE", None)
     done = subprocess.run(
-        [str(PACKHORSE), *words], cwd=folder, env=env, capture_output=True, text=True, errors="replace", timeout=300
+        [str(PACKHORSE), *words], cwd=folder, env=env, capture_output=True, text=True, errors="replace", timeout=600
     )
     return Typed(done.returncode, done.stdout, done.stderr)
 

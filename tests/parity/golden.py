@@ -50,6 +50,10 @@ class Curve:
     norms: list[float]
     untrained: float
 
+    def first(self, num_steps: int) -> Curve:
+        """The curve of a run that ends after so many steps."""
+        return Curve(self.losses[:num_steps], self.norms[:num_steps], self.untrained)
+
 
 def assert_norms(norms: list[float], golden: Curve) -> None:
     """A run's gradient norms are those of the loop by hand."""

@@ -1,13 +1,15 @@
-"""A folder in which all runs of the matrix share their rows and base models, and golden curves are made once."""
+"""A folder in which all runs of the matrix share their rows and base models, and golden curves are had once."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from committed import committed_curve, fingerprint
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 
@@ -21,13 +23,16 @@ from packhorse.recipe.load import load_recipe
 from tiny import TINY
 
 STEPS = 20
+"""Steps of a golden curve."""
+RUN_STEPS = int(os.environ.get("PARITY_STEPS", "10"))
+"""Steps of a run that is held against it; `make parity` takes all."""
 PACKS = 8
 QA_TEMPLATE = Path(__file__).parents[1] / "real" / "qa.jinja"
 PRETRAINING_STEPS = 40
 
 COMMON: dict[str, Any] = {
     "seed": SEED,
-    "steps": STEPS,
+    "steps": RUN_STEPS,
     "schedule": {"name": "constant", "warmup_ratio": 0.0},
     "precision": "fp32",
     "evaluation": {"exact_match_rows": 0},
@@ -43,6 +48,7 @@ class Laboratory:
         self.folder = folder
         self.golden = cache(self._golden)
         self.steps = cache(self._steps)
+        self.fingerprint = cache(self._fingerprint)
 
     def recipe(self, method: str, base: str, packing: str) -> Path:
         """Writes the recipe: what is learnt, not how it is shared out."""
@@ -67,8 +73,23 @@ class Laboratory:
         load = self._fresh if base == "fresh" else pretrained(_base_folder(base, self.folder))
         return Start(load, self.steps(base, packing))
 
+    @staticmethod
+    def key(method: str, base: str, packing: str) -> str:
+        """The name of a curve in curves.json."""
+        return f"{method}, {base}, {packing}"
+
     def _golden(self, method: str, base: str, packing: str) -> Curve:
-        return trajectory(METHODS[method], self.start(base, packing))
+        return committed_curve(
+            self.key(method, base, packing),
+            self.fingerprint(base),
+            lambda: trajectory(METHODS[method], self.start(base, packing)),
+        )
+
+    def _fingerprint(self, base: str) -> str:
+        self._make_base(base)
+        if base == "fresh":
+            return fingerprint(self._fresh(None).state_dict())
+        return fingerprint(_base_folder(base, self.folder) / "model.safetensors")
 
     def _steps(self, base: str, packing: str, num_steps: int = STEPS) -> list[list[Document]]:
         recipe = load_recipe(str(self.recipe("full", "fresh" if base == "tiny" else base, packing)), [])

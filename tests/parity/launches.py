@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import PACKHORSE, Typed, environment, packhorse
-from ranks import planned, run_ranks
+from ranks import trained
 
 TIMEOUT_SECONDS = 900
 
@@ -46,12 +46,8 @@ def train(recipe: Path, engine: Engine, name: str, *words: str) -> Path:
 
 
 def train_forked(recipe: Path, engine: Engine, name: str, *words: str) -> Path:
-    """The same without `packhorse train` and `accelerate launch`: ranks forked from a process that has imported all."""
-    told = [f"parallel.engine={engine.name}", f"parallel.processes={engine.processes}"]
-    run = planned(recipe, name, *told, *words)
-    ended = [(record["exit_code"], record["message"]) for record in run_ranks(run)]
-    assert ended == [(0, "")] * engine.processes, ended
-    return run
+    """Trains the recipe under this name without a launcher: ranks forked from a process that has imported all."""
+    return trained(recipe, name, f"parallel.engine={engine.name}", f"parallel.processes={engine.processes}", *words)
 
 
 def launch_by_hand(folder: Path, name: str, words: list[str], script: Path | None = None) -> Typed:

@@ -20,13 +20,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from committed import committed_curve, fingerprint
 from laboratory import COMMON, EVERY_ROW, PACKS, Laboratory
 from peft import PeftModel
 from test_packing import documents, model_pair, packed
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cli import curve, packhorse
+from cli import curve
 from golden import LORA, SEED, Curve, Method, Start, adamw, mean_loss, trajectory
 from packhorse.model.methods.attach import Start as AdapterStart
 from packhorse.model.methods.attach import attach
@@ -34,6 +35,7 @@ from packhorse.quickstart.files import materialise
 from packhorse.recipe.methods import LoraMethod
 from packhorse.train.objectives.forward import micro_batch_loss
 from packhorse.train.objectives.token_loss import install_loss_head
+from ranks import trained
 
 NUM_STEPS = 6
 LENGTH = 128
@@ -114,16 +116,12 @@ def test_loss_and_gradient_are_the_plain_models(family: str, experts: str | None
 
 @pytest.mark.parametrize(("family", "method", "engine"), CELLS)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads the old name
-def test_a_family_trains_is_saved_and_read_back(
-    family: str, method: str, engine: str, laboratory: Laboratory, families: Families
-) -> None:
+def test_a_family_trains_is_saved_and_read_back(family: str, method: str, engine: str, families: Families) -> None:
     golden, after = families.golden(family, method)
     assert abs(after / families.untrained(family) - 1) > 1e-3, "where nothing changes, equal curves say little"
     name = f"{family}-{method}-{engine}".replace(" ", "-")
-    words = [f"name={name}", f"parallel.engine={engine}", "parallel.processes=2", "batch.micro=2"]
-    done = packhorse(laboratory.folder, "train", families.recipe(family, method).name, *words, timeout=600)
-    assert done.code == 0, done.err
-    run = laboratory.folder / "runs" / name
+    words = [f"parallel.engine={engine}", "parallel.processes=2", "batch.micro=2"]
+    run = trained(families.recipe(family, method), name, *words)
     assert curve(run) == pytest.approx(golden.losses[:NUM_STEPS], rel=1e-5, abs=0)
     # Experts that see few tokens have small gradients, and Adam gives these full steps: ten times the rounding.
     assert curve(run, "train/grad_norm") == pytest.approx(golden.norms[:NUM_STEPS], rel=1e-4, abs=0)
@@ -174,10 +172,22 @@ class Families:
         with torch.no_grad():
             return mean_loss(model.eval(), self.steps[NUM_STEPS]).item()
 
+    @staticmethod
+    def key(family: str, method: str) -> str:
+        """The name of a curve in curves.json."""
+        return f"family {family}, {method}"
+
+    def fingerprint(self, family: str) -> str:
+        return fingerprint(self.base(family) / "model.safetensors")
+
     def _golden(self, family: str, method: str) -> tuple[Curve, float]:
         """The curve by hand, and the loss of the next step's rows after it."""
         chosen = Method({}, METHODS[method], _adapted if method == "lora" else lambda model: model)
-        found = trajectory(chosen, Start(lambda _: _loaded(self.base(family)), self.steps))
+        found = committed_curve(
+            self.key(family, method),
+            self.fingerprint(family),
+            lambda: trajectory(chosen, Start(lambda _: _loaded(self.base(family)), self.steps)),
+        )
         return found, found.losses[NUM_STEPS]
 
     def _base(self, family: str) -> Path:

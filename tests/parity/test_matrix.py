@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from committed import read_file, versions
 from covering import Cell, allowed_cells, combinations_of, covering_array
-from laboratory import PACKS, Laboratory
+from laboratory import PACKS, RUN_STEPS, Laboratory
 from launches import ENGINES, train, train_forked
 
 from cli import curve
@@ -81,12 +82,18 @@ def test_the_share_holds_every_pair_of_settings_and_the_matrix_every_three() -> 
     assert all(_can_be(cell) for cell in SHARE + REST)
 
 
+def test_the_committed_curves_are_those_of_the_pinned_libraries() -> None:
+    assert read_file()["versions"] == versions(), "write them again: python tests/parity/committed.py"
+
+
 @pytest.mark.parametrize("cell", MATRIX)
 def test_the_curve_is_the_one_of_the_loop_by_hand(cell: Cell, laboratory: Laboratory) -> None:
     golden = laboratory.golden(cell["method"], cell["base"], cell["packing"])
     assert golden.losses[-1] < 0.995 * golden.untrained, "where nothing is learnt, equal curves say little"
     run = _train(laboratory, cell)
     losses, norms = curve(run), curve(run, "train/grad_norm")
+    assert len(losses) == RUN_STEPS
+    golden = golden.first(RUN_STEPS)
     _record(cell, golden, losses, norms)
     assert losses == pytest.approx(golden.losses, rel=LOSS_TOLERANCE, abs=0)
     assert_norms(norms, golden)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from laboratory import Laboratory
-from launches import ENGINES, launch_by_hand, train
+from launches import ENGINES, launch_by_hand, train_forked
 from safetensors import safe_open
 
 from cli import curve
@@ -60,7 +60,7 @@ def test_the_adapter_alone_is_kept(qlora: Path) -> None:
 
 def test_little_is_lost_beside_lora(qlora: Path, laboratory: Laboratory) -> None:
     recipe = laboratory.recipe("lora", "stories260K", "mixed")
-    beside = train(recipe, ENGINES["single"], "lora", *HELD_OUT)
+    beside = train_forked(recipe, ENGINES["single"], "lora", *HELD_OUT)
     lora, of_qlora = (curve(run, "evaluation/loss") for run in (beside, qlora))
     assert lora[-1] < lora[0] - 1
     assert of_qlora[-1] == pytest.approx(lora[-1], rel=PUBLISHED_GAP)

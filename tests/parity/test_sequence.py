@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from laboratory import Laboratory
+from laboratory import RUN_STEPS, Laboratory
 
-from cli import curve, metrics, packhorse
+from cli import curve, metrics
 from golden import assert_norms
+from ranks import trained
 
 TOLERANCE = 1e-5
 
@@ -17,22 +18,15 @@ SYSTEMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("sequence"))
-
-
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_packs_on_two_processes_each_give_the_golden_curve(system: str, laboratory: Laboratory) -> None:
     recipe = laboratory.recipe("full", "tiny", "mixed")
-    words = [f"name={system}", "parallel.sequence=2", *SYSTEMS[system]]
-    done = packhorse(laboratory.folder, "train", recipe.name, *words, timeout=600)
-    assert done.code == 0, done.err
-    golden = laboratory.golden("full", "tiny", "mixed")
-    run = laboratory.folder / "runs" / system
+    run = trained(recipe, system, "parallel.sequence=2", *SYSTEMS[system])
+    whole = laboratory.golden("full", "tiny", "mixed")
+    golden = whole.first(RUN_STEPS)
     assert curve(run) == pytest.approx(golden.losses, rel=TOLERANCE, abs=0)
     assert_norms(curve(run, "train/grad_norm"), golden)
-    assert golden.losses[-1] < golden.losses[0] - 0.05, "the curve must fall, or equal curves say little"
+    assert whole.losses[-1] < whole.losses[0] - 0.05, "the curve must fall, or equal curves say little"
     (proof,) = (line for line in metrics(run) if "proof/sequence_difference" in line)
     assert proof["proof/sequence_difference"] < 1e-5
     # Tokens are counted once, not by each process that holds a part of the pack.

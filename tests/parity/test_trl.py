@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from laboratory import Laboratory
-from launches import ENGINES, train
+from launches import ENGINES, train_forked
 from transformers import PreTrainedTokenizerFast
 
 from cli import curve
@@ -59,7 +59,7 @@ def first_step_of_trl(laboratory: Laboratory, method: str, folder: Path) -> tupl
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_first_step_is_trls(method: str, laboratory: Laboratory, tmp_path: Path) -> None:
     recipe = laboratory.recipe(method, "tiny", "none")
-    run = train(recipe, ENGINES["ddp x 2"], f"{method}-beside-trl", "steps=1")
+    run = train_forked(recipe, ENGINES["ddp x 2"], f"{method}-beside-trl", "steps=1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL's and peft's about their own future
         loss, norm = first_step_of_trl(laboratory, method, tmp_path)

@@ -10,14 +10,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cli import curve, packhorse
+from cli import curve
+from packhorse.plan.run_plan import write_plan
+from packhorse.run_folder.folder import open_run
 from packhorse.run_folder.status import read_status, write_status
+from ranks import to_the_end, trained
 from tiny import TINY, write_tiny
 
 KEPT = {"every_steps": 3}
 
 
-def resumed_in_the_middle(folder: Path, run: Path) -> Path:
+def resumed_in_the_middle(run: Path) -> Path:
     """A copy of a finished run that was stopped at its first checkpoint, gone on with."""
     first, last = sorted((run / "checkpoints").glob("step-*"))
     copy = run.with_name(f"{run.name}-again")
@@ -28,8 +31,8 @@ def resumed_in_the_middle(folder: Path, run: Path) -> Path:
     status = read_status(copy)
     assert status is not None
     write_status(copy, status.model_copy(update={"state": "stopped", "step": int(first.name[-6:])}))
-    done = packhorse(folder, "train", str(copy), "--resume", timeout=600)
-    assert done.code == 0, done.err
+    write_plan(open_run(str(copy)), copy)
+    to_the_end(copy, attempt=2)
     return copy
 
 
@@ -51,28 +54,23 @@ def write_base(folder: Path) -> dict[str, str]:
 
 def test_two_copies_of_the_weights_on_four_processes(tmp_path: Path) -> None:
     """hsdp, a mesh of 2 x 2."""
-    write_tiny(tmp_path, checkpoint=KEPT)
     words = ("parallel.engine=hsdp", "parallel.processes=4", "parallel.shard_group=2")
-    done = packhorse(tmp_path, "train", "tiny.yaml", *words, timeout=600)
-    assert done.code == 0, done.err
-    run = tmp_path / "runs" / "tiny"
-    assert same(run, resumed_in_the_middle(tmp_path, run), "model/model.safetensors")
+    run = trained(write_tiny(tmp_path, checkpoint=KEPT), "tiny", *words)
+    assert same(run, resumed_in_the_middle(run), "model/model.safetensors")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_adapter_beside_a_quantised_base_that_is_sharded(tmp_path: Path) -> None:
     """qlora under zero3: accelerate's own way of saving and loading fails on quantised weights."""
-    write_tiny(
+    recipe = write_tiny(
         tmp_path,
         model=write_base(tmp_path),
         method={"kind": "qlora", "rank": 4},
         checkpoint=KEPT,
         parallel={"processes": 2, "engine": "zero3"},
     )
-    done = packhorse(tmp_path, "train", "tiny.yaml", timeout=600)
-    assert done.code == 0, done.err
-    run = tmp_path / "runs" / "tiny"
-    assert same(run, resumed_in_the_middle(tmp_path, run), "adapter/adapter_model.safetensors")
+    run = trained(recipe, "tiny")
+    assert same(run, resumed_in_the_middle(run), "adapter/adapter_model.safetensors")
     assert curve(run)[-1] < curve(run)[0]
 
 
@@ -84,10 +82,8 @@ def test_an_adapter_beside_a_quantised_base_that_is_sharded(tmp_path: Path) -> N
 def test_bf16_under_zero_goes_on_from_float32_weights(engine: str, method: str, weights: str, tmp_path: Path) -> None:
     """DeepSpeed would make its float32 weights from rounded ones; with accumulation."""
     words = (f"parallel.engine={engine}", "parallel.processes=2", "batch.micro=1", f"method={method}", "precision=bf16")
-    write_tiny(tmp_path, checkpoint=KEPT, evaluation={"exact_match_rows": 0}, model=write_base(tmp_path))
-    done = packhorse(tmp_path, "train", "tiny.yaml", *words, timeout=600)
-    assert done.code == 0, done.err
-    run = tmp_path / "runs" / "tiny"
+    recipe = write_tiny(tmp_path, checkpoint=KEPT, evaluation={"exact_match_rows": 0}, model=write_base(tmp_path))
+    run = trained(recipe, "tiny", *words)
     kept = f"checkpoints/step-000006/{weights}"
     assert {value.dtype for value in load_file(run / kept).values()} == {torch.float32}
-    assert same(run, resumed_in_the_middle(tmp_path, run), kept)
+    assert same(run, resumed_in_the_middle(run), kept)

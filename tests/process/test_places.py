@@ -45,7 +45,7 @@ def test_a_torchrun_line_on_each_of_two_nodes(tmp_path: Path, monkeypatch, capsy
     typed = [line for line in lines if " torchrun " in line and not line.startswith("#")]
     assert len(typed) == 2
     nodes = [subprocess.Popen(["bash", "-c", f"{first}; {line}"], env=environment()) for line in typed]
-    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    assert [node.wait(timeout=600) for node in nodes] == [0, 0]
     # The worker itself has looked: as many ranks as planned, and sharded as planned.
     now = read_status(tmp_path / "runs/tiny")
     assert (now.state, now.step) == ("finished", 2)
@@ -65,7 +65,7 @@ def test_a_pod_that_is_ended_saves_and_the_next_one_goes_on(tmp_path: Path, monk
         while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < end:
             time.sleep(0.05)
         first.send_signal(signal.SIGTERM)
-        assert first.wait(timeout=100) == EXIT_STOPPED
+        assert first.wait(timeout=300) == EXIT_STOPPED
     stopped = read_status(run)
     assert stopped.state == "stopped"
     assert 1 <= stopped.step < 400
@@ -73,6 +73,6 @@ def test_a_pod_that_is_ended_saves_and_the_next_one_goes_on(tmp_path: Path, monk
     plan = json.loads((run / "plan.json").read_text())
     plan["recipe"]["steps"] = plan["num_steps"] = stopped.step + 1
     (run / "plan.json").write_text(json.dumps(plan))
-    assert subprocess.run(words, env=pod | {"PACKHORSE_ATTEMPT": "2"}, timeout=240).returncode == 0
+    assert subprocess.run(words, env=pod | {"PACKHORSE_ATTEMPT": "2"}, timeout=600).returncode == 0
     finished = read_status(run)
     assert (finished.state, finished.step) == ("finished", stopped.step + 1)

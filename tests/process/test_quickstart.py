@@ -13,7 +13,7 @@ from cli import packhorse
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("quickstart")
-    done = packhorse(place, "quickstart", timeout=900)
+    done = packhorse(place, "quickstart", timeout=1800)
     assert done.code == 0, done.err
     assert "packhorse chat runs/quickstart-lora" in done.out
     return place
@@ -40,7 +40,7 @@ def test_lora_learns_a_new_family_and_keeps_the_old_ones(folder: Path) -> None:
 
 
 def test_qlora_does_the_same_on_a_base_in_four_bits(folder: Path) -> None:
-    done = packhorse(folder, "train", "quickstart/qlora", timeout=600)
+    done = packhorse(folder, "train", "quickstart/qlora", timeout=1200)
     assert done.code == 0, done.err
     assert packhorse(folder, "evaluate", "quickstart-qlora").code == 0
     found = exact_match(folder / "runs" / "quickstart-qlora")

@@ -49,7 +49,7 @@ def test_a_shipped_recipe_is_copied_and_trained_in_an_empty_folder(installed: Pa
             env={**environment(), "PYTHONSAFEPATH": "1", "PATH": f"{installed.parent}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -19,9 +19,9 @@ from packhorse.run_folder.heartbeat import read_heartbeats
 MEASURED = ("train/loss", "train/grad_norm", "train/learning_rate", "evaluation/loss")
 HOLDS = {"forward": 1, "evaluate": 1, "publish": 0}
 """Phase to the rank that is held in it."""
-SECONDS = 300.0
-STEPS, SAVE_EVERY, EVALUATE_EVERY = 80, 2, 2
-"""Enough that each of fifteen interruptions comes after another checkpoint."""
+SECONDS = 600.0
+STEPS, SAVE_EVERY, EVALUATE_EVERY = 40, 2, 2
+"""Enough that each of six interruptions comes after another checkpoint."""
 
 
 def planned(folder: Path, name: str, *words: str, nodes: int = 2) -> Path:

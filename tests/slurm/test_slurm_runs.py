@@ -33,7 +33,6 @@ from packhorse.run_folder.lock import holder
 
 SHORT = ("steps=6", "batch.packs=8", "checkpoint.every_steps=null", "evaluation.every_steps=null")
 PHASES = ("forward", "evaluate", "publish")
-TIMES = 10
 SIGNALS = {"the end of its time": time_is_nearly_over, "a signal": signal_ranks}
 ENDS = {
     "requeue": requeue,
@@ -41,24 +40,30 @@ ENDS = {
     "a lost first node": lose_node("node1"),
     "a lost other node": lose_node("node2"),
 }
-EVENTS = [
+# Each kind once, over phases that rotate.
+EVENTS = list(zip((*PHASES, *PHASES), (*SIGNALS, *ENDS), strict=True))
+PREEMPTIONS = 2
+# `make chaos`: each kind in each phase, but nodes, which take a minute each.
+ALL_EVENTS = [
     *[(phase, name) for phase in PHASES for name in (*SIGNALS, "requeue", "a killed step")],
     ("forward", "a lost first node"),
     ("evaluate", "a lost other node"),
     ("publish", "a lost first node"),
 ]
+ALL_PREEMPTIONS = 10
+MORE_STEPS = "steps=80"
 
 
-def interrupt_in_each_phase(cluster: Cluster, run: Path) -> Interrupted:
+def interrupt_in_phases(cluster: Cluster, run: Path, events: list[tuple[str, str]]) -> Interrupted:
     job = Interrupted(cluster, run, "--nodes=2")
-    for phase, name in EVENTS:
+    for phase, name in events:
         job.interrupt(phase, (SIGNALS | ENDS)[name], is_signal=name in SIGNALS or name == "requeue")
     return job
 
 
-def preempt_ten_times(cluster: Cluster, run: Path) -> Interrupted:
+def preempt_again_and_again(cluster: Cluster, run: Path, times: int) -> Interrupted:
     job = Interrupted(cluster, run, "--nodes=2", "--partition=low")
-    for number in range(TIMES):
+    for number in range(times):
         job.interrupt(PHASES[number % 3], preempt, is_signal=True)
     return job
 
@@ -68,7 +73,10 @@ def chains(slurm_folder: Path) -> Iterator[tuple[Future[Interrupted], Future[Int
     """Two runs that are interrupted again and again, each on a cluster of its own: most of it is waiting for Slurm."""
     runs = [planned(slurm_folder, name, "parallel.processes=2") for name in ("interrupted", "preempted")]
     with running_cluster() as one, running_cluster() as other, ThreadPoolExecutor(2) as pool:
-        yield pool.submit(interrupt_in_each_phase, one, runs[0]), pool.submit(preempt_ten_times, other, runs[1])
+        yield (
+            pool.submit(interrupt_in_phases, one, runs[0], EVENTS),
+            pool.submit(preempt_again_and_again, other, runs[1], PREEMPTIONS),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -126,26 +134,46 @@ def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
     assert len(read_attempts(runs["ddp"])) == 1, "a finished run is not trained again"
 
 
-def test_whatever_happens_in_training_evaluation_and_saving_it_comes_back_by_itself(
-    interrupted: Future[Interrupted], unbroken: Path
-) -> None:
-    job = interrupted.result()
+def assert_interrupted_as_unbroken(job: Interrupted, events: list[tuple[str, str]], unbroken: Path) -> None:
     assert job.end() == "COMPLETED", job.told()
     assert differences(job.run, unbroken) == []
-    lost = dict(zip(EVENTS, job.lost_steps(), strict=True))
+    lost = list(zip(events, job.lost_steps(), strict=True))
     # Slurm gives ranks KillWait seconds (here 5) after a requeue: enough to save, or as after a kill.
-    assert {event: steps for event, steps in lost.items() if steps > (1 if event[1] in SIGNALS else SAVE_EVERY)} == {}
+    assert [(event, steps) for event, steps in lost if steps > (1 if event[1] in SIGNALS else SAVE_EVERY)] == []
 
 
-def test_preempted_ten_times_it_ends_with_the_weights_of_an_unbroken_run(
-    preempted: Future[Interrupted], unbroken: Path
-) -> None:
-    job = preempted.result()
+def assert_preempted_as_unbroken(job: Interrupted, times: int, unbroken: Path) -> None:
     assert job.end() == "COMPLETED", job.told()
     assert differences(job.run, unbroken) == []
     lost = job.lost_steps()
-    assert len(lost) == TIMES
+    assert len(lost) == times
     assert max(lost) <= 1
+
+
+def test_whatever_happens_in_training_evaluation_and_saving_it_comes_back_by_itself(
+    interrupted: Future[Interrupted], unbroken: Path
+) -> None:
+    assert_interrupted_as_unbroken(interrupted.result(), EVENTS, unbroken)
+
+
+def test_preempted_twice_it_ends_with_the_weights_of_an_unbroken_run(
+    preempted: Future[Interrupted], unbroken: Path
+) -> None:
+    assert_preempted_as_unbroken(preempted.result(), PREEMPTIONS, unbroken)
+
+
+@pytest.mark.chaos
+def test_each_kind_of_interruption_in_each_phase_and_ten_preemptions(cluster: Cluster, slurm_folder: Path) -> None:
+    words = ("parallel.processes=2", MORE_STEPS)
+    names = ("unbroken-longer", "interrupted-often", "preempted-often")
+    unbroken, *runs = (planned(slurm_folder, name, *words) for name in names)
+    job = cluster.submit(unbroken, "--nodes=2")
+    with running_cluster() as one, running_cluster() as other, ThreadPoolExecutor(2) as pool:
+        interrupted = pool.submit(interrupt_in_phases, one, runs[0], ALL_EVENTS)
+        preempted = pool.submit(preempt_again_and_again, other, runs[1], ALL_PREEMPTIONS)
+        assert cluster.wait(job, 900) == "COMPLETED", cluster.told(job)
+        assert_interrupted_as_unbroken(interrupted.result(), ALL_EVENTS, unbroken)
+        assert_preempted_as_unbroken(preempted.result(), ALL_PREEMPTIONS, unbroken)
 
 
 def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_folder: Path, unbroken: Path) -> None:

@@ -36,7 +36,7 @@ BANNED = {
     r"anew": "again",
     r"(also|are|is) packed,? (or not)|packed files?": "compressed",
     r"(every|another|each|which|all) ways?": "candidate, configuration",
-    r"a (line|process|run|pass|file|row|job|node) an? (run|GPU|node|rank|process|step|row|device|attempt)": "one … per …",
+    r"a (line|process|run|pass|file|row|job|node) an? (run|GPU|node|rank|process|step|row|attempt)": "one … per …",
     r"for good": "permanently",
     r"as (it|they) (is|are)": "unchanged",
     r"of (its|their|our|his) own": "separate, its own + noun",

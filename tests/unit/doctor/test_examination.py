@@ -65,7 +65,7 @@ def ask_two_nodes(question: Question, environment: dict[str, str] | None = None)
         subprocess.Popen(command, env=environment | {"SLURM_NODEID": str(number)}, stdout=subprocess.PIPE, text=True)
         for number in range(2)
     ]
-    return [line for node in nodes for line in node.communicate(timeout=60)[0].splitlines()]
+    return [line for node in nodes for line in node.communicate(timeout=180)[0].splitlines()]
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_the_two_halves_of_a_job_script(
     text = capsys.readouterr().out.strip()
     command = [sys.executable, "-m", "packhorse.doctor.node", text]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE, timeout=60
+        command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE, timeout=180
     )
     for lines, code, words in (
         (done.stdout.decode(), 0, "doctor: "),

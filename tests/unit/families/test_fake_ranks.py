@@ -53,6 +53,12 @@ ENGINE = {name: load_recipe(name).parallel.engine for name in NAMES}
 SHARDED = [name for name in NAMES if ENGINE[name] != "ddp"]
 # What a rank of ddp does is the same in each world: each recipe in one of them, by turns.
 STEPS = [(name, gpus) for at, name in enumerate(NAMES) for gpus in (GPUS if name in SHARDED else [GPUS[at % 3]])]
+# A share takes seconds to make at full size: each recipe in one world by turns, in the others in `make parity`.
+SHARES = [
+    pytest.param(name, gpus, marks=() if gpus == GPUS[at % 3] else pytest.mark.matrix)
+    for at, name in enumerate(SHARDED)
+    for gpus in GPUS
+]
 NARROW = {
     "vocab_size": 128,
     "hidden_size": 128,
@@ -129,8 +135,7 @@ def test_it_is_made_at_full_size_and_has_the_parameters_that_the_plan_tells(name
     assert counts.trainable == sum(parameter.numel() for parameter in every if parameter.requires_grad)
 
 
-@pytest.mark.parametrize("gpus", GPUS)
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize(("name", "gpus"), SHARES)
 def test_each_rank_holds_its_share_of_it(name: str, gpus: int) -> None:
     plan = planned(name, gpus)
     model, adapted = deepcopy(on_meta(name))  # peft takes longer to make them

@@ -70,7 +70,7 @@ def block(text: str) -> list[str]:
 
 def bash(text: str, folder: Path) -> str:
     environment = {"PATH": os.environ["PATH"], "HOME": "/home/me", "TMPDIR": "/node/tmp"}
-    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, cwd=folder, env=environment, timeout=20)
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, cwd=folder, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
