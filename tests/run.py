@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-SOURCES = ("src", "tests", "launch", "benchmarks")
+SOURCES = ("src", "tests", "launch", "benchmarks", "tools")
 # Two threads that wait for each other on a core that others use are ten times slower than one.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 DURATIONS = ("--durations=60", "--durations-min=2")
