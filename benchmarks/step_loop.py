@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING
 
 import lab_log
 from packhorse.data.prepare import prepare
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.run_folder.folder import create_run
 
@@ -97,7 +96,7 @@ def make_run(folder: Path, rows: str, num_steps: int) -> RunPlan:
         tokenizer=prepared.manifest.tokenizer,
         **split.model_dump(),
     )
-    plan = make_plan(recipe, Ask(), Hardware(num_cores=1, gpus=()), facts)
+    plan = make_plan(recipe, DeviceRequest(), Hardware(num_cores=1, gpus=()), facts)
     assert plan.steps_per_epoch is not None
     if num_steps >= plan.steps_per_epoch:
         raise SystemExit(f"{num_steps} steps need more rows: an epoch has {plan.steps_per_epoch}")

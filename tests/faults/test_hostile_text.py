@@ -17,14 +17,13 @@ import yaml
 
 from packhorse.cli.main import main
 from packhorse.errors import UserError
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, detect_hardware
 from packhorse.recipe.load import dump_recipe, load_recipe
 from packhorse.recipe.schema import Recipe
-from packhorse.recipe.schema_view import recipe_schema, resolve
 from packhorse.run_folder.folder import open_run
+from packhorse.yaml_source.schema import recipe_schema, resolve
 from tiny import TINY, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +127,7 @@ def test_every_text_of_a_recipe_is_refused_or_reaches_the_plan_unchanged(inner: 
             file.write_text(yaml.safe_dump(with_text(path, text), sort_keys=False, allow_unicode=True))
             try:
                 recipe = load_recipe(str(file))
-                made = make_plan(recipe, Ask(), here, None)
+                made = make_plan(recipe, DeviceRequest(), here, None)
             except UserError:
                 continue
             assert value_at(recipe.model_dump(), path) == text, (path, name)

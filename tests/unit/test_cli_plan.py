@@ -10,8 +10,8 @@ import pytest
 
 from packhorse.cli.main import main
 from packhorse.errors import EXIT_OK, EXIT_USER_ERROR
-from packhorse.plan.hardware import host_memory
 from packhorse.plan.run_plan import read_plan
+from packhorse.plan.topology import host_memory
 from tiny import TINY, write_tiny
 
 CONFIG = TINY["model"]["config"]

@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from packhorse.errors import UserError
-from packhorse.launching.slurm.site import CpuJobs, SiteProfile, mebibytes_of, seconds_of
-from packhorse.launching.slurm.site_load import load_site, shipped_sites
+from packhorse.launching.slurm.site import CpuJobs, SiteProfile, load_site, mebibytes_of, seconds_of, shipped_sites
 
 CANARY = "/tmp/never"
 HOSTILE = [

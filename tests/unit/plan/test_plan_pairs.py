@@ -9,10 +9,9 @@ import pytest
 
 from packhorse.errors import UserError
 from packhorse.plan.compatibility import METHODS, REFUSALS, name_of, pairs_table, refusal_of
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import Device
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.methods import AdapterMethod, FullMethod, PartialMethod
 from packhorse.recipe.schema import Engine, Recipe
 
@@ -62,11 +61,11 @@ def test_a_pair_is_planned_or_refused_by_name(method: str, engine: str, device: 
     here = Hardware(num_cores=4, gpus=("H100",) * 4 if device == "cuda" else ())
     refusal = refusal_of(method, engine, device)
     if refusal is None:
-        topology = make_plan(asked, Ask(), here, None).topology
+        topology = make_plan(asked, DeviceRequest(), here, None).topology
         assert (topology.engine, topology.device) == (engine, device)
         return
     with pytest.raises(UserError) as caught:
-        make_plan(asked, Ask(), here, None)
+        make_plan(asked, DeviceRequest(), here, None)
     assert f"method is {method}, and parallel.engine is {engine}" in str(caught.value)
     assert refusal.why in str(caught.value)
 
@@ -74,15 +73,15 @@ def test_a_pair_is_planned_or_refused_by_name(method: str, engine: str, device: 
 def test_checkpoints_to_go_on_from_are_refused_where_states_lie_in_files() -> None:
     asked = recipe("lora", "zero3_nvme", checkpoint={"every_steps": 100})
     with pytest.raises(UserError, match="checkpoint.every_steps is 100, and parallel.engine is zero3_nvme"):
-        make_plan(asked, Ask(gpus=8), BOX, None)
+        make_plan(asked, DeviceRequest(gpus=8), BOX, None)
 
 
 def test_a_type_that_deepspeed_would_not_keep_is_refused() -> None:
     asked = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"})
     with pytest.raises(UserError, match="model.dtype is float32, precision is bf16, and parallel.engine is zero2"):
-        make_plan(asked, Ask(gpus=8), BOX, None)
+        make_plan(asked, DeviceRequest(gpus=8), BOX, None)
     kept = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"}, precision="fp32")
-    assert make_plan(kept, Ask(gpus=8), BOX, None).chosen("model.dtype") == "float32"
+    assert make_plan(kept, DeviceRequest(gpus=8), BOX, None).chosen("model.dtype") == "float32"
 
 
 def test_the_documentation_shows_this_table() -> None:
@@ -93,6 +92,6 @@ def test_rows_of_new_tokens_beside_an_adapter_are_refused_under_zero3_alone() ->
     model = {"id": "o/m", "new_tokens": ["<call>"]}
     here = Hardware(num_cores=4, gpus=("H100",) * 4)
     with pytest.raises(UserError, match="model.new_tokens adds 1 tokens, method is lora, and parallel.engine is zero3"):
-        make_plan(recipe("lora", "zero3", model=model), Ask(), here, None)
+        make_plan(recipe("lora", "zero3", model=model), DeviceRequest(), here, None)
     for method, engine in (("full", "zero3"), ("lora", "fsdp2"), ("lora", "zero2")):
-        assert make_plan(recipe(method, engine, model=model), Ask(), here, None).topology.engine == engine
+        assert make_plan(recipe(method, engine, model=model), DeviceRequest(), here, None).topology.engine == engine

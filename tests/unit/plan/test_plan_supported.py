@@ -9,16 +9,15 @@ import pytest
 from transformers import AutoConfig
 
 from packhorse.errors import UserError
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 
 
 def plan_of(folder: Path, fields: dict[str, object]) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
     recipe = load_recipe("llama3.1-8b/lora", ["model.id=null", f"model.path={folder}"])
-    make_plan(recipe, Ask(gpus=2), Hardware(num_cores=2, gpus=()), None)
+    make_plan(recipe, DeviceRequest(gpus=2), Hardware(num_cores=2, gpus=()), None)
 
 
 @pytest.mark.parametrize(
