@@ -169,7 +169,9 @@ class _Explain:
     def _purpose(self, path: KeyPath) -> str:
         schema = self.view.at(path, self.root) or {}
         about = str(schema.get("description", "")).split("\n", maxsplit=1)[0]
-        return f"its meaning: {about}" if about or len(path) < 2 else self._purpose(path[:-1])
+        if about:
+            return f"its meaning: {about}"
+        return self._purpose(path[:-1]) if len(path) > 1 else "the command uses this value."
 
 
 def _fix_value(key: str, node: Node, takes: str, choices: list[str]) -> str:

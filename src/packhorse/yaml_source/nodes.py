@@ -177,7 +177,7 @@ def read_yaml(path: Path, shown: str, kind: FileKind) -> tuple[Node, list[Mistak
     Raises:
         UserError: The file cannot be read, is not YAML, is empty or is not a mapping.
     """
-    root, mistakes = parse_yaml(_read_text(path, shown), shown)
+    root, mistakes = parse_yaml(_read_text(path, shown, kind), shown)
     if not isinstance(root.value, dict):
         raise UserError(
             f"{shown} is empty." if root.value is None else f"{shown} contains {kind_of(root.value)}.",
@@ -297,13 +297,13 @@ class _Converter:
         self.mistakes.append(Mistake(fact, why, f"{fix}.", f"{self.shown}:{line}"))
 
 
-def _read_text(path: Path, shown: str) -> str:
+def _read_text(path: Path, shown: str, kind: FileKind) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(
             f"{shown} cannot be read: {error.strerror}.",
-            "the command needs this file.",
+            f"the command reads {kind.name} from it.",
             "check the path and its permissions.",
             f"{shown}:1",
         ) from None

@@ -153,5 +153,5 @@ def _bounds(schema: JsonSchema) -> str:
     if low is not None and high is not None:
         return f" from {low} to {high}"
     if "exclusiveMinimum" in schema:
-        return f" above {schema['exclusiveMinimum']}"
+        return f" above {schema['exclusiveMinimum']}" + (f", at most {high}" if high is not None else "")
     return f" of {low} or more" if low is not None else ""
