@@ -21,9 +21,8 @@ from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, detect_hardware
 from packhorse.recipe.load import dump_recipe, load_recipe
-from packhorse.recipe.schema import Recipe
+from packhorse.recipe.schema import Recipe, recipe_view
 from packhorse.run_folder.folder import open_run
-from packhorse.yaml_source.schema import recipe_schema, resolve
 from tiny import TINY, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +49,7 @@ Step = str | int | tuple[str, str]
 
 def text_fields(schema: dict[str, Any], path: tuple[Step, ...] = ()) -> Iterator[tuple[Step, ...]]:
     """Where text may stand in a recipe, by its schema: a new field is tried without being named here."""
-    schema = resolve(schema)
+    schema = recipe_view().resolve(schema)
     for name, field in schema.get("properties", {}).items():
         yield from text_fields(field, (*path, name))
     for kind, reference in schema.get("discriminator", {}).get("mapping", {}).items():
@@ -65,7 +64,7 @@ def text_fields(schema: dict[str, Any], path: tuple[Step, ...] = ()) -> Iterator
         yield path
 
 
-FIELDS = sorted(set(text_fields(recipe_schema())), key=str)
+FIELDS = sorted(set(text_fields(recipe_view().root)), key=str)
 
 
 def with_text(path: tuple[Step, ...], text: str) -> dict[str, Any]:
@@ -198,7 +197,7 @@ def test_a_name_of_a_run_is_looked_up_below_runs_and_never_above(inner: Path) ->
     (inner / "runs").mkdir()
     (inner / "secret").mkdir()
     (inner / "secret" / "plan.json").write_text("{}")
-    with pytest.raises(UserError, match=r"\.\./secret holds no plan.json"):
+    with pytest.raises(UserError, match=r"\.\./secret contains no plan.json"):
         open_run("../secret")
 
 

@@ -197,14 +197,14 @@ def _with_inherited(name: str, table: Mapping[str, Node], above: tuple[str, ...]
     parent: Node | None = entry.value.get("extends")
     if parent is None:
         return replace(entry, value=fields)
-    if parent.value not in table or parent.value in (*above, name):
+    if parent.written not in table or parent.written in (*above, name):
         raise UserError(
-            f"{name} extends {parent.value!r}.",
+            f"{name} extends {parent.written!r}.",
             "an entry takes missing fields from the entry that it extends, and there is no other entry of that name.",
             f"write one of {', '.join(sorted(set(table) - {name}))}.",
             parent.where,
         )
-    inherited = _with_inherited(parent.value, table, (*above, name)).value
+    inherited = _with_inherited(parent.written, table, (*above, name)).value
     kept = {key: node for key, node in inherited.items() if key not in NOT_INHERITED}
     return replace(entry, value={**kept, **fields})
 

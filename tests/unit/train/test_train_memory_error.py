@@ -49,7 +49,7 @@ def test_it_says_where_what_and_the_smallest_change() -> None:
         "rank 3 ran out of memory at step 7, phase backward, micro-batch 2 of 4: 237 tokens in 3 rows (200, 30, 7)."
     )
     assert mistake.why == GPU_SAYS
-    assert mistake.fix.startswith("set batch.micro to 1: 8 passes a step")
+    assert mistake.fix.startswith("set batch.micro to 1: 8 passes per step")
 
 
 def test_it_says_what_the_plan_counted_on() -> None:
