@@ -35,9 +35,9 @@ def test_ranks_times_passes_times_micro_is_the_step(
 def test_packs_that_ranks_cannot_share_are_refused_with_the_nearest_counts() -> None:
     with pytest.raises(UserError) as caught:
         split_batch(BatchSection(packs=100), 16)
-    said = str(caught.value)
-    assert "batch.packs is 100, which 16 processes cannot share equally." in said
-    assert "set batch.packs to 96 or 112" in said
+    message = str(caught.value)
+    assert "batch.packs is 100, which 16 processes cannot share equally." in message
+    assert "set batch.packs to 96 or 112" in message
 
 
 def test_a_micro_that_does_not_divide_a_share_is_refused() -> None:
@@ -91,8 +91,8 @@ def test_nodes_without_gpus_are_refused_where_nobody_says_how_many_processes_the
 
 
 def test_nodes_without_gpus_share_the_processes_of_the_recipe() -> None:
-    topology, said = choose_topology(ParallelSection(processes=4, engine="ddp"), DeviceRequest(nodes=2), LAPTOP)
+    topology, decision = choose_topology(ParallelSection(processes=4, engine="ddp"), DeviceRequest(nodes=2), LAPTOP)
     assert (topology.device, topology.num_nodes, topology.processes_per_node) == ("cpu", 2, 2)
-    assert "2 nodes" in said.reason
+    assert "2 nodes" in decision.reason
     with pytest.raises(UserError, match="parallel.processes is 5, which 2 nodes cannot share"):
         choose_topology(ParallelSection(processes=5, engine="ddp"), DeviceRequest(nodes=2), LAPTOP)

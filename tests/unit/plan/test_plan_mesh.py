@@ -21,7 +21,7 @@ def mesh(gpus: int, nodes: int | None = None, **parallel: Any) -> Topology:
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("topology", "expected"),
     [
         (mesh(16), (16, 16, None)),
         (mesh(16, sequence=4), (16, 4, None)),
@@ -32,8 +32,8 @@ def mesh(gpus: int, nodes: int | None = None, **parallel: Any) -> Topology:
     ],
     ids=["flat", "sequence", "one copy per node", "four nodes", "groups of two", "one copy"],
 )
-def test_groups_are_formed(asked: Topology, expected: tuple[int, int, int | None]) -> None:
-    assert (asked.world_size, asked.data_ranks, asked.shard_group) == expected
+def test_groups_are_formed(topology: Topology, expected: tuple[int, int, int | None]) -> None:
+    assert (topology.world_size, topology.data_ranks, topology.shard_group) == expected
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def recipe(method: Any, engine: str, parallel: dict[str, Any] | None = None, **m
     return Recipe.model_validate({**RECIPE, "method": method, "parallel": section, **more})
 
 
-def test_every_method_of_the_recipe_stands_in_the_table() -> None:
+def test_every_method_of_the_recipe_is_in_the_table() -> None:
     kinds = {kind.model_fields["kind"].default for kind in (FullMethod, PartialMethod, *get_args(AdapterMethod))}
     assert {name.split()[0].rstrip(",") for name in METHODS} == kinds
     assert [name_of(recipe(EXAMPLES[name], "ddp").method) for name in METHODS] == list(METHODS)
@@ -57,29 +57,29 @@ def test_every_method_of_the_recipe_stands_in_the_table() -> None:
 @pytest.mark.parametrize("engine", get_args(Engine))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pair_is_planned_or_refused_by_name(method: str, engine: str, device: Device) -> None:
-    asked = recipe(EXAMPLES[method], engine, {"processes": 1 if engine == "single" else 4})
+    requested = recipe(EXAMPLES[method], engine, {"processes": 1 if engine == "single" else 4})
     here = Hardware(num_cores=4, gpus=("H100",) * 4 if device == "cuda" else ())
     refusal = refusal_of(method, engine, device)
     if refusal is None:
-        topology = make_plan(asked, DeviceRequest(), here, None).topology
+        topology = make_plan(requested, DeviceRequest(), here, None).topology
         assert (topology.engine, topology.device) == (engine, device)
         return
     with pytest.raises(UserError) as caught:
-        make_plan(asked, DeviceRequest(), here, None)
+        make_plan(requested, DeviceRequest(), here, None)
     assert f"method is {method}, and parallel.engine is {engine}" in str(caught.value)
     assert refusal.why in str(caught.value)
 
 
-def test_checkpoints_to_go_on_from_are_refused_where_states_lie_in_files() -> None:
-    asked = recipe("lora", "zero3_nvme", checkpoint={"every_steps": 100})
+def test_checkpoints_to_resume_from_are_refused_if_states_are_in_files() -> None:
+    requested = recipe("lora", "zero3_nvme", checkpoint={"every_steps": 100})
     with pytest.raises(UserError, match="checkpoint.every_steps is 100, and parallel.engine is zero3_nvme"):
-        make_plan(asked, DeviceRequest(gpus=8), BOX, None)
+        make_plan(requested, DeviceRequest(gpus=8), BOX, None)
 
 
 def test_a_type_that_deepspeed_would_not_keep_is_refused() -> None:
-    asked = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"})
+    requested = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"})
     with pytest.raises(UserError, match="model.dtype is float32, precision is bf16, and parallel.engine is zero2"):
-        make_plan(asked, DeviceRequest(gpus=8), BOX, None)
+        make_plan(requested, DeviceRequest(gpus=8), BOX, None)
     kept = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"}, precision="fp32")
     assert make_plan(kept, DeviceRequest(gpus=8), BOX, None).chosen("model.dtype") == "float32"
 
@@ -88,7 +88,7 @@ def test_the_documentation_shows_this_table() -> None:
     assert pairs_table() in DOCUMENTATION.read_text(encoding="utf-8")
 
 
-def test_rows_of_new_tokens_beside_an_adapter_are_refused_under_zero3_alone() -> None:
+def test_new_tokens_with_an_adapter_are_refused_under_zero3_alone() -> None:
     model = {"id": "o/m", "new_tokens": ["<call>"]}
     here = Hardware(num_cores=4, gpus=("H100",) * 4)
     with pytest.raises(UserError, match="model.new_tokens adds 1 tokens, method is lora, and parallel.engine is zero3"):

@@ -66,7 +66,7 @@ def test_another_engine_brings_its_configuration(tmp_path: Path) -> None:
     assert [d.value for d in again.decisions if d.name == "resume"] == ["zero3, 4 processes", "ddp, 1 process"]
 
 
-def test_processes_stay_unless_asked_for(tmp_path: Path) -> None:
+def test_processes_stay_unless_requested(tmp_path: Path) -> None:
     """`auto` would mean two here."""
     before = plan(tmp_path)
     after = replan(before, ["checkpoint.keep_last=5"], DeviceRequest(), TWO, attempt=1)
@@ -85,7 +85,7 @@ def test_a_run_that_was_moved_stays_where_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("optimizer.learning_rate=1e-3", "optimizer.learning_rate=1e-3"),
         ("batch.packs=8", "batch.packs=8"),
@@ -96,8 +96,8 @@ def test_a_run_that_was_moved_stays_where_it_is(tmp_path: Path) -> None:
         ("parallel.engine=single", "single, and the run has 4 processes"),
     ],
 )
-def test_other_maths_and_what_cannot_be_shared_are_refused(override: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
+def test_other_maths_and_what_cannot_be_shared_are_refused(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         replan(plan(tmp_path), [override], DeviceRequest(), FOUR, attempt=1)
 
 
@@ -139,7 +139,7 @@ def test_earlier_plans_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"plan.json", "plan-1.json", "plan-2.json"}
 
 
-def test_where_the_disk_refuses_the_earlier_plan_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_the_disk_refuses_the_earlier_plan_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = plan(tmp_path)
     folder = Path(first.run_folder)
     folder.mkdir(parents=True)

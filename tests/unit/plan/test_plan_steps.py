@@ -27,17 +27,17 @@ WORLDS = (1, 2, 4)
 # The adapters take theirs from the run of quickstart/full, which is not made here.
 TOKENIZER = "model.tokenizer=builtin:tokenizer"
 NAMES = [recipe.name for recipe in list_recipes()]
-# Their data comes from the hub: packs of the same number a step stand for it.
+# Their data comes from the hub: the same number of packs per step replaces it.
 LARGE = [name for name in NAMES if not name.startswith("quickstart/")]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What all ranks took in so many steps.
+    """What all ranks read in a number of steps.
 
     Attributes:
         packs: How often each.
-        num_tokens: In all, without those that stand for no pack.
+        num_tokens: Total number of tokens, without null packs.
     """
 
     packs: Counter[int]

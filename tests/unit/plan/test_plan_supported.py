@@ -21,7 +21,7 @@ def plan_of(folder: Path, fields: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         ("gemma2", "caps the scores"),
         ("gpt_oss", "attention sinks"),
@@ -31,8 +31,8 @@ def plan_of(folder: Path, fields: dict[str, object]) -> None:
         ("qwen2_audio", "audio_config"),
     ],
 )
-def test_an_architecture_that_would_be_trained_as_another(kind: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told):
+def test_an_architecture_that_would_be_trained_as_another(kind: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         plan_of(tmp_path, AutoConfig.for_model(kind).to_dict())
 
 

@@ -1,4 +1,4 @@
-"""`extends` and overrides: which value wins, and whose line is told."""
+"""`extends` and overrides: which value has priority, and which line is reported."""
 
 import pytest
 
