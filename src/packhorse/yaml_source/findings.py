@@ -158,7 +158,7 @@ class _Explain:
         schema, node = self.view.at(path, self.root) or {}, node_at(self.root, path)[0]
         takes = self.view.words_for(schema)
         kind = kind_of(plain(node))
-        note = "" if kind in takes else f" ({kind})"
+        note = "" if re.search(rf"\b{kind}\b", takes) else f" ({kind})"
         return Finding(
             (path,),
             f"{dotted(path)} is {show(node)}{note}; it takes {takes}.",
