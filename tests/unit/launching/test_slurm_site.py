@@ -97,7 +97,6 @@ def test_all_mistakes_are_reported_at_once_each_with_its_line(tmp_path: Path) ->
         load_site(str(path))
     told = {(mistake.where.rpartition(":")[2], mistake.fact) for mistake in raised.value.mistakes}
     assert told == {
-        ("1", "name is missing."),
         ("1", "nam is not a field of a site profile."),
         ("2", "partition is a b (text); it takes a name of letters, digits, `.`, `_`, `-` or null."),
         ("3", "gpus_per_node is many (text); it takes a whole number from 0 to 64."),
