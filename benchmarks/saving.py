@@ -30,10 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import lab_log
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan, write_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, detect_hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.train.checkpoint.checkpoints import Checkpoints
 from packhorse.train.engine.engine import Engine
@@ -99,7 +98,7 @@ def _figures(
     with tempfile.TemporaryDirectory(prefix="packhorse-bench-") as name:
         words = [f"runs_folder={name}", f"parallel.engine={engine}", f"parallel.processes={processes}"]
         words += [f"checkpoint.asynchronous={str(asynchronous).lower()}", "checkpoint.keep_last=1", "batch.packs=2"]
-        plan = make_plan(load_recipe(str(HERE / "step_loop.yaml"), words), Ask(None), detect_hardware(), DATA)
+        plan = make_plan(load_recipe(str(HERE / "step_loop.yaml"), words), DeviceRequest(None), detect_hardware(), DATA)
         Path(plan.run_folder).mkdir()
         write_plan(plan, Path(plan.run_folder))
         mp.spawn(partial(_process, plan=plan, folder=name, saves=saves, model=model), nprocs=processes)

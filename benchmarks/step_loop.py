@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING
 import lab_log
 from packhorse.commands.prepared import data_facts
 from packhorse.data.prepare import prepare
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.run_folder.folder import create_run
 
@@ -100,7 +99,7 @@ def make_run(folder: Path, rows: str, num_steps: int, more: Sequence[str] = ()) 
     recipe = load_recipe(str(HERE / "step_loop.yaml"), words)
     prepared = prepare(recipe)
     facts = data_facts(prepared.folder, prepared.manifest)
-    plan = make_plan(recipe, Ask(), Hardware(num_cores=1, gpus=()), facts)
+    plan = make_plan(recipe, DeviceRequest(), Hardware(num_cores=1, gpus=()), facts)
     assert plan.steps_per_epoch is not None
     if num_steps >= plan.steps_per_epoch:
         raise SystemExit(f"{num_steps} steps need more rows: an epoch has {plan.steps_per_epoch}")

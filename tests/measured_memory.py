@@ -37,10 +37,9 @@ from packhorse.estimate.measure.resident import (
 from packhorse.estimate.packs import PackFigures
 from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.model_spec.parameters import Shape, read_shape
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.train.engine.engine import start_accelerator, start_engine
 from packhorse.train.engine.optimizer import make_optimizer
@@ -75,7 +74,7 @@ def plan_of(folder: Path, lengths: Sequence[int], processes: int = 1, **sections
     fields["parallel"] = {"engine": "single", **sections.get("parallel", {}), "processes": processes}
     counts = {"num_rows": 4, "num_packs": 4, "num_tokens": 4 * length, "num_supervised_tokens": 4 * length}
     data = DataFacts(folder=str(folder), content_hash="0", tokenizer=str(folder), fill=1.0, **counts)
-    plan = make_plan(Recipe.model_validate(fields), Ask(), Hardware(num_cores=2, gpus=()), data)
+    plan = make_plan(Recipe.model_validate(fields), DeviceRequest(), Hardware(num_cores=2, gpus=()), data)
     if plan.deepspeed is None:
         return plan
     # Buckets for a small model: what is in them is known, and not measured here.

@@ -19,10 +19,9 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from cli import INJECTED, PACKHORSE, ROOM
 from packhorse.commands.train import write_run
 from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.replan import replace_plan, replan
 from packhorse.plan.run_plan import RunPlan, read_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, detect_hardware
 
 IMPORTED = ["deepspeed", "packhorse.train.worker"]
 # The first that needs DeepSpeed on a new machine waits for g++.
@@ -46,7 +45,7 @@ def trained(recipe: Path, name: str, *words: str) -> Path:
 def resumed(run: Path, attempt: int, *words: str) -> None:
     """Resumes a run on other processes or under another engine, and trains it to its end; `attempt` begins now."""
     plan = read_plan(run)
-    made = replan(plan, words, Ask(None), detect_hardware(), attempt - 1)
+    made = replan(plan, words, DeviceRequest(None), detect_hardware(), attempt - 1)
     if made != plan:
         replace_plan(made)
     to_the_end(run, attempt)

@@ -13,10 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from packhorse.estimate.held import Held, held_weights
 from packhorse.model_spec.parameters import read_shape
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan, write_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, detect_hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.train.checkpoint.checkpoints import Checkpoints
 from packhorse.train.engine.engine import Engine
@@ -49,7 +48,7 @@ def make_run(folder: Path, processes: int = 1, engine: str = "ddp", make: bool =
     """A run's plan and, where asked to, its folder."""
     fields = {**TINY, "runs_folder": str(folder), "checkpoint": {"every_steps": 2, **checkpoint}}
     recipe = Recipe.model_validate({**fields, "parallel": {"processes": processes, "engine": engine}})
-    plan = make_plan(recipe, Ask(None), detect_hardware(), DATA)
+    plan = make_plan(recipe, DeviceRequest(None), detect_hardware(), DATA)
     if make:
         Path(plan.run_folder).mkdir(parents=True)
         write_plan(plan, Path(plan.run_folder))

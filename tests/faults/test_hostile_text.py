@@ -17,13 +17,11 @@ import yaml
 
 from packhorse.cli.main import main
 from packhorse.errors import UserError
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, detect_hardware
 from packhorse.recipe.load import dump_recipe, load_recipe
-from packhorse.recipe.schema import Recipe
-from packhorse.recipe.schema_view import recipe_schema, resolve
+from packhorse.recipe.schema import Recipe, recipe_view
 from packhorse.run_folder.folder import open_run
 from tiny import TINY, write_tiny
 
@@ -51,7 +49,7 @@ Step = str | int | tuple[str, str]
 
 def text_fields(schema: dict[str, Any], path: tuple[Step, ...] = ()) -> Iterator[tuple[Step, ...]]:
     """Where text may stand in a recipe, by its schema: a new field is tried without being named here."""
-    schema = resolve(schema)
+    schema = recipe_view().resolve(schema)
     for name, field in schema.get("properties", {}).items():
         yield from text_fields(field, (*path, name))
     for kind, reference in schema.get("discriminator", {}).get("mapping", {}).items():
@@ -66,7 +64,7 @@ def text_fields(schema: dict[str, Any], path: tuple[Step, ...] = ()) -> Iterator
         yield path
 
 
-FIELDS = sorted(set(text_fields(recipe_schema())), key=str)
+FIELDS = sorted(set(text_fields(recipe_view().root)), key=str)
 
 
 def with_text(path: tuple[Step, ...], text: str) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def test_every_text_of_a_recipe_is_refused_or_reaches_the_plan_unchanged(inner: 
             file.write_text(yaml.safe_dump(with_text(path, text), sort_keys=False, allow_unicode=True))
             try:
                 recipe = load_recipe(str(file))
-                made = make_plan(recipe, Ask(), here, None)
+                made = make_plan(recipe, DeviceRequest(), here, None)
             except UserError:
                 continue
             assert value_at(recipe.model_dump(), path) == text, (path, name)
@@ -199,7 +197,7 @@ def test_a_name_of_a_run_is_looked_up_below_runs_and_never_above(inner: Path) ->
     (inner / "runs").mkdir()
     (inner / "secret").mkdir()
     (inner / "secret" / "plan.json").write_text("{}")
-    with pytest.raises(UserError, match=r"\.\./secret holds no plan.json"):
+    with pytest.raises(UserError, match=r"\.\./secret contains no plan.json"):
         open_run("../secret")
 
 

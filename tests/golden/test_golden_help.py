@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from packhorse.cli.main import VERBS, read_command
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.shipped import list_recipes
 
@@ -27,7 +26,7 @@ def launches() -> str:
     """The launch of every shipped recipe, on 8 GPUs or on the laptop that it is for."""
     lines = []
     for recipe in list_recipes():
-        ask = Ask() if recipe.name.startswith("quickstart/") else Ask(gpus=8)
+        ask = DeviceRequest() if recipe.name.startswith("quickstart/") else DeviceRequest(gpus=8)
         plan = make_plan(load_recipe(recipe.name), ask, Hardware(num_cores=2, gpus=()), None)
         words = shlex.join(plan.argv).replace(str(ROOT), "ROOT").replace(str(Path.cwd()), "HERE")
         env = " ".join(f"{name}={value}" for name, value in plan.env.items())

@@ -10,10 +10,9 @@ from rich.console import Console
 from packhorse.commands.planned_jobs import Submission, planned_jobs
 from packhorse.commands.sending import show_jobs
 from packhorse.launching.slurm.lead import signal_lead
-from packhorse.launching.slurm.site_load import load_site, shipped_sites
-from packhorse.plan.hardware import Hardware
+from packhorse.launching.slurm.site import load_site, shipped_sites
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 
 HERE = Path(__file__).parent / "jobs"
@@ -28,7 +27,7 @@ def test_text_is_as_reviewed(
     monkeypatch.setattr("sys.executable", "/work/packhorse/.venv/bin/python")
     monkeypatch.setenv("COLUMNS", "110")
     recipe = load_recipe("llama3.1-8b/lora", [f"runs_folder={RUNS[name]}", "name=first"], check_environment=False)
-    plan = make_plan(recipe, Ask(gpus=2 * site.gpus_per_node, nodes=2), Hardware(num_cores=2, gpus=()), None)
+    plan = make_plan(recipe, DeviceRequest(gpus=2 * site.gpus_per_node, nodes=2), Hardware(num_cores=2, gpus=()), None)
     found = Submission(plan, site, is_new=True, lead=signal_lead([], 12.0, 10**9), memory_words="")
     show_jobs(Console(), Path(plan.run_folder), planned_jobs(found))
     text = capsys.readouterr().out

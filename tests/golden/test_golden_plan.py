@@ -1,4 +1,4 @@
-"""What `packhorse plan` says of memory, time and what to change, pinned as text (`--write-golden` writes it anew)."""
+"""Memory, time and suggestions of `packhorse plan`, pinned as text (`--write-golden` rewrites it)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from packhorse.cli.main import main
 
 HERE = Path(__file__).parent
-# name -> words; what stands above the costs holds paths of this machine, and is left out.
+# Name -> arguments. The lines above the costs contain paths of this machine and are not compared.
 PLANS = {
     "fits": ["llama3.3-70b/qlora", "--gpus", "8xH100-80GB", "--price", "2.50", "--network", "400", "steps=500"],
     "two-nodes": ["llama3.3-70b/lora", "--gpus", "16xA100-80GB", "--nodes", "2", "steps=500"],
@@ -31,12 +31,12 @@ def test_text_is_as_reviewed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")
-    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi: the machine's own GPUs are none of this
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi: hides the GPUs of this machine
     monkeypatch.setattr("packhorse.commands.plan._now", lambda: datetime(2026, 1, 31, 9, 30, tzinfo=UTC))
     assert main(["plan", *PLANS[name]]) == 0
-    told = capsys.readouterr().out
-    told = told[told.find("\nmemory") + 1 :]
-    text = "".join(f"{line.rstrip()}\n" for line in told.splitlines())
+    output = capsys.readouterr().out
+    output = output[output.find("\nmemory") + 1 :]
+    text = "".join(f"{line.rstrip()}\n" for line in output.splitlines())
     golden = HERE / "plans" / f"{name}.txt"
     if request.config.getoption("--write-golden"):
         golden.parent.mkdir(exist_ok=True)

@@ -29,10 +29,9 @@ from packhorse.estimate.memory import MemoryEstimate, estimate_memory
 from packhorse.estimate.packs import PackFigures
 from packhorse.model_spec.configuration import published
 from packhorse.model_spec.parameters import read_shape
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan, write_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.quickstart.files import materialise
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.heartbeat import Pulse
@@ -206,7 +205,7 @@ def plan_of(case: Case, folder: Path, gpus: Sequence[str]) -> tuple[RunPlan, Mem
             **case.sections,
         }
     )
-    plan = make_plan(recipe, Ask(), Hardware(os.cpu_count() or 1, tuple(gpus)), data)
+    plan = make_plan(recipe, DeviceRequest(), Hardware(os.cpu_count() or 1, tuple(gpus)), data)
     Path(plan.run_folder).mkdir(parents=True)
     write_plan(plan, Path(plan.run_folder))
     shape = read_shape(case.config)

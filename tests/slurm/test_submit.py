@@ -15,7 +15,7 @@ from packhorse.commands.planned_jobs import Asked, planned_jobs, submission
 from packhorse.errors import UserError
 from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.slurm.jobs import read_jobs
-from packhorse.launching.slurm.site_load import load_site
+from packhorse.launching.slurm.site import load_site
 from packhorse.launching.slurm.submit import check_jobs, send
 from packhorse.run_folder.lock import only_launcher
 from packhorse.run_folder.status import read_status

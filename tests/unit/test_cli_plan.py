@@ -10,8 +10,8 @@ import pytest
 
 from packhorse.cli.main import main
 from packhorse.errors import EXIT_OK, EXIT_USER_ERROR
-from packhorse.plan.hardware import host_memory
 from packhorse.plan.run_plan import read_plan
+from packhorse.plan.topology import host_memory
 from tiny import TINY, write_tiny
 
 CONFIG = TINY["model"]["config"]
@@ -103,7 +103,7 @@ def test_a_slower_network_slows_a_run_over_nodes(here: Path, capsys: pytest.Capt
         (["--gpus", "8xH100", "--network", "-1"], ["--network is -1"]),
         (["--gpus", "7xH100"], ["batch.packs is 64, which 7 processes cannot share equally", "63 or 70"]),
         (["--gpus", "8xH100", "--compair"], ["--compair", "--compare"]),
-        (["--gpus", "8xH100", "--diff", "runs/none"], ["runs/none holds no plan.json"]),
+        (["--gpus", "8xH100", "--diff", "runs/none"], ["runs/none contains no plan.json"]),
     ],
     ids=" ".join,
 )

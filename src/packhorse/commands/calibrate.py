@@ -11,8 +11,8 @@ from packhorse.errors import UserError
 from packhorse.estimate.case import Measured, case_of
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.speed import measured_step_seconds
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.topology import detect_hardware
 from packhorse.run_folder.folder import relative
 from packhorse.track.sinks import METRICS_FILE, read_metrics
 

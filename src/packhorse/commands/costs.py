@@ -13,8 +13,8 @@ from packhorse.estimate.case import Basis, Guessed
 from packhorse.estimate.gpus import GpuProfile, gpu_of_device
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.saved import CheckpointRoom, checkpoint_room
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.topology import Hardware
 from packhorse.recipe.schema import Recipe
 
 GBIT_TO_GB = 1 / 8

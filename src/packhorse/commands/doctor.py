@@ -16,9 +16,8 @@ from packhorse.doctor.rows import EXIT_BROKEN
 from packhorse.doctor.table import summary
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.slurm.script import show
-from packhorse.launching.slurm.site import SiteProfile
-from packhorse.launching.slurm.site_load import load_site
-from packhorse.plan.hardware import detect_hardware
+from packhorse.launching.slurm.site import SiteProfile, load_site
+from packhorse.plan.topology import detect_hardware
 from packhorse.run_folder.folder import open_run
 
 

@@ -11,8 +11,7 @@ from packhorse.data.manifest import DataManifest
 from packhorse.estimate.case import Basis
 from packhorse.estimate.gpus import parse_gpus
 from packhorse.estimate.search.compare import Wanted
-from packhorse.plan.hardware import detect_hardware
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, detect_hardware
 from packhorse.recipe.schema import Recipe
 
 
@@ -41,7 +40,7 @@ class Inquiry:
         return self.manifest.vocab_size if self.manifest is not None else None
 
 
-def inquire(recipe: Recipe, ask: Ask, terms: Terms) -> Inquiry:
+def inquire(recipe: Recipe, ask: DeviceRequest, terms: Terms) -> Inquiry:
     """Looks at this machine, at the model's shape and for prepared data.
 
     Args:
@@ -59,7 +58,7 @@ def inquire(recipe: Recipe, ask: Ask, terms: Terms) -> Inquiry:
 
 def read_gpus(
     gpus: str, nodes: int | None, network_gbit: float | None = None, price: float | None = None
-) -> tuple[Ask, Terms]:
+) -> tuple[DeviceRequest, Terms]:
     """What `--gpus`, `--nodes` and what belongs to them say.
 
     Raises:
@@ -67,4 +66,4 @@ def read_gpus(
     """
     asked = parse_gpus(gpus) if gpus else None
     kind = asked.gpu if asked else None
-    return Ask(asked.count if asked else None, nodes), Terms(kind, network_gbit, price)
+    return DeviceRequest(asked.count if asked else None, nodes), Terms(kind, network_gbit, price)

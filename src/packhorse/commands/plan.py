@@ -42,9 +42,8 @@ from packhorse.estimate.search.least import least_hardware
 from packhorse.estimate.search.scaling import Counted, scale
 from packhorse.launching.places.lines import lines_of_nodes
 from packhorse.plan.command import job_argv, launch_files
-from packhorse.plan.difference import differences
-from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.run_plan import RunPlan, differences
+from packhorse.plan.topology import DeviceRequest
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
@@ -127,7 +126,7 @@ def _least(console: Console, recipe: Recipe, wish: Asked) -> int:
             "as many nodes are taken as the GPUs need, at 8 a node.",
             "leave --nodes out.",
         )
-    found = inquire(recipe, Ask(), Terms(kinds[0], wish.network_gbit, wish.price))
+    found = inquire(recipe, DeviceRequest(), Terms(kinds[0], wish.network_gbit, wish.price))
     basis = found.basis
     if isinstance(basis, Unknown):
         raise _not_known(basis, recipe)

@@ -23,14 +23,12 @@ from packhorse.estimate.search.compare import Wanted
 from packhorse.launching.preflight import check_base_model, check_disk, check_resumable, check_writable
 from packhorse.launching.slurm.lead import Lead, signal_lead
 from packhorse.launching.slurm.script import check_path, command_script, cpu_request, train_request, train_script
-from packhorse.launching.slurm.site import DURATION, SITE_FILE, SiteProfile, seconds_of
-from packhorse.launching.slurm.site_load import load_site
+from packhorse.launching.slurm.site import DURATION, SITE_FILE, SiteProfile, load_site, seconds_of
 from packhorse.launching.slurm.submit import PlannedJob
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import run_folder_of
 from packhorse.plan.replan import replan
 from packhorse.plan.run_plan import PLAN_FILE, Decision, RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.locate import expand
 from packhorse.recipe.sweep import check_single
@@ -195,7 +193,7 @@ def _new(
     check_single(loaded, recipe)
     on_cpus = site.gpus_per_node == 0
     here, terms = _node(site), terms_of(site)
-    wanted = Wanted(loaded, Ask(None if on_cpus else nodes * gpus_per_node, nodes, on_cpus), here, None)
+    wanted = Wanted(loaded, DeviceRequest(None if on_cpus else nodes * gpus_per_node, nodes, on_cpus), here, None)
     worst = basis_of(loaded, None, here, terms)
     plan = draft_plan(wanted, worst, force)
     folder = run_folder_of(loaded)
@@ -249,7 +247,7 @@ def _again(
     plan = before
     if moves or overrides:
         on_cpus = topology.device == "cpu"
-        ask = Ask(None if on_cpus else asked[0] * asked[1], asked[0], on_cpus) if moves else Ask()
+        ask = DeviceRequest(None if on_cpus else asked[0] * asked[1], asked[0], on_cpus) if moves else DeviceRequest()
         plan = replan(before, overrides, ask, _node(site), attempt=now.attempt if now is not None else 0)
     vocab_size = None
     if plan.data is not None:

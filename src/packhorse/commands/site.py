@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.slurm.site_load import load_site
+from packhorse.launching.slurm.site import load_site
 from packhorse.launching.slurm.site_probe import probe_site
 from packhorse.run_folder.folder import relative
 

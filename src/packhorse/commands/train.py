@@ -26,11 +26,10 @@ from packhorse.launching.local.recovery import run_to_end
 from packhorse.launching.local.stop_signals import StoppedEarly, stop_signals
 from packhorse.launching.preflight import check_base_model, check_disk, check_nvme, check_resumable, check_writable
 from packhorse.plan.command import job_argv
-from packhorse.plan.hardware import Hardware, detect_hardware
 from packhorse.plan.make_plan import run_folder_of
 from packhorse.plan.replan import replace_plan, replan
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
-from packhorse.plan.topology import Ask, check_machine
+from packhorse.plan.topology import DeviceRequest, Hardware, check_machine, detect_hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import check_single
 from packhorse.run_folder.folder import check_free, create_run, open_run, relative
@@ -61,7 +60,7 @@ def train(
             made = (
                 _resumed(recipe, overrides, gpus, force)
                 if resume
-                else _new_run(recipe, overrides, Ask(gpus), Terms(), console, local=True, force=force)
+                else _new_run(recipe, overrides, DeviceRequest(gpus), Terms(), console, local=True, force=force)
             )
         except StoppedEarly:
             say("stopped before training; nothing is half-written: the same command starts again")
@@ -92,7 +91,14 @@ def write_run(recipe: str, overrides: Sequence[str], gpus: str, nodes: int | Non
 
 
 def _new_run(
-    recipe: str, overrides: Sequence[str], ask: Ask, terms: Terms, console: Console, *, local: bool, force: bool
+    recipe: str,
+    overrides: Sequence[str],
+    ask: DeviceRequest,
+    terms: Terms,
+    console: Console,
+    *,
+    local: bool,
+    force: bool,
 ) -> RunPlan:
     if (Path(recipe) / PLAN_FILE).is_file():
         raise UserError(
@@ -137,7 +143,7 @@ def _resumed(run: str, overrides: Sequence[str], gpus: int | None, force: bool) 
             f"see `packhorse evaluate {relative(made.run_folder)}`, or train longer under another name.",
         )
     here = detect_hardware()
-    made = replan(made, overrides, Ask(gpus), here, attempt=now.attempt if now is not None else 0)
+    made = replan(made, overrides, DeviceRequest(gpus), here, attempt=now.attempt if now is not None else 0)
     check_resumable(made)
     check_machine(made.topology, here)
     manifest = read_manifest(Path(require_data(made).folder))
@@ -153,6 +159,6 @@ def _still_fitting(made: RunPlan, manifest: DataManifest, here: Hardware, force:
         return made
     topology = made.topology
     if not force:
-        ask = Ask(topology.world_size, topology.num_nodes)
+        ask = DeviceRequest(topology.world_size, topology.num_nodes)
         check_memory(Wanted(made.recipe, ask, here, made.data), Case(made, basis))
     return Case(made, basis).noted()

@@ -14,9 +14,8 @@ from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.search.compare import Wanted
 from packhorse.launching.preflight import check_disk
 from packhorse.launching.slurm.site import SiteProfile
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import dump_recipe
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.folder import complete_run, open_run
@@ -52,7 +51,7 @@ def _complete(plan: RunPlan, manifest: DataManifest) -> None:
     """The plan anew, for the same nodes and GPUs, with as many steps as the packs make."""
     topology, recipe = plan.topology, plan.recipe
     on_cpus = topology.device == "cpu"
-    ask = Ask(None if on_cpus else topology.world_size, topology.num_nodes, on_cpus)
+    ask = DeviceRequest(None if on_cpus else topology.world_size, topology.num_nodes, on_cpus)
     here = Hardware(num_cores=topology.threads_per_process * topology.processes_per_node, gpus=())
     facts = facts_of(recipe, manifest)
     record = Path(plan.run_folder) / SITE_RECORD

@@ -14,7 +14,7 @@ from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.speed import SpeedEstimate, estimate_speed, scaled
 from packhorse.estimate.storage import StorageEstimate, estimate_storage
 from packhorse.model_spec.parameters import Shape
-from packhorse.plan.run_plan import Predicted, RunPlan
+from packhorse.plan.run_plan import Prediction, RunPlan
 
 T = TypeVar("T")
 MARGIN: Final = 0.10
@@ -148,7 +148,7 @@ class Case:
 
     def noted(self) -> RunPlan:
         """The plan with what is predicted of it."""
-        predicted = Predicted(
+        predicted = Prediction(
             gpu=self.basis.gpu.name,
             memory_bytes=self.basis.gpu.memory_bytes,
             required_bytes=self.required_bytes,

@@ -6,19 +6,28 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from packhorse.errors import UserError
+from packhorse.errors import Mistake, UserError
+from packhorse.yaml_source.findings import place, schema_findings
+from packhorse.yaml_source.nodes import FileKind, Node, kind_of, plain, read_yaml, shown_path
+from packhorse.yaml_source.schema import SchemaView
 
 TABLE: Final = Path(__file__).with_name("gpus.yaml")
 OWN_VARIABLE: Final = "PACKHORSE_GPUS"
 OWN_FILE: Final = "gpus.yaml"
 MIB: Final = 2**20
+TABLE_FILE: Final = FileKind(
+    "a table of GPU profiles",
+    "H100-96GB: {extends: H100-80GB, memory_mib: 97871}",
+    "write the name of each GPU and its fields below it",
+)
+NOT_INHERITED: Final = ("aliases", "device_names")
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -133,11 +142,11 @@ def known_gpus() -> Mapping[str, GpuProfile]:
     Raises:
         UserError: The user's own file is wrong.
     """
-    table: dict[str, Any] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    table = dict(_shipped_table())
     own = _own_file()
     if own is not None:
-        table |= _read_own(own)
-    return {name: _profile(name, table, own or TABLE) for name in table}
+        table |= _read_table(own)
+    return {name: _profile(name, table) for name in table}
 
 
 _NEEDED: Final = tuple(
@@ -153,47 +162,51 @@ def _own_file() -> Path | None:
     return here if here.is_file() else None
 
 
-def _read_own(path: Path) -> dict[str, Any]:
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}.",
-            "it is taken for your own GPU profiles.",
-            f"mend it, or unset {OWN_VARIABLE}." if os.environ.get(OWN_VARIABLE) else "mend it, or rename it.",
-        ) from error
-    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
-        raise UserError(
-            f"{path} is not a table of GPU profiles.",
-            "each entry is a name with its figures below.",
-            f"write NAME: on a line of its own, and below it {', '.join(_NEEDED)}.",
-        )
-    return {str(name): entry for name, entry in table.items()}
+@cache
+def _shipped_table() -> Mapping[str, Node]:
+    return _read_table(TABLE)
 
 
-def _profile(name: str, table: Mapping[str, Any], source: Path, below: tuple[str, ...] = ()) -> GpuProfile:
-    fields = dict(table[name])
-    parent = fields.pop("extends", None)
-    if parent is not None:
-        if parent not in table or parent in (*below, name):
-            raise UserError(
-                f"{source}: {name} extends {parent!r}.",
-                "what it does not say itself is taken from there, and there is no such other entry.",
-                f"name one of {', '.join(sorted(set(table) - {name}))}.",
-            )
-        inherited = _profile(parent, table, source, (*below, name)).model_dump(
-            exclude={"name", "aliases", "device_names"}
-        )
-        fields = inherited | fields
+def _read_table(path: Path) -> dict[str, Node]:
+    root, mistakes = read_yaml(path, shown_path(path), TABLE_FILE)
+    for name, entry in root.value.items():
+        if not isinstance(entry.value, dict):
+            why, fix = "each GPU has a section with its fields.", f"write `{TABLE_FILE.example}`."
+            mistakes.append(Mistake(f"{name} is {kind_of(entry.value)}.", why, fix, entry.where))
+    if mistakes:
+        raise UserError.of(mistakes)
+    table: dict[str, Node] = root.value
+    return table
+
+
+def _profile(name: str, table: Mapping[str, Node]) -> GpuProfile:
+    entry = _with_inherited(name, table, ())
+    values: Any = plain(entry)
     try:
-        return GpuProfile(name=name, **fields)
-    except (ValidationError, TypeError) as error:
-        what = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("?",), "msg": str(error)}
+        return GpuProfile.model_validate({**values, "name": name})
+    except ValidationError as error:
+        findings = schema_findings(error, entry, SchemaView(GpuProfile, "a GPU profile", extra_keys=["extends"]))
+        named = [replace(finding, fact=f"{name}.{finding.fact}") for finding in findings]
+        raise UserError.of(place(finding, entry) for finding in named) from error
+
+
+def _with_inherited(name: str, table: Mapping[str, Node], above: tuple[str, ...]) -> Node:
+    """Return the entry with the fields of the entries that it extends; `above` are the entries that led here."""
+    entry = table[name]
+    fields = {key: node for key, node in entry.value.items() if key != "extends"}
+    parent: Node | None = entry.value.get("extends")
+    if parent is None:
+        return replace(entry, value=fields)
+    if parent.written not in table or parent.written in (*above, name):
         raise UserError(
-            f"{source}: {name} has a wrong {what['loc'][0]}: {what['msg']}.",
-            "the plan's memory and time come from these figures.",
-            f"give {name} each of {', '.join(_NEEDED)}, or `extends:` a GPU that is like it.",
-        ) from error
+            f"{name} extends {parent.written!r}.",
+            "an entry takes missing fields from the entry that it extends, and there is no other entry of that name.",
+            f"write one of {', '.join(sorted(set(table) - {name}))}.",
+            parent.where,
+        )
+    inherited = _with_inherited(parent.written, table, (*above, name)).value
+    kept = {key: node for key, node in inherited.items() if key not in NOT_INHERITED}
+    return replace(entry, value={**kept, **fields})
 
 
 def _lookup(name: str) -> GpuProfile | None:

@@ -14,8 +14,7 @@ from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.estimate.saved import CheckpointRoom
 from packhorse.plan.command import nvme_folder
-from packhorse.plan.compatibility import NO_RESUME_FROM_NVME
-from packhorse.plan.optimizer_pairs import IN_8_BITS
+from packhorse.plan.compatibility import IN_8_BITS, NO_RESUME_FROM_NVME
 from packhorse.plan.run_plan import PLAN_FILE, RunPlan
 from packhorse.recipe.locate import expand, path_of
 from packhorse.run_folder.checkpoints.listing import complete_checkpoints, newest_complete

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
-from packhorse.recipe.sequence_rules import unshared_heads
+from packhorse.recipe.rules.model import unshared_heads
 
 
 @dataclass(frozen=True)

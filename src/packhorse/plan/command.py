@@ -1,4 +1,4 @@
-"""What will run, word by word: argv, the worker's environment, and the DeepSpeed configuration."""
+"""The launch: command line, environment of the worker, and DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from packhorse.recipe.schema import Recipe
 from packhorse.recipe.shipped import shipped_path
 
 ALIGNMENT = 2**16
-# Elements; what is tried on a CPU is small, and five buffers of the shipped size are not.
+# Elements; models tried on a CPU are small, and five buffers of the shipped size need much memory.
 TRIAL_BUFFER = 2**22
 
 
 def launch_argv(topology: Topology, run_folder: Path) -> tuple[str, ...]:
-    """The launch as a list of words; `shlex.join` shows it, no shell ever reads it."""
+    """Return the command line as a list of words, which no shell ever parses."""
     config = shipped_path("accelerate_configs", f"{topology.engine}.yaml")
     script = shipped_path("launch", "train.py")
     return (
@@ -39,7 +39,7 @@ def launch_argv(topology: Topology, run_folder: Path) -> tuple[str, ...]:
 
 
 def _mesh_words(topology: Topology) -> tuple[str, ...]:
-    """Accelerate's words for hsdp, in place of those in its file."""
+    """Return accelerate's options for hsdp, which override its file."""
     if topology.shard_group is None:
         return ()
     return (
@@ -51,7 +51,7 @@ def _mesh_words(topology: Topology) -> tuple[str, ...]:
 
 
 def job_argv(plan: RunPlan) -> tuple[str, ...]:
-    """What hands the run to Slurm once its folder is made; nothing where one launch is enough: on one node."""
+    """Return the command that submits an existing run folder to Slurm; empty on one node, where a launch is enough."""
     topology = plan.topology
     if topology.num_nodes == 1:
         return ()
@@ -60,16 +60,16 @@ def job_argv(plan: RunPlan) -> tuple[str, ...]:
 
 
 def launch_files(plan: RunPlan) -> tuple[str, ...]:
-    """The files that the launch reads: accelerate's configuration, the worker's script, the plan."""
+    """Return the files that the launch reads: configuration of accelerate, script of the worker, plan."""
     return (plan.argv[plan.argv.index("--config_file") + 1], *plan.argv[-2:])
 
 
 def worker_env(topology: Topology) -> dict[str, str]:
-    """Variables that the worker sets before it imports torch, so that a launch typed by hand is the same."""
+    """Return the variables that the worker sets before it imports torch, so that a manual launch gives the same run."""
     env = {"TOKENIZERS_PARALLELISM": "false"}
     if topology.device == "cpu":
         env["ACCELERATE_TORCH_DEVICE"] = "cpu"
-        # ACCELERATE_USE_CPU would make Accelerate take DDP instead of DeepSpeed without a word.
+        # With ACCELERATE_USE_CPU, Accelerate would silently use DDP instead of DeepSpeed.
         env["DS_ACCELERATOR"] = "cpu"
     else:
         env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -77,9 +77,9 @@ def worker_env(topology: Topology) -> dict[str, str]:
 
 
 def deepspeed_config(recipe: Recipe, topology: Topology, batch: BatchSplit) -> dict[str, Any] | None:
-    """The engine's shipped DeepSpeed JSON, completed with what the recipe and the batch split say.
+    """Return the shipped DeepSpeed JSON of the engine, completed from recipe and batch split; None for other engines.
 
-    Clipping stands here because DeepSpeed clips inside its own step; a flattened micro-batch is one row.
+    Clipping is set here because DeepSpeed clips inside its step. A flattened micro-batch is one row.
     """
     if not topology.engine.startswith("zero"):
         return None
@@ -87,17 +87,17 @@ def deepspeed_config(recipe: Recipe, topology: Topology, batch: BatchSplit) -> d
     config: dict[str, Any] = json.loads(shipped.read_text(encoding="utf-8"))
     config["train_micro_batch_size_per_gpu"] = 1
     config["gradient_accumulation_steps"] = batch.accumulation_steps
-    # 0: not clipped; the norm is computed all the same.
+    # 0: no clipping; DeepSpeed still computes the norm.
     config["gradient_clipping"] = recipe.optimizer.clip_norm or 0.0
     config["bf16"] = {"enabled": recipe.precision == "bf16"}
-    # DeepSpeed scales the loss by itself, from 2^16 down and up again.
+    # DeepSpeed adapts the loss scale automatically, starting at 2^16.
     config["fp16"] = {"enabled": recipe.precision == "fp16"}
     if recipe.precision == "bf16" and config["zero_optimization"]["stage"] > 1:
-        # By default it adds up passes in bf16, whose eight bits lose what a sum of many passes still gains. Under
-        # stage 1 the same words would choose another optimizer wrapper of DeepSpeed's.
+        # By default DeepSpeed sums the gradients of the passes in bf16, whose eight bits are too few for many passes.
+        # Under stage 1 this setting would select another optimizer wrapper of DeepSpeed.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if topology.device == "cpu" and config["zero_optimization"]["stage"] == 3:
-        # A trial: by default weights this small would stay whole on every rank, and nothing would be tried.
+        # By default the small weights of a trial would stay whole on every rank, and the trial would shard nothing.
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if topology.engine == "zero3_nvme":
         _complete_nvme(config["zero_optimization"], recipe, topology)
@@ -105,7 +105,7 @@ def deepspeed_config(recipe: Recipe, topology: Topology, batch: BatchSplit) -> d
 
 
 def nvme_folder(plan: RunPlan) -> Path | None:
-    """Where this machine keeps what `zero3_nvme` offloads; None under other engines.
+    """Return the folder on this machine for the files of `zero3_nvme`; None under other engines.
 
     Raises:
         UserError: `parallel.nvme` names an environment variable that is not set here.
@@ -116,8 +116,8 @@ def nvme_folder(plan: RunPlan) -> Path | None:
     return path_of(plan.deepspeed["zero_optimization"]["offload_param"]["nvme_path"])
 
 
-def on_this_machine(plan: RunPlan) -> RunPlan:
-    """The plan with the folder of `zero3_nvme` as this machine has it: a plan may name `${env:SLURM_TMPDIR}`."""
+def with_local_nvme(plan: RunPlan) -> RunPlan:
+    """Return the plan with the local folder of `zero3_nvme`; the written plan may contain `${env:SLURM_TMPDIR}`."""
     folder = nvme_folder(plan)
     if folder is None:
         return plan
@@ -129,14 +129,14 @@ def on_this_machine(plan: RunPlan) -> RunPlan:
 
 
 def _complete_nvme(zero: dict[str, Any], recipe: Recipe, topology: Topology) -> None:
-    """Where ZeRO-Infinity keeps its files, and how large a rank's part of one weight may be."""
+    """Set the folder of ZeRO-Infinity's files and the largest part of one weight on a rank."""
     for part in ("offload_optimizer", "offload_param"):
-        # DeepSpeed empties what it finds below this at the start: two runs must not share it.
+        # DeepSpeed deletes the contents of this folder at the start, so two runs must not share it.
         zero[part]["nvme_path"] = f"{recipe.parallel.nvme}/packhorse-{recipe.name}"
     shape = read_shape(find_configuration(recipe))
     if shape is not None:
         largest = max(parameter.size for parameter in list_parameters(shape))
-        # As many elements as a rank's part of the largest weight, which must fit one buffer, and what alignment adds.
+        # One buffer must hold a rank's part of the largest weight, plus alignment.
         zero["offload_param"]["buffer_size"] = -(-largest // topology.world_size) + ALIGNMENT
     elif topology.device == "cpu":
         zero["offload_param"]["buffer_size"] = TRIAL_BUFFER

@@ -1,4 +1,4 @@
-"""Recipe + machine + prepared data -> RunPlan. Pure: allocates nothing, writes nothing, imports no torch."""
+"""Make a plan from recipe, devices and prepared data, without torch and without writing files."""
 
 from __future__ import annotations
 
@@ -7,63 +7,60 @@ from pathlib import Path
 
 from packhorse.errors import UserError
 from packhorse.model_spec.supported import check_model
-from packhorse.plan.batch import choose_batch, settled
+from packhorse.plan.batch import resolve_auto, split_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
-from packhorse.plan.compatibility import check_pair
-from packhorse.plan.hardware import Hardware
-from packhorse.plan.optimizer_pairs import check_stepping
+from packhorse.plan.compatibility import check_heads, check_pair, check_training_settings
 from packhorse.plan.run_plan import PLAN_FILE, DataFacts, Decision, RunPlan, Topology
-from packhorse.plan.sequence import check_heads
-from packhorse.plan.topology import Ask, choose_topology
+from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
 from packhorse.version import VERSION
 
 
 def run_folder_of(recipe: Recipe) -> Path:
-    """Absolute folder that the recipe's run is recorded in."""
+    """Return the absolute run folder of a recipe."""
     return (path_of(recipe.runs_folder) / recipe.name).absolute()
 
 
-def make_plan(recipe: Recipe, ask: Ask, here: Hardware, data: DataFacts | None) -> RunPlan:
-    """Decides the system side of a run and says why.
+def make_plan(recipe: Recipe, request: DeviceRequest, machine: Hardware, data: DataFacts | None) -> RunPlan:
+    """Decide the system side of a run, with a reason for each decision.
 
     Args:
-        recipe: What to learn.
-        ask: GPUs and nodes that the command line asks for.
-        here: This machine.
-        data: The prepared data; None to plan before it is prepared, when epochs cannot be turned into steps.
+        recipe: Recipe of the run.
+        request: GPUs and nodes that the command line requests.
+        machine: This machine.
+        data: The prepared data; None before it is prepared, when the number of steps in an epoch is not known.
 
     Raises:
-        UserError: The model cannot be trained here; the processes cannot share the batch or the heads, or the nodes
-            the processes.
+        UserError: The model or a combination of settings is not supported, or the batch, heads or processes cannot be
+            divided equally.
     """
     check_model(recipe)
-    plain = settled(recipe, "cuda" if ask.gpus is not None else here.device)
-    topology, processes = choose_topology(plain.parallel, ask, here)
-    made = plan_on(plain, topology, processes, data)
-    return made.model_copy(update={"decisions": (*made.decisions, *_settled(recipe, plain))})
+    resolved = resolve_auto(recipe, "cuda" if request.gpus is not None else machine.device)
+    topology, processes = choose_topology(resolved.parallel, request, machine)
+    plan = plan_for_topology(resolved, topology, processes, data)
+    return plan.model_copy(update={"decisions": (*plan.decisions, *_auto_decisions(recipe, resolved))})
 
 
-def plan_on(recipe: Recipe, topology: Topology, processes: Decision, data: DataFacts | None) -> RunPlan:
-    """The rest of `make_plan`, where it is decided already which processes run where.
+def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, data: DataFacts | None) -> RunPlan:
+    """Make a plan for processes that are already placed.
 
     Args:
-        recipe: What to learn.
-        topology: Which processes run where.
-        processes: Why.
-        data: The prepared data, None before it is prepared.
+        recipe: Recipe of the run, without `auto` in `parallel`.
+        topology: Placement of the processes.
+        processes: Decision with the reason for the placement.
+        data: The prepared data; None before it is prepared.
 
     Raises:
-        UserError: As `make_plan`.
+        UserError: A combination of settings is not supported, or batch or heads cannot be divided equally.
     """
     check_pair(recipe, topology)
     check_heads(recipe, topology)
-    batch, micro = choose_batch(recipe.batch, topology.data_ranks, topology.sequence)
+    batch, micro = split_batch(recipe.batch, topology.data_ranks, topology.sequence)
     folder = run_folder_of(recipe)
     steps_per_epoch = math.ceil(data.num_packs / batch.packs_per_step) if data else None
     num_steps, steps = _count_steps(recipe, steps_per_epoch)
-    check_stepping(recipe, topology, batch, num_steps)
+    check_training_settings(recipe, topology, batch, num_steps)
     return RunPlan(
         packhorse_version=VERSION,
         recipe=recipe,
@@ -88,41 +85,37 @@ def plan_on(recipe: Recipe, topology: Topology, processes: Decision, data: DataF
     )
 
 
-def _settled(asked: Recipe, plain: Recipe) -> list[Decision]:
-    """What `auto` became where there is no card to choose for."""
-    reason = "auto on a CPU: one way is as fast as another, and memory is not scarce"
-    values = [(name, getattr(plain.parallel, name)) for name in ("engine", "checkpointing")]
+def _auto_decisions(recipe: Recipe, resolved: Recipe) -> list[Decision]:
+    reason = "auto on a CPU: all engines are equally fast, and memory is plentiful"
+    values = [(name, getattr(resolved.parallel, name)) for name in ("engine", "checkpointing")]
     return [
         Decision(name=f"parallel.{name}", value=str(value).lower(), reason=reason)
         for name, value in values
-        if getattr(asked.parallel, name) != value
+        if getattr(recipe.parallel, name) != value
     ]
 
 
 def _mesh(topology: Topology) -> list[Decision]:
-    """Groups of processes, where there are any."""
     decisions = []
     if topology.shard_group is not None:
         copies = topology.world_size // topology.shard_group
-        reason = (
-            f"{copies} whole {'copies' if copies > 1 else 'copy'} of the weights, each on {topology.shard_group} ranks"
-        )
+        reason = f"each copy of the weights is sharded over {topology.shard_group} ranks; number of copies: {copies}"
         decisions.append(Decision(name="parallel.shard_group", value=str(topology.shard_group), reason=reason))
     if topology.sequence > 1:
-        reason = f"each pack is shared by {topology.sequence} ranks; {topology.data_ranks} packs are worked on at once"
+        reason = f"{topology.sequence} ranks share each pack; {topology.data_ranks} packs are processed at once"
         decisions.append(Decision(name="parallel.sequence", value=str(topology.sequence), reason=reason))
     return decisions
 
 
 def _base_model(recipe: Recipe) -> str | None:
-    """Hub name, or absolute folder; a run folder stands for the model that it trained."""
+    """Return the hub name or absolute folder of the weights; a run folder means the model that it trained."""
     model = recipe.model
     if model.path is None:
         return model.id
     folder = path_of(model.path).absolute()
     trained = folder / PLAN_FILE
     if "${env:" in model.path:
-        # The plan is written down; what the environment holds is not.
+        # Values of the environment are never written to the plan.
         return f"{model.path}/model" if trained.is_file() else model.path
     return str(folder / "model" if trained.is_file() else folder)
 
@@ -139,26 +132,26 @@ def _count_steps(recipe: Recipe, steps_per_epoch: int | None) -> tuple[int | Non
 
 
 def _attention(recipe: Recipe, device: str) -> Decision:
-    asked = recipe.model.attention
-    if asked == "varlen" and (device == "cpu" or recipe.precision == "fp32"):
+    attention = recipe.model.attention
+    if attention == "varlen" and (device == "cpu" or recipe.precision == "fp32"):
         raise UserError(
             f"model.attention is varlen, on {device} with precision {recipe.precision}.",
-            "torch's varlen kernel runs on CUDA in 16 bit only.",
+            "torch's varlen kernel needs CUDA and 16-bit precision.",
             "set model.attention to sdpa or auto.",
         )
-    if asked != "auto":
-        return Decision(name="model.attention", value=asked, reason="model.attention of the recipe")
+    if attention != "auto":
+        return Decision(name="model.attention", value=attention, reason="model.attention of the recipe")
     if device == "cuda" and recipe.precision != "fp32":
         return Decision(
-            name="model.attention", value="varlen", reason="torch's varlen kernel keeps documents apart on CUDA"
+            name="model.attention", value="varlen", reason="torch's varlen kernel separates documents on CUDA"
         )
     return Decision(name="model.attention", value="sdpa", reason="SDPA per document: exact on any device")
 
 
 def _dtype(recipe: Recipe, engine: str) -> Decision:
-    asked = recipe.model.dtype
-    if asked != "auto":
-        return Decision(name="model.dtype", value=asked, reason="model.dtype of the recipe")
+    dtype = recipe.model.dtype
+    if dtype != "auto":
+        return Decision(name="model.dtype", value=dtype, reason="model.dtype of the recipe")
     if recipe.precision == "fp32":
         return Decision(name="model.dtype", value="float32", reason="precision is fp32")
     if recipe.method.trains_base:

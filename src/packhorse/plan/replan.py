@@ -1,4 +1,4 @@
-"""Going on with a run elsewhere: other processes, another engine, smaller passes; the maths stay as they were."""
+"""Resume a run with other processes, another engine or smaller passes; the maths stays unchanged."""
 
 from __future__ import annotations
 
@@ -8,106 +8,101 @@ from typing import Final
 
 from packhorse.durable import disk_error, replace_file
 from packhorse.errors import UserError
-from packhorse.plan.batch import settled
+from packhorse.plan.batch import micro_words, resolve_auto, smaller_micro
 from packhorse.plan.command import deepspeed_config, launch_argv
-from packhorse.plan.difference import leaves
-from packhorse.plan.hardware import Hardware
-from packhorse.plan.less_memory import smaller_micro
-from packhorse.plan.make_plan import plan_on
-from packhorse.plan.run_plan import PLAN_FILE, Decision, RunPlan, Topology
-from packhorse.plan.topology import Ask, choose_topology, with_mesh
-from packhorse.recipe.layers import parse_override
+from packhorse.plan.make_plan import plan_for_topology
+from packhorse.plan.run_plan import PLAN_FILE, Decision, RunPlan, Topology, leaves
+from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology, with_mesh
 from packhorse.recipe.load import override_recipe
 from packhorse.recipe.schema import Recipe
+from packhorse.yaml_source.overrides import parse_override
 
 MAY_CHANGE: Final = ("parallel", "batch.micro", "recovery", "checkpoint", "track")
-"""Fields and sections that no weight of the result depends on, but for rounding."""
+"""Fields and sections that do not change the trained weights, except for rounding."""
 DECISION: Final = "resume"
 
 
-def replan(plan: RunPlan, overrides: Sequence[str], ask: Ask, here: Hardware, attempt: int) -> RunPlan:
-    """The plan with another system side: same data, same packs in each step, same number of steps.
+def replan(plan: RunPlan, overrides: Sequence[str], request: DeviceRequest, machine: Hardware, attempt: int) -> RunPlan:
+    """Return the plan with another system side: same data, same packs in each step, same number of steps.
 
     Args:
-        plan: As the run went so far.
-        overrides: Of fields in `MAY_CHANGE`.
-        ask: GPUs and nodes that the command line asks for; none: as before.
-        here: This machine.
+        plan: Plan of the last attempt.
+        overrides: Overrides of fields in `MAY_CHANGE`.
+        request: GPUs and nodes that the command line requests; an empty request keeps those of the plan.
+        machine: This machine.
         attempt: Number of the last attempt.
 
     Returns:
-        The new plan, which says what changed; the very same one where nothing does.
+        The new plan, with a decision that lists the changes; `plan` itself if nothing changes.
 
     Raises:
-        UserError: An override would change what is learned; or the processes cannot share the batch, or do not go with
-            the engine, the method or the optimizer.
+        UserError: An override would change the maths, the batch cannot be divided equally, or a combination of settings
+            is not supported.
     """
     _refuse_other_maths(overrides, plan)
-    recipe = settled(override_recipe(plan.recipe, overrides) if overrides else plan.recipe, plan.topology.device)
-    topology, processes = _place(plan, recipe, overrides, ask, here)
-    changes = [*_differences(plan.recipe, recipe), *_moved(plan.topology, topology)]
+    recipe = resolve_auto(override_recipe(plan.recipe, overrides) if overrides else plan.recipe, plan.topology.device)
+    topology, processes = _place(plan, recipe, overrides, request, machine)
+    changes = [*_recipe_changes(plan.recipe, recipe), *_topology_changes(plan.topology, topology)]
     if not changes:
         return plan
-    made = _no_fuller(plan_on(recipe, topology, processes, plan.data), plan)
-    said = Decision(
+    replanned = _limit_micro(plan_for_topology(recipe, topology, processes, plan.data), plan)
+    earlier = [decision for decision in plan.decisions if decision.name == DECISION]
+    decision = Decision(
         name=DECISION,
         value=f"{topology.engine}, {topology.world_size} process{'es' * (topology.world_size > 1)}",
         reason=f"after attempt {attempt}: {', '.join(changes)}",
     )
     folder = Path(plan.run_folder)
-    own = {"run_folder": plan.run_folder, "base_model": plan.base_model, "argv": launch_argv(topology, folder)}
-    return made.model_copy(update={**own, "decisions": (*made.decisions, *_said_before(plan), said)})
+    kept = {"run_folder": plan.run_folder, "base_model": plan.base_model, "argv": launch_argv(topology, folder)}
+    return replanned.model_copy(update={**kept, "decisions": (*replanned.decisions, *earlier, decision)})
 
 
-def _no_fuller(made: RunPlan, before: RunPlan) -> RunPlan:
-    """Passes that were chosen to fit stay as they are, or as near below as the new share of a process allows."""
-    chosen = before.predicted is not None and made.recipe.batch.micro == "auto"
-    # Weights that are stepped in the backward pass take one pass a step, whatever it holds.
-    if not chosen or made.recipe.optimizer.in_backward:
-        return made
-    share = made.batch.micro_packs * made.batch.accumulation_steps
+def _limit_micro(plan: RunPlan, before: RunPlan) -> RunPlan:
+    """Return the plan with at most as many packs per pass as before, if they were chosen to fit into memory."""
+    chosen_to_fit = before.predicted is not None and plan.recipe.batch.micro == "auto"
+    # `in_backward` needs exactly one pass per step.
+    if not chosen_to_fit or plan.recipe.optimizer.in_backward:
+        return plan
+    share = plan.batch.micro_packs * plan.batch.accumulation_steps
     micro = max(n for n in range(1, before.batch.micro_packs + 1) if share % n == 0)
-    return made if micro == made.batch.micro_packs else with_micro(made, micro, "as before, or less")
+    return plan if micro == plan.batch.micro_packs else with_micro(plan, micro, "at most as many as before")
 
 
 def with_smaller_micro(plan: RunPlan) -> RunPlan | None:
-    """The plan with half as many packs in a pass and twice the passes: less memory, the same maths.
+    """Return the plan with half as many packs per pass in twice the passes: less memory, the same maths.
 
-    None where passes cannot be made smaller: they hold one pack, or each weight is stepped in the only one.
+    None if passes cannot be smaller: they have one pack, or `optimizer.in_backward` needs a single pass.
     """
     batch, micro = plan.batch, smaller_micro(plan)
     if micro is None or plan.recipe.optimizer.in_backward:
         return None
-    smaller = with_micro(plan, micro, f"{batch.micro_packs} packs a pass ran out of memory")
+    smaller = with_micro(plan, micro, f"{batch.micro_packs} packs per pass ran out of memory")
     return smaller.model_copy(update={"recipe": plan.recipe.changed("batch", micro=micro)})
 
 
 def with_micro(plan: RunPlan, micro: int, reason: str) -> RunPlan:
-    """The plan with so many packs in a pass; the recipe's own word stays."""
+    """Return the plan with this number of packs per pass; `batch.micro` of the recipe stays unchanged."""
     share = plan.batch.micro_packs * plan.batch.accumulation_steps
     batch = plan.batch.model_copy(update={"micro_packs": micro, "accumulation_steps": share // micro})
-    value = f"{micro} packs a pass, {share // micro} passes a step"
+    decision = Decision(name="batch.micro", value=micro_words(batch), reason=reason)
     return plan.model_copy(
         update={
             "batch": batch,
             "deepspeed": deepspeed_config(plan.recipe, plan.topology, batch),
             "predicted": None,
-            "decisions": tuple(
-                Decision(name=each.name, value=value, reason=reason) if each.name == "batch.micro" else each
-                for each in plan.decisions
-            ),
+            "decisions": tuple(decision if old.name == decision.name else old for old in plan.decisions),
         }
     )
 
 
 def replace_plan(plan: RunPlan) -> Path:
-    """Puts the plan in the place of RUN/plan.json, in one move; the earlier one is kept as plan-1.json, plan-2.json …
+    """Replace RUN/plan.json atomically; the earlier plan is kept as plan-1.json, plan-2.json ...
 
     Returns:
-        Where the earlier one is kept.
+        The file that keeps the earlier plan.
 
     Raises:
-        UserError: The folder cannot be written; the earlier plan stands.
+        UserError: The folder cannot be written; the earlier plan is unchanged.
     """
     folder = Path(plan.run_folder)
     number = 1
@@ -131,38 +126,34 @@ def _refuse_other_maths(overrides: Sequence[str], plan: RunPlan) -> None:
         if not any(key == field or key.startswith(f"{field}.") for field in MAY_CHANGE):
             raise UserError(
                 f"--resume came with {text}.",
-                f"a run goes on with the maths that it began with; {', '.join(MAY_CHANGE)} may change.",
-                f"leave it out, or train the recipe under another name than {plan.recipe.name}.",
+                f"a run resumes with the maths that it started with; only {', '.join(MAY_CHANGE)} may change.",
+                f"remove {text}, or train the recipe under another name than {plan.recipe.name}.",
             )
 
 
 def _place(
-    plan: RunPlan, recipe: Recipe, overrides: Sequence[str], ask: Ask, here: Hardware
+    plan: RunPlan, recipe: Recipe, overrides: Sequence[str], request: DeviceRequest, machine: Hardware
 ) -> tuple[Topology, Decision]:
-    """As before, unless the command line speaks of processes: `auto` may mean other ones on another machine."""
+    """Place the processes as before, unless the command line sets them: `auto` can differ on another machine."""
     keys = {parse_override(text).keys for text in overrides}
-    if ask.gpus is not None or ask.on_cpus or ("parallel", "processes") in keys:
-        return choose_topology(recipe.parallel, ask, here)
+    if request.gpus is not None or request.on_cpus or ("parallel", "processes") in keys:
+        return choose_topology(recipe.parallel, request, machine)
     same = plan.topology.model_copy(update={"engine": recipe.parallel.engine})
-    why = next(decision for decision in plan.decisions if decision.name == "processes")
-    return with_mesh(recipe.parallel, same), why
+    processes = next(decision for decision in plan.decisions if decision.name == "processes")
+    return with_mesh(recipe.parallel, same), processes
 
 
-def _differences(before: Recipe, after: Recipe) -> Iterator[str]:
+def _recipe_changes(before: Recipe, after: Recipe) -> Iterator[str]:
     old, new = dict(leaves(before.model_dump())), dict(leaves(after.model_dump()))
     for key, value in old.items():
-        if value != new[key] and key != "parallel.processes":  # told by the number of processes
+        if value != new[key] and key != "parallel.processes":  # `_topology_changes` reports it
             yield f"{key} {value} -> {new[key]}"
 
 
-def _moved(before: Topology, after: Topology) -> Iterator[str]:
+def _topology_changes(before: Topology, after: Topology) -> Iterator[str]:
     if before.world_size != after.world_size:
         yield f"processes {before.world_size} -> {after.world_size}"
     if before.num_nodes != after.num_nodes:
         yield f"nodes {before.num_nodes} -> {after.num_nodes}"
     if before.device != after.device:
         yield f"device {before.device} -> {after.device}"
-
-
-def _said_before(plan: RunPlan) -> list[Decision]:
-    return [decision for decision in plan.decisions if decision.name == DECISION]

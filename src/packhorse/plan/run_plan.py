@@ -1,8 +1,10 @@
-"""RunPlan: all that the launcher decided, as a value on disk; the worker reads this and nothing else."""
+"""The plan of a run: every decision of the launcher, written to plan.json, the only input of the worker."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,21 +16,21 @@ from packhorse.recipe.schema import Engine, Recipe
 PLAN_FILE = "plan.json"
 PLAN_VERSION = 1
 ATTEMPT_VARIABLE = "PACKHORSE_ATTEMPT"
-"""Environment variable by which the launcher tells the ranks the number of the attempt."""
+"""Environment variable with the number of the attempt, set by the launcher for the ranks."""
 RANK_LOGS_VARIABLE = "PACKHORSE_RANK_LOGS"
-"""Where it is set, each rank writes what it says to a file of its own beside its heartbeat."""
+"""Environment variable that makes each rank write its output to a separate file next to its heartbeat."""
 
 Device = Literal["cpu", "cuda"]
 
 
 class PlanPart(BaseModel):
-    """A part of the plan: immutable, and refused if another version of Packhorse wrote other keys."""
+    """Part of the plan: immutable; unknown keys, as of another version of Packhorse, are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Topology(PlanPart):
-    """Which processes run where."""
+    """Placement of the processes on nodes and devices."""
 
     device: Device
     engine: Engine
@@ -37,23 +39,23 @@ class Topology(PlanPart):
     threads_per_process: int
     """CPU threads of each process."""
     sequence: int = 1
-    """Processes that share each pack, a part of its tokens each; neighbours in rank."""
+    """Processes with consecutive ranks that share the tokens of each pack."""
     shard_group: int | None = None
-    """Processes that hold one copy of the weights together under hsdp."""
+    """Processes that shard one copy of the weights under hsdp."""
 
     @property
     def world_size(self) -> int:
-        """Processes in all."""
+        """Total number of processes."""
         return self.num_nodes * self.processes_per_node
 
     @property
     def data_ranks(self) -> int:
-        """Shares that each step's packs are dealt into."""
+        """Number of shares into which the packs of a step are divided."""
         return self.world_size // self.sequence
 
 
 class BatchSplit(PlanPart):
-    """How one optimizer step is shared: packs = data ranks x accumulation steps x micro packs."""
+    """Split of one optimizer step: packs = data ranks x accumulation steps x micro packs."""
 
     length_tokens: int
     packs_per_step: int
@@ -77,70 +79,70 @@ class DataFacts(PlanPart):
 
 
 class Decision(PlanPart):
-    """One automatic choice and its reason, in words."""
+    """Automatic choice and its reason, in words."""
 
     name: str
     value: str
     reason: str
 
 
-class Predicted(PlanPart):
-    """What the plan counted on before anything was allocated."""
+class Prediction(PlanPart):
+    """Memory and time that the plan predicted."""
 
     gpu: str
-    """Name of its profile."""
+    """Name of the GPU profile."""
     memory_bytes: int
-    """Of the card."""
+    """Memory of the GPU."""
     required_bytes: int
-    """Of one GPU at the fullest moment, with what is assumed to lie outside torch's allocator."""
+    """Peak memory of one GPU, including an assumed amount outside torch's allocator."""
     phase: str
-    """In which it is fullest."""
+    """Phase of the step with the peak."""
     step_seconds: float
-    """Without evaluations and checkpoints."""
+    """Time of one step, without evaluations and checkpoints."""
 
 
 class RunPlan(PlanPart):
-    """A run, complete.
+    """Complete plan of a run.
 
-    `num_steps`, `steps_per_epoch` and `data` are None only in a plan that is shown before the data is prepared.
+    `num_steps`, `steps_per_epoch` and `data` are None only in a plan that is made before the data is prepared.
     """
 
     version: int = PLAN_VERSION
     packhorse_version: str
     recipe: Recipe
     run_folder: str
-    """Absolute."""
+    """Absolute path."""
     base_model: str | None
-    """Absolute folder or hub name of the weights to start from; None for a fresh model. May hold `${env:NAME}`."""
+    """Absolute folder or hub name of the weights to start from; None for a fresh model. May contain `${env:NAME}`."""
     topology: Topology
     batch: BatchSplit
     data: DataFacts | None
     num_steps: int | None
     steps_per_epoch: int | None
     deepspeed: dict[str, Any] | None
-    """The DeepSpeed configuration as it will run; None under ddp and fsdp2."""
+    """Complete DeepSpeed configuration; None under single, ddp, fsdp2 and hsdp."""
     argv: tuple[str, ...]
-    """The launch, word by word."""
+    """Command line of the launch, as a list of words."""
     env: dict[str, str]
     """Environment variables that the worker sets for itself before it imports torch. Never a secret."""
     decisions: tuple[Decision, ...]
-    predicted: Predicted | None = None
-    """None where the GPUs or the model's shape are not known."""
+    predicted: Prediction | None = None
+    """Prediction for these GPUs; None if the GPUs or the shape of the model are not known."""
 
     def chosen(self, name: str) -> str:
-        """The value of an automatic choice."""
+        """Return the value of an automatic choice."""
         return next(decision.value for decision in self.decisions if decision.name == name)
 
 
 def write_plan(plan: RunPlan, folder: Path) -> Path:
-    """Writes the plan as `plan.json` below `folder` and returns its path."""
+    """Write the plan to `plan.json` in `folder`, and return the path."""
     path = folder / PLAN_FILE
     path.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def read_plan(path: Path) -> RunPlan:
-    """Reads a plan from its file or from its run folder.
+    """Read a plan from its file or from its run folder.
 
     Raises:
         UserError: There is no plan, or another version of Packhorse wrote it.
@@ -148,17 +150,16 @@ def read_plan(path: Path) -> RunPlan:
     file = path / PLAN_FILE if path.is_dir() else path
     if not file.is_file():
         raise UserError(
-            f"{path} holds no {PLAN_FILE}.",
-            "a run folder is made by `packhorse train RECIPE`, and every later command reads its plan.",
+            f"{path} contains no {PLAN_FILE}.",
+            "`packhorse train RECIPE` creates a run folder, and every later command reads the plan in it.",
             "name a run folder, for example runs/NAME; `ls runs` lists them.",
         )
     try:
         return RunPlan.model_validate_json(file.read_text(encoding="utf-8"))
     except (ValidationError, json.JSONDecodeError) as error:
-        found = _version_of(file)
         raise UserError(
-            f"{file} cannot be read as a plan of version {PLAN_VERSION} (it says version {found}).",
-            f"its form does not fit: {str(error).splitlines()[0]}",
+            f"{file} cannot be read as a plan of version {PLAN_VERSION} (its version is {_version_of(file)}).",
+            f"the file does not match the schema of a plan: {str(error).splitlines()[0]}",
             "train the recipe again under another name, or use the Packhorse version that wrote the run.",
         ) from error
 
@@ -168,3 +169,43 @@ def _version_of(file: Path) -> str:
         return str(json.loads(file.read_text(encoding="utf-8")).get("version", "none"))
     except (json.JSONDecodeError, AttributeError):
         return "none"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Field with different values in two plans.
+
+    Attributes:
+        field: Dotted name; fields of the recipe have no prefix.
+        before: Value in the first plan; None if the field is missing there.
+        after: Value in the second plan; None if the field is missing there.
+    """
+
+    field: str
+    before: Any
+    after: Any
+
+
+def differences(before: RunPlan, after: RunPlan) -> list[Difference]:
+    """Return the fields of recipe, topology, batch, data, engine, environment and launch that differ.
+
+    Reasons of decisions and predictions follow from these fields and are not compared.
+    """
+    old, new = (dict(_fields(plan)) for plan in (before, after))
+    names = dict.fromkeys((*old, *new))
+    return [Difference(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value that is not a mapping, with its dotted name."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _fields(plan: RunPlan) -> Iterator[tuple[str, Any]]:
+    values = plan.model_dump(exclude={"decisions", "predicted", "version"})
+    yield from leaves(values.pop("recipe"))
+    yield from leaves(values)

@@ -1,28 +1,117 @@
-"""From what the recipe and the command line ask for to which processes run where."""
+"""Devices of this machine, and the placement of processes that recipe and command line request."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from packhorse.errors import UserError
-from packhorse.plan.hardware import Hardware
-from packhorse.plan.run_plan import Decision, Topology
+from packhorse.plan.run_plan import Decision, Device, Topology
 from packhorse.recipe.schema import Engine, ParallelSection
 
 GPUS_PER_NODE = 8
 THREADS_PER_GPU = 8
-# So many processes may share the cores of any machine: a mesh is tried before it is paid for.
+# Number of processes that may share the cores of any machine, to try an engine before renting GPUs for it.
 TRIAL_PROCESSES = 4
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What the command line asks for.
+class Hardware:
+    """Devices of one machine.
 
     Attributes:
-        gpus: GPUs in all (`--gpus`), None to take what the recipe or the machine says.
-        nodes: Machines that share them (`--nodes`).
-        on_cpus: The machines have no GPUs; they share `parallel.processes`.
+        num_cores: CPU cores that this process may use.
+        gpus: Name of each visible NVIDIA GPU, in order.
+        host_bytes: Memory of the machine, or the limit of the control group of this process; None if not known.
+    """
+
+    num_cores: int
+    gpus: tuple[str, ...]
+    host_bytes: int | None = None
+
+    @property
+    def device(self) -> Device:
+        """Device for training: the GPUs if there are any."""
+        return "cuda" if self.gpus else "cpu"
+
+
+def detect_hardware() -> Hardware:
+    """Detect cores, memory and the GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide, without torch."""
+    cores = len(os.sched_getaffinity(0))
+    return Hardware(num_cores=cores, gpus=_visible(_installed_gpus()), host_bytes=host_memory())
+
+
+def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the bytes that this process may use: of the machine, or the limit of a container or a Slurm job.
+
+    Args:
+        proc: Folder of the proc file system.
+        groups: Folder of control groups, version 2 or 1.
+    """
+    try:
+        line = next(line for line in (proc / "meminfo").read_text(encoding="utf-8").splitlines() if "MemTotal" in line)
+    except (OSError, StopIteration):
+        return None
+    return min(int(line.split()[1]) * 1024, *_limits(proc, groups), 2**63)
+
+
+def _limits(proc: Path, groups: Path) -> Iterator[int]:
+    """Yield the memory limits of the control group of this process and of its parents."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        root, file = (groups / controllers, "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        inside = Path(path.lstrip("/"))
+        for group in (inside, *inside.parents):
+            try:
+                word = (root / group / file).read_text(encoding="utf-8").strip()
+            except OSError:
+                continue
+            if word.isdigit():
+                yield int(word)
+
+
+def _installed_gpus() -> tuple[str, ...]:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ()
+    query = [command, "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
+    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip()) if answer.returncode == 0 else ()
+
+
+def _visible(gpus: tuple[str, ...]) -> tuple[str, ...]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return gpus
+    # CUDA stops reading the list at the first entry that names no device.
+    chosen = []
+    for word in named.split(","):
+        if word.startswith("GPU-"):
+            chosen.append(word)
+        elif word.strip().isdigit() and int(word) < len(gpus):
+            chosen.append(gpus[int(word)])
+        else:
+            break
+    return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class DeviceRequest:
+    """Devices that the command line requests.
+
+    Attributes:
+        gpus: Total number of GPUs (`--gpus`); None to follow the recipe or the machine.
+        nodes: Number of machines that share them (`--nodes`).
+        on_cpus: Whether the machines have no GPUs and share `parallel.processes`.
     """
 
     gpus: int | None = None
@@ -30,59 +119,63 @@ class Ask:
     on_cpus: bool = False
 
 
-def choose_topology(parallel: ParallelSection, ask: Ask, here: Hardware) -> tuple[Topology, Decision]:
-    """Places processes on devices; says why.
+def choose_topology(parallel: ParallelSection, request: DeviceRequest, machine: Hardware) -> tuple[Topology, Decision]:
+    """Place processes on devices, and return the reason.
 
     Raises:
-        UserError: The GPUs asked for cannot be shared equally over the nodes, or the engine or the mesh that the recipe
-            asks for cannot be had with so many processes.
+        UserError: The nodes cannot share the GPUs equally, or the engine or the groups of the recipe do not fit this
+            number of processes.
     """
-    flat, decision = _place(parallel, ask, here)
+    flat, decision = _place(parallel, request, machine)
     return with_mesh(parallel, flat), decision
 
 
-def _place(parallel: ParallelSection, ask: Ask, here: Hardware) -> tuple[Topology, Decision]:
-    if ask.gpus is not None:
-        return _asked_gpus(parallel, ask.gpus, ask.nodes)
-    if ask.on_cpus:
-        return _asked_cpus(parallel, ask.nodes or 1, here)
-    if ask.nodes is not None:
-        if here.gpus or parallel.processes == "auto":
-            raise _no_gpus_asked(ask.nodes)
-        return _asked_cpus(parallel, ask.nodes, here)
-    wanted = parallel.processes
-    available = len(here.gpus) if here.gpus else here.num_cores
-    if wanted == "auto":
-        count = 1 if parallel.engine == "single" else len(here.gpus) or 1
-        reason = f"this machine has {len(here.gpus)} GPUs" + ("" if here.gpus else f" and {here.num_cores} CPU cores")
+def _place(parallel: ParallelSection, request: DeviceRequest, machine: Hardware) -> tuple[Topology, Decision]:
+    if request.gpus is not None:
+        return _on_gpus(parallel, request.gpus, request.nodes)
+    if request.on_cpus:
+        return _on_cpus(parallel, request.nodes or 1, machine)
+    if request.nodes is not None:
+        if machine.gpus or parallel.processes == "auto":
+            raise _missing_gpus(request.nodes)
+        return _on_cpus(parallel, request.nodes, machine)
+    return _on_this_machine(parallel, machine)
+
+
+def _on_this_machine(parallel: ParallelSection, machine: Hardware) -> tuple[Topology, Decision]:
+    available = len(machine.gpus) if machine.gpus else machine.num_cores
+    if parallel.processes == "auto":
+        count = 1 if parallel.engine == "single" else len(machine.gpus) or 1
+        cores = "" if machine.gpus else f" and {machine.num_cores} CPU cores"
+        reason = f"this machine has {len(machine.gpus)} GPUs{cores}"
     else:
-        count, reason = wanted, "parallel.processes of the recipe"
+        count, reason = parallel.processes, "parallel.processes of the recipe"
     topology = Topology(
-        device=here.device,
+        device=machine.device,
         engine=_engine(parallel),
         num_nodes=1,
         processes_per_node=count,
-        threads_per_process=max(1, here.num_cores // count),
+        threads_per_process=max(1, machine.num_cores // count),
     )
-    where = "GPUs" if here.gpus else "CPU cores"
+    where = "GPUs" if machine.gpus else "CPU cores"
     return topology, Decision(name="processes", value=str(count), reason=f"{reason} ({available} {where} here)")
 
 
-def _no_gpus_asked(nodes: int) -> UserError:
+def _missing_gpus(nodes: int) -> UserError:
     return UserError(
         f"--nodes is {nodes} and --gpus is not given.",
-        "GPUs are shared out over the nodes; without them the number of nodes would be ignored.",
+        "--nodes sets how many machines share the GPUs; without --gpus it would be ignored.",
         f"give both, for example --gpus {8 * nodes} --nodes {nodes}; for nodes without GPUs set "
         f"parallel.processes, for example to {nodes}.",
     )
 
 
 def _engine(parallel: ParallelSection) -> Engine:
-    assert parallel.engine != "auto", "auto is settled before processes are placed"
+    assert parallel.engine != "auto", "auto is resolved before processes are placed"
     return parallel.engine
 
 
-def _asked_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tuple[Topology, Decision]:
+def _on_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tuple[Topology, Decision]:
     if gpus < 1 or (nodes is not None and nodes < 1):
         raise UserError(
             f"--gpus is {gpus} and --nodes is {nodes if nodes is not None else 1}.",
@@ -106,12 +199,12 @@ def _asked_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tupl
     return topology, Decision(
         name="processes",
         value=str(gpus),
-        reason=f"--gpus {gpus}: {gpus // num_nodes} GPUs on each of {num_nodes} nodes, a process a GPU",
+        reason=f"--gpus {gpus}: {gpus // num_nodes} GPUs on each of {num_nodes} nodes, one process per GPU",
     )
 
 
-def _asked_cpus(parallel: ParallelSection, nodes: int, here: Hardware) -> tuple[Topology, Decision]:
-    """Machines without GPUs, each with the cores of `here`."""
+def _on_cpus(parallel: ParallelSection, nodes: int, machine: Hardware) -> tuple[Topology, Decision]:
+    """Place processes on nodes without GPUs, each with the cores of this machine."""
     count = nodes if parallel.processes == "auto" else parallel.processes
     if count % nodes:
         raise UserError(
@@ -124,29 +217,31 @@ def _asked_cpus(parallel: ParallelSection, nodes: int, here: Hardware) -> tuple[
         engine=_engine(parallel),
         num_nodes=nodes,
         processes_per_node=count // nodes,
-        threads_per_process=max(1, here.num_cores * nodes // count),
+        threads_per_process=max(1, machine.num_cores * nodes // count),
     )
-    shared = f"{count // nodes} on each of {nodes} nodes without GPUs"
-    return topology, Decision(name="processes", value=str(count), reason=shared)
+    reason = f"{count // nodes} on each of {nodes} nodes without GPUs"
+    return topology, Decision(name="processes", value=str(count), reason=reason)
 
 
 def with_mesh(parallel: ParallelSection, flat: Topology) -> Topology:
-    """Adds who shares a pack and who holds one copy of the weights together; ranks of a group are neighbours.
+    """Return the topology with groups that share a pack, and groups that shard one copy of the weights.
+
+    Ranks of a group are consecutive.
 
     Raises:
-        UserError: The processes do not fit the engine, or cannot be shared out into groups of that size.
+        UserError: The processes do not fit the engine, or cannot form groups of that size.
     """
     world, sequence = flat.world_size, parallel.sequence
     if parallel.engine == "single" and world > 1:
         raise UserError(
             f"parallel.engine is single, and the run has {world} processes.",
-            "single trains in one process; more would each train a model of their own.",
+            "single trains in one process; several would each train a separate model.",
             "set parallel.engine to ddp, or parallel.processes to 1.",
         )
     if world % sequence:
         raise UserError(
             f"parallel.sequence is {sequence}, which does not divide {_processes(world)}.",
-            "each pack is shared by a whole group of processes.",
+            "each group of processes shares one pack.",
             f"set parallel.sequence to {_nearest_divisors(world, sequence)},"
             f" or run {_nearest_multiples(world, sequence)} processes.",
         )
@@ -159,14 +254,14 @@ def _shard_group(parallel: ParallelSection, flat: Topology) -> int | None:
     size = parallel.shard_group or flat.processes_per_node
     if size == 1:
         raise UserError(
-            f"one copy of the weights under hsdp would be held by 1 of {_processes(flat.world_size)}.",
-            "a group of one shards nothing: that is what ddp does.",
-            "set parallel.engine to ddp, or parallel.shard_group (absent: the processes of a node) to 2 or more.",
+            f"under hsdp, 1 of {_processes(flat.world_size)} would hold one copy of the weights.",
+            "a group of one process shards nothing, as ddp does.",
+            "set parallel.engine to ddp, or parallel.shard_group (default: the processes of a node) to 2 or more.",
         )
     if flat.world_size % size:
         raise UserError(
             f"parallel.shard_group is {size}, which does not divide {_processes(flat.world_size)}.",
-            "each copy of the weights is held by a whole group of processes.",
+            "each group of processes holds one copy of the weights.",
             f"set parallel.shard_group to {_nearest_divisors(flat.world_size, size, least=2)},"
             f" or run {_nearest_multiples(flat.world_size, size)} processes.",
         )
@@ -188,20 +283,20 @@ def _nearest_multiples(world: int, size: int) -> str:
     return " or ".join(str(number) for number in (below, below + size) if number)
 
 
-def check_machine(topology: Topology, here: Hardware) -> None:
-    """Refuses a run that this machine has no devices for.
+def check_machine(topology: Topology, machine: Hardware) -> None:
+    """Refuse a run that needs more devices than this machine has.
 
     Raises:
-        UserError: More processes than GPUs or, where there is no GPU, than CPU cores and `TRIAL_PROCESSES`.
+        UserError: There are more processes than GPUs or, without GPUs, than CPU cores and `TRIAL_PROCESSES`.
     """
     on_gpus = topology.device == "cuda"
-    devices, unit = (len(here.gpus), "GPUs") if on_gpus else (here.num_cores, "CPU cores")
+    devices, unit = (len(machine.gpus), "GPUs") if on_gpus else (machine.num_cores, "CPU cores")
     available = devices if on_gpus else max(devices, TRIAL_PROCESSES)
     if topology.processes_per_node > available or topology.num_nodes > 1:
-        asked = _processes(topology.world_size) + (f" on {topology.num_nodes} nodes" * (topology.num_nodes > 1))
-        here_at_most = f"set parallel.processes to {available} or less" if available else "leave --gpus out"
+        needed = _processes(topology.world_size) + (f" on {topology.num_nodes} nodes" * (topology.num_nodes > 1))
+        fix = f"set parallel.processes to {available} or less" if available else "remove --gpus"
         raise UserError(
-            f"the run asks for {asked}, and this machine has {devices} {unit}.",
-            "each process needs a device of its own.",
-            f"{here_at_most}, or run where there are {topology.world_size} {unit}.",
+            f"the run needs {needed}, and this machine has {devices} {unit}.",
+            "each process needs a separate device.",
+            f"{fix}, or use machines with {topology.world_size} {unit}.",
         )

@@ -1,4 +1,4 @@
-"""The reference of every field, made from the schema, and a recipe in a few lines."""
+"""The reference page of all fields, generated from the schema, and the summary of a recipe."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import json
 from collections.abc import Iterator
 
 from packhorse.recipe.methods import LoraMethod
-from packhorse.recipe.schema import Recipe
-from packhorse.recipe.schema_view import JsonSchema, fields_of, recipe_schema, resolve, words_for
+from packhorse.recipe.schema import Recipe, recipe_view
 from packhorse.recipe.sweep import expand, is_sweep
+from packhorse.yaml_source.schema import JsonSchema, fields_of
 
 TABLE_HEAD = "| field | takes | default | meaning |\n|---|---|---|---|"
 
 
 def reference() -> str:
-    """Every field of a recipe as Markdown: a table for each section, in the order of the schema."""
-    return "\n".join(["# Recipe reference", "", *_section("recipe", recipe_schema())])
+    """Return every field of a recipe as Markdown: one table per section, in the order of the schema."""
+    return "\n".join(["# Recipe reference", "", *_section("recipe", recipe_view().root)])
 
 
 def summary(recipe: Recipe) -> list[tuple[str, str]]:
-    """What a recipe does, as label and text, for one screen."""
+    """Return what a recipe does as pairs of label and text, for one screen."""
     batch, optimizer, schedule = recipe.batch, recipe.optimizer, recipe.schedule
     warmup = f"{schedule.warmup_steps} steps" if schedule.warmup_steps else f"{schedule.warmup_ratio:.0%}"
     length = f"{recipe.steps:,} steps" if recipe.steps else f"{recipe.epochs} epochs"
@@ -42,7 +42,7 @@ def _model_words(recipe: Recipe) -> str:
     model = recipe.model
     if model.config is not None:
         return f"a fresh {model.config.get('model_type')}"
-    code = ", running Python code of its own (model.trust_remote_code)" if model.trust_remote_code else ""
+    code = ", running the model's Python code (model.trust_remote_code)" if model.trust_remote_code else ""
     return f"{model.id or model.path}" + (f" at {model.revision}" if model.revision else "") + code
 
 
@@ -65,17 +65,18 @@ def _section(title: str, schema: JsonSchema) -> Iterator[str]:
     required = schema.get("required", [])
     parts: list[tuple[str, JsonSchema]] = []
     for name, field in fields_of(schema).items():
-        full_schema = resolve(field)
-        below = list(_sections_of(name, field))
-        parts += below
-        yield _row(name, full_schema, _default(full_schema, name in required, bool(below)))
+        full_schema = recipe_view().resolve(field)
+        subsections = list(_sections_of(name, field))
+        parts += subsections
+        yield _row(name, full_schema, _default(full_schema, name in required, bool(subsections)))
     yield ""
     for name, part in parts:
         yield from _section(name if title == "recipe" else f"{title}.{name}", part)
 
 
 def _sections_of(name: str, field: JsonSchema) -> Iterator[tuple[str, JsonSchema]]:
-    """Sections that a field holds: itself, one for each kind, or the items of a list."""
+    """Yield the sections in a field: the field itself, one per kind of a union, or the items of a list."""
+    resolve = recipe_view().resolve
     if fields_of(resolve(field)):
         yield name, resolve(field)
     for kind, reference_name in field.get("discriminator", {}).get("mapping", {}).items():
@@ -85,7 +86,7 @@ def _sections_of(name: str, field: JsonSchema) -> Iterator[tuple[str, JsonSchema
 
 
 def _row(name: str, schema: JsonSchema, default: str) -> str:
-    cells = [f"`{name}`", words_for(schema), default, schema.get("description", "")]
+    cells = [f"`{name}`", recipe_view().words_for(schema), default, schema.get("description", "")]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 

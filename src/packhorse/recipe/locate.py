@@ -1,19 +1,17 @@
-"""From the text of a path in a recipe to the path: `${env:NAME}`, `~`, run folders."""
+"""Paths as a recipe writes them: `${env:NAME}`, `~` and run folders, resolved when they are used."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
-from typing import Final
 
 from packhorse.errors import UserError
-
-ENVIRONMENT_REFERENCE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+from packhorse.yaml_source.environment import ENVIRONMENT_REFERENCE
 
 
 def expand(text: str) -> str:
-    """Replace each `${env:NAME}` by the variable's value, at the point of use.
+    """Replace each `${env:NAME}` by the value of the variable.
 
     Raises:
         UserError: A variable is not set.
@@ -22,10 +20,10 @@ def expand(text: str) -> str:
 
 
 def path_of(text: str) -> Path:
-    """Return the path that a text means, with `${env:NAME}` and `~` expanded.
+    """Return the path that a text stands for, with `${env:NAME}` and `~` expanded.
 
     Raises:
-        UserError: A variable is not set, or `~name` names nobody.
+        UserError: A variable is not set, or `~name` names no user of this machine.
     """
     path = Path(expand(text))
     try:
@@ -33,20 +31,19 @@ def path_of(text: str) -> Path:
     except RuntimeError as error:
         raise UserError(
             f"{text} begins with {path.parts[0]}, and this machine has no home folder of that name.",
-            "a path that begins with ~ means somebody's home folder.",
+            "a path that begins with ~ is below a home folder.",
             f"write the whole path, or ./{text} for a file of that very name.",
         ) from error
 
 
 def locate(text: str, runs_folder: Path) -> Path:
-    """Return the path that a recipe means by `text`.
+    """Return the path that a recipe means by `text`, without opening it.
 
-    A relative path is relative to the current directory. A bare name that is not there and names a run in
-    `runs_folder` means that run. A run folder (it holds `plan.json`) means its `model` folder. Nothing is
-    opened: whoever reads the path says when it is missing.
+    A relative path is relative to the current folder. A bare name that does not exist there but names a run in
+    `runs_folder` means that run. A run folder (it contains `plan.json`) means its `model` folder.
 
     Raises:
-        UserError: As `path_of`.
+        UserError: A variable is not set, or `~name` names no user of this machine.
     """
     path = path_of(text)
     if not path.exists() and (runs_folder / path / "plan.json").is_file():
@@ -59,7 +56,7 @@ def _value(reference: re.Match[str]) -> str:
     if name not in os.environ:
         raise UserError(
             f"{reference.group(0)} is used, and the environment variable {name} is not set.",
-            "the recipe takes this value from the environment, so that it is never written down.",
-            f"export {name}=… before the command, or write the value in the recipe.",
+            "the recipe takes this value from the environment, so that no file contains it.",
+            f"run `export {name}=VALUE` before the command, or write the value in the recipe.",
         )
     return os.environ[name]

@@ -1,6 +1,6 @@
-"""What is trained: every weight, some of them, or an adapter beside frozen weights.
+"""The `method` section: full fine-tuning, partial fine-tuning, and adapters on frozen weights.
 
-Adapters are peft's, quantised storage is bitsandbytes'; the fields carry the names that the papers use.
+Adapters are peft's and quantised storage is bitsandbytes'; fields have the names of the papers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, PositiveInt
 
-from packhorse.recipe.section import Fraction, PositiveFloat, Section
+from packhorse.yaml_source.schema import Fraction, PositiveFloat, Section
 
 Initialization = Literal["default", "gaussian", "orthogonal", "olora", "pissa", "loftq"]
 
@@ -27,21 +27,21 @@ class PartialMethod(Section):
     trains_base: ClassVar[bool] = True
     kind: Literal["partial"] = "partial"
     last_layers: PositiveInt | None = None
-    """Train the last so many layers."""
+    """Train the last N layers."""
     train: list[str] = []
-    """Train also the weights whose names fit one of these patterns, such as `lm_head.*` or `*.mlp.*`."""
+    """Also train the weights whose names match one of these patterns, such as `lm_head.*` or `*.mlp.*`."""
     freeze: list[str] = []
-    """Freeze weights whose names fit one of these patterns; alone, all others are trained."""
+    """Freeze the weights whose names match one of these patterns; if given alone, all others are trained."""
 
 
 class Adapter(Section):
-    """What is trained stands beside frozen weights, and is kept alone."""
+    """Base of the adapter methods: the base weights are frozen, and only the adapter is trained and saved."""
 
     trains_base: ClassVar[bool] = False
 
 
 class LoraMethod(Adapter):
-    """Train low-rank adapters beside frozen weights (Hu et al. 2021, arXiv 2106.09685)."""
+    """Train low-rank adapters on frozen weights (Hu et al. 2021, arXiv 2106.09685)."""
 
     kind: Literal["lora"] = "lora"
     rank: PositiveInt = 32
@@ -51,43 +51,43 @@ class LoraMethod(Adapter):
     dropout: Fraction = 0.05
     """Dropout on the adapter's input."""
     target: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules that get an adapter: all linear layers but the output head, or names."""
+    """Modules that get an adapter: all linear layers except the output head, or a list of names."""
     experts: bool = False
-    """Adapters also on the experts of a mixture-of-experts model, which are no linear modules."""
+    """Also train adapters on the experts of a mixture-of-experts model, which are not linear modules."""
     rank_stabilized: bool = False
     """Scale by alpha / √rank, so that a high rank learns as well as a low one (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
-    """Train magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353): better at low rank, slower."""
+    """Train magnitude and direction separately (Liu et al. 2024, arXiv 2402.09353): better at low rank, slower."""
     learning_rate_ratio: PositiveFloat = 1.0
     """LoRA+: learning rate of the B matrices over that of the A matrices (Hayou et al. 2024, arXiv 2402.12354)."""
     initialization: Initialization = "default"
-    """Start of the adapters. `pissa`: from the largest singular values; `loftq`: so as to mend 4-bit weights."""
+    """Initial adapters. `pissa`: from the largest singular values; `loftq`: to compensate 4-bit quantisation."""
     train_also: list[str] = []
-    """Modules that are trained whole and kept with the adapter, such as `lm_head`."""
+    """Modules that are trained whole and saved with the adapter, such as `lm_head`."""
 
 
 class QloraMethod(LoraMethod):
-    """LoRA beside weights stored in 4 or 8 bits (Dettmers et al. 2023, arXiv 2305.14314)."""
+    """Train LoRA adapters on weights stored in 4 or 8 bits (Dettmers et al. 2023, arXiv 2305.14314)."""
 
     kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
-    """Type of the frozen weights; `int8` is LLM.int8() (arXiv 2208.07339) without its outlier columns."""
+    """Type of the frozen weights; `int8` is LLM.int8() (arXiv 2208.07339) without outlier columns."""
     double_quantization: bool = True
-    """Quantise the quantisation constants too: about 0.4 bits less per weight; of 4-bit types only."""
+    """Also quantise the quantisation constants: about 0.4 bits less per weight; for 4-bit types only."""
 
 
 class PromptTuningMethod(Adapter):
-    """Train embeddings that stand before each row (Lester et al. 2021, arXiv 2104.08691)."""
+    """Train embeddings that are put before each row (Lester et al. 2021, arXiv 2104.08691)."""
 
     kind: Literal["prompt_tuning"] = "prompt_tuning"
     virtual_tokens: PositiveInt = 20
     """Number of trained embeddings."""
     text: str | None = None
-    """Start from the embeddings of this text; absent, from those of words drawn from the vocabulary."""
+    """Text whose embeddings are the start; default: random words of the vocabulary."""
 
 
 class PrefixTuningMethod(Adapter):
-    """Train keys and values that stand before each row in every layer (Li and Liang 2021, arXiv 2101.00190)."""
+    """Train keys and values that are put before each row in every layer (Li and Liang 2021, arXiv 2101.00190)."""
 
     kind: Literal["prefix_tuning"] = "prefix_tuning"
     virtual_tokens: PositiveInt = 20
@@ -99,9 +99,9 @@ class Ia3Method(Adapter):
 
     kind: Literal["ia3"] = "ia3"
     target: Literal["auto"] | list[str] = "auto"
-    """Modules whose output is scaled, by name; `auto`: those that peft names for the architecture."""
+    """Names of the modules whose output is scaled; `auto`: the modules that peft lists for the architecture."""
     feedforward: list[str] = []
-    """Those of `target` whose input is scaled in place of their output."""
+    """Modules of `target` whose input is scaled instead of their output."""
 
 
 AdapterMethod = LoraMethod | QloraMethod | PromptTuningMethod | PrefixTuningMethod | Ia3Method

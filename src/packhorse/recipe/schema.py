@@ -1,16 +1,17 @@
-"""The recipe: what to learn, from what, how. Frozen, typed, complete; unknown keys are refused at every depth.
+"""The schema of a recipe: frozen and typed; unknown keys are refused at every depth.
 
-The string under each field documents it: `packhorse recipes reference` and docs/recipe.md are made from these.
+The string under each field documents it: `packhorse recipes reference` and docs/recipe.md are generated from these.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
 from packhorse.recipe.methods import LoraMethod, Method
-from packhorse.recipe.section import Fraction, Name, PositiveFloat, Section
+from packhorse.yaml_source.schema import Fraction, Name, PositiveFloat, SchemaView, Section
 
 Engine = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "fsdp2", "hsdp"]
 OptimizerName = Literal[
@@ -40,150 +41,150 @@ class ModelSection(Section):
     path: str | None = None
     """Local folder in Hugging Face form, or the folder of an earlier run of full fine-tuning."""
     config: dict[str, Any] | None = None
-    """A fresh model, randomly initialised: `model_type` and the fields of that type's configuration."""
+    """A fresh model with random weights: `model_type` and the fields of its configuration."""
     tokenizer: str | None = None
-    """Folder, hub name or `builtin:` name of the tokenizer; absent, the model's own."""
+    """Folder, hub name or `builtin:` name of the tokenizer; default: the tokenizer of the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """How weights are stored. `auto`: float32 where they are trained, bfloat16 where frozen and `precision` is bf16."""
+    """Stored type of the weights. `auto`: float32 if they are trained, bfloat16 if frozen and `precision` is bf16."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
-    """Attention kernel that keeps packed documents apart. `auto`: varlen on CUDA, else SDPA per document."""
+    """Attention kernel that separates packed documents. `auto`: varlen on CUDA, else SDPA per document."""
     new_tokens: list[str] = []
-    """Tokens that the tokenizer lacks, added to it; beside an adapter, only their own rows of the embedding train."""
+    """Tokens to add to the tokenizer; with an adapter, only their rows of the embedding are trained."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you have read that code."""
+    """Run Python code that comes with the model. Turn it on only after reading that code."""
 
 
 class Source(Section):
-    """Rows of one origin: exactly one of `path` and `id`."""
+    """Rows of one data set: exactly one of `path` and `id`."""
 
     path: str | None = None
-    """File, folder or glob (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also .gz and .zst) or `builtin:` name."""
+    """File, folder or glob (.jsonl, .json, .csv, .tsv, .parquet, .arrow, optionally .gz or .zst) or `builtin:` name."""
     id: str | None = None
     """Data set on the Hugging Face hub."""
     revision: str | None = None
     """Commit or tag of `id`."""
     subset: str | None = None
-    """Configuration of `id`, where it has several."""
+    """Configuration of `id`, if it has several."""
     split: str = "train"
     """Split of `id`."""
     format: Format = "auto"
-    """What the rows look like; `auto` finds it from the first rows' keys and says so."""
+    """Format of the rows; `auto` detects it from the keys of the first rows and reports it."""
     columns: dict[str, str] = {}
-    """Where a format's keys are called otherwise: `{messages: dialog, role: speaker, content: says}`."""
+    """Other names for the keys of the format: `{messages: dialog, role: speaker, content: says}`."""
     roles: dict[str, str] = {}
-    """Where roles are called otherwise: `{customer: user, agent: assistant}`."""
+    """Other names for the roles: `{customer: user, agent: assistant}`."""
     weight: PositiveFloat | None = None
-    """Share of this source in the rows that are used, relative to the other sources' weights; none is repeated."""
+    """Share of this source among the rows used, relative to the weights of other sources; no row is repeated."""
     rows: PositiveInt | None = None
-    """Rows used of this source, drawn by their content; absent, all."""
+    """Number of rows used, drawn by a hash of their content; default: all."""
 
 
 class RetainSource(Source):
-    """Rows of a skill that the model has already and must not lose."""
+    """Rows of a skill that the model already has and must not lose."""
 
     replay_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows of its train share that are trained on again, beside the new ones; 0: none."""
+    """Rows of its train split that are trained on again, in addition to the new rows; 0: none."""
 
 
 class SplitSection(Section):
-    """How rows are shared out: by a hash of their content, so the order of the file does not matter."""
+    """Split of the rows by a hash of their content, so that their order in the file does not matter."""
 
     train: Fraction | None = None
-    """Share that is trained on; without any share given, all three are chosen by the number of rows."""
+    """Share to train on; if no share is given, all three are chosen by the number of rows."""
     validation: Fraction | None = None
     """Share for evaluation during training and by `packhorse evaluate`."""
     test: Fraction | None = None
-    """Share that is set aside, sealed: only `packhorse evaluate --test` opens it, and each look is counted."""
+    """Share that is sealed: only `packhorse evaluate --test` reads it, and each reading is counted."""
     stratify: list[str] = []
-    """Row fields whose values keep the same shares on each side; `language` and `source` are known without a field."""
+    """Row fields whose values keep equal shares in each split; `language` and `source` are detected automatically."""
     group_by: str | None = None
-    """Row field whose equal values stay on one side, e.g. `conversation_id`."""
+    """Row field; rows with equal values stay in one split, e.g. `conversation_id`."""
     seed: int = 42
-    """Another seed gives another sharing out."""
+    """Another seed gives another split."""
 
 
 class DuplicatesSection(Section):
-    """Rows that say the same. Whatever is chosen, copies never stand on two sides of the split."""
+    """Duplicate rows. With every setting, copies never appear in two splits."""
 
     exact: Literal["keep", "drop"] = "keep"
-    """Rows of equal text: counted and kept, or all but one dropped."""
+    """Rows with equal text: keep them all, or drop all but one; they are counted."""
     near: Literal["keep", "drop", "ignore"] = "keep"
-    """Rows of nearly equal text: counted and kept on one side, all but one dropped, or not looked for."""
+    """Rows with nearly equal text: keep them in one split, drop all but one, or do not search for them."""
     threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
-    """Rows are near duplicates from this share of common 3-word shingles on (Jaccard, estimated by MinHash)."""
+    """Smallest share of common 3-word shingles of near duplicates (Jaccard index, estimated by MinHash)."""
 
 
 class DecontaminationSection(Section):
-    """Rows that hold what an evaluation asks."""
+    """Rows that contain text of an evaluation set."""
 
     against: Annotated[list[Source], Field(min_length=1)]
-    """Evaluation files."""
+    """Evaluation sets."""
     ngram: Annotated[int, Field(ge=3)] = 13
-    """A row is contaminated if it shares so many words in a row with one of theirs (Brown et al. 2020, app. C)."""
+    """Number of consecutive words that a contaminated row shares with an evaluation row (Brown et al. 2020, app. C)."""
     action: Literal["report", "drop"] = "report"
-    """Count these rows, or drop them."""
+    """Count contaminated rows, or drop them."""
 
 
 class TrainOnSection(Section):
-    """Which part of a chat is trained on."""
+    """Part of a chat that is trained on."""
 
     roles: Annotated[list[Literal["assistant", "user", "system", "tool"]], Field(min_length=1)] = ["assistant"]
-    """Whose turns."""
+    """Roles whose turns are trained on."""
     turns: Literal["all", "last"] = "all"
-    """Every turn of these roles, or the last one."""
+    """All turns of these roles, or the last one."""
     thinking: Literal["keep", "mask", "remove"] = "keep"
-    """What the assistant thinks (`<think>…</think>`, `reasoning_content`): trained on, only seen, or taken out."""
+    """Thinking of the assistant (`<think>…</think>`, `reasoning_content`): train on it, mask it, or remove it."""
 
 
 class DataSection(Section):
-    """Rows, their form, and how they become token ids."""
+    """Rows, their format, and how they become token ids."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
-    """Where rows come from."""
+    """Data sets to train on."""
     validation: list[Source] = []
-    """Validation rows kept elsewhere; then every row of `sources` is trained on and `split` is not used."""
+    """Separate validation rows; if given, every row of `sources` is trained on and `split` is not used."""
     split: SplitSection = SplitSection()
-    """Shares of train, validation and test."""
+    """Shares of train, validation and test rows."""
     retain: list[RetainSource] = []
-    """Old skills: their validation share is evaluated, to show what was forgotten, and `replay_rows` are trained on."""
+    """Old skills: their validation rows are evaluated to measure forgetting, and `replay_rows` are trained on."""
     template: str = "tokenizer"
     """`tokenizer` (its own), a file, or `chatml`, `qwen3`, `llama3`, `gemma`, `mistral`, `phi3`, `phi4`, `alpaca`."""
     train_on: TrainOnSection = TrainOnSection()
-    """Which part of a chat is trained on; of plain text, all is."""
+    """Part of a chat that is trained on; all plain text is trained on."""
     control_tokens: Literal["raise", "escape", "keep"] = "raise"
-    """Control tokens typed inside a row's text, such as `</s>`: refused, broken up by a space, or meant as such."""
+    """Control tokens in the text of a row, such as `</s>`: refuse them, break them up by a space, or keep them."""
     on_bad_row: Literal["raise", "drop"] = "raise"
-    """Rows that cannot be read as they were meant: refused, all at once, or dropped and counted."""
+    """Rows with mistakes: stop and report them all, or drop and count them."""
     most_bad_rows: Fraction = 0.01
-    """Largest share of bad rows that `on_bad_row: drop` takes."""
+    """Largest share of bad rows that `on_bad_row: drop` accepts."""
     fix_encoding: bool = False
-    """Mend text that was decoded wrongly, such as `Ã³` for `ó` (ftfy)."""
+    """Fix text that was decoded wrongly, such as `Ã³` for `ó` (ftfy)."""
     duplicates: DuplicatesSection = DuplicatesSection()
-    """Rows that say the same."""
+    """Duplicate rows."""
     decontaminate: DecontaminationSection | None = None
-    """Rows that hold what an evaluation asks."""
+    """Rows that contain text of an evaluation set."""
     over_long: Literal["raise", "drop", "truncate", "split"] = "raise"
-    """What happens to a row longer than `batch.length`; whatever happens is counted."""
+    """Action for a row longer than `batch.length`; such rows are counted."""
     packing: Literal["mixed", "best_fit", "in_order", "none"] = "mixed"
-    """`mixed`: packs are samples of the rows; `best_fit`: fewest packs; `in_order`: as in files; `none`: a row each."""
+    """`mixed`: random packs; `best_fit`: fewest packs; `in_order`: in file order; `none`: one row per pack."""
 
 
 class BatchSection(Section):
-    """The maths of a step; how devices share it is the plan's affair and never changes the result."""
+    """The maths of a step; the plan decides how devices share it, which never changes the result."""
 
     length: PositiveInt = 2048
     """Tokens in a pack (T)."""
     packs: PositiveInt = 16
     """Packs in one optimizer step, over all devices."""
     micro: PositiveInt | Literal["auto"] = "auto"
-    """Packs in one forward pass of one device: memory and speed, never the result; `auto`: the fastest that fit."""
+    """Packs in one forward pass of one device: changes memory and speed only; `auto`: the fastest that fits."""
 
 
 class OptimizerSection(Section):
-    """How gradients become steps; no decay on biases and norms."""
+    """Optimizer and its parameters; biases and norms have no weight decay."""
 
     name: OptimizerName = "adamw"
-    """AdamW (arXiv 1711.05101), its states in 8 bits or paged, Adafactor (1804.04235), Lion (2302.06675) or Muon."""
+    """AdamW (arXiv 1711.05101), also with 8-bit or paged states, Adafactor (1804.04235), Lion (2302.06675) or Muon."""
     learning_rate: PositiveFloat
     """Peak learning rate, reached after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
@@ -193,134 +194,134 @@ class OptimizerSection(Section):
     epsilon: PositiveFloat = 1e-8
     """Added to the denominator."""
     momentum: Fraction = 0.95
-    """Muon's, for the matrices of the layers; all other weights take AdamW's steps beside it."""
+    """Momentum of Muon, which steps the matrices of the layers; AdamW steps all other weights."""
     clip_norm: PositiveFloat | None = 1.0
-    """The gradient's global norm is scaled down to this; null: it is not."""
+    """Largest global norm of the gradient; larger gradients are scaled down; null: no clipping."""
     in_backward: bool = False
-    """Step each weight as soon as its gradient is there, so that no two gradients exist at once."""
+    """Step each weight as soon as its gradient is computed, so that gradients need less memory."""
 
 
 class ScheduleSection(Section):
     """Learning rate over the steps."""
 
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Course after the warm-up; `wsd`: constant, then down to the end (warmup-stable-decay, arXiv 2404.06395)."""
+    """Schedule after the warm-up; `wsd`: constant, then decay at the end (warmup-stable-decay, arXiv 2404.06395)."""
     decay_ratio: Fraction = 0.1
-    """Share of all steps over which `wsd` goes down."""
+    """Share of all steps in which `wsd` decays."""
     warmup_ratio: Fraction = 0.03
-    """Share of all steps over which the learning rate rises linearly from 0."""
+    """Share of all steps in which the learning rate rises linearly from 0."""
     warmup_steps: PositiveInt | None = None
-    """The same as a number of steps; takes the place of `warmup_ratio`."""
+    """Number of warm-up steps; replaces `warmup_ratio`."""
     final_ratio: Fraction = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Final learning rate as a share of the peak."""
 
 
 class ParallelSection(Section):
     """How devices share the work."""
 
     engine: Engine | Literal["auto"] = "ddp"
-    """Shards nothing (single, ddp), optimizer (zero1), gradients (zero2), weights (zero3, fsdp2); `auto`: the best."""
+    """Shards nothing (single, ddp), optimizer (zero1), gradients (zero2), weights (zero3, fsdp2); `auto`: fastest."""
     processes: PositiveInt | Literal["auto"] = "auto"
-    """Processes in all, one a GPU. `auto`: every GPU of this machine, or one process on the CPU."""
+    """Number of processes, one per GPU. `auto`: all GPUs of this machine, or one process on the CPU."""
     sequence: PositiveInt = 1
-    """Processes that share each pack, a part of its tokens each (Ulysses, arXiv 2309.14509): for a long T."""
+    """Processes that share the tokens of each pack (Ulysses, arXiv 2309.14509), for long packs."""
     shard_group: PositiveInt | None = None
-    """Processes that shard one copy of the weights under `hsdp`; absent, those of one node."""
+    """Processes that shard one copy of the weights under `hsdp`; default: the processes of one node."""
     nvme: str | None = None
-    """Folder on a fast local disk for what `zero3_nvme` keeps there."""
+    """Folder on a fast local disk for the weights and optimizer states of `zero3_nvme`."""
     checkpointing: bool | PositiveInt | Literal["auto"] = False
-    """Recompute activations: a third more compute, far less memory; n: every n-th layer; `auto`: where it must be."""
+    """Recompute activations: a third more compute, much less memory; N: every Nth layer; `auto`: only if needed."""
     offload_activations: bool = False
-    """Keep what is stored for the backward pass in host memory."""
+    """Keep the activations for the backward pass in host memory."""
 
 
 class EvaluationSection(Section):
-    """What is measured on held-out rows."""
+    """Measurements on held-out rows."""
 
     every_steps: PositiveInt | None = None
-    """Validation loss each so many steps; it is always measured before the first and after the last step."""
+    """Measure the validation loss every N steps; it is always measured before the first and after the last step."""
     exact_match_rows: Annotated[int, Field(ge=0)] = 200
-    """Rows answered greedily by base and tuned model in `packhorse evaluate`, per set; 0: none."""
+    """Rows per set that base and tuned model answer greedily in `packhorse evaluate`; 0: none."""
     max_new_tokens: PositiveInt = 256
-    """Longest answer generated."""
+    """Largest number of tokens in an answer."""
     group_by: str | None = None
-    """Row field that makes the lines of the evaluation table, e.g. `family`."""
+    """Row field whose values become the lines of the evaluation table, e.g. `family`."""
 
 
 class CheckpointSection(Section):
-    """What is kept so that a run can go on."""
+    """Checkpoints, from which a run resumes."""
 
     every_steps: PositiveInt | None = None
-    """A checkpoint each so many steps; one is always written at the end and on a request to stop."""
+    """Write a checkpoint every N steps; one is always written at the end and on a request to stop."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = True
-    """Keep the one with the lowest validation loss beside them."""
+    """Also keep the checkpoint with the lowest validation loss."""
     asynchronous: bool = True
-    """Write while training goes on; the step loop waits only for the copy to host memory."""
+    """Write in the background; the step loop waits only for the copy to host memory."""
     on_full: Literal["stop", "continue"] = "stop"
-    """Where the disk is full or refuses: end the run, or go on without this checkpoint; earlier ones stand."""
+    """If a checkpoint cannot be written: end the run, or continue without it; earlier ones are kept."""
 
 
 class RecoverySection(Section):
-    """What happens when something goes wrong."""
+    """Reaction to failures."""
 
     restarts: Annotated[int, Field(ge=0)] = 0
-    """How often a run that failed starts again by itself from its newest sound checkpoint."""
+    """How often a failed run restarts automatically from its newest complete checkpoint."""
     hang_seconds: PositiveInt = 600
-    """A rank that says nothing for so long, or all ranks in one phase for so long, is a hang and ends the attempt."""
+    """Time without a heartbeat of a rank, or with all ranks in one phase, after which the attempt is ended as hung."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is no number: end the run before the weights are touched, or leave the step out."""
+    """If a loss or gradient is NaN or Inf: end the run before the weights change, or skip the step."""
     most_left_out: Annotated[int, Field(ge=0)] = 10
-    """Steps that may be left out in all, by `on_nonfinite` and `on_spike`; one more ends the run."""
+    """Most steps that `on_nonfinite` and `on_spike` may skip in total; one more ends the run."""
     on_spike: Literal["ignore", "warn", "rewind"] = "warn"
-    """A loss far above the last ones: say so, or go back before it and leave its steps out."""
+    """If a loss is far above the recent ones: log a warning, or return to an earlier checkpoint and skip its steps."""
     spike_score: PositiveFloat = 8.0
-    """Robust z-score from which a loss is a spike: its distance from the window's median, in 1.4826 x MAD."""
+    """Robust z-score above which a loss is a spike: its distance from the median of the window, in 1.4826 x MAD."""
     spike_window: Annotated[int, Field(ge=8)] = 64
-    """Steps whose losses it is compared with."""
+    """Number of previous losses to compare with."""
     rewind_steps: PositiveInt = 5
-    """Steps that a rewind leaves out; the last of them is the spike's own."""
+    """Number of steps that a rewind skips; the last one is the step of the spike."""
     on_oom: Literal["stop", "shrink"] = "stop"
-    """Out of GPU memory: end the run, or go on with half of `batch.micro` in twice the passes: the same maths."""
+    """If GPU memory runs out: end the run, or resume with half of `batch.micro` in twice the passes (same maths)."""
 
 
 class TrackSection(Section):
-    """Where figures go, beside RUN/metrics.jsonl, which is always written."""
+    """Where metrics are logged, in addition to RUN/metrics.jsonl."""
 
     every_steps: PositiveInt = 1
-    """A line of figures each so many steps."""
+    """Log metrics every N steps."""
     noise_scale: bool = False
-    """Measure the gradient noise scale, which says how large a batch still helps (arXiv 1812.06162)."""
+    """Measure the gradient noise scale, which estimates the largest useful batch (arXiv 1812.06162)."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases; `auto`: online where a key is set, else offline in the run folder."""
+    """Weights & Biases; `auto`: online if a key is set, else offline in the run folder."""
     wandb_project: str = "packhorse"
-    """Project that the run appears in."""
+    """W&B project of the run."""
     tensorboard: bool = False
-    """TensorBoard event files in the run folder."""
+    """Write TensorBoard event files in the run folder."""
 
 
 class SweepSection(Section):
-    """Many runs of one recipe, as one job array: `packhorse submit` makes them. One of `grid` and `runs`."""
+    """Several runs of one recipe, submitted as one job array by `packhorse submit`. One of `grid` and `runs`."""
 
     grid: dict[str, Any] = {}
-    """Lists of values for dotted fields, e.g. `optimizer.learning_rate: [1e-4, 3e-4]`; a run for each combination."""
+    """Lists of values for dotted fields, e.g. `optimizer.learning_rate: [1e-4, 3e-4]`; one run per combination."""
     runs: list[dict[str, Any]] = []
-    """Runs one by one, each by the fields that set it apart, e.g. `{optimizer.learning_rate: 1e-4, seed: 1}`."""
+    """The changed fields of each run, e.g. `{optimizer.learning_rate: 1e-4, seed: 1}`."""
 
 
 class Recipe(Section):
-    """One training run, complete: the same recipe, data and seed give the same curve on any machine."""
+    """One complete training run: equal recipe, data and seed give the same curve on any machine."""
 
     name: Name
-    """Name of the run, and of its folder below `runs_folder`."""
+    """Name of the run and of its folder in `runs_folder`."""
     seed: int = 42
-    """Order of the packs, dropout, fresh weights."""
+    """Seed of the order of packs, of dropout and of fresh weights."""
     runs_folder: str = "runs"
-    """Folder of run folders and prepared data; on a cluster, one that all nodes see."""
+    """Folder of the run folders and prepared data; on a cluster, a folder that all nodes share."""
     model: ModelSection
     method: Method = LoraMethod()
-    """What is trained: `full`, `partial`, `lora`, `qlora`, `ia3`, `prompt_tuning`, `prefix_tuning`, and its fields."""
+    """Training method: `full`, `partial`, `lora`, `qlora`, `ia3`, `prompt_tuning`, `prefix_tuning`, and its fields."""
     data: DataSection
     batch: BatchSection = BatchSection()
     optimizer: OptimizerSection
@@ -330,9 +331,9 @@ class Recipe(Section):
     epochs: PositiveInt | None = None
     """Passes over the training rows; or give `steps`."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Arithmetic of the forward and backward pass; fp16 with a loss scaler."""
+    """Arithmetic of the forward and backward pass; fp16 uses a loss scaler."""
     tf32: bool = False
-    """Let fp32 matrix products of NVIDIA GPUs round their inputs to 10 bits (TF32): faster, not exact."""
+    """Round the inputs of fp32 matrix products on NVIDIA GPUs to 10 bits (TF32): faster, less exact."""
     parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -341,5 +342,11 @@ class Recipe(Section):
     sweep: SweepSection = SweepSection()
 
     def changed(self, section: str, **fields: Any) -> Recipe:  # noqa: ANN401
-        """The recipe with these fields of a section, which are checked neither by type nor by rule."""
+        """Return the recipe with these fields of a section, without any check of types or rules."""
         return self.model_copy(update={section: getattr(self, section).model_copy(update=fields)})
+
+
+@cache
+def recipe_view() -> SchemaView:
+    """Return the schema of a recipe for messages and the reference page."""
+    return SchemaView(Recipe, "the recipe", extra_keys=["extends"])

@@ -1,4 +1,4 @@
-"""Finds what travels with Packhorse: recipes, accelerate configs, the job script and the launched scripts."""
+"""Files shipped with Packhorse: recipes, accelerate configs, the job script and the launched scripts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class ShippedRecipe:
     """A recipe that comes with Packhorse.
 
     Attributes:
-        name: How to call it, e.g. `llama3.1-8b/lora`.
-        path: Its file.
-        title: Its first comment line.
-        gpus: What its comment says behind `GPUs:`.
-        command: What its comment says behind `Run:`.
+        name: Name on the command line, e.g. `llama3.1-8b/lora`.
+        path: File of the recipe.
+        title: First comment line.
+        gpus: Text of the comment line `GPUs:`.
+        command: Text of the comment line `Run:`.
     """
 
     name: str
@@ -34,13 +34,13 @@ class ShippedRecipe:
 
 
 def shipped_folder(kind: Kind) -> Path:
-    """The folder of one kind: inside an installed package, or at the top of a checkout."""
+    """Return the folder of one kind: inside an installed package, or at the top of a checkout."""
     installed = PACKAGE / "shipped" / kind
     return installed if installed.is_dir() else PACKAGE.parents[1] / kind
 
 
 def shipped_path(kind: Kind, name: str) -> Path:
-    """The file `name` of a kind, e.g. `("accelerate_configs", "ddp.yaml")`.
+    """Return the file `name` of a kind, e.g. `("accelerate_configs", "ddp.yaml")`.
 
     Raises:
         UserError: There is no such file.
@@ -52,28 +52,28 @@ def shipped_path(kind: Kind, name: str) -> Path:
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     raise UserError(
         f"Packhorse ships no {kind}/{name}.",
-        f"{folder} holds {', '.join(names) or 'nothing'}.",
-        _closest_or_first(name, names) or "install Packhorse anew: its files are missing.",
+        f"{folder} contains {', '.join(names) or 'nothing'}.",
+        _closest_or_first(name, names) or "reinstall Packhorse; its files are missing.",
     )
 
 
 def list_recipes() -> list[ShippedRecipe]:
-    """Every shipped recipe, by name."""
+    """Return every shipped recipe in the order of the names."""
     return [_describe(name, path) for name, path in _recipe_files().items()]
 
 
 def find_recipe(name: str) -> Path | None:
-    """The file of a shipped recipe, named with or without `.yaml`; None where there is none."""
+    """Return the file of a shipped recipe, named with or without `.yaml`; None if there is none."""
     return _recipe_files().get(name.removesuffix(".yaml").removeprefix("recipes/"))
 
 
 def copy_recipe(name: str, target: str | Path) -> Path:
-    """Copies a shipped recipe, comments and all, to a file of the user's.
+    """Copy a shipped recipe with its comments to a new file, and return the file.
 
     A shipped recipe extends others by their shipped names only, so the copy works in any folder.
 
     Raises:
-        UserError: No such recipe, or the target exists or cannot be written.
+        UserError: There is no such recipe, or the target exists or cannot be written.
     """
     source, path = find_recipe(name), Path(target)
     if source is None:
@@ -81,25 +81,25 @@ def copy_recipe(name: str, target: str | Path) -> Path:
     if path.is_dir():
         path = path / source.name
     if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists already.", "a copy would overwrite it.", "give another file name.")
+        raise UserError(f"{path} already exists.", "a copy would overwrite it.", "give another file name.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}.",
-            "the copy needs a place.",
+            "the recipe is copied to this file.",
             "give a file in a folder that you may write to.",
         ) from None
     return path
 
 
 def unknown_recipe(name: str) -> UserError:
-    """The error for a name that is neither a file nor a shipped recipe."""
+    """Return the error for a name that is neither a file nor a shipped recipe."""
     names = list(_recipe_files())
     return UserError(
         f"there is no file {name} and no shipped recipe of that name.",
-        f"shipped are {', '.join(names) or 'none'}.",
+        f"the shipped recipes are {', '.join(names) or 'none'}.",
         _closest_or_first(name.removesuffix(".yaml"), names) or "give the path of a recipe.",
     )
 

@@ -1,4 +1,4 @@
-"""A sweep: from one recipe and lists of values to many recipes, each a run of its own."""
+"""Sweeps: one recipe and lists of values become several recipes, one per run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from itertools import product
 from typing import Any
 
 from packhorse.errors import Mistake, UserError
-from packhorse.recipe.layers import FLOW_STARTS
 from packhorse.recipe.load import override_recipe
+from packhorse.recipe.rules.training import dotted_fields
 from packhorse.recipe.schema import Recipe, SweepSection
-from packhorse.recipe.sweep_rules import dotted_fields
 from packhorse.yaml_source.nodes import parse_scalar
+from packhorse.yaml_source.overrides import FLOW_STARTS
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        number: Counted from 1, in the order of the recipe; the last field of a grid changes fastest.
-        overrides: What sets it apart, as it would be typed.
-        recipe: Its own, complete, called NAME-NUMBER.
+        number: Number of the run from 1, in the order of the recipe; the last field of a grid changes fastest.
+        overrides: Overrides of this run, as typed on the command line.
+        recipe: Complete recipe of this run, with the name NAME-NUMBER.
     """
 
     number: int
@@ -33,43 +33,43 @@ class SweepRun:
 
 
 def is_sweep(recipe: Recipe) -> bool:
-    """Whether the recipe stands for more than one run."""
+    """Return whether the recipe has a sweep."""
     return bool(recipe.sweep.grid or recipe.sweep.runs)
 
 
 def num_runs(sweep: SweepSection) -> int:
-    """How many runs a sweep has."""
+    """Return the number of runs of a sweep."""
     return len(_choices(sweep))
 
 
 def expand(recipe: Recipe) -> list[SweepRun]:
-    """Every run of the sweep.
+    """Return every run of the sweep.
 
     Raises:
-        UserError: A value is none of its field, or values do not go together; told of all runs at once.
+        UserError: A value is wrong for its field, or values conflict; the mistakes of all runs are reported at once.
     """
     runs: list[SweepRun] = []
     mistakes: list[Mistake] = []
     for number, choice in enumerate(_choices(recipe.sweep), 1):
         overrides = tuple(f"{key}={as_typed(value)}" for key, value in choice.items())
         try:
-            own = override_recipe(recipe, ["sweep={}", f"name={recipe.name}-{number}", *overrides])
+            run_recipe = override_recipe(recipe, ["sweep={}", f"name={recipe.name}-{number}", *overrides])
         except UserError as error:
             mistakes.extend(error.mistakes)
         else:
-            runs.append(SweepRun(number, overrides, own))
+            runs.append(SweepRun(number, overrides, run_recipe))
     if mistakes:
-        # A value that several runs share is told once.
+        # A wrong value that several runs share is reported once.
         raise UserError.of(dict.fromkeys(mistakes))
     return runs
 
 
 def check_single(recipe: Recipe, file: str) -> None:
-    """Refuses a recipe of many runs where one is trained.
+    """Refuse a recipe with a sweep in a command that trains one run.
 
     Args:
-        recipe: As it was loaded.
-        file: As it was typed.
+        recipe: The loaded recipe.
+        file: Path or name of the recipe as typed.
 
     Raises:
         UserError: The recipe has a sweep.
@@ -79,14 +79,14 @@ def check_single(recipe: Recipe, file: str) -> None:
     first = expand(recipe)[0]
     alone = shlex.join(["packhorse", "train", file, "sweep={}", f"name={first.recipe.name}", *first.overrides])
     raise UserError(
-        f"{recipe.name} has a sweep of {num_runs(recipe.sweep)} runs, and one run is asked for.",
-        "each run of a sweep has a run folder and a job of its own.",
-        f"make them all with `packhorse submit {file}`, or one of them with `{alone}`.",
+        f"{recipe.name} has a sweep of {num_runs(recipe.sweep)} runs, and this command trains one run.",
+        "each run of a sweep has its own run folder and job.",
+        f"start all of them with `packhorse submit {file}`, or one with `{alone}`.",
     )
 
 
 def as_typed(value: Any) -> str:  # noqa: ANN401
-    """A value as an override takes it: text bare where that is read as the same text, else quoted."""
+    """Return a value in the form of an override: text bare if it is read as the same text, else quoted."""
     if isinstance(value, str) and value == value.strip() and not value.startswith(FLOW_STARTS):
         return value if parse_scalar(value) == value else json.dumps(value)
     return json.dumps(value, ensure_ascii=False)

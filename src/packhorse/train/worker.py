@@ -21,7 +21,7 @@ from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, UserError
 from packhorse.model.parameters import count_parameters, trained_kinds
 from packhorse.model.sequence import SequenceGroup, join_sequence_group
-from packhorse.plan.command import nvme_folder, on_this_machine
+from packhorse.plan.command import nvme_folder, with_local_nvme
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
 from packhorse.run_folder.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
@@ -89,7 +89,7 @@ def _headline(message: str) -> str:
 
 
 def _work(plan: RunPlan, attempt: Attempt) -> int:
-    plan = on_this_machine(plan)
+    plan = with_local_nvme(plan)
     attempt.pulse.phase("load")
     torch.set_num_threads(plan.topology.threads_per_process)
     set_matmul_precision(plan.recipe.tf32)

@@ -31,10 +31,9 @@ from packhorse.model.methods.attach import Start, attach
 from packhorse.model.units import units_of
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.trainable import count_parameters
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.methods import QloraMethod
 from packhorse.recipe.shipped import list_recipes
@@ -80,7 +79,7 @@ def own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(name: str, gpus: int) -> RunPlan:
-    return make_plan(load_recipe(name), Ask(gpus=gpus), Hardware(num_cores=2, gpus=()), None)
+    return make_plan(load_recipe(name), DeviceRequest(gpus=gpus), Hardware(num_cores=2, gpus=()), None)
 
 
 def bare(plan: RunPlan, device: str, **changed: int) -> PreTrainedModel:

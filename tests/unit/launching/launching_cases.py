@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.launching.local.processes import processes_of
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.folder import create_run
 from packhorse.run_folder.heartbeat import Heartbeat
@@ -47,7 +46,7 @@ def planned(folder: Path, **sections: Any) -> RunPlan:
         "recovery": {"hang_seconds": 60},
     }
     recipe = Recipe.model_validate(fields | sections)
-    plan = make_plan(recipe, Ask(), Hardware(num_cores=2, gpus=()), None).model_copy(update={"num_steps": 40})
+    plan = make_plan(recipe, DeviceRequest(), Hardware(num_cores=2, gpus=()), None).model_copy(update={"num_steps": 40})
     create_run(plan, {})
     return plan
 

@@ -13,10 +13,9 @@ from packhorse.launching import preflight
 from packhorse.launching.preflight import check_disk
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.parameters import read_shape
-from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, detect_hardware
 from packhorse.recipe.schema import Recipe
 from saving_cases import DATA, Trainer, make_run, save_at
 from tiny import TINY
@@ -27,7 +26,7 @@ LLAMA = {**TINY["model"]["config"], "vocab_size": 512}
 def plan_of(folder: Path, **sections: Any) -> RunPlan:
     model = {"config": LLAMA, "tokenizer": "builtin:tokenizer"}
     fields = {**TINY, "runs_folder": str(folder), "model": model, "steps": 10, **sections}
-    return make_plan(Recipe.model_validate(fields), Ask(None), detect_hardware(), DATA)
+    return make_plan(Recipe.model_validate(fields), DeviceRequest(None), detect_hardware(), DATA)
 
 
 def room_of(plan: RunPlan) -> CheckpointRoom:

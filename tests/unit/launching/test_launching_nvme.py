@@ -10,11 +10,10 @@ import pytest
 
 from packhorse.errors import UserError
 from packhorse.launching.preflight import check_nvme, check_resumable
-from packhorse.plan.command import on_this_machine
-from packhorse.plan.hardware import Hardware
+from packhorse.plan.command import with_local_nvme
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.checkpoints.manifest import RunFacts, write_manifest
 
@@ -30,7 +29,7 @@ def plan(nvme: Path, model: str = "meta-llama/Llama-3.1-8B-Instruct") -> RunPlan
         "steps": 9,
         "parallel": {"engine": "zero3_nvme", "nvme": str(nvme)},
     }
-    return make_plan(Recipe.model_validate(fields), Ask(gpus=8), Hardware(num_cores=4, gpus=()), None)
+    return make_plan(Recipe.model_validate(fields), DeviceRequest(gpus=8), Hardware(num_cores=4, gpus=()), None)
 
 
 def test_a_buffer_holds_a_ranks_part_of_the_largest_weight(tmp_path: Path) -> None:
@@ -74,7 +73,7 @@ def test_the_folder_may_be_named_by_the_environment_of_each_node(
     made = plan(Path("${env:LOCAL_DISK}"))
     assert "${env:LOCAL_DISK}" in made.model_dump_json()
     monkeypatch.setenv("LOCAL_DISK", str(tmp_path))
-    here = on_this_machine(made).deepspeed
+    here = with_local_nvme(made).deepspeed
     assert here is not None
     assert here["zero_optimization"]["offload_param"]["nvme_path"] == f"{tmp_path}/packhorse-r"
     monkeypatch.delenv("LOCAL_DISK")

@@ -158,7 +158,7 @@ def test_out_of_memory_shrinks_the_passes_until_they_hold_one_pack(scripted, pla
     assert [(each.batch.micro_packs, each.batch.accumulation_steps) for each in script.plans] == [(2, 2), (1, 4)]
     assert read_plan(script.folder).batch.micro_packs == 1
     assert (script.folder / "plan-1.json").is_file()
-    assert "1 packs a pass, 4 passes a step" in script.lines[0]
+    assert "1 packs per pass, 4 passes per step" in script.lines[0]
 
 
 def test_ranks_that_a_dead_launcher_left_are_ended_first(scripted, plan: RunPlan, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from packhorse.cli.main import main
 from packhorse.errors import UserError
 from packhorse.launching.slurm import site_probe
 from packhorse.launching.slurm.client import NoSlurmError
-from packhorse.launching.slurm.site_load import load_site
+from packhorse.launching.slurm.site import load_site
 
 GPU = {"CPUTot": "128", "RealMemory": "1031000", "Gres": "gpu:a100:8(S:0-1)", "AvailableFeatures": "a100,ib"}
 CPU = {"CPUTot": "4", "RealMemory": "9000", "Gres": "(null)", "AvailableFeatures": "(null)"}

@@ -21,8 +21,7 @@ from packhorse.launching.slurm.script import (
     train_request,
     train_script,
 )
-from packhorse.launching.slurm.site import SiteProfile
-from packhorse.launching.slurm.site_load import load_site, shipped_sites
+from packhorse.launching.slurm.site import SiteProfile, load_site, shipped_sites
 
 LOGS = Path("/shared/runs/first/logs")
 NASTY = [

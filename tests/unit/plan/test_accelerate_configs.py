@@ -1,4 +1,4 @@
-"""The shipped configurations as accelerate itself reads them, and the plan's words beside them."""
+"""The shipped configurations as accelerate reads them, and the options that the plan adds."""
 
 from __future__ import annotations
 

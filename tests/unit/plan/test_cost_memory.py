@@ -18,10 +18,9 @@ from packhorse.estimate.storage import StorageEstimate, estimate_storage
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.parameters import Shape, list_parameters, read_shape
 from packhorse.model_spec.trainable import count_parameters
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.shipped import list_recipes
@@ -47,7 +46,7 @@ def planned(
         "parallel": parallel,
         **more,
     }
-    return make_plan(Recipe.model_validate(fields), Ask(gpus=gpus, nodes=nodes), LAPTOP, None)
+    return make_plan(Recipe.model_validate(fields), DeviceRequest(gpus=gpus, nodes=nodes), LAPTOP, None)
 
 
 def shape_of(plan: RunPlan) -> Shape:
@@ -271,7 +270,7 @@ def test_whole_weights_are_never_loaded_where_they_are_cut() -> None:
 @pytest.mark.parametrize("name", [recipe.name for recipe in list_recipes() if "quickstart" not in recipe.name])
 def test_every_shipped_recipe_is_estimated_and_every_component_says_why(name: str) -> None:
     recipe = load_recipe(name)
-    plan = make_plan(recipe, Ask(gpus=8), LAPTOP, None)
+    plan = make_plan(recipe, DeviceRequest(gpus=8), LAPTOP, None)
     shape = shape_of(plan)
     counts = count_parameters(find_configuration(recipe), recipe.method)
     held = held_weights(plan, shape)

@@ -12,9 +12,8 @@ from packhorse.estimate.memory import MemoryEstimate, estimate_memory
 from packhorse.estimate.packs import PackFigures
 from packhorse.model_spec.configuration import published
 from packhorse.model_spec.parameters import read_shape
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 
 PAGE = Path(__file__).parents[3] / "docs" / "plan.md"
@@ -45,7 +44,7 @@ class Row:
                 "parallel": {"engine": "single", "checkpointing": True},
             }
         )
-        plan = make_plan(recipe, Ask(1), Hardware(2, ()), None)
+        plan = make_plan(recipe, DeviceRequest(1), Hardware(2, ()), None)
         shape = read_shape(config)
         assert shape is not None
         estimate = estimate_memory(plan, shape, PackFigures.full(2048))

@@ -19,9 +19,8 @@ from packhorse.estimate.speed import (
 )
 from packhorse.model_spec.configuration import find_configuration, published
 from packhorse.model_spec.parameters import list_parameters, read_shape
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.shipped import list_recipes
@@ -49,7 +48,7 @@ def estimate(method: Any = "full", count: int = 8, packs: int = 32, **more: Any)
             "parallel": {key: more.pop(key) for key in list(more) if key in PARALLEL},
         }
     )
-    plan = make_plan(recipe, Ask(count, more.pop("nodes", None)), Hardware(2, ()), None)
+    plan = make_plan(recipe, DeviceRequest(count, more.pop("nodes", None)), Hardware(2, ()), None)
     packs_of = more.pop("figures", PackFigures.full(length))
     assert SHAPE is not None
     found = estimate_speed(plan, SHAPE, packs_of, find_gpu(more.pop("gpu", "H100")), **more)
@@ -139,7 +138,7 @@ def test_parts_add_up_and_speed_follows() -> None:
 
 def test_steps_that_are_not_known_yet_cost_nothing_yet() -> None:
     recipe = load_recipe("llama3.1-8b/lora", [], check_environment=False)
-    plan = make_plan(recipe, Ask(8), Hardware(2, ()), None)
+    plan = make_plan(recipe, DeviceRequest(8), Hardware(2, ()), None)
     assert SHAPE is not None
     found = estimate_speed(plan, SHAPE, PackFigures.full(4096), find_gpu("H100"), price_per_gpu_hour=2.0)
     assert found is not None
@@ -218,7 +217,7 @@ def test_a_small_model_waits_for_python() -> None:
     shape = read_shape(small)
     assert shape is not None
     recipe = load_recipe("llama3.1-8b/lora", ["parallel.engine=single"], check_environment=False)
-    plan = make_plan(recipe, Ask(1), Hardware(2, ()), None)
+    plan = make_plan(recipe, DeviceRequest(1), Hardware(2, ()), None)
     found = estimate_speed(plan, shape, PackFigures.full(4096), find_gpu("H100"))
     assert found is not None
     assert seconds(found, "launches") > 0.2 * found.step_seconds
@@ -252,7 +251,7 @@ def test_every_shipped_recipe_has_an_estimate(name: str) -> None:
     recipe = load_recipe(name, [], check_environment=False)
     shape = read_shape(find_configuration(recipe))
     assert shape is not None
-    plan = make_plan(recipe, Ask(8), Hardware(2, ()), None)
+    plan = make_plan(recipe, DeviceRequest(8), Hardware(2, ()), None)
     start = time.process_time()
     found = estimate_speed(plan, shape, PackFigures.full(recipe.batch.length), find_gpu("H100"))
     assert time.process_time() - start < 0.2  # a table of all choices asks for some hundred

@@ -20,9 +20,8 @@ from packhorse.model.attention import register_attention
 from packhorse.model.methods.attach import Start, attach
 from packhorse.model_spec.configuration import published
 from packhorse.model_spec.parameters import read_shape
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.train.engine.activation_checkpointing import apply_checkpointing
 from packhorse.train.objectives.forward import micro_batch_loss
@@ -82,7 +81,7 @@ def plan_of(model: dict[str, Any], method: Any, **parallel: Any) -> Any:
             "parallel": {"engine": "single", **parallel},
         }
     )
-    return make_plan(recipe, Ask(), Hardware(2, ()), None)
+    return make_plan(recipe, DeviceRequest(), Hardware(2, ()), None)
 
 
 def counted(model: dict[str, Any], method: Any, **parallel: Any) -> tuple[float, PassWork]:

@@ -93,13 +93,13 @@ def test_a_file_of_ones_own_adds_and_replaces(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("Mine:\n  memory_mib: 100\n", "wrong bf16_tflops"),
-        ("Mine:\n  extends: H100-80GB\n  memory: 100\n", "wrong memory"),
-        ("Mine:\n  extends: H100-80GB\n  matmul_share: 80\n", "wrong matmul_share"),
+        ("Mine:\n  memory_mib: 100\n", "Mine.bf16_tflops is missing"),
+        ("Mine:\n  extends: H100-80GB\n  memory: 100\n", "Mine.memory is not a field of a GPU profile"),
+        ("Mine:\n  extends: H100-80GB\n  matmul_share: 80\n", "Mine.matmul_share is 80"),
         ("Mine:\n  extends: Yours\n", "extends 'Yours'"),
         ("Mine:\n  extends: Mine\n", "extends 'Mine'"),
-        ("- Mine\n", "not a table"),
-        ("Mine: [\n", "cannot be read"),
+        ("- Mine\n", "contains a list"),
+        ("Mine: [\n", "not YAML"),
     ],
 )
 def test_a_wrong_file_of_ones_own_is_told(text: str, said: str) -> None:

@@ -15,9 +15,8 @@ from packhorse.estimate.search.scaling import scale
 from packhorse.estimate.speed import PUBLISHED, SpeedEstimate, estimate_speed
 from packhorse.model_spec.configuration import find_configuration, published
 from packhorse.model_spec.parameters import read_shape
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
 
@@ -76,7 +75,7 @@ class Row:
                 "parallel": {"engine": self.engine, "checkpointing": self.checkpointing},
             }
         )
-        plan = make_plan(recipe, Ask(self.count), Hardware(2, ()), None)
+        plan = make_plan(recipe, DeviceRequest(self.count), Hardware(2, ()), None)
         shape = read_shape(recipe.model.config)
         assert shape is not None
         gpu = find_gpu(self.gpu).model_copy(update=self.other_gpu)

@@ -21,9 +21,8 @@ from packhorse.estimate.traffic import pass_traffic
 from packhorse.model.attention import register_attention
 from packhorse.model.methods.attach import Start, attach
 from packhorse.model_spec.parameters import read_shape
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.train.objectives.forward import micro_batch_loss
 from packhorse.train.objectives.token_loss import install_loss_head
@@ -87,7 +86,7 @@ def moved(family: str, method: Any, engine: str) -> tuple[tuple[int, int], tuple
             "parallel": {"engine": engine},
         }
     )
-    plan = make_plan(recipe, Ask(1), Hardware(2, ()), None)
+    plan = make_plan(recipe, DeviceRequest(1), Hardware(2, ()), None)
     shape = read_shape(model)
     assert shape is not None
     work, held = pass_work(plan, shape, PackFigures.full(TOKENS)), held_weights(plan, shape)

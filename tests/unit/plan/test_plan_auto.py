@@ -21,12 +21,10 @@ from packhorse.estimate.verdict import check_memory
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.compatibility import ENGINES
-from packhorse.plan.difference import Difference, differences
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.replan import replan, with_smaller_micro
-from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.run_plan import Difference, RunPlan, differences
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe, override_recipe
 from packhorse.recipe.schema import Recipe
 
@@ -49,7 +47,7 @@ def basis_for(recipe: Recipe, gpu: str, **more: Any) -> Basis:
 
 def asked(name: str, gpus: int, gpu: str, words: list[str] | None = None) -> tuple[Wanted, Basis]:
     recipe = load_recipe(name, words or [])
-    return Wanted(recipe, Ask(gpus), LAPTOP, None), basis_for(recipe, gpu)
+    return Wanted(recipe, DeviceRequest(gpus), LAPTOP, None), basis_for(recipe, gpu)
 
 
 @cache
@@ -67,7 +65,7 @@ def retyped(wanted: Wanted, basis: Basis, words: str) -> Case:
     """What a user gets who types the words of a change behind the same command."""
     flags, ask = words.split(), wanted.ask
     if flags[0] == "--gpus":
-        ask = Ask(int(flags[1].split("x")[0]))
+        ask = DeviceRequest(int(flags[1].split("x")[0]))
         flags = flags[3:]
     recipe = override_recipe(wanted.recipe, flags) if flags else wanted.recipe
     changed = Wanted(recipe, ask, wanted.here, wanted.data)
@@ -206,14 +204,14 @@ def test_a_host_that_is_too_small_is_refused_with_both_figures() -> None:
 
 def test_on_a_cpu_auto_is_plain() -> None:
     recipe = load_recipe("quickstart/full", AUTO)
-    made = make_plan(recipe, Ask(), LAPTOP, None)
+    made = make_plan(recipe, DeviceRequest(), LAPTOP, None)
     assert (made.topology.engine, made.recipe.parallel.checkpointing) == ("ddp", False)
     assert (made.chosen("parallel.engine"), made.chosen("parallel.checkpointing")) == ("ddp", "false")
 
 
 def test_auto_for_an_unknown_card_is_refused() -> None:
     with pytest.raises(UserError, match=r"parallel.engine is auto, .* is not known") as caught:
-        plan_best(Wanted(load_recipe("llama3.1-8b/lora", AUTO[:1]), Ask(8), LAPTOP, None), None)
+        plan_best(Wanted(load_recipe("llama3.1-8b/lora", AUTO[:1]), DeviceRequest(8), LAPTOP, None), None)
     assert "--gpus 8xH100-80GB" in caught.value.mistakes[0].fix
 
 
@@ -297,7 +295,7 @@ def test_the_least_hardware_is_the_least() -> None:
         assert least.way is not None
         assert least.way.case is not None
         assert least.way.case.margin >= MARGIN
-        fewer = Wanted(wanted.recipe, Ask(least.count // 2), LAPTOP, None)
+        fewer = Wanted(wanted.recipe, DeviceRequest(least.count // 2), LAPTOP, None)
         held = [way for way in every_way(fewer, basis_for(wanted.recipe, least.gpu.name)) if way.case is not None]
         assert not any(
             way.case.margin >= MARGIN for way in held if way.case is not None and way.engine not in (*LAST, *BY_NAME)
@@ -340,7 +338,7 @@ def test_passes_that_fit_are_kept_when_the_run_goes_on() -> None:
     before: RunPlan = case.plan
     assert before.batch.micro_packs < 8, "the rule of thumb takes 8 x 512 tokens"
     here = Hardware(num_cores=8, gpus=("NVIDIA GeForce RTX 4090",) * 4)
-    for ask, overrides in ((Ask(), ["track.every_steps=7"]), (Ask(4), [])):
+    for ask, overrides in ((DeviceRequest(), ["track.every_steps=7"]), (DeviceRequest(4), [])):
         after = replan(before, overrides, ask, here, attempt=1)
         assert after.batch.micro_packs == before.batch.micro_packs
         assert after.predicted is None, "what was predicted of another plan is not said of this one"

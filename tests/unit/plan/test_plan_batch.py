@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.plan.batch import choose_batch
-from packhorse.plan.hardware import Hardware
-from packhorse.plan.topology import Ask, check_machine, choose_topology
+from packhorse.plan.batch import split_batch
+from packhorse.plan.topology import DeviceRequest, Hardware, check_machine, choose_topology
 from packhorse.recipe.schema import BatchSection, ParallelSection
 
 LAPTOP = Hardware(num_cores=4, gpus=())
@@ -27,7 +26,7 @@ BOX = Hardware(num_cores=96, gpus=("H100",) * 8)
 def test_ranks_times_passes_times_micro_is_the_step(
     packs: int, length: int, micro: int | str, world: int, expected: tuple[int, int]
 ) -> None:
-    split, decision = choose_batch(BatchSection(packs=packs, length=length, micro=micro), world)
+    split, decision = split_batch(BatchSection(packs=packs, length=length, micro=micro), world)
     assert (split.micro_packs, split.accumulation_steps) == expected
     assert world * split.accumulation_steps * split.micro_packs == packs
     assert decision.reason
@@ -35,32 +34,32 @@ def test_ranks_times_passes_times_micro_is_the_step(
 
 def test_packs_that_ranks_cannot_share_are_refused_with_the_nearest_counts() -> None:
     with pytest.raises(UserError) as caught:
-        choose_batch(BatchSection(packs=100), 16)
-    said = str(caught.value)
-    assert "batch.packs is 100, which 16 processes cannot share equally." in said
-    assert "set batch.packs to 96 or 112" in said
+        split_batch(BatchSection(packs=100), 16)
+    message = str(caught.value)
+    assert "batch.packs is 100, which 16 processes cannot share equally." in message
+    assert "set batch.packs to 96 or 112" in message
 
 
 def test_a_micro_that_does_not_divide_a_share_is_refused() -> None:
     with pytest.raises(UserError, match="does not divide the 8 packs of each process") as caught:
-        choose_batch(BatchSection(packs=16, micro=16), 2)
+        split_batch(BatchSection(packs=16, micro=16), 2)
     assert "set batch.micro to 8" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("here", "ask", "processes", "expected"),
     [
-        (LAPTOP, Ask(), "auto", ("cpu", 1, 1, 4)),
-        (LAPTOP, Ask(), 2, ("cpu", 1, 2, 2)),
-        (BOX, Ask(), "auto", ("cuda", 1, 8, 12)),
-        (LAPTOP, Ask(gpus=64), "auto", ("cuda", 8, 8, 8)),
-        (LAPTOP, Ask(gpus=16, nodes=4), "auto", ("cuda", 4, 4, 8)),
-        (LAPTOP, Ask(gpus=2), 8, ("cuda", 1, 2, 8)),
+        (LAPTOP, DeviceRequest(), "auto", ("cpu", 1, 1, 4)),
+        (LAPTOP, DeviceRequest(), 2, ("cpu", 1, 2, 2)),
+        (BOX, DeviceRequest(), "auto", ("cuda", 1, 8, 12)),
+        (LAPTOP, DeviceRequest(gpus=64), "auto", ("cuda", 8, 8, 8)),
+        (LAPTOP, DeviceRequest(gpus=16, nodes=4), "auto", ("cuda", 4, 4, 8)),
+        (LAPTOP, DeviceRequest(gpus=2), 8, ("cuda", 1, 2, 8)),
     ],
     ids=["laptop", "two processes", "box", "64 GPUs", "16 GPUs on 4 nodes", "flag before recipe"],
 )
 def test_processes_are_placed(
-    here: Hardware, ask: Ask, processes: int | str, expected: tuple[str, int, int, int]
+    here: Hardware, ask: DeviceRequest, processes: int | str, expected: tuple[str, int, int, int]
 ) -> None:
     topology, decision = choose_topology(ParallelSection(processes=processes), ask, here)
     found = (topology.device, topology.num_nodes, topology.processes_per_node, topology.threads_per_process)
@@ -71,15 +70,15 @@ def test_processes_are_placed(
 
 def test_gpus_that_nodes_cannot_share_are_refused() -> None:
     with pytest.raises(UserError, match="--gpus is 10, which 4 nodes cannot share equally"):
-        choose_topology(ParallelSection(), Ask(gpus=10, nodes=4), LAPTOP)
+        choose_topology(ParallelSection(), DeviceRequest(gpus=10, nodes=4), LAPTOP)
 
 
 @pytest.mark.parametrize(
     ("ask", "processes", "fix"),
-    [(Ask(gpus=2), "auto", "leave --gpus out"), (Ask(), 5, "parallel.processes to 4")],
+    [(DeviceRequest(gpus=2), "auto", "remove --gpus"), (DeviceRequest(), 5, "parallel.processes to 4")],
     ids=["GPUs without one", "too many processes"],
 )
-def test_more_than_the_machine_has_is_refused(ask: Ask, processes: int | str, fix: str) -> None:
+def test_more_than_the_machine_has_is_refused(ask: DeviceRequest, processes: int | str, fix: str) -> None:
     topology, _ = choose_topology(ParallelSection(processes=processes), ask, LAPTOP)
     with pytest.raises(UserError) as caught:
         check_machine(topology, LAPTOP)
@@ -88,12 +87,12 @@ def test_more_than_the_machine_has_is_refused(ask: Ask, processes: int | str, fi
 
 def test_nodes_without_gpus_are_refused_where_nobody_says_how_many_processes_they_run() -> None:
     with pytest.raises(UserError, match="--nodes is 2 and --gpus is not given"):
-        choose_topology(ParallelSection(), Ask(nodes=2), LAPTOP)
+        choose_topology(ParallelSection(), DeviceRequest(nodes=2), LAPTOP)
 
 
 def test_nodes_without_gpus_share_the_processes_of_the_recipe() -> None:
-    topology, said = choose_topology(ParallelSection(processes=4, engine="ddp"), Ask(nodes=2), LAPTOP)
+    topology, decision = choose_topology(ParallelSection(processes=4, engine="ddp"), DeviceRequest(nodes=2), LAPTOP)
     assert (topology.device, topology.num_nodes, topology.processes_per_node) == ("cpu", 2, 2)
-    assert "2 nodes" in said.reason
+    assert "2 nodes" in decision.reason
     with pytest.raises(UserError, match="parallel.processes is 5, which 2 nodes cannot share"):
-        choose_topology(ParallelSection(processes=5, engine="ddp"), Ask(nodes=2), LAPTOP)
+        choose_topology(ParallelSection(processes=5, engine="ddp"), DeviceRequest(nodes=2), LAPTOP)

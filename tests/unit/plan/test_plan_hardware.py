@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.plan.hardware import host_memory
+from packhorse.plan.topology import host_memory
 
 MACHINE = 64 * 2**20 * 1024
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from packhorse.plan.hardware import Hardware
-from packhorse.plan.less_memory import less_memory, smaller_micro
+from packhorse.plan.batch import smaller_micro, suggest_less_memory
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 
 BOX = Hardware(num_cores=96, gpus=("H100",) * 8)
@@ -25,12 +24,12 @@ RECIPE: dict[str, Any] = {
 
 
 def plan(gpus: int = 8, **sections: Any) -> RunPlan:
-    return make_plan(Recipe.model_validate(RECIPE | sections), Ask(gpus=gpus), BOX, None)
+    return make_plan(Recipe.model_validate(RECIPE | sections), DeviceRequest(gpus=gpus), BOX, None)
 
 
 CHECKPOINTED = {"checkpointing": True}
 CASES = {
-    "smaller passes": ({"batch": {"length": 2048, "packs": 16, "micro": 2}}, "set batch.micro to 1: 2 passes a step"),
+    "smaller passes": ({"batch": {"length": 2048, "packs": 16, "micro": 2}}, "set batch.micro to 1: 2 passes per step"),
     "checkpointing": ({}, "set parallel.checkpointing to true"),
     "sharding": ({"parallel": CHECKPOINTED}, "set parallel.engine to zero2"),
     "sharding weights": ({"parallel": {**CHECKPOINTED, "engine": "zero2"}}, "set parallel.engine to fsdp2"),
@@ -52,7 +51,7 @@ CASES = {
 
 @pytest.mark.parametrize(("sections", "expected"), CASES.values(), ids=CASES)
 def test_the_smallest_change_comes_first(sections: dict[str, Any], expected: str) -> None:
-    assert less_memory(plan(**{"method": "full", **sections})).startswith(expected)
+    assert suggest_less_memory(plan(**{"method": "full", **sections})).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +59,8 @@ def test_the_smallest_change_comes_first(sections: dict[str, Any], expected: str
 )
 def test_on_one_device_the_maths_must_change(method: str, expected: str) -> None:
     alone = plan(1, method=method, parallel={**CHECKPOINTED, "engine": "single"})
-    assert less_memory(alone).startswith("lower batch.length (it is 8192)")
-    assert expected in less_memory(alone)
+    assert suggest_less_memory(alone).startswith("lower batch.length (it is 8192)")
+    assert expected in suggest_less_memory(alone)
 
 
 @pytest.mark.parametrize(("packs", "micro", "smaller"), [(16, 1, None), (16, 2, 1), (48, 6, 3), (24, 3, 1), (40, 5, 1)])

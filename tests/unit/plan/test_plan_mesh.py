@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.run_plan import Topology
-from packhorse.plan.topology import Ask, check_machine, choose_topology
-from packhorse.recipe.parallel_rules import parallel_rules
+from packhorse.plan.topology import DeviceRequest, Hardware, check_machine, choose_topology
+from packhorse.recipe.rules.model import parallel_rules
 from packhorse.recipe.schema import ParallelSection
 
 LAPTOP = Hardware(num_cores=2, gpus=())
@@ -18,11 +17,11 @@ BOX = Hardware(num_cores=96, gpus=("H100",) * 8)
 
 
 def mesh(gpus: int, nodes: int | None = None, **parallel: Any) -> Topology:
-    return choose_topology(ParallelSection(**parallel), Ask(gpus=gpus, nodes=nodes), LAPTOP)[0]
+    return choose_topology(ParallelSection(**parallel), DeviceRequest(gpus=gpus, nodes=nodes), LAPTOP)[0]
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("topology", "expected"),
     [
         (mesh(16), (16, 16, None)),
         (mesh(16, sequence=4), (16, 4, None)),
@@ -31,10 +30,10 @@ def mesh(gpus: int, nodes: int | None = None, **parallel: Any) -> Topology:
         (mesh(16, engine="hsdp", shard_group=2, sequence=2), (16, 8, 2)),
         (mesh(16, engine="hsdp", shard_group=16), (16, 16, 16)),
     ],
-    ids=["flat", "sequence", "a copy a node", "four nodes", "groups of two", "one copy"],
+    ids=["flat", "sequence", "one copy per node", "four nodes", "groups of two", "one copy"],
 )
-def test_groups_are_formed(asked: Topology, expected: tuple[int, int, int | None]) -> None:
-    assert (asked.world_size, asked.data_ranks, asked.shard_group) == expected
+def test_groups_are_formed(topology: Topology, expected: tuple[int, int, int | None]) -> None:
+    assert (topology.world_size, topology.data_ranks, topology.shard_group) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,8 +47,8 @@ def test_groups_are_formed(asked: Topology, expected: tuple[int, int, int | None
             "parallel.shard_group is 3, which does not divide 8 processes",
             "2 or 4, or run 6 or 9",
         ),
-        ({"engine": "hsdp", "shard_group": 1}, 8, "held by 1 of 8 processes", "parallel.engine to ddp"),
-        ({"engine": "hsdp"}, 1, "held by 1 of 1 process", "parallel.engine to ddp"),
+        ({"engine": "hsdp", "shard_group": 1}, 8, "1 of 8 processes would hold", "parallel.engine to ddp"),
+        ({"engine": "hsdp"}, 1, "1 of 1 process would hold", "parallel.engine to ddp"),
         ({"engine": "single"}, 2, "parallel.engine is single, and the run has 2 processes", "parallel.engine to ddp"),
     ],
     ids=["sequence", "long sequence", "shard group", "group of one", "one process", "single"],
@@ -62,7 +61,7 @@ def test_meshes_that_cannot_work_are_refused(parallel: dict[str, Any], gpus: int
 
 
 def test_single_takes_one_of_many_gpus() -> None:
-    assert choose_topology(ParallelSection(engine="single"), Ask(), BOX)[0].world_size == 1
+    assert choose_topology(ParallelSection(engine="single"), DeviceRequest(), BOX)[0].world_size == 1
 
 
 @pytest.mark.parametrize(
@@ -82,8 +81,8 @@ def test_fields_belong_to_their_engine(parallel: dict[str, Any], fact: str | Non
 
 
 def test_four_processes_may_share_the_cores_of_a_small_machine() -> None:
-    four, _ = choose_topology(ParallelSection(processes=4), Ask(), LAPTOP)
+    four, _ = choose_topology(ParallelSection(processes=4), DeviceRequest(), LAPTOP)
     check_machine(four, LAPTOP)
-    five, _ = choose_topology(ParallelSection(processes=5), Ask(), LAPTOP)
-    with pytest.raises(UserError, match="asks for 5 processes, and this machine has 2 CPU cores"):
+    five, _ = choose_topology(ParallelSection(processes=5), DeviceRequest(), LAPTOP)
+    with pytest.raises(UserError, match="needs 5 processes, and this machine has 2 CPU cores"):
         check_machine(five, LAPTOP)

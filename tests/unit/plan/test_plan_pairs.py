@@ -9,9 +9,8 @@ import pytest
 
 from packhorse.errors import UserError
 from packhorse.plan.compatibility import METHODS, REFUSALS, name_of, pairs_table
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.methods import AdapterMethod, FullMethod, PartialMethod
 from packhorse.recipe.schema import Engine, Recipe
 
@@ -46,7 +45,7 @@ def recipe(method: Any, engine: str, parallel: dict[str, Any] | None = None, **m
     return Recipe.model_validate({**RECIPE, "method": method, "parallel": section, **more})
 
 
-def test_every_method_of_the_recipe_stands_in_the_table() -> None:
+def test_every_method_of_the_recipe_is_in_the_table() -> None:
     kinds = {kind.model_fields["kind"].default for kind in (FullMethod, PartialMethod, *get_args(AdapterMethod))}
     assert {name.split()[0].rstrip(",") for name in METHODS} == kinds
     assert [name_of(recipe(EXAMPLES[name], "ddp").method) for name in METHODS] == list(METHODS)
@@ -55,7 +54,7 @@ def test_every_method_of_the_recipe_stands_in_the_table() -> None:
 
 NO_SHARD, NO_PARTITION, NO_CPU = (
     "bitsandbytes keeps 8-bit weights",
-    "on a CPU peft puts",
+    "on a CPU peft replaces the weight",
     "peft computes LoftQ on a GPU",
 )
 PAIRS = [
@@ -85,14 +84,14 @@ PAIRS = [
 
 @pytest.mark.parametrize(("method", "engine", "device", "why"), PAIRS)
 def test_a_pair_is_planned_or_refused_by_name(method: str, engine: str, device: str, why: str | None) -> None:
-    asked = recipe(EXAMPLES[method], engine, {"processes": 1 if engine == "single" else 4})
+    requested = recipe(EXAMPLES[method], engine, {"processes": 1 if engine == "single" else 4})
     here = Hardware(num_cores=4, gpus=("H100",) * 4 if device == "cuda" else ())
     if why is None:
-        topology = make_plan(asked, Ask(), here, None).topology
+        topology = make_plan(requested, DeviceRequest(), here, None).topology
         assert (topology.engine, topology.device) == (engine, device)
         return
     with pytest.raises(UserError) as caught:
-        make_plan(asked, Ask(), here, None)
+        make_plan(requested, DeviceRequest(), here, None)
     assert f"method is {method}, and parallel.engine is {engine}" in str(caught.value)
     assert why in str(caught.value)
 
@@ -102,28 +101,28 @@ def test_the_pairs_tried_hold_every_method_and_engine() -> None:
     assert {pair[1] for pair in PAIRS} >= set(get_args(Engine))
 
 
-def test_checkpoints_to_go_on_from_are_refused_where_states_lie_in_files() -> None:
-    asked = recipe("lora", "zero3_nvme", checkpoint={"every_steps": 100})
+def test_checkpoints_to_resume_from_are_refused_if_states_are_in_files() -> None:
+    requested = recipe("lora", "zero3_nvme", checkpoint={"every_steps": 100})
     with pytest.raises(UserError, match="checkpoint.every_steps is 100, and parallel.engine is zero3_nvme"):
-        make_plan(asked, Ask(gpus=8), BOX, None)
+        make_plan(requested, DeviceRequest(gpus=8), BOX, None)
 
 
 def test_a_type_that_deepspeed_would_not_keep_is_refused() -> None:
-    asked = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"})
+    requested = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"})
     with pytest.raises(UserError, match="model.dtype is float32, precision is bf16, and parallel.engine is zero2"):
-        make_plan(asked, Ask(gpus=8), BOX, None)
+        make_plan(requested, DeviceRequest(gpus=8), BOX, None)
     kept = recipe("lora", "zero2", model={"id": "o/m", "dtype": "float32"}, precision="fp32")
-    assert make_plan(kept, Ask(gpus=8), BOX, None).chosen("model.dtype") == "float32"
+    assert make_plan(kept, DeviceRequest(gpus=8), BOX, None).chosen("model.dtype") == "float32"
 
 
 def test_the_documentation_shows_this_table() -> None:
     assert pairs_table() in DOCUMENTATION.read_text(encoding="utf-8")
 
 
-def test_rows_of_new_tokens_beside_an_adapter_are_refused_under_zero3_alone() -> None:
+def test_new_tokens_with_an_adapter_are_refused_under_zero3_alone() -> None:
     model = {"id": "o/m", "new_tokens": ["<call>"]}
     here = Hardware(num_cores=4, gpus=("H100",) * 4)
     with pytest.raises(UserError, match="model.new_tokens adds 1 tokens, method is lora, and parallel.engine is zero3"):
-        make_plan(recipe("lora", "zero3", model=model), Ask(), here, None)
+        make_plan(recipe("lora", "zero3", model=model), DeviceRequest(), here, None)
     for method, engine in (("full", "zero3"), ("lora", "fsdp2"), ("lora", "zero2")):
-        assert make_plan(recipe(method, engine, model=model), Ask(), here, None).topology.engine == engine
+        assert make_plan(recipe(method, engine, model=model), DeviceRequest(), here, None).topology.engine == engine

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, read_plan, write_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.shipped import list_recipes
 
@@ -24,7 +23,7 @@ LARGE = [name for name in NAMES if not name.startswith("quickstart/")]
 @pytest.mark.parametrize("name", LARGE)
 def test_a_shipped_recipe_is_planned(name: str, gpus: int) -> None:
     recipe = load_recipe(name)
-    plan = make_plan(recipe, Ask(gpus=gpus), LOGIN_NODE, None)
+    plan = make_plan(recipe, DeviceRequest(gpus=gpus), LOGIN_NODE, None)
     split = plan.batch
     assert plan.topology.world_size == gpus
     assert gpus * split.accumulation_steps * split.micro_packs == recipe.batch.packs
@@ -40,7 +39,7 @@ def test_a_shipped_recipe_is_planned(name: str, gpus: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("quickstart/")])
 def test_a_quickstart_recipe_is_planned_on_a_laptop(name: str) -> None:
-    plan = make_plan(load_recipe(name), Ask(), LOGIN_NODE, None)
+    plan = make_plan(load_recipe(name), DeviceRequest(), LOGIN_NODE, None)
     assert (plan.topology.device, plan.topology.world_size) == ("cpu", 2)
 
 
@@ -56,7 +55,7 @@ def test_a_plan_survives_its_file_and_counts_steps(tmp_path: Path) -> None:
         fill=0.99,
     )
     recipe = load_recipe("qwen2.5-7b/lora", ["epochs=3"])
-    plan = make_plan(recipe, Ask(gpus=8), LOGIN_NODE, facts)
+    plan = make_plan(recipe, DeviceRequest(gpus=8), LOGIN_NODE, facts)
     assert plan.steps_per_epoch == -(-65 // recipe.batch.packs)
     assert plan.num_steps == 3 * plan.steps_per_epoch
     write_plan(plan, tmp_path)
@@ -65,11 +64,11 @@ def test_a_plan_survives_its_file_and_counts_steps(tmp_path: Path) -> None:
 
 def test_a_plan_of_another_form_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"version": 99}')
-    with pytest.raises(UserError, match="it says version 99"):
+    with pytest.raises(UserError, match="its version is 99"):
         read_plan(tmp_path)
 
 
 def test_varlen_attention_is_refused_where_it_cannot_run() -> None:
     recipe = load_recipe("quickstart/full", ["model.attention=varlen"])
     with pytest.raises(UserError, match="model.attention is varlen, on cpu with precision fp32"):
-        make_plan(recipe, Ask(), LOGIN_NODE, None)
+        make_plan(recipe, DeviceRequest(), LOGIN_NODE, None)

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.plan.batch import choose_batch
-from packhorse.plan.hardware import Hardware
+from packhorse.plan.batch import split_batch
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import BatchSection
 from tiny import TINY, write_tiny
@@ -22,7 +21,7 @@ def planned(folder: Path, sequence: int, heads: int, **sections: Any) -> RunPlan
     config = {**TINY["model"]["config"], "num_attention_heads": heads, "num_key_value_heads": 1}
     parallel = {"sequence": sequence, "engine": "fsdp2"}
     path = write_tiny(folder, model={**TINY["model"], "config": config}, parallel=parallel, **sections)
-    return make_plan(load_recipe(str(path), []), Ask(gpus=8), Hardware(num_cores=2, gpus=()), None)
+    return make_plan(load_recipe(str(path), []), DeviceRequest(gpus=8), Hardware(num_cores=2, gpus=()), None)
 
 
 def test_packs_are_dealt_to_groups(tmp_path: Path) -> None:
@@ -50,11 +49,11 @@ def test_prompts_before_each_row_are_refused(kind: str, tmp_path: Path) -> None:
 
 def test_packs_that_groups_cannot_share_are_refused_as_groups() -> None:
     with pytest.raises(UserError, match="batch.packs is 6, which 4 groups of 2 processes cannot share equally"):
-        choose_batch(BatchSection(packs=6), 4, 2)
+        split_batch(BatchSection(packs=6), 4, 2)
 
 
 def test_a_group_takes_as_many_tokens_a_pass_as_its_processes_would() -> None:
-    alone, _ = choose_batch(BatchSection(packs=8, length=4096), 1)
-    shared, decision = choose_batch(BatchSection(packs=8, length=4096), 1, 4)
+    alone, _ = split_batch(BatchSection(packs=8, length=4096), 1)
+    shared, decision = split_batch(BatchSection(packs=8, length=4096), 1, 4)
     assert (alone.micro_packs, shared.micro_packs) == (1, 4)
     assert "shared by 4" in decision.reason

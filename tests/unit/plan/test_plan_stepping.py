@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 
 LAPTOP = Hardware(num_cores=8, gpus=())
@@ -32,7 +31,7 @@ def plan(
         "optimizer": {"learning_rate": 1e-4, **optimizer},
         "parallel": {"processes": 2, **parallel},
     }
-    return make_plan(Recipe.model_validate({**fields, **more}), Ask(), here, data)
+    return make_plan(Recipe.model_validate({**fields, **more}), DeviceRequest(), here, data)
 
 
 REFUSED: dict[str, tuple[Hardware, dict[str, Any], dict[str, Any], dict[str, Any], str, str]] = {

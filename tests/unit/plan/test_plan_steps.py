@@ -15,10 +15,9 @@ from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import PackStore, open_store
 from packhorse.data.prepare import prepare
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.shipped import list_recipes
 from prepared import LENGTH_TOKENS, write_prepared
@@ -28,17 +27,17 @@ WORLDS = (1, 2, 4)
 # The adapters take theirs from the run of quickstart/full, which is not made here.
 TOKENIZER = "model.tokenizer=builtin:tokenizer"
 NAMES = [recipe.name for recipe in list_recipes()]
-# Their data comes from the hub: packs of the same number a step stand for it.
+# Their data comes from the hub: the same number of packs per step replaces it.
 LARGE = [name for name in NAMES if not name.startswith("quickstart/")]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What all ranks took in so many steps.
+    """What all ranks read in a number of steps.
 
     Attributes:
         packs: How often each.
-        num_tokens: In all, without those that stand for no pack.
+        num_tokens: Total number of tokens, without null packs.
     """
 
     packs: Counter[int]
@@ -103,7 +102,7 @@ def check_epochs(plan: RunPlan, store: PackStore) -> None:
 def test_a_shipped_recipe_runs_as_many_steps_as_are_planned(name: str, world: int, stores: Path) -> None:
     recipe = load_recipe(name)
     facts = store_of(stores, 2 * recipe.batch.packs + 3)
-    plan = make_plan(recipe, Ask(gpus=world), BOX, facts)
+    plan = make_plan(recipe, DeviceRequest(gpus=world), BOX, facts)
     assert plan.steps_per_epoch == 3, "the third is short"
     assert plan.num_steps == 3 * (recipe.epochs or 1)
     check_epochs(plan, open_store(Path(facts.folder), "train"))
@@ -114,7 +113,7 @@ def test_a_shipped_recipe_runs_as_many_steps_as_are_planned(name: str, world: in
 def test_a_last_step_that_is_short_or_full_is_counted(world: int, num_packs: int, stores: Path) -> None:
     recipe = load_recipe("llama3.1-8b/full", ["batch.packs=8", "epochs=3", "batch.micro=1"])
     facts = store_of(stores, num_packs)
-    plan = make_plan(recipe, Ask(gpus=world), BOX, facts)
+    plan = make_plan(recipe, DeviceRequest(gpus=world), BOX, facts)
     assert plan.num_steps == 3 * -(-num_packs // 8)
     check_epochs(plan, open_store(Path(facts.folder), "train"))
 
@@ -122,7 +121,7 @@ def test_a_last_step_that_is_short_or_full_is_counted(world: int, num_packs: int
 def test_ranks_that_share_packs_count_once(stores: Path) -> None:
     recipe = load_recipe("llama3.1-8b/full", ["batch.packs=8", "parallel.sequence=2"])
     facts = store_of(stores, 9)
-    plan = make_plan(recipe, Ask(gpus=4), BOX, facts)
+    plan = make_plan(recipe, DeviceRequest(gpus=4), BOX, facts)
     assert (plan.topology.data_ranks, plan.num_steps) == (2, 4)
     check_epochs(plan, open_store(Path(facts.folder), "train"))
 
@@ -138,8 +137,8 @@ def test_a_quickstart_plans_the_steps_of_an_epoch_of_its_real_packs(name: str, s
     store = open_store(Path(facts.folder), "train")
     for world in WORLDS:
         words = [f"runs_folder={stores}", TOKENIZER, f"parallel.processes={world}"]
-        plan = make_plan(load_recipe(name, words), Ask(), BOX, facts)
+        plan = make_plan(load_recipe(name, words), DeviceRequest(), BOX, facts)
         assert plan.num_steps == load_recipe(name).steps, "the recipe's own"
-        once = make_plan(load_recipe(name, [*words, "steps=null", "epochs=1"]), Ask(), BOX, facts)
+        once = make_plan(load_recipe(name, [*words, "steps=null", "epochs=1"]), DeviceRequest(), BOX, facts)
         assert once.num_steps == plan.steps_per_epoch == -(-store.num_packs // plan.batch.packs_per_step)
         check_epochs(once, store)

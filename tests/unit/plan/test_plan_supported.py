@@ -9,20 +9,19 @@ import pytest
 from transformers import AutoConfig
 
 from packhorse.errors import UserError
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 
 
 def plan_of(folder: Path, fields: dict[str, object]) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
     recipe = load_recipe("llama3.1-8b/lora", ["model.id=null", f"model.path={folder}"])
-    make_plan(recipe, Ask(gpus=2), Hardware(num_cores=2, gpus=()), None)
+    make_plan(recipe, DeviceRequest(gpus=2), Hardware(num_cores=2, gpus=()), None)
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         ("gemma2", "caps the scores"),
         ("gpt_oss", "attention sinks"),
@@ -32,8 +31,8 @@ def plan_of(folder: Path, fields: dict[str, object]) -> None:
         ("qwen2_audio", "audio_config"),
     ],
 )
-def test_an_architecture_that_would_be_trained_as_another(kind: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told):
+def test_an_architecture_that_would_be_trained_as_another(kind: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         plan_of(tmp_path, AutoConfig.for_model(kind).to_dict())
 
 

@@ -1,4 +1,4 @@
-"""`extends` and overrides: which value wins, and whose line is told."""
+"""`extends` and overrides: which value has priority, and which line is reported."""
 
 import pytest
 
@@ -145,10 +145,10 @@ def test_another_model_needs_the_first_unset(base, mistakes_of):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("seed", "is no override"),
-        ("=3", "is no override"),
-        ("a..b=3", "is no override"),
-        ("--seed=3", "is no override"),
+        ("seed", "is not an override"),
+        ("=3", "is not an override"),
+        ("a..b=3", "is not an override"),
+        ("--seed=3", "is not an override"),
         ("seed=", "gives no value"),
         ("seed.x=3", "seed is 7, so it has no x."),
         ("data.sources.2.path=x", "data.sources has no item 2."),

@@ -237,7 +237,7 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(write, mistakes_of):
     ]  # fmt: skip
 
 
-def test_a_mistyped_required_key_is_told_once(write, mistakes_of):
+def test_a_mistyped_required_key_is_reported_once(write, mistakes_of):
     (mistake,) = mistakes_of(write(GOOD.replace("model:", "modle:")))
     assert mistake.fix == "write `model`."
 
@@ -295,7 +295,7 @@ def test_other_references_are_refused(good, mistakes_of, text):
     assert "write ${env:NAME}" in mistake.fix
 
 
-def test_secrets_are_not_told(write, monkeypatch):
+def test_secrets_are_not_shown(write, monkeypatch):
     monkeypatch.setenv("PACKHORSE_SECRET", "hunter2")
     name = write(GOOD.replace("epochs: 1", "epochs: ${env:PACKHORSE_SECRET}"))
     with pytest.raises(UserError) as caught:

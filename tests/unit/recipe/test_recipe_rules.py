@@ -23,7 +23,10 @@ REFUSED = {
     "fresh-lora": ([FRESH], "method is lora, but model.config starts from random weights."),
     "fresh-qlora": ([FRESH, "method=qlora"], "method is qlora, but model.config starts from random weights."),
     "no-targets": (["method={kind: lora, target: []}"], "method.target is an empty list."),
-    "partial-of-nothing": (["method=partial"], "method is partial, and gives none of last_layers, train and freeze."),
+    "partial-of-nothing": (
+        ["method=partial"],
+        "method is partial, and none of last_layers, train and freeze is given.",
+    ),
     "trained-twice": (
         ["method={kind: lora, target: [q_proj], train_also: [q_proj]}"],
         "method.target and method.train_also both name q_proj.",
@@ -83,7 +86,7 @@ REFUSED = {
     "retain-source": (["data.retain=[{path: a},{}]"], "data.retain.1 gives neither path nor id."),
     "subset-of-a-file": (
         ["data.sources.0.subset=en"],
-        "data.sources.0.subset is en, but data.sources.0 is a file.",
+        "data.sources.0.subset is en, but data.sources.0 is a local file.",
     ),
     "shares": (
         ["data.split={train: 0.6, validation: 0.15, test: 0.15}"],

@@ -1,4 +1,4 @@
-"""A recipe holds no secret: neither in the file nor in an override, neither as a value nor as a key."""
+"""A recipe contains no secret: neither in the file nor in an override, neither as a value nor as a key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN = SECRETS["hugging face"]
 @pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
 def test_a_secret_in_an_override_is_refused(good, mistakes_of, secret):
     found = mistakes_of(good, f"track.wandb_project={secret!r}" if "\n" in secret else f"track.wandb_project={secret}")
-    assert any(mistake.fact.startswith("track.wandb_project holds ") for mistake in found)
+    assert any(mistake.fact.startswith("track.wandb_project contains ") for mistake in found)
     assert any("${env:NAME}" in mistake.fix for mistake in found)
 
 
@@ -40,7 +40,7 @@ def test_a_secret_in_the_file_is_refused_with_its_line(write, mistakes_of, chang
 def test_what_the_environment_keeps_secret_may_not_stand_in_the_recipe(good, mistakes_of, monkeypatch):
     monkeypatch.setenv("OUR_PASSWORD", "no form at all")
     (mistake,) = mistakes_of(good, "track.wandb_project=x no form at all y")
-    assert mistake.fact == "track.wandb_project holds the value of the environment variable OUR_PASSWORD."
+    assert mistake.fact == "track.wandb_project contains the value of the environment variable OUR_PASSWORD."
     assert load_recipe(good, ["track.wandb_project=no form at"]).track.wandb_project == "no form at"
 
 
@@ -57,4 +57,4 @@ def test_the_files_of_a_run_hold_what_the_recipe_says_so_nothing_is_written(good
     for verb in ("check", "prepare", "train", "plan"):
         assert main([verb, good, f"track.wandb_project={TOKEN}"]) == 2
     assert sorted(tmp_path.rglob("*")) == before
-    assert "holds a Hugging Face token" in capsys.readouterr().err
+    assert "contains a Hugging Face token" in capsys.readouterr().err

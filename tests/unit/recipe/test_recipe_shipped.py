@@ -98,7 +98,7 @@ def test_a_copy_works_in_another_folder(name, tmp_path, monkeypatch):
 def test_a_copy_overwrites_nothing(tmp_path):
     target = tmp_path / "my.yaml"
     target.write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         copy_recipe("quickstart/full", target)
     assert target.read_text() == "mine"
 

@@ -1,4 +1,4 @@
-"""A sweep: which runs it stands for, and what is refused before a job is queued."""
+"""A sweep: its runs, and what is refused before a job is queued."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 from packhorse.commands.train import train
 from packhorse.errors import UserError
 from packhorse.recipe.describe import summary
-from packhorse.recipe.layers import parse_override
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import as_typed, expand, is_sweep
 from packhorse.yaml_source.nodes import plain
+from packhorse.yaml_source.overrides import parse_override
 
 GRID = 'sweep.grid={"optimizer.learning_rate": [1e-4, 3e-4], seed: [1, 2, 3]}'
 
@@ -56,11 +56,11 @@ def test_every_value_is_typed_so_that_it_is_read_as_the_same(value: object) -> N
         (f"{{grid: {{seed: {list(range(50))}, steps: {list(range(1, 22))}}}}}", "sweep.grid has 50 x 21 = 1,050 runs."),
     ],
 )
-def test_what_is_no_number_of_different_runs_is_refused(good: str, mistakes_of, sweep: str, fact: str) -> None:
+def test_a_sweep_without_different_runs_is_refused(good: str, mistakes_of, sweep: str, fact: str) -> None:
     assert [mistake.fact for mistake in mistakes_of(good, f"sweep={sweep}")] == [fact]
 
 
-def test_a_mistake_in_one_run_names_the_value_and_is_told_once(good: str) -> None:
+def test_a_mistake_in_one_run_names_the_value_and_is_reported_once(good: str) -> None:
     with pytest.raises(UserError) as caught:
         expand(load_recipe(good, ["sweep.grid={optimizer.lr: [1], seed: [1, 2], batch.packs: [2, -1]}"]))
     facts = [f"{mistake.where}: {mistake.fact}" for mistake in caught.value.mistakes]
@@ -72,9 +72,9 @@ def test_a_mistake_in_one_run_names_the_value_and_is_told_once(good: str) -> Non
 def test_train_refuses_a_sweep_and_says_how_to_train_one_of_its_runs(good: str, tmp_path) -> None:
     with pytest.raises(UserError) as caught:
         train(good, [GRID], None, resume=False)
-    assert "good has a sweep of 6 runs, and one run is asked for." in str(caught.value)
+    assert "good has a sweep of 6 runs, and this command trains one run." in str(caught.value)
     one = "packhorse train my.yaml 'sweep={}' name=good-1 optimizer.learning_rate=0.0001 seed=1"
-    assert f"`packhorse submit my.yaml`, or one of them with `{one}`" in str(caught.value)
+    assert f"`packhorse submit my.yaml`, or one with `{one}`" in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,4 +1,4 @@
-"""Rules between the fields that say how weights are stepped."""
+"""Rules between the fields on training."""
 
 import pytest
 
@@ -62,7 +62,7 @@ REFUSED = {
     ),
     "rewind-beyond-checkpoints": (
         ["recovery={on_spike: rewind, rewind_steps: 6}", "checkpoint={every_steps: 2, keep_last: 3}"],
-        "recovery.rewind_steps is 6, and of the checkpoints each 2 steps the last 3 are kept.",
+        "recovery.rewind_steps is 6, and of the checkpoints every 2 steps the last 3 are kept.",
     ),
     "rewind-over-most": (
         ["recovery={on_spike: rewind, rewind_steps: 5, most_left_out: 4}", "checkpoint.every_steps=5"],

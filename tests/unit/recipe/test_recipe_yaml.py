@@ -1,10 +1,11 @@
-"""YAML as it is read here: YAML 1.2 scalars, lines, and syntax errors in plain English."""
+"""Reading YAML: scalars of YAML 1.2, lines, and syntax errors in plain English."""
 
 from pathlib import Path
 
 import pytest
 
 from packhorse.errors import UserError
+from packhorse.recipe.load import RECIPE_FILE
 from packhorse.yaml_source.nodes import parse_scalar, parse_yaml, plain, read_yaml
 
 
@@ -82,7 +83,7 @@ def test_aliases_are_read():
         ("a:\n  b: 1\n c: 2\n", 3, "indent"),
         ("a: 1\nb: *nothing\n", 2, "alias"),
         ("a: 1\n---\nb: 2\n", 2, "several documents"),
-        ("a: 1\nb: @x\n", 2, "keeps for itself"),
+        ("a: 1\nb: @x\n", 2, "reserves"),
         ("a: 1\nb: \x07\n", 2, "U+0007"),
         ("b: 1\na: &x [*x]\n", 2, "never end"),
         ("# nothing\n\n", 1, "empty"),
@@ -97,7 +98,7 @@ def test_syntax_errors_have_line_and_words(tmp_path, text, line, words):
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        read_yaml(path, "x.yaml")
+        read_yaml(path, "x.yaml", RECIPE_FILE)
     (mistake,) = caught.value.mistakes
     assert mistake.where == f"x.yaml:{line}"
     assert words in f"{mistake.fact} {mistake.why}"
@@ -112,7 +113,7 @@ def test_syntax_errors_have_line_and_words(tmp_path, text, line, words):
         ("s:\n  a: 1\n  a: 3\n", "x:3", "twice, first in line 2"),
         ("a: &x {b: 1}\nc:\n  <<: *x\n", "x:3", "<<"),
         ("a: !!python/object:os.system x\n", "x:1", "!!python/object:os.system"),
-        ("a: 1\n[b]: 2\n", "x:2", "where a key should"),
+        ("a: 1\n[b]: 2\n", "x:2", "a key is a list"),
     ],
 )
 def test_single_bad_keys(text, where, words):
@@ -125,16 +126,16 @@ def test_bytes_that_are_not_text(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"a: 1\nb: \xff\n")
     with pytest.raises(UserError, match="UTF-8") as caught:
-        read_yaml(path, "x.yaml")
+        read_yaml(path, "x.yaml", RECIPE_FILE)
     assert caught.value.mistakes[0].where == "x.yaml:2"
 
 
 def test_byte_order_mark_is_skipped(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\n")
-    assert plain(read_yaml(path, "x.yaml")[0]) == {"a": 1}
+    assert plain(read_yaml(path, "x.yaml", RECIPE_FILE)[0]) == {"a": 1}
 
 
-def test_a_folder_is_no_file():
+def test_a_folder_is_not_a_file():
     with pytest.raises(UserError, match="cannot be read"):
-        read_yaml(Path("/"), "/")
+        read_yaml(Path("/"), "/", RECIPE_FILE)

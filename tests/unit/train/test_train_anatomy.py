@@ -21,10 +21,9 @@ from packhorse.estimate.measure.resident import planned_sizes
 from packhorse.estimate.packs import PackFigures
 from packhorse.model_spec.parameters import Shape, read_shape
 from packhorse.model_spec.trainable import count_of
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.methods import FullMethod, LoraMethod
 from packhorse.recipe.schema import Recipe
 
@@ -150,7 +149,7 @@ def test_a_described_family_is_told_the_same_either_way(kind: str, way: str) -> 
 def gpu_plan(fields: dict[str, Any], method: Any, engine: str, checkpointing: Any, precision: str) -> RunPlan:
     parallel = {"engine": engine, "checkpointing": checkpointing}
     recipe = recipe_of(fields, method, precision=precision, parallel=parallel)
-    return make_plan(recipe, Ask(1 if engine == "single" else 8), Hardware(2, ("NVIDIA H100",) * 8), None)
+    return make_plan(recipe, DeviceRequest(1 if engine == "single" else 8), Hardware(2, ("NVIDIA H100",) * 8), None)
 
 
 def figures(plan: RunPlan, shape: Shape) -> dict[str, float]:

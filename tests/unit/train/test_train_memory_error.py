@@ -9,10 +9,9 @@ import torch
 
 from packhorse.data.packs.loader import MicroBatch, lay_out
 from packhorse.errors import EXIT_MEMORY
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.run_plan import Predicted, RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.run_plan import Prediction, RunPlan
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.heartbeat import Heartbeat
 from packhorse.train.guard.memory_error import is_out_of_memory, memory_error, noting
@@ -26,7 +25,7 @@ LAST = Heartbeat(rank=3, pid=1, host="h", phase="backward", step=6, since=0.0, a
 
 def plan(micro: int, on_oom: str) -> RunPlan:
     sections: dict[str, Any] = {"batch": {"length": 256, "packs": 8, "micro": micro}, "recovery": {"on_oom": on_oom}}
-    return make_plan(Recipe.model_validate(TINY | sections), Ask(), Hardware(num_cores=2, gpus=()), None)
+    return make_plan(Recipe.model_validate(TINY | sections), DeviceRequest(), Hardware(num_cores=2, gpus=()), None)
 
 
 def micro_batch(*lengths: int) -> MicroBatch:
@@ -50,11 +49,11 @@ def test_it_says_where_what_and_the_smallest_change() -> None:
         "rank 3 ran out of memory at step 7, phase backward, micro-batch 2 of 4: 237 tokens in 3 rows (200, 30, 7)."
     )
     assert mistake.why == GPU_SAYS
-    assert mistake.fix.startswith("set batch.micro to 1: 8 passes a step")
+    assert mistake.fix.startswith("set batch.micro to 1: 8 passes per step")
 
 
 def test_it_says_what_the_plan_counted_on() -> None:
-    predicted = Predicted(gpu="A10-24GB", memory_bytes=24 * GIB, required_bytes=18 * GIB, phase="loss", step_seconds=1)
+    predicted = Prediction(gpu="A10-24GB", memory_bytes=24 * GIB, required_bytes=18 * GIB, phase="loss", step_seconds=1)
     told = memory_error(
         plan(1, "stop").model_copy(update={"predicted": predicted}), LAST, torch.OutOfMemoryError(GPU_SAYS)
     )

@@ -19,10 +19,9 @@ from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import open_store
 from packhorse.errors import EXIT_NOT_FINITE, EXIT_STOPPED, UserError
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.skipped_steps import read_left_out, write_left_out
 from packhorse.train.engine.engine import Engine
@@ -54,7 +53,7 @@ def loader(tmp_path: Path) -> Iterator[PackLoader]:
 
 def planned(folder: Path, **recovery: Any) -> RunPlan:
     sections = {"recovery": recovery, "checkpoint": {"every_steps": 5, "keep_last": 3}}
-    plan = make_plan(Recipe.model_validate(TINY | sections), Ask(), Hardware(num_cores=2, gpus=()), None)
+    plan = make_plan(Recipe.model_validate(TINY | sections), DeviceRequest(), Hardware(num_cores=2, gpus=()), None)
     return plan.model_copy(update={"run_folder": str(folder)})
 
 

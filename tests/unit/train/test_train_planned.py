@@ -14,10 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from packhorse.errors import UserError
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.train.engine.launch_proof import assert_sharded_as_planned
 
@@ -40,7 +39,7 @@ def plan(**parallel: Any) -> RunPlan:
         "steps": 9,
         "parallel": parallel,
     }
-    return make_plan(Recipe.model_validate(fields), Ask(), LAPTOP, None)
+    return make_plan(Recipe.model_validate(fields), DeviceRequest(), LAPTOP, None)
 
 
 def layers() -> nn.Module:

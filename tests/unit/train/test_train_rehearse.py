@@ -24,10 +24,9 @@ from packhorse.estimate.measure.rehearse import Rehearsal, rehearse
 from packhorse.estimate.states import touched_by_rank
 from packhorse.model_spec.configuration import find_configuration, published
 from packhorse.model_spec.parameters import read_shape
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from ranks import IMPORTED
 from tiny import write_tiny
@@ -109,7 +108,7 @@ CASES = {
 
 def planned(case: Case) -> RunPlan:
     recipe = load_recipe(case.recipe, case.words, check_environment=False)
-    return make_plan(recipe, Ask(gpus=WORLD), Hardware(2, ()), None)
+    return make_plan(recipe, DeviceRequest(gpus=WORLD), Hardware(2, ()), None)
 
 
 def rehearsed(plan: RunPlan, rank: int, folder: Path) -> dict[str, Any]:
@@ -177,7 +176,7 @@ def test_a_family_that_is_not_described_is_counted_too(tmp_path: Path) -> None:
     model = {"config": {"model_type": "olmo2", "vocab_size": 512}, "tokenizer": "builtin:tokenizer"}
     sections = {"model": model, "parallel": {"engine": "zero3"}, "batch": {"length": 256, "packs": 32}}
     recipe = load_recipe(str(write_tiny(tmp_path, **sections)))
-    found = rehearsed(make_plan(recipe, Ask(gpus=16), Hardware(2, ()), None), 0, tmp_path)
+    found = rehearsed(make_plan(recipe, DeviceRequest(gpus=16), Hardware(2, ()), None), 0, tmp_path)
     assert found["held"] == pytest.approx(found["planned"], rel=0.02)
 
 

@@ -22,7 +22,7 @@ from packhorse.data.manifest import DataManifest, write_manifest
 from packhorse.data.packs.packing import pack
 from packhorse.data.packs.store import write_split
 from packhorse.errors import UserError
-from packhorse.plan.make_plan import plan_on
+from packhorse.plan.make_plan import plan_for_topology
 from packhorse.plan.run_plan import DataFacts, Decision, RunPlan
 from packhorse.recipe.schema import Recipe
 
@@ -65,7 +65,7 @@ def make_miniature(plan: RunPlan, configuration: Mapping[str, Any] | None, folde
     recipe = _recipe(plan, folder, data.num_tokens // data.num_packs)
     topology = plan.topology.model_copy(update={"device": "cpu", "threads_per_process": torch.get_num_threads()})
     reason = Decision(name="processes", value=str(topology.world_size), reason="those of the plan")
-    return plan_on(recipe, topology, reason, data)
+    return plan_for_topology(recipe, topology, reason, data)
 
 
 def small_fields(configuration: Mapping[str, Any]) -> dict[str, Any]:

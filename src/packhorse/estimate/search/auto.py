@@ -18,6 +18,7 @@ from packhorse.estimate.search.compare import (
     host_words,
     ways,
 )
+from packhorse.plan.batch import micro_words
 from packhorse.plan.compatibility import ENGINES
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import Decision, RunPlan
@@ -96,13 +97,15 @@ def _explained(best: Way, case: Case, found: Sequence[Way], recipe: Recipe) -> R
     why = _why(best, case, found)
     decisions = list(plan.decisions)
     if "batch.micro" in chosen:
-        batch = plan.batch
-        value = f"{batch.micro_packs} packs a pass, {batch.accumulation_steps} passes a step"
         at = next(index for index, each in enumerate(decisions) if each.name == "batch.micro")
-        decisions[at] = Decision(name="batch.micro", value=value, reason=why)
+        decisions[at] = Decision(name="batch.micro", value=micro_words(plan.batch), reason=why)
         plan = plan.model_copy(update={"recipe": plan.recipe.changed("batch", micro="auto")})
     values = {"parallel.engine": str(best.engine), "parallel.checkpointing": str(best.checkpointing).lower()}
-    decisions += [Decision(name=name, value=value, reason=why) for name, value in values.items() if name in chosen]
+    decisions += [
+        Decision(name=name, value=micro_words(plan.batch), reason=why)
+        for name, value in values.items()
+        if name in chosen
+    ]
     return plan.model_copy(update={"decisions": tuple(decisions)})
 
 

@@ -10,9 +10,9 @@ from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.estimate.case import Basis, Case, case_of
 from packhorse.estimate.search.compare import Wanted, Way, checked_plan, fastest, ways, with_fields
-from packhorse.plan.less_memory import smaller_micros
+from packhorse.plan.batch import smaller_micros
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest
 from packhorse.recipe.load import override_recipe
 from packhorse.recipe.schema import Engine, Recipe
 
@@ -60,7 +60,7 @@ def more_gpus(wanted: Wanted, case: Case) -> list[Change]:
     # In other nodes, whose memory is not known.
     basis, count = replace(case.basis, host_bytes=None), case.plan.topology.world_size
     while (count := 2 * count) <= MOST_GPUS:
-        more = replace(wanted, ask=Ask(count))
+        more = replace(wanted, ask=DeviceRequest(count))
         best = fastest([way for way in _cheapest(more, basis) if way.case is not None and way.case.fits])
         if best is not None and best.case is not None:
             words = f"--gpus {count}x{case.basis.gpu.name} with {_words(_named(case.plan), best.case.plan.recipe)}"

@@ -10,11 +10,10 @@ from packhorse.durable import size
 from packhorse.errors import UserError
 from packhorse.estimate.case import MARGIN, Basis, Case, case_of
 from packhorse.plan.compatibility import ENGINES
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
-from packhorse.plan.topology import Ask, choose_topology
-from packhorse.recipe.rules import rule_findings
+from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology
+from packhorse.recipe.rules.training import rule_findings
 from packhorse.recipe.schema import Engine, ParallelSection, Recipe
 
 Checkpointing = bool | int
@@ -41,7 +40,7 @@ class Wanted:
     """
 
     recipe: Recipe
-    ask: Ask
+    ask: DeviceRequest
     here: Hardware
     data: DataFacts | None
 

@@ -9,7 +9,7 @@ from typing import Final
 from packhorse.estimate.case import Basis
 from packhorse.estimate.gpus import GpuProfile
 from packhorse.estimate.search.compare import Checkpointing, Wanted, Way, fastest, ways
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest
 from packhorse.recipe.schema import Engine
 
 MOST_GPUS: Final = 1024
@@ -39,7 +39,9 @@ def least_hardware(wanted: Wanted, basis: Basis, gpus: Sequence[GpuProfile]) -> 
     found: list[Least] = []
     missing, refused, count = list(gpus), "", 1
     while missing and count <= MOST_GPUS and not refused:
-        tried = ways(replace(wanted, ask=Ask(count)), basis, ALONE if count == 1 else SHARED, (False, True), None)
+        tried = ways(
+            replace(wanted, ask=DeviceRequest(count)), basis, ALONE if count == 1 else SHARED, (False, True), None
+        )
         errors = [way.error for way in tried if way.error is not None]
         if len(errors) == len(tried):
             refused = errors[-1].mistakes[0].fact

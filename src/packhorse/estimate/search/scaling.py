@@ -16,9 +16,8 @@ from packhorse.estimate.memory import estimate_memory
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.speed import SpeedEstimate, estimate_speed
 from packhorse.model_spec.parameters import Shape
-from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.topology import Ask
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 
 Mode = Literal["weak", "strong"]
@@ -132,7 +131,7 @@ def _point(
 ) -> ScalePoint:
     step_packs = recipe.batch.packs if mode == "strong" else max(1, recipe.batch.packs // 8) * count
     try:
-        plan = make_plan(recipe.changed("batch", packs=step_packs), Ask(count), Hardware(1, ()), None)
+        plan = make_plan(recipe.changed("batch", packs=step_packs), DeviceRequest(count), Hardware(1, ()), None)
     except UserError as error:
         return ScalePoint(count, step_packs, None, 0.0, 0.0, error.mistakes[0].fact)
     # All that memory depends on as the number of GPUs and of packs changes.

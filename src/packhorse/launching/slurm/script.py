@@ -16,8 +16,8 @@ from typing import Final
 
 from packhorse.errors import UserError
 from packhorse.launching.slurm.site import SiteProfile, mebibytes_of
-from packhorse.recipe.locate import ENVIRONMENT_REFERENCE
 from packhorse.recipe.shipped import shipped_path
+from packhorse.yaml_source.environment import ENVIRONMENT_REFERENCE
 
 TRAIN_SCRIPT: Final = "job.sbatch"
 COMMAND_SCRIPT: Final = "command.sbatch"

@@ -9,7 +9,7 @@ import torch
 
 from packhorse.data.packs.loader import MicroBatch
 from packhorse.errors import EXIT_MEMORY, UserError
-from packhorse.plan.less_memory import less_memory
+from packhorse.plan.batch import suggest_less_memory
 from packhorse.plan.replan import with_smaller_micro
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.heartbeat import Heartbeat
@@ -65,7 +65,7 @@ def memory_error(plan: RunPlan, last: Heartbeat, error: BaseException) -> UserEr
         micro = smaller.batch.micro_packs
         fix = f"recovery.on_oom is shrink: `packhorse train` goes on with batch.micro {micro}, the same result."
         return AnotherAttempt("shrink", fact, why, fix, EXIT_MEMORY)
-    return UserError(fact, why, f"{less_memory(plan)}; then `--resume`.", exit_code=EXIT_MEMORY)
+    return UserError(fact, why, f"{suggest_less_memory(plan)}; then `--resume`.", exit_code=EXIT_MEMORY)
 
 
 def _planned(plan: RunPlan) -> str:
