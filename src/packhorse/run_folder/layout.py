@@ -1,0 +1,184 @@
+"""Names of all files and folders of a run. No other module spells one; this module imports nothing of Packhorse.
+
+RUN/
+    recipe.yaml  plan.json  plan-N.json  data.json  site.json       what is to be done
+    status.json  metrics.jsonl  attempts.jsonl  skipped_steps.json  what was done
+    evaluation.json  evaluation-test.json  wandb_id.txt
+    launcher.lock  STOP  CHECKPOINT  CANCEL                         who runs it, and requests to it
+    jobs.jsonl  ended.jsonl  job.sbatch  KIND.sbatch                its Slurm jobs
+    logs/
+        KIND-JOB.out
+        attempt-N/                                                  one launch of the run
+            began.json  stderr.log  hang-report-requested
+            heartbeat-R.json  rank-R.json  rank-R.log  stacks-R.txt  collectives-R.json
+    checkpoints/
+        step-000100/
+            manifest.json  state.json  optimizer.json  optimizer-RRRRR-NNN.safetensors
+            model/ or adapter/
+        .step-000100.tmp/                                           a checkpoint that is being written
+            .written-R.json
+        .step-000100.removed/                                       a checkpoint that is being removed
+        step-000100.damaged-K/                                      kept to be looked at; not a checkpoint
+    model/ or adapter/                                              the trained weights
+RUNS/NAME/                                                          a sweep; its runs are RUNS/NAME-1, RUNS/NAME-2 ...
+    sweep.json  logs/
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+RUNS_FOLDER: Final = "runs"
+"""Folder in which a run is looked up by its name."""
+
+# What is to be done
+RECIPE_FILE: Final = "recipe.yaml"
+PLAN_FILE: Final = "plan.json"
+DATA_FILE: Final = "data.json"
+"""Copy of the manifest of the prepared data."""
+SITE_RECORD: Final = "site.json"
+"""Site profile with which the run was submitted."""
+SWEEP_FILE: Final = "sweep.json"
+"""Replaces plan.json in the folder of a sweep."""
+
+# What was done
+STATUS_FILE: Final = "status.json"
+METRICS_FILE: Final = "metrics.jsonl"
+ATTEMPTS_FILE: Final = "attempts.jsonl"
+SKIPPED_STEPS_FILE: Final = "skipped_steps.json"
+SKIPPED_STEPS_FILE_BEFORE: Final = "left_out.json"
+"""Name of SKIPPED_STEPS_FILE in runs of Packhorse 0.1."""
+EVALUATION_FILE: Final = "evaluation.json"
+TEST_EVALUATION_FILE: Final = "evaluation-test.json"
+WANDB_ID_FILE: Final = "wandb_id.txt"
+MODEL_FOLDER: Final = "model"
+ADAPTER_FOLDER: Final = "adapter"
+
+# Who runs it, and requests to it: the ranks look for STOP and CHECKPOINT between two steps
+LOCK_FILE: Final = "launcher.lock"
+STOP_FILE: Final = "STOP"
+"""Requests a checkpoint, then the end of the attempt."""
+CHECKPOINT_FILE: Final = "CHECKPOINT"
+"""Requests a checkpoint."""
+CANCEL_FILE: Final = "CANCEL"
+"""Says that no further job may resume the run."""
+
+# Slurm jobs
+JOBS_FILE: Final = "jobs.jsonl"
+ENDED_FILE: Final = "ended.jsonl"
+JOB_LOGS: Final = "*.out"
+
+# Logs
+LOGS_FOLDER: Final = "logs"
+ATTEMPT_FOLDERS: Final = "attempt-*"
+BEGAN_FILE: Final = "began.json"
+STDERR_LOG: Final = "stderr.log"
+"""Standard error of `accelerate launch`."""
+REPORT_REQUEST_FILE: Final = "hang-report-requested"
+"""Created before a hang is ended; each rank then writes its stacks and collectives."""
+HEARTBEATS: Final = "heartbeat-*.json"
+RANK_RECORDS: Final = "rank-*.json"
+RANK_LOGS: Final = "rank-*.log"
+COLLECTIVES: Final = "collectives-*.json"
+STACKS: Final = "stacks-*.txt"
+
+# Checkpoints
+CHECKPOINTS_FOLDER: Final = "checkpoints"
+STEP_FOLDERS: Final = "step-*"
+STEP_FOLDER: Final = re.compile(r"step-(\d{6,})")
+UNFINISHED_STEP_FOLDERS: Final = f".{STEP_FOLDERS}.tmp"
+REMOVED_STEP_FOLDERS: Final = f".{STEP_FOLDERS}.removed"
+MANIFEST_FILE: Final = "manifest.json"
+STATE_FILE: Final = "state.json"
+"""Step, random states and the position in the data."""
+OPTIMIZER_FILE: Final = "optimizer.json"
+"""Optimizer states that are not tensors."""
+OPTIMIZER_TENSORS: Final = "optimizer-*.safetensors"
+
+
+def replaced_plan_name(number: int) -> str:
+    """Return the name of the plan that replacement `number`, counted from 1, replaced."""
+    return f"plan-{number}.json"
+
+
+def job_script_name(kind: str) -> str:
+    """Return the name of the script of a job."""
+    return "job.sbatch" if kind == "train" else f"{kind}.sbatch"
+
+
+def job_log_name(kind: str) -> str:
+    """Return the name of a job's log; Slurm replaces `%j` by the job's number."""
+    return f"{kind}-%j.out"
+
+
+def attempt_name(attempt: int) -> str:
+    """Return the name of an attempt's log folder."""
+    return f"attempt-{attempt}"
+
+
+def attempt_logs(run_folder: Path, attempt: int) -> Path:
+    """Return the log folder of an attempt."""
+    return run_folder / LOGS_FOLDER / attempt_name(attempt)
+
+
+def attempt_numbers(run_folder: Path) -> list[int]:
+    """Return the numbers of the attempts that have a log folder, in order."""
+    folders = (run_folder / LOGS_FOLDER).glob(ATTEMPT_FOLDERS)
+    return sorted(int(folder.name.removeprefix("attempt-")) for folder in folders)
+
+
+def job_logs(run_folder: Path) -> list[Path]:
+    """Return the logs of the run's jobs, the newest last."""
+    return sorted((run_folder / LOGS_FOLDER).glob(JOB_LOGS), key=lambda path: path.stat().st_mtime)
+
+
+def heartbeat_name(rank: int) -> str:
+    """Return the name of a rank's heartbeat file."""
+    return f"heartbeat-{rank}.json"
+
+
+def rank_record_name(rank: int) -> str:
+    """Return the name of the file that says how a rank ended."""
+    return f"rank-{rank}.json"
+
+
+def rank_log_name(rank: int) -> str:
+    """Return the name of a rank's standard error."""
+    return f"rank-{rank}.log"
+
+
+def stacks_name(rank: int) -> str:
+    """Return the name of the file with a rank's Python stacks."""
+    return f"stacks-{rank}.txt"
+
+
+def collectives_name(rank: int) -> str:
+    """Return the name of the file with a rank's last collectives."""
+    return f"collectives-{rank}.json"
+
+
+def step_folder_name(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
+    return f"step-{step:06d}"
+
+
+def unfinished_step_folder(checkpoints: Path, step: int) -> Path:
+    """Return the folder in which the checkpoint of a step is written."""
+    return checkpoints / f".{step_folder_name(step)}.tmp"
+
+
+def removed_step_folder(checkpoint: Path) -> Path:
+    """Return the folder to which a checkpoint is renamed before its files are removed."""
+    return checkpoint.with_name(f".{checkpoint.name}.removed")
+
+
+def written_name(rank: int) -> str:
+    """Return the name of the list of files that a rank has written into an unfinished checkpoint."""
+    return f".written-{rank}.json"
+
+
+def optimizer_tensors_name(rank: int, number: int) -> str:
+    """Return the name of file `number`, counted from 0, of the optimizer states that a rank writes."""
+    return f"optimizer-{rank:05d}-{number:03d}.safetensors"
