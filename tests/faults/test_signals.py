@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cli import PACKHORSE, environment, metrics, packhorse
-from packhorse.run_folder.checkpoints.manifest import faults_of
+from packhorse.run_folder.checkpoints.manifest import checkpoint_faults
 from tiny import write_tiny
 
 WORDS = ("parallel.processes=2", "batch.micro=2")
@@ -51,7 +51,7 @@ def test_stopped_in_each_phase_it_goes_on_as_if_nothing_had_been(folder: Path) -
         assert (status["state"], status["step"]) == ("stopped", saved), asked
         checkpoints = sorted((run / "checkpoints").glob("step-*"))
         assert [path.name for path in checkpoints][-1:] == ([f"step-{saved:06d}"] if saved else []), asked
-        assert all(list(faults_of(path)) == [] for path in checkpoints), asked
+        assert all(list(checkpoint_faults(path)) == [] for path in checkpoints), asked
         words = (str(run), "--resume")
     done = packhorse(folder, "train", *words)
     assert done.code == 0, done.err

@@ -14,7 +14,7 @@ from packhorse.commands.planned_jobs import Asked, Submission, planned_jobs, pro
 from packhorse.commands.sending import make_run, show_plain, size_words, when_words
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.slurm.client import Expected, NoSlurmError, SlurmError, cancel
-from packhorse.launching.slurm.jobs import JobRecord, append_job, submit_job
+from packhorse.launching.slurm.jobs import submit_job
 from packhorse.launching.slurm.refusals import explained
 from packhorse.launching.slurm.script import command_script, cpu_request, show, train_request, train_script
 from packhorse.launching.slurm.submit import PlannedJob, check_jobs, sbatch_words
@@ -22,6 +22,8 @@ from packhorse.plan.make_plan import run_folder_of
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import SweepRun, expand
 from packhorse.run_folder.folder import check_free, relative
+from packhorse.run_folder.jobs import JobRecord, append_job
+from packhorse.run_folder.layout import LOGS_FOLDER
 from packhorse.run_folder.sweep import create_sweep, member_folder
 
 
@@ -73,7 +75,7 @@ def submit_sweep(recipe: str, overrides: Sequence[str], asked: Asked) -> int:
     create_sweep(folder, recipe, runs)
     for each in found:
         make_run(each)
-        (Path(each.plan.run_folder) / "logs").mkdir(exist_ok=True)
+        (Path(each.plan.run_folder) / LOGS_FOLDER).mkdir(exist_ok=True)
     try:
         records = _send(sweep, expected)
     except UserError:
@@ -104,7 +106,7 @@ def _jobs(folder: Path, runs: Sequence[SweepRun], found: Sequence[Submission]) -
     for each in found:
         planned_jobs(each)  # refuses what no job of this run could do
     latest = max(found, key=lambda each: each.lead.seconds)
-    site, topology, logs = latest.site, latest.plan.topology, folder / "logs"
+    site, topology, logs = latest.site, latest.plan.topology, folder / LOGS_FOLDER
     gpus = topology.processes_per_node if topology.device == "cuda" else 0
     asked = train_request(site, folder.name, logs, topology.num_nodes, gpus, site.time, latest.lead.seconds)
     jobs = [PlannedJob("train", asked, train_script(site, asked, programs_of(site)), (str(folder),))]

@@ -16,11 +16,12 @@ from packhorse.estimate.saved import CheckpointRoom
 from packhorse.plan.command import nvme_folder
 from packhorse.plan.compatibility import NO_RESUME_FROM_NVME
 from packhorse.plan.optimizer_pairs import IN_8_BITS
-from packhorse.plan.run_plan import PLAN_FILE, RunPlan
+from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand, path_of
 from packhorse.run_folder.checkpoints.listing import complete_checkpoints, newest_complete
 from packhorse.run_folder.checkpoints.manifest import read_manifest
 from packhorse.run_folder.folder import relative
+from packhorse.run_folder.layout import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, PLAN_FILE
 
 
 def check_writable(folder: Path) -> None:
@@ -57,7 +58,7 @@ def check_base_model(plan: RunPlan) -> None:
         return
     run = path_of(path)
     if (run / PLAN_FILE).is_file():
-        state = "trained an adapter" if (run / "adapter").is_dir() else "has not finished"
+        state = "trained an adapter" if (run / ADAPTER_FOLDER).is_dir() else "has not finished"
         raise UserError(
             f"model.path {path} is a run that {state}: it has no model folder.",
             "a run can start from a finished run of full fine-tuning.",
@@ -118,14 +119,14 @@ def check_nvme(plan: RunPlan) -> None:
         )
 
 
-def room_to_come(plan: RunPlan, room: CheckpointRoom) -> CheckpointRoom:
+def disk_still_needed(plan: RunPlan, room: CheckpointRoom) -> CheckpointRoom:
     """What the run's checkpoints still need beside those that stand.
 
     Args:
         plan: As it would run.
         room: What they take in all.
     """
-    standing = len(complete_checkpoints(Path(plan.run_folder) / "checkpoints"))
+    standing = len(complete_checkpoints(Path(plan.run_folder) / CHECKPOINTS_FOLDER))
     return replace(room, count=max(1, room.count - standing))
 
 
@@ -143,7 +144,7 @@ def check_disk(plan: RunPlan, room: CheckpointRoom | None) -> None:
     """
     if room is None:
         return
-    room = room_to_come(plan, room)
+    room = disk_still_needed(plan, room)
     needed, run_folder = room.total_bytes, Path(plan.run_folder)
     existing = next(parent for parent in (run_folder, *run_folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -176,7 +177,7 @@ def check_resumable(plan: RunPlan) -> None:
             "train under another name from what was learned (model.path=RUN/checkpoints/STEP/model), or with "
             "parallel.engine zero3_offload.",
         )
-    newest = newest_complete(Path(plan.run_folder) / "checkpoints")
+    newest = newest_complete(Path(plan.run_folder) / CHECKPOINTS_FOLDER)
     manifest = read_manifest(newest) if newest is not None else None
     if newest is None or manifest is None:
         return

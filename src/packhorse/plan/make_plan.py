@@ -12,11 +12,12 @@ from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.compatibility import check_pair
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.optimizer_pairs import check_stepping
-from packhorse.plan.run_plan import PLAN_FILE, DataFacts, Decision, RunPlan, Topology
+from packhorse.plan.run_plan import DataFacts, Decision, RunPlan, Topology
 from packhorse.plan.sequence import check_heads
 from packhorse.plan.topology import Ask, choose_topology
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.layout import MODEL_FOLDER, PLAN_FILE
 from packhorse.version import VERSION
 
 
@@ -124,7 +125,7 @@ def _base_model(recipe: Recipe) -> str | None:
     if "${env:" in model.path:
         # The plan is written down; what the environment holds is not.
         return f"{model.path}/model" if trained.is_file() else model.path
-    return str(folder / "model" if trained.is_file() else folder)
+    return str(folder / MODEL_FOLDER if trained.is_file() else folder)
 
 
 def _count_steps(recipe: Recipe, steps_per_epoch: int | None) -> tuple[int | None, Decision]:

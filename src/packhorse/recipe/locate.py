@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from packhorse.errors import UserError
+from packhorse.run_folder.layout import MODEL_FOLDER, PLAN_FILE
 
 ENVIRONMENT_REFERENCE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -49,9 +50,9 @@ def locate(text: str, runs_folder: Path) -> Path:
         UserError: As `path_of`.
     """
     path = path_of(text)
-    if not path.exists() and (runs_folder / path / "plan.json").is_file():
+    if not path.exists() and (runs_folder / path / PLAN_FILE).is_file():
         path = runs_folder / path
-    return path / "model" if (path / "plan.json").is_file() else path
+    return path / MODEL_FOLDER if (path / PLAN_FILE).is_file() else path
 
 
 def _value(reference: re.Match[str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from packhorse.durable import append_line, read_lines
 from packhorse.errors import (
     EXIT_DISK,
     EXIT_LOST,
@@ -20,9 +21,8 @@ from packhorse.errors import (
     EXIT_USER_ERROR,
 )
 from packhorse.plan.run_plan import PlanPart
+from packhorse.run_folder.attempts import ended_early, read_rank_records
 from packhorse.run_folder.heartbeat import read_heartbeats
-from packhorse.run_folder.json_lines import append_line, read_lines
-from packhorse.run_folder.rank_records import left_others, read_records
 from packhorse.secrets import mask
 
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -67,7 +67,7 @@ class AttemptRecord(PlanPart):
     message: str = ""
 
 
-class Begun(PlanPart):
+class AttemptStart(PlanPart):
     """What is known when an attempt begins."""
 
     started_at: float
@@ -83,7 +83,7 @@ def outcome_of(exit_code: int, again: str | None) -> Ended:
     return BY_REQUEST[again] if again else BY_CODE.get(exit_code, "failed")
 
 
-def begin_attempt(logs: Path, begun: Begun) -> None:
+def write_attempt_start(logs: Path, begun: AttemptStart) -> None:
     """Writes what is known of an attempt that begins into its log folder."""
     (logs / BEGAN_FILE).write_text(begun.model_dump_json() + "\n", encoding="utf-8")
 
@@ -125,7 +125,7 @@ def has_ended(run_folder: Path, attempt: int) -> bool:
     return any(record.attempt == attempt for record in _lines(run_folder))
 
 
-def settle_attempts(run_folder: Path) -> None:
+def record_killed_attempts(run_folder: Path) -> None:
     """Writes down the attempts that have no line; called by the one that holds the run's lock."""
     written = {record.attempt for record in _lines(run_folder)}
     for record in read_attempts(run_folder):
@@ -158,13 +158,13 @@ def last_sign_of_life(run_folder: Path) -> float:
     return max([_started_at(logs), *(beat.at for beat in read_heartbeats(logs) if beat.phase != "end")])
 
 
-def job_of(run_folder: Path) -> str:
+def chain_of_newest_attempt(run_folder: Path) -> str:
     """The first of the jobs that made the newest attempt; empty where no job did."""
     begun = _begun(_logs(run_folder, max(_numbers(run_folder), default=0)))
     return begun.chain if begun is not None else ""
 
 
-def in_vain(run_folder: Path, chain: str, newest_step: int) -> int:
+def count_attempts_without_progress(run_folder: Path, chain: str, newest_step: int) -> int:
     """How many of the last attempts in a row, all of these jobs, have left no newer checkpoint than there was.
 
     Args:
@@ -200,8 +200,8 @@ def _lines(run_folder: Path) -> list[AttemptRecord]:
 def _from_heartbeats(attempt: int, logs: Path) -> AttemptRecord:
     first, last = steps_of(logs)
     started = _started_at(logs)
-    records = read_records(logs)  # of a launch that no launcher of ours watched
-    how = next((record for record in records if left_others(record)), records[0] if records else None)
+    records = read_rank_records(logs)  # of a launch that no launcher of ours watched
+    how = next((record for record in records if ended_early(record)), records[0] if records else None)
     return AttemptRecord(
         attempt=attempt,
         started_at=started,
@@ -213,9 +213,9 @@ def _from_heartbeats(attempt: int, logs: Path) -> AttemptRecord:
     )
 
 
-def _begun(logs: Path) -> Begun | None:
+def _begun(logs: Path) -> AttemptStart | None:
     try:
-        return Begun.model_validate_json((logs / BEGAN_FILE).read_text(encoding="utf-8"))
+        return AttemptStart.model_validate_json((logs / BEGAN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

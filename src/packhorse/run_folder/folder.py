@@ -11,9 +11,10 @@ from typing import Final
 from packhorse.errors import UserError
 from packhorse.plan.command import launch_argv
 from packhorse.plan.replan import replace_plan
-from packhorse.plan.run_plan import PLAN_FILE, RunPlan, read_plan, write_plan
+from packhorse.plan.run_plan import RunPlan, read_plan, write_plan
 from packhorse.recipe.load import dump_recipe
-from packhorse.run_folder.attempts import Begun, begin_attempt
+from packhorse.run_folder.attempts import AttemptStart, write_attempt_start
+from packhorse.run_folder.layout import PLAN_FILE
 from packhorse.run_folder.status import State, Status, read_status, write_status
 
 SWEEP_FILE: Final = "sweep.json"
@@ -137,13 +138,13 @@ def open_run(name: str) -> RunPlan:
     return plan.model_copy(update={"run_folder": str(moved), "argv": launch_argv(plan.topology, moved)})
 
 
-def next_attempt(folder: Path, begun: Begun | None = None) -> tuple[int, Path]:
+def next_attempt(folder: Path, begun: AttemptStart | None = None) -> tuple[int, Path]:
     """Number and log folder of the next attempt to run the plan; `begun`: what is known of it beside the time."""
     taken = [int(path.name.removeprefix("attempt-")) for path in (folder / "logs").glob("attempt-*")]
     number = max(taken, default=0) + 1
     logs = folder / "logs" / f"attempt-{number}"
     logs.mkdir(parents=True)
-    begin_attempt(logs, begun or Begun(started_at=time.time()))
+    write_attempt_start(logs, begun or AttemptStart(started_at=time.time()))
     return number, logs
 
 

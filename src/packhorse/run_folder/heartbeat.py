@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from packhorse.errors import EXIT_LOST
-from packhorse.run_folder.processes import identity
+from packhorse.run_folder.heartbeat import process_identity
 
 Phase = Literal["start", "load", "data", "forward", "backward", "optimizer", "save", "evaluate", "end"]
 RECORD_BYTES = 512
@@ -59,7 +59,7 @@ class Heartbeat:
     changes: int = 0
 
 
-class Pulse:
+class HeartbeatWriter:
     """The heartbeat of this process; `close` ends it.
 
     A rank whose launcher is gone ends itself: nobody would watch it, and the next launcher would find it in its way.
@@ -84,11 +84,11 @@ class Pulse:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def when_asked(self, answer: Callable[[], None]) -> None:
+    def on_report_request(self, answer: Callable[[], None]) -> None:
         """Sets what the beating thread does, once, when the launcher asks; the main thread may hang by then."""
         self._answer = answer
 
-    def at_each_beat(self, look: Callable[[], None]) -> None:
+    def on_each_beat(self, look: Callable[[], None]) -> None:
         """Sets what the beating thread does each time."""
         self._at_each_beat = look
 
@@ -106,9 +106,9 @@ class Pulse:
             changes = last.changes + ((name, done) != (last.phase, last.step))
             self._write(replace(last, phase=name, step=done, since=now, at=now, first_step=first, changes=changes))
 
-    def end_if_alone(self) -> None:
+    def exit_if_launcher_is_gone(self) -> None:
         """Ends this process at once where its launcher is gone; what fails because of that is not worth telling."""
-        if self._launcher and identity(int(self._launcher.split(":")[0])) != self._launcher:
+        if self._launcher and process_identity(int(self._launcher.split(":")[0])) != self._launcher:
             sys.stderr.write("the launcher of this run is gone: this rank ends too\n")
             sys.stderr.flush()
             os._exit(EXIT_LOST)
@@ -127,7 +127,7 @@ class Pulse:
         while not self._ended.wait(BEAT_SECONDS):
             with self._lock:
                 self._write(replace(self._last, at=self._clock()))
-            self.end_if_alone()
+            self.exit_if_launcher_is_gone()
             if self._answer and self._asked.exists():
                 answer, self._answer = self._answer, None
                 answer()

@@ -26,7 +26,7 @@ SILENT_SECONDS = 90.0
 
 
 @contextmanager
-def only_launcher(run_folder: Path) -> Iterator[None]:
+def launcher_lock(run_folder: Path) -> Iterator[None]:
     """Holds the run for this process.
 
     The file stays; what counts is the lock on it, which the kernel takes back when its holder ends, however it ends.
@@ -44,8 +44,8 @@ def only_launcher(run_folder: Path) -> Iterator[None]:
             file.truncate()
 
 
-def hold_for_job(run_folder: Path, job: str, chain: str) -> None:
-    """Holds the run for a job, until `release_job` or, where that is never called, its ranks are silent.
+def lock_for_job(run_folder: Path, job: str, chain: str) -> None:
+    """Holds the run for a job, until `release_job_lock` or, where that is never called, its ranks are silent.
 
     Args:
         run_folder: The run's.
@@ -59,7 +59,7 @@ def hold_for_job(run_folder: Path, job: str, chain: str) -> None:
         pass
 
 
-def release_job(run_folder: Path, job: str) -> None:
+def release_job_lock(run_folder: Path, job: str) -> None:
     """Gives the run free, if this job holds it."""
     found = holder(run_folder)
     if found is not None and found.get("job") == job:

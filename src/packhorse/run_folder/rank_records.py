@@ -14,13 +14,13 @@ CONSEQUENCE = re.compile(r"[Cc]onnection|Broken pipe|ncclRemoteError|ncclSystemE
 """What a rank says in a collective when another is gone, or has failed."""
 
 
-def read_records(logs: Path) -> list[dict[str, Any]]:
+def read_rank_records(logs: Path) -> list[dict[str, Any]]:
     """What the ranks of an attempt wrote when they ended, the first one first."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in logs.glob("rank-*.json")]
     return sorted(records, key=lambda record: record["time"])
 
 
-def left_others(record: Mapping[str, Any]) -> bool:
+def ended_early(record: Mapping[str, Any]) -> bool:
     """Whether a rank ended out of order, alone for all it knew: the others may wait for it."""
     return record["exit_code"] not in (EXIT_OK, EXIT_STOPPED) or bool(record["message"])
 

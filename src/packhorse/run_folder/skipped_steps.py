@@ -15,7 +15,7 @@ from packhorse.errors import UserError
 LEFT_OUT_FILE = "left_out.json"
 
 
-def read_left_out(run_folder: Path) -> dict[int, str]:
+def read_skipped_steps(run_folder: Path) -> dict[int, str]:
     """Step, counted from 1 as in metrics.jsonl, to why it is left out; empty where nothing is.
 
     Raises:
@@ -34,7 +34,7 @@ def read_left_out(run_folder: Path) -> dict[int, str]:
         ) from error
 
 
-def write_left_out(run_folder: Path, left_out: Mapping[int, str]) -> None:
+def write_skipped_steps(run_folder: Path, left_out: Mapping[int, str]) -> None:
     """Replaces the file in one move, and waits until that is on disk."""
     entries = [{"step": step, "why": left_out[step]} for step in sorted(left_out)]
     replace_file(run_folder / LEFT_OUT_FILE, json.dumps(entries, indent=2) + "\n")

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import PlanPart
 from packhorse.recipe.sweep import SweepRun
-from packhorse.run_folder.folder import SWEEP_FILE, check_free, named_folder, relative
+from packhorse.run_folder.folder import check_free, named_folder, relative
+from packhorse.run_folder.layout import SWEEP_FILE
 
 SWEEP_VERSION: Final = 1
 

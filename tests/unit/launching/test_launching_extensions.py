@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from packhorse.launching.local.extensions import extensions_folder, remove_abandoned_locks
+from packhorse.launching.local.environment import extensions_folder, remove_abandoned_locks
 
 
 def test_two_environments_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

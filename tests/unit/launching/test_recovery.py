@@ -24,13 +24,14 @@ from packhorse.errors import (
 )
 from packhorse.launching.local import recovery
 from packhorse.launching.local.outcome import Outcome
-from packhorse.launching.local.processes import processes_of
 from packhorse.launching.local.recovery import run_to_end
 from packhorse.launching.local.stop_signals import StopSignals
+from packhorse.launching.local.watch import processes_of
 from packhorse.plan.run_plan import RunPlan, read_plan
-from packhorse.run_folder.attempts import ATTEMPTS_FILE, end_attempt, outcome_of, read_attempts
+from packhorse.run_folder.attempts import end_attempt, outcome_of, read_attempts
 from packhorse.run_folder.folder import next_attempt
-from packhorse.run_folder.skipped_steps import write_left_out
+from packhorse.run_folder.layout import ATTEMPTS_FILE
+from packhorse.run_folder.skipped_steps import write_skipped_steps
 
 LOST = Outcome(EXIT_LOST, "lost", "rank 1 was killed")
 DONE = Outcome(EXIT_OK)
@@ -141,7 +142,7 @@ def test_a_rewind_is_no_restart_but_needs_a_new_step_to_leave_out(scripted, plan
     def and_leave_out(plan: RunPlan, stop: StopSignals) -> Outcome:
         outcome = launch(plan, stop)
         if len(script.outcomes) == 2:
-            write_left_out(script.folder, {9: "spike"})
+            write_skipped_steps(script.folder, {9: "spike"})
         return outcome
 
     recovery.launch = and_leave_out  # the fixture puts the real one back
@@ -189,10 +190,10 @@ def test_ranks_of_a_launch_typed_by_hand_are_left_alone_and_said(scripted, plan:
 
 def test_a_rank_whose_launcher_is_gone_ends_itself(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from packhorse.run_folder.heartbeat import Pulse;"
-        "from packhorse.run_folder.processes import identity;"
+        "import os, sys, time; from pathlib import Path; from packhorse.run_folder.heartbeat import HeartbeatWriter;"
+        "from packhorse.run_folder.heartbeat import identity;"
         "os.environ['PACKHORSE_LAUNCHER'] = identity(os.getppid());"
-        "Pulse(Path(sys.argv[1]), 0); print('beats', os.getpid(), flush=True); time.sleep(60)"
+        "HeartbeatWriter(Path(sys.argv[1]), 0); print('beats', os.getpid(), flush=True); time.sleep(60)"
     )
     launcher = (
         "import subprocess, sys, time;"

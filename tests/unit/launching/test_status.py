@@ -13,9 +13,9 @@ import pytest
 from launching_cases import planned
 
 from packhorse.commands.status import status
-from packhorse.run_folder.attempts import Begun, begin_attempt, end_attempt
+from packhorse.run_folder.attempts import AttemptStart, end_attempt, write_attempt_start
 from packhorse.run_folder.checkpoints.manifest import RunFacts, bring_to_disk, write_manifest
-from packhorse.run_folder.lock import LOCK_FILE
+from packhorse.run_folder.layout import LOCK_FILE
 from packhorse.run_folder.status import Status, write_status
 
 NOBODY = 2**22 + 1  # above the kernel's highest process number
@@ -43,7 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def attempt(folder: Path, number: int, first: int, last: int, pid: int) -> None:
     logs = folder / "logs" / f"attempt-{number}"
     logs.mkdir(parents=True, exist_ok=True)
-    begin_attempt(logs, Begun(started_at=100.0 * number))
+    write_attempt_start(logs, AttemptStart(started_at=100.0 * number))
     beat = {"rank": 0, "pid": pid, "host": socket.gethostname(), "phase": "backward", "step": last, "since": 250.0}
     (logs / "heartbeat-0.json").write_text(json.dumps(beat | {"at": 260.0, "first_step": first}))
 

@@ -10,7 +10,7 @@ import pytest
 
 from packhorse.cli.main import main
 from packhorse.data import prepare
-from packhorse.launching.local.stop_signals import StoppedEarly, StopSignals, stop_signals
+from packhorse.launching.local.stop_signals import StoppedBeforeStart, StopSignals, stop_signals
 from packhorse.train.ranks.signals import STOP_SIGNALS
 from tiny import write_tiny
 
@@ -59,9 +59,9 @@ def test_once_ranks_may_run_a_signal_sets_a_flag_and_only_a_second_stop_ends_at_
 
 def test_before_it_leaves_by_an_exception_that_is_no_error() -> None:
     stop = StopSignals()
-    with pytest.raises(StoppedEarly):
+    with pytest.raises(StoppedBeforeStart):
         stop.handle(signal.SIGTERM, None)
-    assert not issubclass(StoppedEarly, Exception)
+    assert not issubclass(StoppedBeforeStart, Exception)
     stop.close()
 
 

@@ -9,16 +9,16 @@ import pytest
 
 from packhorse.errors import EXIT_BUG, EXIT_OK
 from packhorse.run_folder.attempts import (
-    ATTEMPTS_FILE,
     AttemptRecord,
-    Begun,
-    begin_attempt,
+    AttemptStart,
     end_attempt,
     lost_steps,
     made_steps,
     read_attempts,
-    settle_attempts,
+    record_killed_attempts,
+    write_attempt_start,
 )
+from packhorse.run_folder.layout import ATTEMPTS_FILE
 
 
 def attempt(number: int, first: int, last: int) -> AttemptRecord:
@@ -30,7 +30,7 @@ def attempt(number: int, first: int, last: int) -> AttemptRecord:
 def logs_of(run: Path, number: int, first: int | None = None, step: int = 0, at: float = 0) -> Path:
     logs = run / "logs" / f"attempt-{number}"
     logs.mkdir(parents=True)
-    begin_attempt(logs, Begun(started_at=100.0 * number))
+    write_attempt_start(logs, AttemptStart(started_at=100.0 * number))
     beat = {"rank": 0, "pid": 1, "host": "h", "phase": "data", "step": step, "since": at, "at": at, "first_step": first}
     (logs / "heartbeat-0.json").write_text(json.dumps(beat))
     return logs
@@ -43,8 +43,8 @@ def test_an_attempt_that_was_killed_with_its_launcher_is_told_from_heartbeats_an
     told = read_attempts(tmp_path)
     assert [(each.outcome, each.first_step, each.last_step) for each in told] == [("lost", 0, 30), ("killed", 25, 41)]
     assert (told[1].started_at, told[1].ended_at) == (200.0, 290.0)
-    settle_attempts(tmp_path)
-    settle_attempts(tmp_path)
+    record_killed_attempts(tmp_path)
+    record_killed_attempts(tmp_path)
     assert len((tmp_path / ATTEMPTS_FILE).read_text().splitlines()) == 2
     assert read_attempts(tmp_path) == told
 

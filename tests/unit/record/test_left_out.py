@@ -8,29 +8,30 @@ import pytest
 
 from packhorse import durable
 from packhorse.errors import UserError
-from packhorse.run_folder.skipped_steps import LEFT_OUT_FILE, read_left_out, write_left_out
+from packhorse.run_folder.layout import SKIPPED_STEPS_FILE
+from packhorse.run_folder.skipped_steps import read_skipped_steps, write_skipped_steps
 
 
 def test_what_is_written_is_read_in_order(tmp_path: Path) -> None:
-    assert read_left_out(tmp_path) == {}
-    write_left_out(tmp_path, {12: "the loss is nan", 3: "a spike"})
-    assert list(read_left_out(tmp_path).items()) == [(3, "a spike"), (12, "the loss is nan")]
+    assert read_skipped_steps(tmp_path) == {}
+    write_skipped_steps(tmp_path, {12: "the loss is nan", 3: "a spike"})
+    assert list(read_skipped_steps(tmp_path).items()) == [(3, "a spike"), (12, "the loss is nan")]
 
 
 def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_left_out(tmp_path, {3: "a spike"})
+    write_skipped_steps(tmp_path, {3: "a spike"})
 
     def broken(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(durable, "sync_to_disk", broken)
     with pytest.raises(OSError, match="No space left"):
-        write_left_out(tmp_path, {3: "a spike", 4: "another"})
-    assert read_left_out(tmp_path) == {3: "a spike"}
+        write_skipped_steps(tmp_path, {3: "a spike", 4: "another"})
+    assert read_skipped_steps(tmp_path) == {3: "a spike"}
 
 
 @pytest.mark.parametrize("text", ["", "[{]", '{"step": 3}', '[{"step": "x", "why": ""}]', '[{"why": "a spike"}]'])
 def test_a_damaged_file_is_refused_as_nobody_knows_what_the_run_has_left_out(tmp_path: Path, text: str) -> None:
-    (tmp_path / LEFT_OUT_FILE).write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=LEFT_OUT_FILE):
-        read_left_out(tmp_path)
+    (tmp_path / SKIPPED_STEPS_FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=SKIPPED_STEPS_FILE):
+        read_skipped_steps(tmp_path)

@@ -10,7 +10,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-STDERR_LOG = "stderr.log"
+from packhorse.run_folder.layout import STDERR_LOG
+
 # torch/distributed/elastic/multiprocessing: api.py at once, and errors/__init__.py of all that failed, in the end
 AGENT = re.compile(r"(?:failed \(exitcode: (-?\d+)\) local_rank: \d+|exitcode  : (-?\d+)) \(pid: (\d+)\)")
 # subprocess.CalledProcessError, which accelerate raises of a single process
@@ -39,7 +40,7 @@ class Failure:
         return f"ended without a word, with exit code {self.exit_code}"
 
 
-def over_limit(logs: Path) -> str:
+def memory_limit_note(logs: Path) -> str:
     """Why Slurm killed ranks, where it was for their host memory; empty where it was not."""
     found = OVER_LIMIT.search(_said(logs))
     if found is None:
@@ -56,7 +57,7 @@ def failures(logs: Path) -> list[Failure]:
     return found + [Failure(None, -int(number) if number else int(code)) for number, code in SINGLE.findall(text)]
 
 
-def failure_of(logs: Path, pid: int) -> Failure | None:
+def find_failure(logs: Path, pid: int) -> Failure | None:
     """What became of one rank; None where it is not told, or not yet."""
     return next((failure for failure in failures(logs) if failure.pid in (pid, None)), None)
 

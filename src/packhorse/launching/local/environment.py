@@ -20,6 +20,6 @@ def launch_environment(topology: Topology) -> dict[str, str]:
     }
 
 
-def programs_first(environment: Mapping[str, str]) -> str:
+def path_with_programs(environment: Mapping[str, str]) -> str:
     """PATH with the programs beside this Python first: accelerate, and ninja for what DeepSpeed builds."""
     return f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"

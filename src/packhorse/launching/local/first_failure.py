@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from packhorse.launching.local.agent import STDERR_LOG, failures
+from packhorse.launching.local.failure_logs import read_failures
+from packhorse.run_folder.attempts import ended_early, is_cause, read_rank_records
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.heartbeat import read_heartbeats
-from packhorse.run_folder.rank_records import is_cause, left_others, read_records
+from packhorse.run_folder.layout import JOB_LOGS, LOGS_FOLDER, STDERR_LOG, attempt_name, rank_log_name, rank_record_name
 
 LAST_LINES: Final = 8
 READ_BYTES: Final = 16_384
@@ -17,7 +18,7 @@ READ_BYTES: Final = 16_384
 
 
 @dataclass(frozen=True)
-class LastWords:
+class LogExcerpt:
     """Whose, and what.
 
     Attributes:
@@ -31,18 +32,18 @@ class LastWords:
     lines: tuple[str, ...]
 
 
-def first_failure(run_folder: Path, attempt: int | None) -> LastWords | None:
+def first_failure(run_folder: Path, attempt: int | None) -> LogExcerpt | None:
     """The last words of what failed first; None where nothing was said.
 
     Args:
         run_folder: The run's.
         attempt: Its number; None where none has begun, so that only the job's log can tell.
     """
-    logs = run_folder / "logs" / f"attempt-{attempt}"
+    logs = run_folder / LOGS_FOLDER / attempt_name(attempt)
     found = None
     if attempt is not None:
         found = _of_record(logs) or _of_killed_rank(logs) or _of_file("accelerate launch", logs / STDERR_LOG)
-    jobs = sorted((run_folder / "logs").glob("*.out"), key=lambda path: path.stat().st_mtime)
+    jobs = sorted((run_folder / LOGS_FOLDER).glob(JOB_LOGS), key=lambda path: path.stat().st_mtime)
     return found or next((words for file in jobs[-1:] if (words := _of_file("the job", file))), None)
 
 
@@ -56,27 +57,29 @@ def last_lines(file: Path, count: int = LAST_LINES) -> tuple[str, ...]:
     return tuple(line.rstrip() for line in lines if line.strip())[-count:]
 
 
-def _of_record(logs: Path) -> LastWords | None:
-    left = [record for record in read_records(logs) if left_others(record) and record["message"]]
+def _of_record(logs: Path) -> LogExcerpt | None:
+    left = [record for record in read_rank_records(logs) if ended_early(record) and record["message"]]
     if not left:
         return None
     first = next(filter(is_cause, left), left[0])
     lines = [line for line in first["message"].splitlines() if line.strip()]
-    return LastWords(f"rank {first['rank']}", relative(logs / f"rank-{first['rank']}.json"), tuple(lines[-LAST_LINES:]))
+    return LogExcerpt(
+        f"rank {first['rank']}", relative(logs / rank_record_name(first["rank"])), tuple(lines[-LAST_LINES:])
+    )
 
 
-def _of_killed_rank(logs: Path) -> LastWords | None:
+def _of_killed_rank(logs: Path) -> LogExcerpt | None:
     """A rank that a signal ended left no record; torch's agent tells its process."""
-    for failure in failures(logs):
+    for failure in read_failures(logs):
         beat = next((beat for beat in read_heartbeats(logs) if failure.pid in (beat.pid, None)), None)
         if beat is not None:
-            log = logs / f"rank-{beat.rank}.log"
-            return LastWords(
+            log = logs / rank_log_name(beat.rank)
+            return LogExcerpt(
                 f"rank {beat.rank}", relative(log), (*last_lines(log, LAST_LINES - 1), f"it {failure.cause}")
             )
     return None
 
 
-def _of_file(who: str, file: Path) -> LastWords | None:
+def _of_file(who: str, file: Path) -> LogExcerpt | None:
     lines = last_lines(file)
-    return LastWords(who, relative(file), lines) if lines else None
+    return LogExcerpt(who, relative(file), lines) if lines else None

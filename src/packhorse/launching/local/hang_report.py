@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from packhorse.run_folder.heartbeat import ASK_FILE, BEAT_SECONDS, Heartbeat
-from packhorse.run_folder.processes import STOPPED, process
+from packhorse.run_folder.heartbeat import BEAT_SECONDS, STOPPED, Heartbeat, find_process
+from packhorse.run_folder.layout import REPORT_REQUEST_FILE, collectives_name, stacks_name
 
 STACK_SECONDS = 1.0
 COLLECTIVE_SECONDS = 1.0 + BEAT_SECONDS
@@ -24,7 +24,7 @@ MAIN_THREAD = "run_worker"
 """Function that only the main thread of a rank is in."""
 
 
-def ask_for_last_words(logs: Path, ranks: Iterable[Heartbeat], hang: bool) -> None:
+def request_hang_report(logs: Path, ranks: Iterable[Heartbeat], hang: bool) -> None:
     """Lets these ranks write what they know, and waits a second or two at most; one that is stopped cannot.
 
     Args:
@@ -34,9 +34,9 @@ def ask_for_last_words(logs: Path, ranks: Iterable[Heartbeat], hang: bool) -> No
     """
     awaited = []
     if hang:
-        (logs / ASK_FILE).touch()
+        (logs / REPORT_REQUEST_FILE).touch()
     for rank in ranks:
-        found = process(rank.pid)
+        found = find_process(rank.pid)
         if found is not None and found.state not in STOPPED:
             with suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGUSR1)
@@ -46,7 +46,7 @@ def ask_for_last_words(logs: Path, ranks: Iterable[Heartbeat], hang: bool) -> No
         time.sleep(0.05)
 
 
-def stack_of(logs: Path, rank: int) -> list[str]:
+def read_stack(logs: Path, rank: int) -> list[str]:
     """Where a rank's main thread stood: the innermost frames, then those of Packhorse; empty where it is not known."""
     try:
         text = _stacks(logs, rank).read_text(encoding="utf-8", errors="replace")
@@ -73,8 +73,8 @@ def collectives(logs: Path) -> list[str]:
 
 
 def _stacks(logs: Path, rank: int) -> Path:
-    return logs / f"stacks-{rank}.txt"
+    return logs / stacks_name(rank)
 
 
 def _collectives(logs: Path, rank: int) -> Path:
-    return logs / f"collectives-{rank}.json"
+    return logs / collectives_name(rank)

@@ -10,19 +10,23 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from packhorse.launching.local.agent import STDERR_LOG, failure_of
-from packhorse.launching.local.environment import launch_environment, programs_first
-from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
-from packhorse.launching.local.hang_report import ask_for_last_words
-from packhorse.launching.local.outcome import Outcome, judge, stopped
-from packhorse.launching.local.processes import end_processes
+from packhorse.launching.local.environment import (
+    FOLDER_VARIABLE,
+    extensions_folder,
+    launch_environment,
+    path_with_programs,
+    remove_abandoned_locks,
+)
+from packhorse.launching.local.failure_logs import find_failure
+from packhorse.launching.local.hang_report import request_hang_report
+from packhorse.launching.local.outcome import Outcome, determine_outcome, stopped_outcome
 from packhorse.launching.local.stop_signals import StopSignals
-from packhorse.launching.local.watch import Ending, Watch
+from packhorse.launching.local.watch import ForcedEnd, RankWatcher, end_processes
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
 from packhorse.run_folder.attempts import end_attempt, outcome_of
 from packhorse.run_folder.folder import next_attempt
-from packhorse.run_folder.heartbeat import LAUNCHER_VARIABLE
-from packhorse.run_folder.processes import identity
+from packhorse.run_folder.heartbeat import LAUNCHER_VARIABLE, process_identity
+from packhorse.run_folder.layout import STDERR_LOG
 from packhorse.run_folder.status import read_status
 
 LOOK_SECONDS = 0.25
@@ -42,7 +46,7 @@ def launch(plan: RunPlan, stop: StopSignals) -> Outcome:
             stderr=log,
             start_new_session=True,
         )
-        watch = Watch(plan, logs)
+        watch = RankWatcher(plan, logs)
         try:
             ending = _watched(child, watch, stop)
             ended_with = child.poll()
@@ -60,20 +64,20 @@ def _outcome(
     plan: RunPlan,
     logs: Path,
     attempt: int,
-    ending: Ending | None,
+    ending: ForcedEnd | None,
     ended_with: int | None,
-    watch: Watch,
+    watch: RankWatcher,
     stop: StopSignals,
 ) -> Outcome:
     status = read_status(Path(plan.run_folder))
     if stop.at_once and not (status is not None and status.state == "finished"):
-        return stopped(plan, attempt, "ended at once, on request")
+        return stopped_outcome(plan, attempt, "ended at once, on request")
     if stop.asked and not watch.all_have_begun:
-        return stopped(plan, attempt, "stopped before the ranks had begun")
-    return judge(plan, logs, attempt, ending, ended_with)
+        return stopped_outcome(plan, attempt, "stopped before the ranks had begun")
+    return determine_outcome(plan, logs, attempt, ending, ended_with)
 
 
-def _watched(child: subprocess.Popen[bytes], watch: Watch, stop: StopSignals) -> Ending | None:
+def _watched(child: subprocess.Popen[bytes], watch: RankWatcher, stop: StopSignals) -> ForcedEnd | None:
     """Waits for the end of the child; returns why it must be ended from outside, where it must."""
     handed_on = False
     end_of_child = os.pidfd_open(child.pid)
@@ -94,18 +98,18 @@ def _watched(child: subprocess.Popen[bytes], watch: Watch, stop: StopSignals) ->
         os.close(end_of_child)
 
 
-def _ask_to_stop(watch: Watch) -> None:
+def _ask_to_stop(watch: RankWatcher) -> None:
     for rank in watch.living():
         with suppress(ProcessLookupError):
             os.kill(rank.pid, signal.SIGTERM)
 
 
-def _hear_last_words(child: subprocess.Popen[bytes], logs: Path, watch: Watch, ending: Ending) -> None:
+def _hear_last_words(child: subprocess.Popen[bytes], logs: Path, watch: RankWatcher, ending: ForcedEnd) -> None:
     """Stacks of the ranks that live, and what killed the one that does not."""
-    ask_for_last_words(logs, watch.living(), hang=ending.kind == "hung")
+    request_hang_report(logs, watch.living(), hang=ending.kind == "hung")
     end = time.monotonic() + AGENT_SECONDS
     while ending.kind == "dead" and child.poll() is None and time.monotonic() < end:
-        if failure_of(logs, ending.heartbeat.pid):
+        if find_failure(logs, ending.heartbeat.pid):
             return
         time.sleep(0.05)
 
@@ -114,10 +118,10 @@ def _environment(plan: RunPlan, attempt: int) -> dict[str, str]:
     return {
         **os.environ,
         **launch_environment(plan.topology),
-        "PATH": programs_first(os.environ),
+        "PATH": path_with_programs(os.environ),
         FOLDER_VARIABLE: str(extensions_folder()),
         ATTEMPT_VARIABLE: str(attempt),
-        LAUNCHER_VARIABLE: identity(os.getpid()),
+        LAUNCHER_VARIABLE: process_identity(os.getpid()),
     }
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED
-from packhorse.launching.local.agent import STDERR_LOG, Failure, failure_of, over_limit
-from packhorse.launching.local.first_failure import last_lines
-from packhorse.launching.local.hang_report import collectives, stack_of
-from packhorse.launching.local.watch import Ending
+from packhorse.launching.local.failure_logs import ProcessFailure, find_failure, last_lines, memory_limit_note
+from packhorse.launching.local.hang_report import read_collectives, read_stack
+from packhorse.launching.local.watch import ForcedEnd
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.attempts import ended_early, is_cause, read_rank_records
 from packhorse.run_folder.checkpoints.listing import newest_complete, step_of
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.heartbeat import Heartbeat
-from packhorse.run_folder.rank_records import is_cause, left_others, read_records
+from packhorse.run_folder.layout import CHECKPOINTS_FOLDER, STDERR_LOG, rank_log_name
 from packhorse.run_folder.status import State, Status, read_status, write_status
 
 LAST_LINES = 12
@@ -44,7 +44,7 @@ class Outcome:
     again: str | None = None
 
 
-def judge(plan: RunPlan, logs: Path, attempt: int, ending: Ending | None, ended_with: int | None = None) -> Outcome:
+def judge(plan: RunPlan, logs: Path, attempt: int, ending: ForcedEnd | None, ended_with: int | None = None) -> Outcome:
     """Reads what the ranks left.
 
     Args:
@@ -54,10 +54,10 @@ def judge(plan: RunPlan, logs: Path, attempt: int, ending: Ending | None, ended_
         ending: Why it was ended from outside, if it was.
         ended_with: Exit code of `accelerate launch`, as in `subprocess`; None where it did not end by itself.
     """
-    records = read_records(logs)
+    records = read_rank_records(logs)
     if ending is not None and ending.kind in ("dead", "hung"):
         return _lost(plan, logs, attempt, ending)
-    left = [record for record in records if left_others(record)]
+    left = [record for record in records if ended_early(record)]
     if left:
         return _left(plan, logs, attempt, next(filter(is_cause, left), left[0]))
     again = next((record["again"] for record in records if record.get("again")), None)
@@ -75,9 +75,9 @@ def _as_told(plan: RunPlan, logs: Path, attempt: int, ended_with: int | None) ->
         return Outcome(EXIT_OK)
     if status is not None and told == "stopped":
         return Outcome(EXIT_STOPPED, f"stopped; {_go_on(folder, status.step, status.num_steps)}", "stopped")
-    killed = Failure(None, ended_with) if ended_with is not None and ended_with < 0 else None
+    killed = ProcessFailure(None, ended_with) if ended_with is not None and ended_with < 0 else None
     headline = f"accelerate launch {killed.cause}" if killed else "the ranks ended without a word"
-    headline += over_limit(logs)
+    headline += memory_limit_note(logs)
     _tell(plan, attempt, "failed", headline)
     message = _with_lines(headline, last_lines(logs / STDERR_LOG, LAST_LINES), logs)
     return Outcome(EXIT_LOST if killed else EXIT_BUG, message, headline)
@@ -92,7 +92,7 @@ def stopped(plan: RunPlan, attempt: int, headline: str) -> Outcome:
 
 def newest_step(run_folder: Path) -> int:
     """Step of the newest complete checkpoint; 0 where there is none."""
-    newest = newest_complete(run_folder / "checkpoints")
+    newest = newest_complete(run_folder / CHECKPOINTS_FOLDER)
     return step_of(newest) if newest else 0
 
 
@@ -114,17 +114,17 @@ def _failed(plan: RunPlan, logs: Path, attempt: int, record: dict[str, Any]) -> 
     return Outcome(code, _with_lines(f"rank {record['rank']} failed", lines, logs), headline, again)
 
 
-def _lost(plan: RunPlan, logs: Path, attempt: int, ending: Ending) -> Outcome:
+def _lost(plan: RunPlan, logs: Path, attempt: int, ending: ForcedEnd) -> Outcome:
     beat = ending.heartbeat
-    headline = f"rank {beat.rank} {_cause(logs, ending)} in {where(beat)}{over_limit(logs)}"
+    headline = f"rank {beat.rank} {_cause(logs, ending)} in {where(beat)}{memory_limit_note(logs)}"
     _tell(plan, attempt, "failed", headline)
-    own_log = logs / f"rank-{beat.rank}.log"
+    own_log = logs / rank_log_name(beat.rank)
     lines = [f"{headline}, where it had been since {time.strftime('%H:%M:%S', time.localtime(beat.since))}."]
-    if stack := stack_of(logs, beat.rank):
+    if stack := read_stack(logs, beat.rank):
         lines += ["  it stood at (innermost first):", *(f"    {line}" for line in stack)]
     if said := last_lines(own_log, LAST_LINES):
         lines += [f"  its last lines ({relative(own_log)}):", *(f"    {line}" for line in said)]
-    if waiting := collectives(logs):
+    if waiting := read_collectives(logs):
         lines += ["  collectives that ranks wait in:", *(f"    {line}" for line in waiting)]
     lines += [f"  Python stacks of the ranks that could still write them: {relative(logs)}/stacks-*.txt"]
     folder = Path(plan.run_folder)
@@ -141,10 +141,10 @@ def where(beat: Heartbeat) -> str:
     return f"phase {beat.phase} at step {beat.step}"
 
 
-def _cause(logs: Path, ending: Ending) -> str:
+def _cause(logs: Path, ending: ForcedEnd) -> str:
     beat = ending.heartbeat
     if ending.kind == "dead":
-        failure = failure_of(logs, beat.pid)
+        failure = find_failure(logs, beat.pid)
         return failure.cause if failure else "ended without a word"
     return f"hung ({STATES[ending.state]})" if ending.state in STATES else "hung"
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_MEMORY, EXIT_NOT_FINITE, EXIT_STOPPED
 from packhorse.launching.local.launch import launch
 from packhorse.launching.local.outcome import Outcome, newest_step
-from packhorse.launching.local.processes import end_orphans
 from packhorse.launching.local.stop_signals import StopSignals
+from packhorse.launching.local.watch import end_orphans
 from packhorse.plan.replan import replace_plan, with_smaller_micro
 from packhorse.plan.run_plan import RunPlan
-from packhorse.run_folder.attempts import AttemptRecord, read_attempts, settle_attempts
+from packhorse.run_folder.attempts import AttemptRecord, read_attempts, record_killed_attempts
 from packhorse.run_folder.folder import relative
-from packhorse.run_folder.skipped_steps import read_left_out
+from packhorse.run_folder.skipped_steps import read_skipped_steps
 
-MAY_SUCCEED = (EXIT_BUG, EXIT_LOST, EXIT_NOT_FINITE, EXIT_MEMORY)
+RETRY_EXIT_CODES = (EXIT_BUG, EXIT_LOST, EXIT_NOT_FINITE, EXIT_MEMORY)
 """Exit codes after which another attempt makes sense. Not a user's mistake, a full disk, or a stop on request."""
 
 
@@ -35,14 +35,14 @@ def run_to_end(plan: RunPlan, restarts: int, stop: StopSignals, say: Callable[[s
     """
     folder = Path(plan.run_folder)
     end_orphans(plan)
-    settle_attempts(folder)
+    record_killed_attempts(folder)
     used = 0
     while True:
-        left_out = len(read_left_out(folder))
+        left_out = len(read_skipped_steps(folder))
         outcome = launch(plan, stop)
         if stop.asked:
             return outcome if outcome.again is None else replace(outcome, exit_code=EXIT_STOPPED)
-        if outcome.again == "rewind" and len(read_left_out(folder)) > left_out:
+        if outcome.again == "rewind" and len(read_skipped_steps(folder)) > left_out:
             say(_again(folder, outcome.headline))
             continue
         smaller = with_smaller_micro(plan) if outcome.again == "shrink" else None
@@ -51,9 +51,9 @@ def run_to_end(plan: RunPlan, restarts: int, stop: StopSignals, say: Callable[[s
             replace_plan(plan)
             say(_again(folder, outcome.headline, f", with {plan.chosen('batch.micro')}"))
             continue
-        if outcome.exit_code not in MAY_SUCCEED or used == restarts:
+        if outcome.exit_code not in RETRY_EXIT_CODES or used == restarts:
             return outcome
-        if same_again(read_attempts(folder)):
+        if failed_alike(read_attempts(folder)):
             say("not started again: the attempt before failed at the same step with the same words")
             return outcome
         used += 1
@@ -65,7 +65,7 @@ def _again(folder: Path, why: str, count: str = "") -> str:
     return f"{relative(folder)}: {why}; starting again from step {step}{count}"
 
 
-def same_again(attempts: Sequence[AttemptRecord]) -> bool:
+def failed_alike(attempts: Sequence[AttemptRecord]) -> bool:
     """Whether the last two attempts failed alike, so that a third would too; a lost rank is no such failure."""
     if len(attempts) < 2 or attempts[-1].outcome == "lost":
         return False

@@ -14,7 +14,7 @@ WARNING = signal.SIGUSR2
 STDERR = 2
 
 
-class StoppedEarly(KeyboardInterrupt):
+class StoppedBeforeStart(KeyboardInterrupt):
     """Asked to stop while nothing runs yet; what is being written is a draft, and is removed on the way out."""
 
 
@@ -33,13 +33,13 @@ class StopSignals:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def ranks_may_run(self) -> None:
-        """From here on a request sets a flag; before, it ends what is going on by `StoppedEarly`."""
+        """From here on a request sets a flag; before, it ends what is going on by `StoppedBeforeStart`."""
         self._may_leave = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler of all three signals."""
         if self._may_leave:
-            raise KeyboardInterrupt if number == signal.SIGINT else StoppedEarly
+            raise KeyboardInterrupt if number == signal.SIGINT else StoppedBeforeStart
         self.at_once = self.at_once or (self.asked and number in AT_ONCE)
         if not self.asked:
             # Not through sys.stderr: its buffer may be in use just now.

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from packhorse.launching.local.agent import failures
-from packhorse.launching.local.processes import is_of
+from packhorse.launching.local.failure_logs import read_failures
+from packhorse.launching.local.watch import is_of
 from packhorse.plan.run_plan import RunPlan
-from packhorse.run_folder.heartbeat import Heartbeat, hung, read_heartbeats, with_grace
-from packhorse.run_folder.processes import process
-from packhorse.run_folder.rank_records import is_cause, left_others, read_records
+from packhorse.run_folder.attempts import ended_early, is_cause, read_rank_records
+from packhorse.run_folder.heartbeat import Heartbeat, find_hung_rank, find_process, read_heartbeats, with_grace
 
 Kind = Literal["dead", "hung", "left", "stuck"]
 
@@ -74,29 +73,29 @@ class Watch:
         self._looked = now
         self.heartbeats |= {beat.rank: beat for beat in read_heartbeats(self._logs)}
         living = {beat.pid for beat in self.living()}
-        records = read_records(self._logs)  # after who lives: a rank writes its record before it goes
+        records = read_rank_records(self._logs)  # after who lives: a rank writes its record before it goes
         recorded = {record["rank"] for record in records}
         silent = [beat for rank, beat in self.heartbeats.items() if rank not in recorded]
         dead = self._dead([beat for beat in silent if beat.pid and beat.pid not in living], records)
         if dead:
             return Ending("dead", dead)
-        left = [record for record in records if left_others(record)]
+        left = [record for record in records if ended_early(record)]
         if left and now - left[0]["time"] > FAILED_SECONDS:
             return Ending("left", self.heartbeats[left[0]["rank"]])
         if not silent and now - records[-1]["time"] > END_SECONDS:
             return Ending("stuck", max(self.heartbeats.values(), key=lambda beat: beat.at))
         seconds = self._plan.recipe.recovery.hang_seconds
-        waiting = hung([with_grace(beat, self._awake_since, seconds) for beat in silent], now, seconds)
+        waiting = find_hung_rank([with_grace(beat, self._awake_since, seconds) for beat in silent], now, seconds)
         return self._hung(self.heartbeats[waiting.rank]) if waiting else None
 
     @staticmethod
     def _hung(beat: Heartbeat) -> Ending:
-        found = process(beat.pid) if beat.pid else None
+        found = find_process(beat.pid) if beat.pid else None
         return Ending("hung", beat, found.state if found else "")
 
     def _dead(self, gone: list[Heartbeat], records: Sequence[dict[str, Any]]) -> Heartbeat | None:
         """The rank that was gone first, without a word; None where another has a failure of its own to tell."""
-        told = [failure.pid for failure in failures(self._logs)]
-        own = [record for record in records if left_others(record) and is_cause(record)]
+        told = [failure.pid for failure in read_failures(self._logs)]
+        own = [record for record in records if ended_early(record) and is_cause(record)]
         gone.sort(key=lambda beat: (told.index(beat.pid) if beat.pid in told else len(told), beat.at))
         return gone[0] if gone and not own else None

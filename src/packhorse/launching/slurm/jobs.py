@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
+from packhorse.durable import append_line, read_lines
 from packhorse.errors import UserError
 from packhorse.launching.slurm.client import JobState, job_states, submit_script
 from packhorse.plan.run_plan import PlanPart, RunPlan
 from packhorse.run_folder.folder import relative
-from packhorse.run_folder.json_lines import append_line, read_lines
-
-JOBS_FILE: Final = "jobs.jsonl"
+from packhorse.run_folder.layout import JOBS_FILE
 
 Kind = Literal["prepare", "train", "evaluate", "verify", "doctor"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from packhorse.run_folder.checkpoints.manifest import faults_of, read_manifest
+from packhorse.run_folder.checkpoints.manifest import checkpoint_faults, read_manifest
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 STEP_FOLDERS = "step-*"
@@ -57,11 +57,11 @@ def newest_complete(folder: Path) -> Path | None:
     return next((path for path in reversed(checkpoints_in(folder)) if read_manifest(path) is not None), None)
 
 
-def newest_sound(folder: Path) -> Found:
+def find_newest_sound(folder: Path) -> Found:
     """Reads the newest checkpoint whole; where it is not as it was written, the one before, and so on."""
     passed_over: list[str] = []
     for checkpoint in reversed(checkpoints_in(folder)):
-        fault = next(faults_of(checkpoint), None)
+        fault = next(checkpoint_faults(checkpoint), None)
         if fault is None:
             return Found(checkpoint, tuple(passed_over))
         passed_over.append(fault)

@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> CheckpointManifest | None:
     return manifest if manifest == manifest.sealed() else None
 
 
-def faults_of(folder: Path) -> Iterator[str]:
+def checkpoint_faults(folder: Path) -> Iterator[str]:
     """What is wrong with a checkpoint, one sentence a file; nothing where it is as it was written.
 
     Sizes and names are looked at first, so that what is cut or missing is told before gigabytes are read.

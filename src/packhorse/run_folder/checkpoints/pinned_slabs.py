@@ -20,7 +20,7 @@ OPEN: Final = 4
 """So many slabs, the last, are looked through for room; little is left in those before."""
 
 
-class Slabs:
+class PinnedSlabs:
     """Places for copies as they come.
 
     Of full fine-tuning in float32 (weights and two moments) the slabs of a 7B take 1.04 of the bytes in them, of an 8B
@@ -57,7 +57,7 @@ class Slabs:
 
 def slabs_bytes(sizes: Iterable[int]) -> int:
     """Of all slabs that hold copies of these sizes."""
-    slabs = Slabs()
+    slabs = PinnedSlabs()
     for size in sizes:
         slabs.place(size)
     return sum(slabs.sizes)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from packhorse.durable import replace_file, sync_to_disk
 from packhorse.errors import UserError
-from packhorse.run_folder.checkpoints.listing import folder_name, remove_checkpoint
+from packhorse.run_folder.checkpoints.listing import remove_checkpoint
 from packhorse.run_folder.checkpoints.manifest import FileRecord, RunFacts, files_below, write_manifest
+from packhorse.run_folder.layout import step_folder_name
 
 SHARED_SECONDS = 60.0
 """How long a shared file system may take to show what another node has written (nfs(5): acdirmax)."""
@@ -24,10 +25,10 @@ SHARED_SECONDS = 60.0
 
 def temporary_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is written below `folder`."""
-    return folder / f".{folder_name(step)}.tmp"
+    return folder / f".{step_folder_name(step)}.tmp"
 
 
-def leave_record(temporary: Path, rank: int, files: dict[str, FileRecord]) -> None:
+def write_file_list(temporary: Path, rank: int, files: dict[str, FileRecord]) -> None:
     """Says that a rank is done, after its files are on disk.
 
     Raises:
@@ -63,7 +64,7 @@ def publish(temporary: Path, run: RunFacts, shared_seconds: float = SHARED_SECON
         odd = sorted(name for name in present.keys() | files.keys() if present.get(name) != _size(files.get(name)))
         raise OSError(errno.EIO, "not as it was written", str(temporary / odd[0]))
     write_manifest(temporary, run, files)
-    target = temporary.with_name(folder_name(run.step))
+    target = temporary.with_name(step_folder_name(run.step))
     if target.exists():
         remove_checkpoint(target)  # of the same step, and not complete
     temporary.rename(target)

@@ -16,7 +16,8 @@ from packhorse.errors import EXIT_NOT_FINITE, EXIT_STOPPED, UserError
 from packhorse.model.sequence import SequenceGroup
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.checkpoints.listing import checkpoints_in, newest_complete, remove_checkpoint, step_of
-from packhorse.run_folder.skipped_steps import read_left_out, write_left_out
+from packhorse.run_folder.layout import CHECKPOINTS_FOLDER
+from packhorse.run_folder.skipped_steps import read_skipped_steps, write_skipped_steps
 from packhorse.track.meter import Figures
 from packhorse.train.engine.engine import Engine
 from packhorse.train.guard.diagnosis import Cause, find_cause
@@ -122,9 +123,9 @@ class Numbers:
         self._plan, self._engine, self._loader, self._sequence = plan, engine, loader, sequence
         self._recovery, self._is_main = plan.recipe.recovery, is_main
         self._folder = Path(plan.run_folder)
-        self._checkpoints = self._folder / "checkpoints"
+        self._checkpoints = self._folder / CHECKPOINTS_FOLDER
         self._finish_saving = finish_saving
-        self.left_out = read_left_out(self._folder)
+        self.left_out = read_skipped_steps(self._folder)
         self._assert_alike()
 
     def figures(self, step: int) -> Figures:
@@ -216,7 +217,7 @@ class Numbers:
         """Records steps, on disk before any rank goes on."""
         self.left_out |= {step: why for step in steps if step not in self.left_out}
         if self._is_main:
-            write_left_out(self._folder, self.left_out)
+            write_skipped_steps(self._folder, self.left_out)
         self._assert_alike()
 
     def _assert_alike(self) -> None:
