@@ -69,6 +69,8 @@ CANCEL_FILE: Final = "CANCEL"
 JOBS_FILE: Final = "jobs.jsonl"
 ENDED_FILE: Final = "ended.jsonl"
 JOB_LOGS: Final = "*.out"
+ARRAY_JOB_LOG: Final = "job-%A_%a.out"
+"""Log of one task of a job array; Slurm replaces `%A` and `%a` by the numbers of the array and the task."""
 
 # Logs
 LOGS_FOLDER: Final = "logs"

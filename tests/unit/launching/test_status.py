@@ -1,4 +1,4 @@
-"""`packhorse status`: what a reader of a run that ended badly, or is under way, must be able to see."""
+"""`packhorse status` of a run that was killed, and of one that is running."""
 
 from __future__ import annotations
 

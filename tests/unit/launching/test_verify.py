@@ -1,4 +1,4 @@
-"""`packhorse verify RUN` on what may have become of a run's data, without training one."""
+"""`packhorse verify RUN` on sound, damaged, old and missing data of a run that has not begun."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_data_is_sound_damaged_old_or_gone(data: Path, capsys: pytest.CaptureFix
 
 
 def test_what_reads_a_runs_data_refuses_it_in_another_size(data: Path) -> None:
-    """`train RUN --resume`, `evaluate` and `chat` all ask for it here."""
+    """`resume`, `evaluate` and `chat` all check it here."""
     plan = read_plan(Path("runs/tiny"))
     assert require_data(plan) == plan.data
     file = data / "train" / "supervised.bin"

@@ -1,4 +1,4 @@
-"""An attempt is ended from outside when a rank is gone, hung, or has failed while others wait; else never."""
+"""An attempt is ended from outside if a rank is gone, hangs, or has failed while others wait; never otherwise."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def wait_until(condition) -> None:
 
 
 def look_until(watch: RankWatcher, clock: Clock, moment: float):
-    """Looks each second, as a launcher that is never asleep."""
+    """Look every second, as a launcher that never sleeps."""
     while clock.now < moment:
         clock.now += 1
         ending = watch.look()
@@ -72,7 +72,7 @@ def look_until(watch: RankWatcher, clock: Clock, moment: float):
     return None
 
 
-def test_while_all_live_and_go_on_nothing_is_ended(watch: RankWatcher) -> None:
+def test_while_all_ranks_make_progress_nothing_is_ended(watch: RankWatcher) -> None:
     assert watch.look() is None
 
 
@@ -82,14 +82,14 @@ def test_a_rank_that_was_killed_is_named_with_phase_and_step(
     ranks.beat(1, phase="backward", step=11)
     ranks.kill(1)
     wait_until(lambda: watch.look() is not None)
-    ranks.record(0, EXIT_BUG, PEER_GONE)  # what the other says of it is not the cause
+    ranks.record(0, EXIT_BUG, PEER_GONE)  # what the other rank reports is a consequence
     pid = ranks.processes[1].pid
     (logs / "stderr.log").write_text(f"E1121 failed (exitcode: -9) local_rank: 1 (pid: {pid}) of binary: python\n")
-    (logs / "rank-1.log").write_text("the last thing it said\n")
+    (logs / "rank-1.log").write_text("the last line of rank 1\n")
     outcome = determine_outcome(plan, logs, 1, watch.look())
     assert outcome.exit_code == EXIT_LOST
     assert outcome.headline == "rank 1 was killed by SIGKILL in phase backward of step 12"
-    assert "the last thing it said" in outcome.message
+    assert "the last line of rank 1" in outcome.message
     assert "packhorse resume " in outcome.message
     status = read_status(Path(plan.run_folder))
     assert status is not None
@@ -125,7 +125,7 @@ def test_the_others_of_a_failed_rank_are_ended_within_five_seconds(
     watch: RankWatcher, ranks: Ranks, clock: Clock
 ) -> None:
     ranks.record(1, EXIT_NOT_FINITE, "the loss is nan")
-    assert watch.look() is None, "the others may have something to say too"
+    assert watch.look() is None, "the others may still report something"
     ending = look_until(watch, clock, NOW + 5)
     assert ending is not None
     assert ending.kind == "left"
@@ -143,7 +143,9 @@ def test_a_stop_of_one_rank_before_the_first_step_is_no_failure_of_the_others(
     assert status.state == "stopped"
 
 
-def test_of_two_failures_the_cause_is_told_whichever_was_written_first(plan: RunPlan, logs: Path, ranks: Ranks) -> None:
+def test_of_two_failures_the_cause_is_reported_whichever_was_written_first(
+    plan: RunPlan, logs: Path, ranks: Ranks
+) -> None:
     ranks.record(0, EXIT_BUG, "Traceback\nRuntimeError: another rank failed: ValueError('a bug')", at=NOW)
     ranks.record(1, EXIT_BUG, "Traceback\n  retry(connection)\nValueError: a bug", at=NOW + 1)
     assert determine_outcome(plan, logs, 1, None).headline == "rank 1 failed: ValueError: a bug"
@@ -172,7 +174,7 @@ def test_a_rank_that_is_stopped_is_a_hang_after_hang_seconds(
 
 
 def test_a_launcher_that_slept_blames_no_rank_for_it(watch: RankWatcher, ranks: Ranks, clock: Clock) -> None:
-    clock.now = NOW + 3600  # a suspended machine: nobody has written anything
+    clock.now = NOW + 3600  # a suspended machine: no rank has written anything
     assert watch.look() is None
     assert look_until(watch, clock, NOW + 3600 + 58) is None
     ending = look_until(watch, clock, NOW + 3600 + 62)

@@ -1,4 +1,4 @@
-"""A checkpoint is what its manifest says, byte for byte, or it is none."""
+"""A folder that differs from its manifest by a byte is no checkpoint."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_link_in_place_of_a_file_is_a_fault_even_to_equal_bytes(tmp_path: Path
     assert any("state.json" in fault for fault in checkpoint_faults(checkpoint))
 
 
-def test_the_newest_sound_one_is_taken_and_the_others_are_named(tmp_path: Path) -> None:
+def test_the_newest_sound_one_is_returned_with_the_faults_of_newer_ones(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         write(tmp_path, step)
     (tmp_path / "step-000008" / MANIFEST_FILE).unlink()
@@ -96,7 +96,7 @@ def test_the_newest_sound_one_is_taken_and_the_others_are_named(tmp_path: Path) 
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000006"]
 
 
-def test_no_sound_checkpoint_is_said(tmp_path: Path) -> None:
+def test_no_sound_checkpoint_is_reported(tmp_path: Path) -> None:
     write(tmp_path, 2).joinpath("state.json").unlink()
     found = find_newest_sound(tmp_path)
     assert found.checkpoint is None
@@ -113,8 +113,8 @@ def test_a_temporary_folder_or_a_link_is_no_checkpoint_and_steps_are_numbers(tmp
 
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
-    shelf = [write(tmp_path, step) for step in (2, 4, 6, 8)]
-    assert [path.name for path in superseded(shelf, 2, "step-000002")] == ["step-000004"]
-    assert superseded(shelf, 9, None) == []
-    remove_checkpoint(shelf[1])
+    checkpoints = [write(tmp_path, step) for step in (2, 4, 6, 8)]
+    assert [path.name for path in superseded(checkpoints, 2, "step-000002")] == ["step-000004"]
+    assert superseded(checkpoints, 9, None) == []
+    remove_checkpoint(checkpoints[1])
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000002", "step-000006", "step-000008"]

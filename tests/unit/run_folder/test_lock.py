@@ -1,4 +1,4 @@
-"""One launcher a run; a dead one's lock is taken over, a living one's never."""
+"""One launcher per run: the lock of a dead one is taken over, that of a living one never."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
     return child
 
 
-def test_a_second_launcher_is_refused_at_once_and_told_who_holds_it(tmp_path: Path) -> None:
+def test_a_second_launcher_is_refused_at_once_with_the_holder(tmp_path: Path) -> None:
     with holder(tmp_path) as child:
         try:
             began = time.monotonic()
@@ -60,7 +60,7 @@ def test_another_hosts_lock_is_never_taken_over_however_old(tmp_path: Path) -> N
     assert json.loads((tmp_path / LOCK_FILE).read_text()) == record
 
 
-def test_a_lock_file_that_says_nothing_is_no_lock(tmp_path: Path) -> None:
+def test_a_damaged_lock_file_is_no_lock(tmp_path: Path) -> None:
     (tmp_path / LOCK_FILE).write_text("{")
     with launcher_lock(tmp_path):
         pass

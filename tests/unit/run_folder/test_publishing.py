@@ -1,4 +1,4 @@
-"""What the ranks have written gets a name only when it is all there, as it was written."""
+"""Files of the ranks become a checkpoint only if all are there, as they were written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def written(folder: Path, ranks: int = 2) -> Path:
     return temporary
 
 
-def test_the_files_of_all_ranks_are_in_the_manifest_and_their_records_are_gone(tmp_path: Path) -> None:
+def test_the_files_of_all_ranks_are_in_the_manifest_and_their_lists_are_gone(tmp_path: Path) -> None:
     checkpoint = publish_checkpoint(written(tmp_path), FACTS)
     assert checkpoint == tmp_path / "step-000004"
     made = read_manifest(checkpoint)
@@ -38,7 +38,7 @@ def test_the_files_of_all_ranks_are_in_the_manifest_and_their_records_are_gone(t
     assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
 
 
-def test_a_run_folder_that_not_all_nodes_share_is_said(tmp_path: Path) -> None:
+def test_a_run_folder_that_not_all_nodes_share_is_reported(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "r"
     (run / "checkpoints").mkdir(parents=True)
     temporary = written(run / "checkpoints", ranks=1)
@@ -63,7 +63,7 @@ def test_what_changed_after_it_was_read_back_is_not_published(change: str, tmp_p
     assert not (tmp_path / "step-000004").exists()
 
 
-def test_a_disk_that_gives_back_other_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_returns_other_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"what training held")
     monkeypatch.setattr(manifest, "forget_cached", lambda path: path.write_bytes(b"what the disk kept"))

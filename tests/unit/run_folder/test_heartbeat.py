@@ -16,8 +16,8 @@ BEATING = """
 import sys, time
 from pathlib import Path
 from packhorse.run_folder.heartbeat import HeartbeatWriter
-pulse = HeartbeatWriter(Path(sys.argv[1]), 3)
-pulse.phase("backward", 7)
+writer = HeartbeatWriter(Path(sys.argv[1]), 3)
+writer.phase("backward", 7)
 print("named", flush=True)
 time.sleep(60)
 """
@@ -56,11 +56,11 @@ def test_a_stopped_process_falls_silent_and_a_living_one_does_not(tmp_path: Path
             child.kill()
 
 
-def test_a_pulse_that_is_closed_is_no_hang(tmp_path: Path) -> None:
-    pulse = HeartbeatWriter(tmp_path, 0)
-    pulse.phase("save", 2)
-    pulse.close()
-    pulse.close()
+def test_a_closed_heartbeat_is_no_hang(tmp_path: Path) -> None:
+    writer = HeartbeatWriter(tmp_path, 0)
+    writer.phase("save", 2)
+    writer.close()
+    writer.close()
     (last,) = read_heartbeats(tmp_path)
     assert last.phase == "end"
     assert find_hung_rank([last], time.time() + 1e6, 60) is None
@@ -76,7 +76,7 @@ def test_the_silent_rank_is_named_before_those_that_wait_for_it() -> None:
 
 
 def test_where_all_wait_the_rank_that_is_furthest_behind_is_named() -> None:
-    # Its phase began later: the other one has been waiting for longer.
+    # Its phase began later: the other rank has been waiting longer.
     behind = beat(1, phase="data", changes=40, since=NOW - 69)
     assert find_hung_rank([beat(0, phase="forward", changes=41, since=NOW - 70), behind], NOW, 60) == behind
     last = beat(1, changes=41, since=NOW - 65)
@@ -84,13 +84,13 @@ def test_where_all_wait_the_rank_that_is_furthest_behind_is_named() -> None:
 
 
 def test_phases_are_counted_when_they_change(tmp_path: Path) -> None:
-    pulse = HeartbeatWriter(tmp_path, 0)
+    writer = HeartbeatWriter(tmp_path, 0)
     for phase, step in (("load", None), ("load", None), ("data", 3), ("forward", None), ("data", 4), ("data", 5)):
-        pulse.phase(phase, step)
-    assert pulse.last.changes == 5
-    pulse.close()
+        writer.phase(phase, step)
+    assert writer.last.changes == 5
+    writer.close()
 
 
-def test_a_record_that_is_half_written_is_left_out(tmp_path: Path) -> None:
+def test_a_half_written_heartbeat_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "heartbeat-0.json").write_bytes(b'{"rank": 0')
     assert read_heartbeats(tmp_path) == []
