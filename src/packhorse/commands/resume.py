@@ -15,7 +15,7 @@ from packhorse.launching.slurm.stages import read_ends, stages_of
 from packhorse.launching.slurm.submit import only_submission
 from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
 from packhorse.plan.run_plan import read_plan
-from packhorse.run_folder.attempts import chain_of_newest_attempt
+from packhorse.run_folder.attempts import newest_chain
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.jobs import JobRecord, read_jobs
 from packhorse.run_folder.layout import CANCEL_FILE
@@ -39,9 +39,9 @@ def resume(run: str, overrides: Sequence[str], gpus: int | None, restarts: int |
     sweep = find_sweep(run)
     folder = sweep or Path(open_run(run).run_folder)
     submitted = [record for record in read_jobs(folder) if record.goes_on_from is None]
-    if sweep is None and not submitted and chain_of_newest_attempt(folder):
+    if sweep is None and not submitted and newest_chain(folder):
         raise UserError(
-            f"{relative(folder)} was run by job {chain_of_newest_attempt(folder)} of Slurm, which was submitted by hand.",
+            f"{relative(folder)} was run by job {newest_chain(folder)} of Slurm, which was submitted by hand.",
             "nobody wrote down what that job asked for.",
             f"submit it again as before (sbatch … slurm/job.sbatch {relative(folder)}), or with `packhorse submit "
             f"{relative(folder)}`; here goes on `packhorse train {relative(folder)} --resume`.",

@@ -23,7 +23,7 @@ from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import SweepRun, expand
 from packhorse.run_folder.folder import check_free, relative
 from packhorse.run_folder.jobs import JobRecord, append_job
-from packhorse.run_folder.layout import LOGS_FOLDER
+from packhorse.run_folder.layout import ARRAY_JOB_LOG, LOGS_FOLDER, job_log_name
 from packhorse.run_folder.sweep import create_sweep, member_folder
 
 
@@ -90,7 +90,7 @@ def submit_sweep(recipe: str, overrides: Sequence[str], asked: Asked) -> int:
 def array_words(sweep: Sweep) -> list[str]:
     """Options of the array: a task for each run, whose log stands with that run (filename pattern in sbatch(1))."""
     most = f"%{sweep.at_once}" if sweep.at_once is not None else ""
-    return [f"--array=1-{len(sweep.runs)}{most}", f"--output={sweep.folder}-%a/logs/job-%A_%a.out"]
+    return [f"--array=1-{len(sweep.runs)}{most}", f"--output={sweep.folder}-%a/{LOGS_FOLDER}/{ARRAY_JOB_LOG}"]
 
 
 def _jobs(folder: Path, runs: Sequence[SweepRun], found: Sequence[Submission]) -> list[PlannedJob]:
@@ -145,7 +145,12 @@ def _of_one(record: JobRecord, sweep: Sweep, job: PlannedJob, number: int) -> Jo
     run = member_folder(sweep.folder, number)
     job_id = f"{record.job_id}_{number}" if record.kind == "train" else record.job_id
     name = "job" if record.kind == "train" else record.kind
-    words = [f"--output={run}/logs/{name}-%j.out", str(sweep.folder / job.script_name), *job.words[:-1], str(run)]
+    words = [
+        f"--output={run / LOGS_FOLDER / job_log_name(name)}",
+        str(sweep.folder / job.script_name),
+        *job.words[:-1],
+        str(run),
+    ]
     return record.model_copy(update={"job_id": job_id, "argv": ("sbatch", "--parsable", *words)})
 
 
