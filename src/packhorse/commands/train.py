@@ -99,7 +99,7 @@ def _new_run(
         raise UserError(
             f"{recipe} is a run, not a recipe.",
             "a new run is made from a recipe.",
-            f"go on with it: packhorse train {recipe} --resume.",
+            f"go on with it: packhorse resume {recipe}.",
         )
     loaded = load_recipe(recipe, overrides)
     check_single(loaded, recipe)

@@ -195,7 +195,7 @@ class Numbers:
             "rewind",
             f"{fact}; the run goes back before step {steps[0]}.",
             f"recovery.on_spike is rewind: the updates of steps {steps[0]} to {step.number} are left out.",
-            f"go on with `packhorse train {self._folder} --resume`; `packhorse train` does so by itself.",
+            f"go on with `packhorse resume {self._folder}`; `packhorse train` does so by itself.",
             EXIT_STOPPED,
         )
 
@@ -209,7 +209,7 @@ class Numbers:
             f"{count} steps would be left out, and recovery.most_left_out is {most}; the last: {why}.",
             "so many bad steps are no accident: the run as it is set does not train.",
             "train again under another name with a lower optimizer.learning_rate; or look at the rows, and go on with "
-            f"`packhorse train {self._folder} --resume recovery.most_left_out={2 * count}`.",
+            f"`packhorse resume {self._folder} recovery.most_left_out={2 * count}`.",
             exit_code=EXIT_NOT_FINITE,
         )
 
