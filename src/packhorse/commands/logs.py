@@ -11,7 +11,7 @@ from typing import Final
 from packhorse.commands.status import is_under_way
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.run_folder.folder import open_run, relative
-from packhorse.run_folder.layout import ATTEMPT_FOLDERS, JOB_LOGS, LOGS_FOLDER, RANK_LOGS, STDERR_LOG, rank_log_name
+from packhorse.run_folder.layout import ATTEMPT_FOLDERS, JOB_LOGS, LOGS_FOLDER, RANK_LOGS, STDERR_LOG, numbered
 
 LOOK_SECONDS: Final = 0.5
 OVER_SECONDS: Final = 5.0
@@ -54,9 +54,9 @@ def log_files(folder: Path, rank: int | None) -> list[Path]:
         (folder / LOGS_FOLDER).glob(ATTEMPT_FOLDERS), key=lambda path: int(path.name.removeprefix("attempt-"))
     )
     if rank is not None:
-        return [file for attempt in attempts[-1:] if (file := attempt / rank_log_name(rank)).is_file()]
+        return [file for attempt in attempts[-1:] if (file := attempt / numbered(RANK_LOGS, rank)).is_file()]
     jobs = sorted((folder / LOGS_FOLDER).glob(JOB_LOGS), key=lambda path: path.stat().st_mtime)
-    of_attempt = [attempt / name for attempt in attempts[-1:] for name in (STDERR_LOG, rank_log_name(0))]
+    of_attempt = [attempt / name for attempt in attempts[-1:] for name in (STDERR_LOG, numbered(RANK_LOGS, 0))]
     return [file for file in [*jobs[-1:], *of_attempt] if file.is_file() and file.stat().st_size]
 
 

@@ -18,7 +18,7 @@ from packhorse.launching.slurm.stages import Stage
 from packhorse.run_folder.attempts import AttemptRecord, has_ended, lost_steps, made_steps, read_attempts
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.heartbeat import Heartbeat, find_process, read_heartbeats
-from packhorse.run_folder.layout import LOGS_FOLDER, METRICS_FILE, attempt_name
+from packhorse.run_folder.layout import ATTEMPT_FOLDERS, LOGS_FOLDER, METRICS_FILE, numbered
 from packhorse.run_folder.lock import lock_holder
 from packhorse.run_folder.metrics import read_metrics
 from packhorse.run_folder.status import Status, read_status
@@ -45,7 +45,7 @@ def status(run: str) -> int:
     now = read_status(folder)
     stages, silent = read_stages(folder)
     attempts = read_attempts(folder)
-    beats = read_heartbeats(folder / LOGS_FOLDER / attempt_name(attempts[-1].attempt)) if attempts else []
+    beats = read_heartbeats(folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, attempts[-1].attempt)) if attempts else []
     runs = _ranks_live(folder, attempts, beats)
     figures = list(read_metrics(folder / METRICS_FILE))
     lines = [("run", relative(folder))]
@@ -75,7 +75,7 @@ def status(run: str) -> int:
 def is_under_way(folder: Path) -> bool:
     """Whether a rank or a launcher of the run lives, or a job of it waits or runs."""
     attempts = read_attempts(folder)
-    beats = read_heartbeats(folder / LOGS_FOLDER / attempt_name(attempts[-1].attempt)) if attempts else []
+    beats = read_heartbeats(folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, attempts[-1].attempt)) if attempts else []
     stages, _ = read_stages(folder)
     return (
         _ranks_live(folder, attempts, beats)

@@ -19,7 +19,7 @@ from packhorse.plan.topology import Ask, choose_topology, with_mesh
 from packhorse.recipe.layers import parse_override
 from packhorse.recipe.load import override_recipe
 from packhorse.recipe.schema import Recipe
-from packhorse.run_folder.layout import PLAN_FILE, replaced_plan_name
+from packhorse.run_folder.layout import PLAN_FILE, REPLACED_PLANS, numbered
 
 MAY_CHANGE: Final = ("parallel", "batch.micro", "recovery", "checkpoint", "track")
 """Fields and sections that no weight of the result depends on, but for rounding."""
@@ -112,7 +112,7 @@ def replace_plan(plan: RunPlan) -> Path:
     """
     folder = Path(plan.run_folder)
     number = 1
-    while (kept := folder / replaced_plan_name(number)).exists():
+    while (kept := folder / numbered(REPLACED_PLANS, number)).exists():
         number += 1
     _write(kept, (folder / PLAN_FILE).read_text(encoding="utf-8"))
     _write(folder / PLAN_FILE, plan.model_dump_json(indent=2) + "\n")

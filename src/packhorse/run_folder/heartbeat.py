@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from packhorse.errors import EXIT_LOST
-from packhorse.run_folder.layout import HEARTBEATS, REPORT_REQUEST_FILE, heartbeat_name
+from packhorse.run_folder.layout import HEARTBEATS, REPORT_REQUEST_FILE, numbered
 
 Phase = Literal["start", "load", "data", "forward", "backward", "optimizer", "save", "evaluate", "end"]
 RECORD_BYTES: Final = 512
@@ -73,7 +73,7 @@ class HeartbeatWriter:
         now = time.time()
         self._last = Heartbeat(rank, os.getpid(), socket.gethostname(), "start", 0, now, now)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / heartbeat_name(rank)
+        path = folder / numbered(HEARTBEATS, rank)
         path.write_bytes(b" " * RECORD_BYTES)
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), RECORD_BYTES)

@@ -36,6 +36,8 @@ RUNS_FOLDER: Final = "runs"
 # What is to be done
 RECIPE_FILE: Final = "recipe.yaml"
 PLAN_FILE: Final = "plan.json"
+REPLACED_PLANS: Final = "plan-*.json"
+"""Plans that were replaced, counted from 1."""
 DATA_FILE: Final = "data.json"
 """Copy of the manifest of the prepared data."""
 SITE_RECORD: Final = "site.json"
@@ -93,6 +95,8 @@ STEP_FOLDER: Final = re.compile(r"step-(\d{6,})")
 UNFINISHED_STEP_FOLDERS: Final = f".{STEP_FOLDERS}.tmp"
 REMOVED_STEP_FOLDERS: Final = f".{STEP_FOLDERS}.removed"
 MANIFEST_FILE: Final = "manifest.json"
+WRITTEN_LISTS: Final = ".written-*.json"
+"""Lists of the files that each rank has written into an unfinished checkpoint."""
 STATE_FILE: Final = "state.json"
 """Step, random states and the position in the data."""
 OPTIMIZER_FILE: Final = "optimizer.json"
@@ -100,9 +104,9 @@ OPTIMIZER_FILE: Final = "optimizer.json"
 OPTIMIZER_TENSORS: Final = "optimizer-*.safetensors"
 
 
-def replaced_plan_name(number: int) -> str:
-    """Return the name of the plan that replacement `number`, counted from 1, replaced."""
-    return f"plan-{number}.json"
+def numbered(pattern: str, number: int) -> str:
+    """Return a name of this module with its `*` replaced by the number of an attempt, a rank or an earlier plan."""
+    return pattern.replace("*", str(number))
 
 
 def job_script_name(kind: str) -> str:
@@ -115,50 +119,20 @@ def job_log_name(kind: str) -> str:
     return f"{kind}-%j.out"
 
 
-def attempt_name(attempt: int) -> str:
-    """Return the name of an attempt's log folder."""
-    return f"attempt-{attempt}"
+def job_logs(run_folder: Path) -> list[Path]:
+    """Return the logs of the run's jobs, the newest last."""
+    return sorted((run_folder / LOGS_FOLDER).glob(JOB_LOGS), key=lambda path: path.stat().st_mtime)
 
 
 def attempt_logs(run_folder: Path, attempt: int) -> Path:
     """Return the log folder of an attempt."""
-    return run_folder / LOGS_FOLDER / attempt_name(attempt)
+    return run_folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, attempt)
 
 
 def attempt_numbers(run_folder: Path) -> list[int]:
     """Return the numbers of the attempts that have a log folder, in order."""
     folders = (run_folder / LOGS_FOLDER).glob(ATTEMPT_FOLDERS)
     return sorted(int(folder.name.removeprefix("attempt-")) for folder in folders)
-
-
-def job_logs(run_folder: Path) -> list[Path]:
-    """Return the logs of the run's jobs, the newest last."""
-    return sorted((run_folder / LOGS_FOLDER).glob(JOB_LOGS), key=lambda path: path.stat().st_mtime)
-
-
-def heartbeat_name(rank: int) -> str:
-    """Return the name of a rank's heartbeat file."""
-    return f"heartbeat-{rank}.json"
-
-
-def rank_record_name(rank: int) -> str:
-    """Return the name of the file that says how a rank ended."""
-    return f"rank-{rank}.json"
-
-
-def rank_log_name(rank: int) -> str:
-    """Return the name of a rank's standard error."""
-    return f"rank-{rank}.log"
-
-
-def stacks_name(rank: int) -> str:
-    """Return the name of the file with a rank's Python stacks."""
-    return f"stacks-{rank}.txt"
-
-
-def collectives_name(rank: int) -> str:
-    """Return the name of the file with a rank's last collectives."""
-    return f"collectives-{rank}.json"
 
 
 def step_folder_name(step: int) -> str:
@@ -174,11 +148,6 @@ def unfinished_step_folder(checkpoints: Path, step: int) -> Path:
 def removed_step_folder(checkpoint: Path) -> Path:
     """Return the folder to which a checkpoint is renamed before its files are removed."""
     return checkpoint.with_name(f".{checkpoint.name}.removed")
-
-
-def written_name(rank: int) -> str:
-    """Return the name of the list of files that a rank has written into an unfinished checkpoint."""
-    return f".written-{rank}.json"
 
 
 def optimizer_tensors_name(rank: int, number: int) -> str:

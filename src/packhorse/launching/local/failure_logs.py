@@ -15,7 +15,7 @@ from typing import Final
 from packhorse.run_folder.attempts import ended_early, is_cause, read_rank_records
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.heartbeat import read_heartbeats
-from packhorse.run_folder.layout import STDERR_LOG, attempt_logs, job_logs, rank_log_name, rank_record_name
+from packhorse.run_folder.layout import RANK_LOGS, RANK_RECORDS, STDERR_LOG, attempt_logs, job_logs, numbered
 
 # torch/distributed/elastic/multiprocessing: api.py logs a failure at once, errors/__init__.py all failures at the end
 AGENT: Final = re.compile(r"(?:failed \(exitcode: (-?\d+)\) local_rank: \d+|exitcode  : (-?\d+)) \(pid: (\d+)\)")
@@ -117,7 +117,7 @@ def _of_record(logs: Path) -> LogExcerpt | None:
     first = next(filter(is_cause, failed), failed[0])
     lines = [line for line in first["message"].splitlines() if line.strip()]
     return LogExcerpt(
-        f"rank {first['rank']}", relative(logs / rank_record_name(first["rank"])), tuple(lines[-LAST_LINES:])
+        f"rank {first['rank']}", relative(logs / numbered(RANK_RECORDS, first["rank"])), tuple(lines[-LAST_LINES:])
     )
 
 
@@ -126,7 +126,7 @@ def _of_killed_rank(logs: Path) -> LogExcerpt | None:
     for failure in read_failures(logs):
         beat = next((beat for beat in read_heartbeats(logs) if failure.pid in (beat.pid, None)), None)
         if beat is not None:
-            log = logs / rank_log_name(beat.rank)
+            log = logs / numbered(RANK_LOGS, beat.rank)
             lines = (*last_lines(log, LAST_LINES - 1), f"it {failure.cause}")
             return LogExcerpt(f"rank {beat.rank}", relative(log), lines)
     return None

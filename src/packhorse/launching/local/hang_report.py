@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from packhorse.run_folder.heartbeat import BEAT_SECONDS, STOPPED, Heartbeat, find_process
-from packhorse.run_folder.layout import COLLECTIVES, REPORT_REQUEST_FILE, collectives_name, stacks_name
+from packhorse.run_folder.layout import COLLECTIVES, REPORT_REQUEST_FILE, STACKS, numbered
 
 STACK_SECONDS: Final = 1.0
 COLLECTIVE_SECONDS: Final = 1.0 + BEAT_SECONDS
@@ -41,9 +41,9 @@ def request_hang_report(logs: Path, ranks: Iterable[Heartbeat], hang: bool) -> N
         if process is not None and process.state not in STOPPED:
             with suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGUSR1)
-                awaited.append(logs / stacks_name(rank.rank))
+                awaited.append(logs / numbered(STACKS, rank.rank))
                 if hang:
-                    awaited.append(logs / collectives_name(rank.rank))
+                    awaited.append(logs / numbered(COLLECTIVES, rank.rank))
     end = time.monotonic() + (COLLECTIVE_SECONDS if hang else STACK_SECONDS)
     while not all(path.is_file() and path.stat().st_size for path in awaited) and time.monotonic() < end:
         time.sleep(0.05)
@@ -52,7 +52,7 @@ def request_hang_report(logs: Path, ranks: Iterable[Heartbeat], hang: bool) -> N
 def read_stack(logs: Path, rank: int) -> list[str]:
     """Return the stack of a rank's main thread: the innermost frames, then those of Packhorse; empty if unknown."""
     try:
-        text = (logs / stacks_name(rank)).read_text(encoding="utf-8", errors="replace")
+        text = (logs / numbered(STACKS, rank)).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     threads = [block.splitlines()[1:] for block in text.split("\n\n") if MAIN_THREAD in block]

@@ -17,7 +17,7 @@ from packhorse.run_folder.attempts import ended_early, is_cause, read_rank_recor
 from packhorse.run_folder.checkpoints.listing import newest_complete, step_of
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.heartbeat import Heartbeat
-from packhorse.run_folder.layout import CHECKPOINTS_FOLDER, STACKS, STDERR_LOG, rank_log_name
+from packhorse.run_folder.layout import CHECKPOINTS_FOLDER, RANK_LOGS, STACKS, STDERR_LOG, numbered
 from packhorse.run_folder.status import State, Status, read_status, write_status
 
 LAST_LINES: Final = 12
@@ -130,7 +130,7 @@ def _lost_outcome(plan: RunPlan, logs: Path, attempt: int, forced_end: ForcedEnd
     beat = forced_end.heartbeat
     headline = f"rank {beat.rank} {_cause(logs, forced_end)} in {describe_phase(beat)}{memory_limit_note(logs)}"
     _write_status(plan, attempt, "failed", headline)
-    log = logs / rank_log_name(beat.rank)
+    log = logs / numbered(RANK_LOGS, beat.rank)
     lines = [f"{headline}, where it had been since {time.strftime('%H:%M:%S', time.localtime(beat.since))}."]
     if stack := read_stack(logs, beat.rank):
         lines += ["  its Python stack (innermost frame first):", *(f"    {line}" for line in stack)]

@@ -39,7 +39,7 @@ from packhorse.run_folder.attempts import (
 from packhorse.run_folder.folder import next_attempt, open_run, relative
 from packhorse.run_folder.heartbeat import read_heartbeats
 from packhorse.run_folder.jobs import JobRecord, append_job, read_jobs, require_prepared_data
-from packhorse.run_folder.layout import CANCEL_FILE, LOGS_FOLDER, STOP_FILE, attempt_name
+from packhorse.run_folder.layout import ATTEMPT_FOLDERS, CANCEL_FILE, LOGS_FOLDER, STOP_FILE, numbered
 from packhorse.run_folder.lock import lock_for_job, release_job_lock
 from packhorse.run_folder.status import Status, read_status, write_status
 
@@ -110,7 +110,7 @@ def end(run: str, most_in_vain: int, code: int, asked: Asked, environment: Mappi
     """
     plan = open_run(run)
     folder, attempt = Path(plan.run_folder), int(environment[ATTEMPT_VARIABLE])
-    logs = folder / LOGS_FOLDER / attempt_name(attempt)
+    logs = folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, attempt)
     outcome = _outcome(plan, logs, attempt, code, asked)
     end_attempt(folder, attempt, outcome_of(outcome.exit_code, outcome.again), outcome.headline, time.time())
     _take_stop_away(folder)

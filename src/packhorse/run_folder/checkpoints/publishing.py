@@ -18,7 +18,7 @@ from packhorse.durable import replace_file, sync_to_disk
 from packhorse.errors import UserError
 from packhorse.run_folder.checkpoints.listing import remove_checkpoint
 from packhorse.run_folder.checkpoints.manifest import FileRecord, RunFacts, files_below, write_manifest
-from packhorse.run_folder.layout import step_folder_name, written_name
+from packhorse.run_folder.layout import WRITTEN_LISTS, numbered, step_folder_name
 
 SHARED_SECONDS: Final = 60.0
 """Longest time until a shared file system shows what another node has written (nfs(5): acdirmax)."""
@@ -31,7 +31,7 @@ def write_file_list(temporary: Path, rank: int, files: dict[str, FileRecord]) ->
         OSError: The disk refuses.
     """
     records = {name: record.model_dump() for name, record in files.items()}
-    replace_file(temporary / written_name(rank), json.dumps(records) + "\n")
+    replace_file(temporary / numbered(WRITTEN_LISTS, rank), json.dumps(records) + "\n")
 
 
 def publish_checkpoint(temporary: Path, run: RunFacts, shared_seconds: float = SHARED_SECONDS) -> Path:
@@ -52,7 +52,7 @@ def publish_checkpoint(temporary: Path, run: RunFacts, shared_seconds: float = S
     files: dict[str, FileRecord] = {}
     _wait_for_file_lists(temporary, run.world_size, shared_seconds)
     for rank in range(run.world_size):
-        file_list = temporary / written_name(rank)
+        file_list = temporary / numbered(WRITTEN_LISTS, rank)
         records = json.loads(file_list.read_text(encoding="utf-8"))
         files |= {name: FileRecord(**record) for name, record in records.items()}
         file_list.unlink()
@@ -81,7 +81,7 @@ def not_shared_error(temporary: Path, num_seen: int, world_size: int) -> UserErr
 
 
 def _wait_for_file_lists(temporary: Path, world_size: int, seconds: float) -> None:
-    awaited = {temporary / written_name(rank) for rank in range(world_size)}
+    awaited = {temporary / numbered(WRITTEN_LISTS, rank) for rank in range(world_size)}
     deadline = time.monotonic() + seconds
     # Listed, not opened by name: a shared file system may remember that a name was absent.
     while missing := awaited.difference(temporary.iterdir()):

@@ -22,12 +22,13 @@ from packhorse.durable import replace_file
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE
 from packhorse.run_folder.heartbeat import LAUNCHER_VARIABLE, HeartbeatWriter
 from packhorse.run_folder.layout import (
+    ATTEMPT_FOLDERS,
+    COLLECTIVES,
     LOGS_FOLDER,
-    attempt_name,
-    collectives_name,
-    rank_log_name,
-    rank_record_name,
-    stacks_name,
+    RANK_LOGS,
+    RANK_RECORDS,
+    STACKS,
+    numbered,
 )
 from packhorse.secrets import mask
 from packhorse.train.ranks.collectives import write_collectives
@@ -50,7 +51,7 @@ class Attempt:
         self.pulse = HeartbeatWriter(logs, rank)
         self._rank, self._logs = rank, logs
         # Open for the whole life of the process: a handler cannot open files.
-        self._stacks = (logs / stacks_name(rank)).open("w", encoding="utf-8")
+        self._stacks = (logs / numbered(STACKS, rank)).open("w", encoding="utf-8")
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
         self.pulse.on_report_request(self._write_collectives)
 
@@ -94,7 +95,7 @@ class Attempt:
             "hung": hung,
             "signalled": self.signals.requested,
         }
-        replace_file(self._logs / rank_record_name(self._rank), json.dumps(record) + "\n", on_disk=False)
+        replace_file(self._logs / numbered(RANK_RECORDS, self._rank), json.dumps(record) + "\n", on_disk=False)
         if message:
             sys.stderr.write(f"rank {self._rank}: {message}\n")
             sys.stderr.flush()
@@ -103,7 +104,7 @@ class Attempt:
         self.record(code, message, hung=hung)
 
     def _write_collectives(self) -> None:
-        write_collectives(self._logs / collectives_name(self._rank))
+        write_collectives(self._logs / numbered(COLLECTIVES, self._rank))
 
     def _say_last_words(self) -> None:
         faulthandler.dump_traceback(self._stacks, all_threads=True)
@@ -114,10 +115,10 @@ def open_attempt(run_folder: Path, signals: StopRequest) -> Attempt:
     """Begins this rank's part: its log, its heartbeat, and its stacks on demand."""
     number = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
     rank = int(os.environ.get("RANK", "0"))
-    logs = run_folder / LOGS_FOLDER / attempt_name(number)
+    logs = run_folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, number)
     logs.mkdir(parents=True, exist_ok=True)
     if os.environ.get(RANK_LOGS_VARIABLE):
-        log = os.open(logs / rank_log_name(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        log = os.open(logs / numbered(RANK_LOGS, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, sys.stderr.fileno())
         os.close(log)
     return Attempt(number, rank, logs, signals)
