@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from packhorse.errors import UserError
@@ -64,34 +64,44 @@ def _rename_failed_run(folder: Path) -> None:
 
 
 def create_run(plan: RunPlan, files: Mapping[str, str]) -> Path:
-    """Create the run folder with recipe.yaml, plan.json, status.json and the given files; completely or not at all.
+    """Create the run folder with recipe.yaml, plan.json, status.json and the given files.
 
     Raises:
         UserError: The folder holds a run already, or cannot be written.
     """
+
+    def write(draft: Path) -> None:
+        for name, text in {RECIPE_FILE: dump_recipe(plan.recipe), **files}.items():
+            (draft / name).write_text(text, encoding="utf-8")
+        write_plan(plan, draft)
+        write_status(draft, _initial_status(plan))
+
     folder = Path(plan.run_folder)
+    create_folder(folder, write, "the run folder holds everything that a run writes.")
+    return folder
+
+
+def create_folder(folder: Path, write: Callable[[Path], None], why: str) -> None:
+    """Create a folder completely or not at all: `write` fills a draft, which is then renamed.
+
+    Raises:
+        UserError: The folder exists already, or cannot be written, with this `why`.
+    """
     check_free(folder)
     draft = folder.with_name(f".{folder.name}.draft")
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        (draft / RECIPE_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
-        for name, text in files.items():
-            (draft / name).write_text(text, encoding="utf-8")
-        write_plan(plan, draft)
-        write_status(draft, _initial_status(plan))
+        write(draft)
         draft.rename(folder)
-    except KeyboardInterrupt:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise UserError(
             f"{relative(folder)} cannot be written: {error.strerror}.",
-            "the run folder holds everything that a run writes.",
+            why,
             "set runs_folder to a folder that you may write, with free space.",
         ) from error
-    return folder
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # also after Ctrl-C
 
 
 def complete_run(plan: RunPlan, files: Mapping[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import PlanPart
 from packhorse.recipe.sweep import SweepRun
-from packhorse.run_folder.folder import check_free, named_folder, relative
+from packhorse.run_folder.folder import create_folder, named_folder, relative
 from packhorse.run_folder.layout import LOGS_FOLDER, SWEEP_FILE
 
 SWEEP_VERSION: Final = 1
@@ -42,27 +41,19 @@ def member_folder(sweep_folder: Path, number: int) -> Path:
 
 
 def create_sweep(folder: Path, recipe: str, runs: Sequence[SweepRun]) -> SweepRecord:
-    """Create the folder with sweep.json and an empty logs folder; completely or not at all.
+    """Create the folder with sweep.json and an empty logs folder.
 
     Raises:
         UserError: The folder exists already, or cannot be written.
     """
-    check_free(folder)
     members = tuple(SweepMember(number=run.number, overrides=run.overrides) for run in runs)
     record = SweepRecord(recipe=recipe, runs=members)
-    draft = folder.with_name(f".{folder.name}.draft")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        (draft / LOGS_FOLDER).mkdir(parents=True)
+
+    def write(draft: Path) -> None:
+        (draft / LOGS_FOLDER).mkdir()
         (draft / SWEEP_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        draft.rename(folder)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise UserError(
-            f"{relative(folder)} cannot be written: {error.strerror}.",
-            "the folder of a sweep lists its runs.",
-            "set runs_folder to a folder that you may write, with free space.",
-        ) from error
+
+    create_folder(folder, write, "the folder of a sweep lists its runs.")
     return record
 
 

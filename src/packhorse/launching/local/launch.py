@@ -42,10 +42,7 @@ def launch(plan: RunPlan, stop: StopSignals) -> Outcome:
     remove_abandoned_locks(extensions_folder())
     with (logs / STDERR_LOG).open("wb") as log:
         child = subprocess.Popen(  # noqa: S603
-            _local_argv(plan),
-            env=_environment(plan, attempt),
-            stderr=log,
-            start_new_session=True,
+            _local_argv(plan), env=_environment(plan, attempt), stderr=log, start_new_session=True
         )
         watcher = RankWatcher(plan, logs)
         try:
