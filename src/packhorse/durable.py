@@ -65,7 +65,7 @@ def append_line(file: Path, record: BaseModel) -> None:
 
 
 def read_lines(file: Path, kind: type[Record]) -> list[Record]:
-    """Return the records of a file that `append_line` wrote, in order; torn lines are skipped, no file has none."""
+    """Return the records of a file that `append_line` wrote, in order, without torn lines; none for an absent file."""
     records = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         with suppress(ValueError):  # a torn line

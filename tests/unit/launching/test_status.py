@@ -61,8 +61,8 @@ def test_a_run_that_was_killed_whole_is_not_shown_as_training(run: Path, capsys)
     assert "checkpoint step 40 is the newest complete one" in text
 
 
-def test_what_was_lost_and_the_ratio_count_from_what_stands(run: Path, capsys) -> None:
-    """51 steps were made, of which 7 twice and 4 in vain; 80 s lie in steps that stand, of 160 s in all."""
+def test_lost_steps_and_ettr_count_from_the_newest_checkpoint(run: Path, capsys) -> None:
+    """51 steps were made, of which 7 twice and 4 are lost; 80 s of 160 s were spent in steps that count."""
     text = shown(run, capsys)
     assert "attempts 1: steps 0 to 37 in 50 s, lost: rank 1 was killed by SIGKILL" in text
     assert "attempts 2: steps 30 to 44 in 60 s, killed" in text

@@ -28,17 +28,17 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_data_is_sound_damaged_old_or_gone(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "runs/tiny"]) == 0
-    told = capsys.readouterr().out
-    assert "holds no checkpoint" in told
-    assert f"prepared data runs/.data/{data.name}  sound" in told
+    output = capsys.readouterr().out
+    assert "holds no checkpoint" in output
+    assert f"prepared data runs/.data/{data.name}  sound" in output
 
     rows = data / "validation" / "rows.jsonl"
     content = rows.read_bytes()
     rows.write_bytes(content[:-2] + b" \n")
     assert main(["verify", "runs/tiny"]) == 1
-    told = capsys.readouterr().out
-    assert "damaged\n  validation/rows.jsonl has another content than was written (sha256)." in told
-    assert "packhorse prepare runs/tiny/recipe.yaml" in told
+    output = capsys.readouterr().out
+    assert "damaged\n  validation/rows.jsonl has another content than was written (sha256)." in output
+    assert "packhorse prepare runs/tiny/recipe.yaml" in output
     rows.write_bytes(content)
 
     manifest = read_manifest(data)
