@@ -21,7 +21,6 @@ from small_disk import need_small_disks, python_on_small_disk, train_with_small_
 from cli import curve
 from packhorse.errors import EXIT_DISK, UserError
 from packhorse.plan.run_plan import RunPlan
-from packhorse.run_folder.checkpoints import listing as shelf
 from packhorse.run_folder.checkpoints.listing import (
     checkpoints_in,
     complete_checkpoints,
@@ -30,6 +29,7 @@ from packhorse.run_folder.checkpoints.listing import (
     remove_unfinished,
 )
 from packhorse.run_folder.checkpoints.manifest import checkpoint_faults
+from packhorse.run_folder.layout import step_folder_name
 from packhorse.train.state import TrainState
 from saving_cases import Trainer, make_run, save_at
 from tiny import write_tiny
@@ -328,9 +328,9 @@ def test_the_newest_and_the_best_stay_whatever_the_schedule(keep_best: bool, tmp
                     state = state.evaluated(draw.random())
                 if not saves:
                     continue
-                newest = folder / shelf.folder_name(state.step)
+                newest = folder / step_folder_name(state.step)
                 newest.mkdir(parents=True)
-                best = shelf.folder_name(state.best_step) if keep_best and state.best_step else None
+                best = step_folder_name(state.best_step) if keep_best and state.best_step else None
                 prune_checkpoints(folder, keep_last, best)
                 kept = complete_checkpoints(folder)
                 assert newest in kept
