@@ -21,6 +21,7 @@ from small_disk import need_small_disks, python_on_small_disk, train_with_small_
 from cli import curve
 from packhorse.errors import EXIT_DISK, UserError
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.checkpoints import listing
 from packhorse.run_folder.checkpoints.listing import (
     checkpoints_in,
     complete_checkpoints,
@@ -320,7 +321,7 @@ def test_the_newest_and_the_best_stay_whatever_the_schedule(keep_best: bool, tmp
         keep_last = draw.randint(1, 4)
         state = TrainState()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(shelf, "read_manifest", lambda checkpoint: checkpoint)
+            patched.setattr(listing, "read_manifest", lambda checkpoint: checkpoint)
             for _ in range(draw.randint(3, 12)):
                 state = replace(state, step=state.step + draw.randint(1, 3))
                 saves = draw.random() < 0.7
