@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from packhorse.durable import replace_file
@@ -19,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Writes metrics; every line is flushed at once, so that a killed run keeps all that it measured."""
+    """Writes metrics; every line is flushed at once, so that a killed run keeps all that it measured.
+
+    Every method raises a UserError if the disk refuses.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
         """Open the file to append, after removing the lines of steps that will be measured again.
@@ -27,51 +31,28 @@ class MetricsFile:
         Args:
             path: RUN/metrics.jsonl.
             first_step: First step that this attempt logs; lines from this step on and a torn last line are removed.
-
-        Raises:
-            UserError: The file cannot be written.
         """
         self._path = path
-        try:
+        with _disk_errors(path):
             _keep_below(path, first_step)
             self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise _write_error(path, error) from error
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write one line.
-
-        Raises:
-            UserError: The disk refuses.
-        """
+        """Write one line."""
         values: dict[str, float | str] = {key: v if math.isfinite(v) else str(v) for key, v in figures.items()}
-        try:
+        with _disk_errors(self._path):
             self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise _write_error(self._path, error) from error
 
     def sync(self) -> None:
-        """Wait until what was logged is on disk, so that no checkpoint is ahead of this file.
-
-        Raises:
-            UserError: The disk refuses.
-        """
-        try:
+        """Wait until what was logged is on disk, so that no checkpoint is ahead of this file."""
+        with _disk_errors(self._path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _write_error(self._path, error) from error
 
     def close(self) -> None:
-        """Close the file.
-
-        Raises:
-            UserError: The disk refuses what `log` could not write either.
-        """
-        try:
+        """Write what `log` could not write, and close the file."""
+        with _disk_errors(self._path):
             self._file.close()
-        except OSError as error:
-            raise _write_error(self._path, error) from error
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
@@ -114,10 +95,14 @@ def _keep_below(path: Path, first_step: int) -> None:
     replace_file(path, "".join(kept))
 
 
-def _write_error(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path} cannot be written: {error.strerror}.",
-        "every run keeps its metrics there; a run without them cannot be judged or resumed.",
-        "free space or fix the permissions of that folder, or set runs_folder to another one.",
-        exit_code=EXIT_DISK,
-    )
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}.",
+            "every run keeps its metrics there; a run without them cannot be judged or resumed.",
+            "free space or fix the permissions of that folder, or set runs_folder to another one.",
+            exit_code=EXIT_DISK,
+        ) from error
