@@ -80,7 +80,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             report, different = run_case(case, Path(folder), options.seed)
         rows.append(row(case, report, different))
-        faults += [f"{case.name}: {fault}" for fault in faults_of(case, report, different)]
+        faults += [f"{case.name}: {fault}" for fault in checkpoint_faults(case, report, different)]
         print(lab_log.markdown_table(HEADER, rows), flush=True)
     text = table(rows, faults)
     print(text)
@@ -127,7 +127,7 @@ def run_case(case: Case, folder: Path, seed: int) -> tuple[Report, list[str]]:
     return report, differences(weather.run, unbroken)
 
 
-def faults_of(case: Case, report: Report, different: list[str]) -> list[str]:
+def checkpoint_faults(case: Case, report: Report, different: list[str]) -> list[str]:
     """What is not as it must be."""
     found = []
     if report.exit_code != 0:

@@ -35,7 +35,7 @@ from packhorse.estimate.measure.resident import (
     weight_tensors,
 )
 from packhorse.estimate.packs import PackFigures
-from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
+from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.model_spec.parameters import Shape, read_shape
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan

@@ -181,7 +181,7 @@ def closing_lines(results: Sequence[Result], seconds: float) -> list[str]:
 
 BUILD = """
 import os
-from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
+from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 folder = extensions_folder()
 remove_abandoned_locks(folder)
 os.environ[FOLDER_VARIABLE] = str(folder)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from packhorse.run_folder.layout import OPTIMIZER_FILE
 from packhorse.train.checkpoint.background import Others, Share, dealt, fresh_copy, in_files
-from packhorse.train.checkpoint.optimizer_state import OTHERS_FILE, gather_states, scale_of
+from packhorse.train.checkpoint.optimizer_state import gather_states, scale_of
 from packhorse.train.engine.engine import Engine
 
 
@@ -19,4 +20,4 @@ def save_states(engine: Engine, folder: Path) -> None:
     states = dealt(gather_states(engine), [0] * ranks, others)
     parts = list(in_files([(key, fresh_copy(value)) for key, value, owner in states if owner == rank]))
     text = json.dumps({"states": others, "scaler": scale_of(engine)})
-    Share(folder, rank, parts, texts={OTHERS_FILE: lambda: text} if rank == 0 else {}).write()
+    Share(folder, rank, parts, texts={OPTIMIZER_FILE: lambda: text} if rank == 0 else {}).write()

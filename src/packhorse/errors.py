@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong: one fact, why it matters, the smallest fix."""
+"""Errors that a user can fix: a fact, why it matters, the smallest fix. Exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
 EXIT_LOST = 3  # a rank was killed or hung
-EXIT_NOT_FINITE = 65  # EX_DATAERR: a loss or a gradient is no number
+EXIT_NOT_FINITE = 65  # EX_DATAERR of sysexits.h: a loss or a gradient is NaN or Inf
 EXIT_MEMORY = 71  # EX_OSERR: out of device memory
 EXIT_DISK = 74  # EX_IOERR: the disk is full or refuses
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, resume me
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, can be resumed
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing that the user can mend.
+    """One mistake that the user can fix.
 
     Attributes:
-        fact: What is so, with both numbers, in the user's own field names.
-        why: Why it cannot go on like this.
-        fix: The smallest change that mends it.
-        where: ``file:line`` where the mistake stands, empty if it stands in no file.
+        fact: What is wrong, with both values, in the user's own field names.
+        why: Why it matters.
+        fix: The smallest change that fixes it.
+        where: ``file:line`` of the mistake; empty if it is in no file.
     """
 
     fact: str
@@ -37,7 +37,7 @@ class Mistake:
 
 
 class UserError(Exception):
-    """A user's mistake, or several found at once; the command line prints it and exits with `exit_code`, mostly 2."""
+    """One or several mistakes of the user; the command line prints them and exits with `exit_code`, 2 by default."""
 
     def __init__(self, fact: str, why: str, fix: str, where: str = "", exit_code: int = EXIT_USER_ERROR) -> None:
         self.mistakes: tuple[Mistake, ...] = (Mistake(fact, why, fix, where),)
@@ -49,15 +49,15 @@ class UserError(Exception):
 
     @classmethod
     def of(cls, mistakes: Iterable[Mistake]) -> UserError:
-        """Joins mistakes found together into one error, so that all are mended in one go.
+        """Join several mistakes into one error, so that the user can fix all of them at once.
 
         Raises:
             ValueError: There are no mistakes.
         """
-        found = tuple(mistakes)
-        if not found:
+        joined = tuple(mistakes)
+        if not joined:
             raise ValueError("a UserError needs at least one mistake")
-        error = cls(found[0].fact, found[0].why, found[0].fix, found[0].where)
-        error.mistakes = found
+        error = cls(joined[0].fact, joined[0].why, joined[0].fix, joined[0].where)
+        error.mistakes = joined
         error.args = (str(error),)
         return error

@@ -1,7 +1,7 @@
-"""Secrets in text: found, and hidden before the text is written.
+"""Find secrets in text, and replace them before the text is written.
 
-A secret is the value of an environment variable whose name says so, or what has the form of one: a token of a hub, a
-cloud's key, a password in an address. Whatever writes text that may hold one, writes `mask(text)`.
+A secret is the value of an environment variable with a name such as HF_TOKEN, or text in the form of a hub's token, a
+cloud's key or a password in a URL. Code that writes text that may contain a secret writes `mask(text)`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from urllib.parse import quote
 
 MASK: Final = "***"
 SHORTEST_SECRET: Final = 8
-"""Characters; a shorter value would be found by chance in any text."""
+"""Characters; a shorter value would occur by chance in any text."""
 
 SECRET_NAME: Final = re.compile(
     r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?(_|$)|(^|_)(PAT|PWD|AUTH)$", re.IGNORECASE
 )
-# These say where a secret lies, or how it is used.
+# These name the location of a secret, or how it is used.
 NO_SECRET_NAME: Final = re.compile(r"^(OLD)?PWD$|_(FILE|PATH|DIR|FOLDER|SOCK|URL|TYPE|TTL)$", re.IGNORECASE)
 
 FORMS: Final[Mapping[str, re.Pattern[str]]] = {
@@ -40,7 +40,7 @@ FORMS: Final[Mapping[str, re.Pattern[str]]] = {
         r"(?P<secret>-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))", re.DOTALL
     ),
     "a password in an address": re.compile(r"(?<=://)(?P<secret>[^\s/:@'\"]*:[^\s/@'\"]+)(?=@)"),
-    # Letters are asked for beside a word only: 40 hex digits alone are mostly a commit.
+    # Only after such a word: 40 hex digits alone are mostly a commit.
     "a key or a password": re.compile(
         r"(?:api[_-]?key|access[_-]?key|auth[_-]?token|access[_-]?token|bearer|secret|passwo?r?d)[\"']?\s*[:=\s]\s*[\"']?"
         r"(?P<secret>(?=[^\s\"',;&]*[0-9])[^\s\"',;&]{12,})",
@@ -50,11 +50,11 @@ FORMS: Final[Mapping[str, re.Pattern[str]]] = {
 
 
 def mask(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text with `***` in place of each secret.
+    """Return the text with each secret replaced by `***`.
 
     Args:
-        text: Anything that is about to be written.
-        environment: Variables whose values are hidden where their names say that they are secret.
+        text: Text that is about to be written.
+        environment: Environment variables; the values of those with the name of a secret are replaced.
     """
     for value in _values(tuple(_secret_variables(environment).values())):
         text = text.replace(value, MASK)
@@ -64,7 +64,7 @@ def mask(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def secret_in(text: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """What kind of secret stands in the text, in words; None where there is none."""
+    """Return a description of the first secret in the text, such as "an AWS key"; None if there is none."""
     for name, value in _secret_variables(environment).items():
         if any(form in text for form in _values((value,))):
             return f"the value of the environment variable {name}"
@@ -72,26 +72,26 @@ def secret_in(text: str, environment: Mapping[str, str] = os.environ) -> str | N
 
 
 def is_secret_variable(name: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether an environment variable holds a secret, by its name and the length of its value."""
+    """Return whether an environment variable holds a secret, by its name and the length of its value."""
     return name in _secret_variables(environment)
 
 
 def mask_output() -> None:
-    """From here on, all that this process writes to `sys.stdout` and `sys.stderr` is masked.
+    """Mask everything that this process writes to `sys.stdout` and `sys.stderr` from now on.
 
-    Tracebacks, warnings and log lines of libraries go through them. What compiled code and child processes write to
-    the file descriptors themselves does not.
+    This includes tracebacks, warnings and log lines of libraries, but not what compiled code and child processes write
+    to the file descriptors.
     """
     sys.stdout, sys.stderr = masked(sys.stdout), masked(sys.stderr)
 
 
 def masked(stream: TextIO) -> TextIO:
-    """A stream that masks what is written to it, and otherwise is the one that was given."""
+    """Return a stream that masks text before it writes it to `stream`, and otherwise behaves like `stream`."""
     return stream if isinstance(stream, _Masked) else cast(TextIO, _Masked(stream))
 
 
 class _Masked:
-    """Every piece that is written is masked by itself: no piece is held back, or a killed process would lose it."""
+    """Masks each write separately: buffered text would be lost when the process is killed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -111,16 +111,16 @@ class _Masked:
         return getattr(self._stream, name)
 
 
-def _masked(found: re.Match[str]) -> str:
-    start, end = found.span("secret")
-    return found.string[found.start() : start] + MASK + found.string[end : found.end()]
+def _masked(match: re.Match[str]) -> str:
+    start, end = match.span("secret")
+    return match.string[match.start() : start] + MASK + match.string[end : match.end()]
 
 
 def _secret_variables(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if len(value) >= SHORTEST_SECRET and _is_secret_name(name) and not _is_place(value)
+        if len(value) >= SHORTEST_SECRET and _is_secret_name(name) and not _is_path(value)
     }
 
 
@@ -129,14 +129,14 @@ def _is_secret_name(name: str) -> bool:
     return SECRET_NAME.search(name) is not None and NO_SECRET_NAME.search(name) is None
 
 
-def _is_place(value: str) -> bool:
-    """GOOGLE_APPLICATION_CREDENTIALS and others name a file."""
+def _is_path(value: str) -> bool:
+    """Return whether the value is a path, as that of GOOGLE_APPLICATION_CREDENTIALS."""
     return value.startswith("/") and Path(value).exists()
 
 
 @lru_cache(maxsize=16)
 def _values(secrets: tuple[str, ...]) -> tuple[str, ...]:
-    """Each secret as it is, as JSON and Python's `repr` write it and as it stands in an address; the longest first."""
+    """Return each secret unchanged, and as JSON, Python's `repr` and a URL write it; the longest first."""
     forms = {
         form for value in secrets for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value, ""))
     }

@@ -1,4 +1,4 @@
-"""The version of Packhorse, as pyproject.toml says it."""
+"""Version of Packhorse, from the installed package."""
 
 from importlib.metadata import version
 

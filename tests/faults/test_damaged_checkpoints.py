@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cli import curve, packhorse
-from packhorse.run_folder.checkpoints.manifest import faults_of
+from packhorse.run_folder.checkpoints.manifest import checkpoint_faults
 from tiny import write_tiny
 
 
@@ -51,11 +51,11 @@ def test_every_file_of_a_real_checkpoint_is_watched(folder: Path) -> None:
             damages.append(content[:offset] + bytes([content[offset] ^ 0x10]) + content[offset + 1 :])
         for damaged in damages:
             path.write_bytes(damaged)
-            assert any(path.name in fault for fault in faults_of(checkpoint)), (path.name, len(damaged))
+            assert any(path.name in fault for fault in checkpoint_faults(checkpoint)), (path.name, len(damaged))
         path.unlink()
-        assert any(path.name in fault for fault in faults_of(checkpoint))
+        assert any(path.name in fault for fault in checkpoint_faults(checkpoint))
         path.write_bytes(content)
-    assert list(faults_of(checkpoint)) == []
+    assert list(checkpoint_faults(checkpoint)) == []
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one_to_the_same_end(folder: Path) -> None:

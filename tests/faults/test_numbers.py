@@ -15,7 +15,7 @@ from cli import curve, metrics, packhorse
 from packhorse.errors import EXIT_MEMORY, EXIT_NOT_FINITE, EXIT_OK
 from packhorse.plan.replan import replace_plan, with_smaller_micro
 from packhorse.plan.run_plan import read_plan
-from packhorse.run_folder.skipped_steps import read_left_out, write_left_out
+from packhorse.run_folder.skipped_steps import read_skipped_steps, write_skipped_steps
 from ranks import planned, run_ranks
 from tiny import write_tiny
 
@@ -112,7 +112,7 @@ def test_a_step_that_is_left_out_changes_nothing_and_is_left_out_again(recipe: P
     words = (f"parallel.engine={engine}", "recovery.on_nonfinite=skip")
     run = planned(recipe, f"skip-{engine}", *words)
     assert [record["exit_code"] for record in run_ranks(run, f"{fault}@{FAULT_AT}:1")] == [EXIT_OK] * 2
-    assert list(read_left_out(run)) == [BAD_STEP]
+    assert list(read_skipped_steps(run)) == [BAD_STEP]
     assert same(tensors(run, BAD_STEP), tensors(run, BAD_STEP - 1))
     assert not same(tensors(run, BAD_STEP + 1), tensors(run, BAD_STEP))
     lines = metrics(run)
@@ -134,11 +134,11 @@ def test_a_step_that_is_left_out_changes_nothing_and_is_left_out_again(recipe: P
 def test_one_more_than_may_be_left_out_ends_the_run(recipe: Path) -> None:
     words = ("recovery.on_nonfinite=skip", "recovery.most_left_out=2")
     run = planned(recipe, "too-many", *words)
-    write_left_out(run, {1: "by hand", 2: "by hand"})
+    write_skipped_steps(run, {1: "by hand", 2: "by hand"})
     records = run_ranks(run, f"nan_loss@{FAULT_AT}:0")
     assert [record["exit_code"] for record in records] == [EXIT_NOT_FINITE] * 2
     assert "3 steps would be left out, and recovery.most_left_out is 2" in records[0]["message"]
-    assert list(read_left_out(run)) == [1, 2], "resumed, it must end at the same step again"
+    assert list(read_skipped_steps(run)) == [1, 2], "resumed, it must end at the same step again"
     assert checkpoints(run) == list(range(1, BAD_STEP))
 
 
@@ -146,7 +146,7 @@ def test_a_weight_that_is_no_number_is_not_skipped_over(recipe: Path) -> None:
     run = planned(recipe, "lost-weight", "recovery.on_nonfinite=skip")
     records = run_ranks(run, f"nan_weight@{FAULT_AT}:0")
     assert [record["exit_code"] for record in records] == [EXIT_NOT_FINITE] * 2
-    assert read_left_out(run) == {}
+    assert read_skipped_steps(run) == {}
 
 
 def test_weights_stepped_in_the_backward_pass_are_kept_from_a_bad_loss(recipe: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_spike_is_gone_back_before_and_the_steps_that_saw_it_are_left_out(tmp_
     done = packhorse(tmp_path, "train", recipe.name, "name=rewound")
     assert done.code == EXIT_OK, done.err
     run = tmp_path / "runs" / "rewound"
-    left_out = read_left_out(run)
+    left_out = read_skipped_steps(run)
     # Found as it came, gone back before it, and found again in the step after those that were left out.
     assert list(left_out) == list(range(FIRST_BAD_STEP - 2, FIRST_BAD_STEP + 2))
     assert f"at step {FIRST_BAD_STEP} the loss is" in left_out[FIRST_BAD_STEP]
@@ -221,7 +221,7 @@ def test_a_spike_is_gone_back_before_and_the_steps_that_saw_it_are_left_out(tmp_
     assert max(curve(run)[FIRST_BAD_STEP - 3 :]) < curve(run)[FIRST_BAD_STEP - 4]
 
     again = planned(recipe, "again")
-    write_left_out(again, left_out)
+    write_skipped_steps(again, left_out)
     assert [record["exit_code"] for record in run_ranks(again)] == [EXIT_OK]
     assert curve(again) == curve(run)
     weights = "model/model.safetensors"

@@ -270,4 +270,4 @@ def test_states_in_8_bits_stay_with_the_engine_that_cut_them(folder: Path, full:
     (run / "plan.json").write_text(json.dumps(plan))
     done = packhorse(folder, "train", str(run), "--resume", "parallel.engine=zero2", "parallel.processes=2")
     assert done.code == 2
-    assert "was written under fsdp2 on 4 processes, and zero2 on 2 would go on from it" in done.err
+    assert "was written under fsdp2 on 4 processes, and zero2 on 2 would resume from it" in done.err

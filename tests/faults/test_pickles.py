@@ -22,16 +22,16 @@ from packhorse.errors import UserError
 from packhorse.model.load import ModelRequest, load_model, open_model
 from packhorse.model.methods.attach import with_adapter
 from packhorse.quickstart.files import materialise
-from packhorse.run_folder.checkpoints.listing import newest_sound
+from packhorse.run_folder.checkpoints.listing import find_newest_sound
 from packhorse.run_folder.checkpoints.manifest import (
-    MANIFEST_FILE,
     CheckpointManifest,
     FileRecord,
     RunFacts,
-    faults_of,
+    checkpoint_faults,
     files_below,
     sha256_of,
 )
+from packhorse.run_folder.layout import MANIFEST_FILE
 from packhorse.train.checkpoint.checkpoints import read_state
 from packhorse.train.checkpoint.optimizer_state import load_states
 from packhorse.train.engine.engine import Engine
@@ -147,19 +147,19 @@ def fit_manifest(checkpoint: Path) -> None:
     facts = RunFacts(step=2, engine="ddp", world_size=1, plan="", data="")
     manifest = CheckpointManifest(run=facts, files=files).sealed()
     (checkpoint / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n")
-    assert list(faults_of(checkpoint)) == []
+    assert list(checkpoint_faults(checkpoint)) == []
 
 
 def test_no_file_of_a_checkpoint_is_unpickled_even_where_the_manifest_was_made_to_fit(here: Path) -> None:
     checkpoint = made_checkpoint(here / "checkpoints")
     fit_manifest(checkpoint)
-    assert newest_sound(checkpoint.parent).checkpoint == checkpoint
+    assert find_newest_sound(checkpoint.parent).checkpoint == checkpoint
     assert read_all(checkpoint) == []
     own = files_below(checkpoint)
     for path in own:
         content = path.read_bytes()
         path.write_bytes(EVIL)
-        assert newest_sound(checkpoint.parent).checkpoint is None, "found by its hash"
+        assert find_newest_sound(checkpoint.parent).checkpoint is None, "found by its hash"
         fit_manifest(checkpoint)
         refused = read_all(checkpoint)
         assert refused or path.name == "generation_config.json", path

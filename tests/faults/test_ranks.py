@@ -39,7 +39,7 @@ CASES = [
     ),
     Case(f"sleep@{STEP}:1", EXIT_LOST, HANG_SECONDS + 10, rf"rank 1 hung in phase data of step {STEP + 1}, where"),
     Case(f"raise@{STEP}:1", EXIT_BUG, 5, r"rank 1 failed.*RuntimeError: a fault was injected here"),
-    Case(f"exit@{STEP}:0", EXIT_LOST, 5, rf"rank 0 ended without a word in phase data of step {STEP + 1}, where"),
+    Case(f"exit@{STEP}:0", EXIT_LOST, 5, rf"rank 0 ended without a message in phase data of step {STEP + 1}, where"),
 ]
 
 
@@ -83,5 +83,5 @@ def test_a_fault_of_one_rank_ends_the_run_by_name(case: Case, folder: Path) -> N
         assert re.search(r"rank 0 in gloo:\w+, number \d+ of group ", said), said
     if name == "sleep":
         assert re.search(
-            r'it stood at.*sitecustomize.py", line \d+ in _strike.*loop.py", line \d+ in train', said, re.DOTALL
+            r'its Python stack.*sitecustomize.py", line \d+ in _strike.*loop.py", line \d+ in train', said, re.DOTALL
         )

@@ -66,7 +66,7 @@ def test_a_killed_rank_is_gone_on_from_by_itself_to_the_same_end(folder: Path) -
 def test_the_same_exception_at_the_same_step_is_not_tried_a_third_time(folder: Path) -> None:
     done = packhorse(folder, "train", "tiny.yaml", "name=fails", "--restarts", "5", fault="raise@3:1:9")
     assert done.code == 1
-    assert "not started again: the attempt before failed at the same step with the same words" in done.err
+    assert "not started again: the previous attempt failed at the same step with the same message" in done.err
     assert "RuntimeError: a fault was injected here" in done.err
     assert [attempt.outcome for attempt in read_attempts(folder / "runs" / "fails")] == ["failed", "failed"]
 

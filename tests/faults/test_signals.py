@@ -11,7 +11,7 @@ import pytest
 
 from cli import PACKHORSE, environment, metrics, packhorse
 from packhorse.errors import EXIT_STOPPED
-from packhorse.run_folder.checkpoints.manifest import faults_of
+from packhorse.run_folder.checkpoints.manifest import checkpoint_faults
 from ranks import run_ranks, to_the_end, trained
 from tiny import write_tiny
 
@@ -56,7 +56,7 @@ def test_stopped_in_each_phase_it_goes_on_as_if_nothing_had_been(recipe: Path) -
         assert (status["state"], status["step"]) == ("stopped", saved), asked
         checkpoints = sorted((run / "checkpoints").glob("step-*"))
         assert [path.name for path in checkpoints][-1:] == ([f"step-{saved:06d}"] if saved else []), asked
-        assert all(list(faults_of(path)) == [] for path in checkpoints), asked
+        assert all(list(checkpoint_faults(path)) == [] for path in checkpoints), asked
     to_the_end(run, attempt=len(PHASES) + 1)
     assert [line["step"] for line in metrics(run)] == list(range(11))
     for one, other in zip(metrics(run), metrics(unbroken), strict=True):

@@ -21,15 +21,16 @@ from small_disk import need_small_disks, python_on_small_disk, train_with_small_
 from cli import curve
 from packhorse.errors import EXIT_DISK, UserError
 from packhorse.plan.run_plan import RunPlan
-from packhorse.run_folder.checkpoints import listing as shelf
+from packhorse.run_folder.checkpoints import listing
 from packhorse.run_folder.checkpoints.listing import (
     checkpoints_in,
     complete_checkpoints,
-    newest_sound,
-    prune,
+    find_newest_sound,
+    prune_checkpoints,
     remove_unfinished,
 )
-from packhorse.run_folder.checkpoints.manifest import faults_of
+from packhorse.run_folder.checkpoints.manifest import checkpoint_faults
+from packhorse.run_folder.layout import step_folder_name
 from packhorse.train.state import TrainState
 from saving_cases import Trainer, make_run, save_at
 from tiny import write_tiny
@@ -184,7 +185,7 @@ def test_killed_at_any_write_fsync_or_rename_the_reader_sees_old_or_new(
 
         code = in_child(save)
         assert code in (0, 99), f"at event {at}"
-        found = newest_sound(folder)
+        found = find_newest_sound(folder)
         assert found.checkpoint is not None
         assert found.passed_over == (), f"killed at event {at}"
         for checkpoint in checkpoints_in(folder):
@@ -198,7 +199,7 @@ def test_killed_at_any_write_fsync_or_rename_the_reader_sees_old_or_new(
         trainer.checkpoints.finish()
         assert names(folder)[-1] == "step-000008"
         assert not list(folder.glob(".*"))
-        assert list(faults_of(folder / "step-000008")) == []
+        assert list(checkpoint_faults(folder / "step-000008")) == []
         if code == 0:
             break
     first_new = seen.index("step-000006")
@@ -234,7 +235,7 @@ def test_a_disk_that_refuses_at_any_moment_leaves_what_was_there(run: tuple[RunP
             error = error_of(lambda: save_at(trainer, 6))
             if events.count < at:
                 return NEVER_STRUCK
-            found = newest_sound(folder)
+            found = find_newest_sound(folder)
             assert found.passed_over == ()
             assert found.checkpoint is not None
             assert found.checkpoint.name == "step-000006" or (error and found.checkpoint.name == "step-000004")
@@ -243,7 +244,7 @@ def test_a_disk_that_refuses_at_any_moment_leaves_what_was_there(run: tuple[RunP
                 assert "step-000006 could not be written" in str(error)
             assert not list(folder.glob(".*.tmp"))
             save_at(trainer, 8)
-            assert newest_sound(folder).checkpoint == folder / "step-000008"
+            assert find_newest_sound(folder).checkpoint == folder / "step-000008"
             assert names(folder)[-2:] == [found.checkpoint.name, "step-000008"]
             return WENT_ON if error is None else FAILED
 
@@ -258,7 +259,7 @@ MID_WRITE = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from packhorse.run_folder.checkpoints.listing import newest_sound
+from packhorse.run_folder.checkpoints.listing import find_newest_sound
 from packhorse.errors import UserError
 from packhorse.train.checkpoint import checkpoints as checkpoint
 from saving_cases import Trainer, make_run, save_at
@@ -272,7 +273,7 @@ try:
 except UserError as error:
     print(error.exit_code, error)
 folder = Path(plan.run_folder) / "checkpoints"
-print(newest_sound(folder).checkpoint.name, sorted(path.name for path in folder.iterdir()))
+print(find_newest_sound(folder).checkpoint.name, sorted(path.name for path in folder.iterdir()))
 """
 
 
@@ -298,7 +299,7 @@ def test_a_launch_on_a_full_disk_ends_or_goes_on_as_the_recipe_says(
     write_tiny(tmp_path, steps=7, checkpoint=checkpoint, evaluation={"exact_match_rows": 0})
     done = train_with_small_checkpoints(tmp_path, "tiny", 2600)  # two of 1.1 MB, and not three
     assert done.code == code, done.err
-    found = newest_sound(tmp_path / "checkpoints")
+    found = find_newest_sound(tmp_path / "checkpoints")
     assert found.checkpoint == tmp_path / "checkpoints" / f"step-{newest:06d}"
     assert names(tmp_path / "checkpoints") == ["step-000002", "step-000004"]
     run = tmp_path / "runs" / "tiny"
@@ -320,7 +321,7 @@ def test_the_newest_and_the_best_stay_whatever_the_schedule(keep_best: bool, tmp
         keep_last = draw.randint(1, 4)
         state = TrainState()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(shelf, "read_manifest", lambda checkpoint: checkpoint)
+            patched.setattr(listing, "read_manifest", lambda checkpoint: checkpoint)
             for _ in range(draw.randint(3, 12)):
                 state = replace(state, step=state.step + draw.randint(1, 3))
                 saves = draw.random() < 0.7
@@ -328,10 +329,10 @@ def test_the_newest_and_the_best_stay_whatever_the_schedule(keep_best: bool, tmp
                     state = state.evaluated(draw.random())
                 if not saves:
                     continue
-                newest = folder / shelf.folder_name(state.step)
+                newest = folder / step_folder_name(state.step)
                 newest.mkdir(parents=True)
-                best = shelf.folder_name(state.best_step) if keep_best and state.best_step else None
-                prune(folder, keep_last, best)
+                best = step_folder_name(state.best_step) if keep_best and state.best_step else None
+                prune_checkpoints(folder, keep_last, best)
                 kept = complete_checkpoints(folder)
                 assert newest in kept
                 assert best is None or folder / best in kept

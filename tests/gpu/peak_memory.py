@@ -34,7 +34,7 @@ from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan, write_plan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.quickstart.files import materialise
 from packhorse.recipe.schema import Recipe
-from packhorse.run_folder.heartbeat import Pulse
+from packhorse.run_folder.heartbeat import HeartbeatWriter
 from packhorse.train import worker
 from packhorse.train.engine.engine import Engine, start_engine
 from packhorse.train.ranks.signals import StopRequest
@@ -255,7 +255,7 @@ def _rank(run_folder: str, variables: dict[str, str]) -> None:
             live = stack.enter_context(LivePeak([]))
             stack.enter_context(mock.patch.object(worker, "start_engine", _with_weights(live)))
             take = live.take
-        stack.enter_context(mock.patch.object(Pulse, "phase", _noted(peaks, take)))
+        stack.enter_context(mock.patch.object(HeartbeatWriter, "phase", _noted(peaks, take)))
         try:
             worker.run_worker(Path(run_folder) / "plan.json", StopRequest())
         except Done:
@@ -266,10 +266,10 @@ def _rank(run_folder: str, variables: dict[str, str]) -> None:
 
 
 def _noted(peaks: dict[str, int], take: Callable[[], int]) -> Any:
-    before = Pulse.phase
+    before = HeartbeatWriter.phase
     ends = [""]
 
-    def phase(self: Pulse, name: Any, step: int | None = None) -> None:
+    def phase(self: HeartbeatWriter, name: Any, step: int | None = None) -> None:
         peaks[ends[0]] = max(peaks.get(ends[0], 0), take())
         ends[0] = name
         if name == "save":

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cli import PACKHORSE, curve, environment, metrics, packhorse
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.shipped import shipped_path
-from packhorse.run_folder.checkpoints.manifest import faults_of
+from packhorse.run_folder.checkpoints.manifest import checkpoint_faults
 from packhorse.run_folder.folder import create_run
 from ranks import trained
 from tiny import TINY, write_tiny
@@ -47,7 +47,7 @@ def test_a_run_leaves_what_it_says(folder: Path) -> None:
     assert [line["step"] for line in lines if "evaluation/loss" in line] == [0, 2, 4, 6]
     assert lines[0]["proof/isolation_difference"] <= 1e-6
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000006"]
-    assert list(faults_of(run / "checkpoints" / "step-000006")) == []
+    assert list(checkpoint_faults(run / "checkpoints" / "step-000006")) == []
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 

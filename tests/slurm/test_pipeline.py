@@ -12,10 +12,11 @@ from cluster import CHECKOUT, Cluster
 
 from cli import INJECTED, curve
 from packhorse.cli.main import main
-from packhorse.launching.slurm.jobs import JobRecord, read_jobs
 from packhorse.run_folder.attempts import read_attempts
+from packhorse.run_folder.jobs import JobRecord, read_jobs
+from packhorse.run_folder.layout import METRICS_FILE
+from packhorse.run_folder.metrics import read_metrics
 from packhorse.run_folder.status import read_status
-from packhorse.track.sinks import METRICS_FILE, read_metrics
 from tiny import write_tiny
 
 SITE = {

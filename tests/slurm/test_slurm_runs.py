@@ -24,12 +24,12 @@ from interrupted import (
 )
 
 from cli import curve, metrics, packhorse
-from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder
-from packhorse.launching.slurm.jobs import read_jobs
+from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.slurm.script import train_request, train_script
 from packhorse.launching.slurm.site import SiteProfile
 from packhorse.run_folder.attempts import read_attempts
-from packhorse.run_folder.lock import holder
+from packhorse.run_folder.jobs import read_jobs
+from packhorse.run_folder.lock import lock_holder
 
 SHORT = ("steps=6", "batch.packs=8", "checkpoint.every_steps=null", "evaluation.every_steps=null")
 PHASES = ("forward", "evaluate", "publish")
@@ -128,7 +128,7 @@ def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
         assert hosts(run) == ["node1", "node1", "node2", "node2"]
         (attempt,) = read_attempts(run)
         assert (attempt.outcome, attempt.last_step) == ("finished", 6)
-        assert holder(run) is None
+        assert lock_holder(run) is None
     again = cluster.submit(runs["ddp"], "--nodes=2")
     assert cluster.wait(again) == "COMPLETED"
     assert len(read_attempts(runs["ddp"])) == 1, "a finished run is not trained again"

@@ -13,11 +13,11 @@ from cli import curve, packhorse
 from packhorse.cli.main import main
 from packhorse.commands.planned_jobs import Asked, planned_jobs, submission
 from packhorse.errors import UserError
-from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder
-from packhorse.launching.slurm.jobs import read_jobs
+from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.slurm.site import load_site
 from packhorse.launching.slurm.submit import check_jobs, send
-from packhorse.run_folder.lock import only_launcher
+from packhorse.run_folder.jobs import read_jobs
+from packhorse.run_folder.lock import launcher_lock
 from packhorse.run_folder.status import read_status
 from tiny import write_tiny
 
@@ -111,7 +111,7 @@ def test_of_two_submissions_at_once_one_is_sent(folder: Path, cluster: Cluster, 
         send(run, jobs, check_jobs(found.site, jobs))
     assert len(read_jobs(run)) == 2
     cluster.ask("scancel", *(job.job_id for job in read_jobs(run)))
-    with only_launcher(run):
+    with launcher_lock(run):
         assert main(["submit", "runs/tiny"]) == 2
     assert "tiny is run by process" in capsys.readouterr().err
     assert len(read_jobs(run)) == 2

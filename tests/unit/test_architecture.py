@@ -41,6 +41,10 @@ MAY_IMPORT = {
     "workflows": {"*"},
     "cli": {"*"},
 }
+LAYOUT = "packhorse.run_folder.layout"
+"""Names of a run's files: imports nothing of ours, so every package may import it."""
+LAYOUT = "packhorse.run_folder.layout"
+"""Names of a run's files: imports nothing of ours, so every package may import it."""
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc", "core"}
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 400, 60, 90
 SMALL_FILE, MOST_SMALL_FILES, LARGEST_SHARE_OF_IMPORTS = 50, 25, 0.11
@@ -109,7 +113,7 @@ def test_each_package_imports_only_what_it_may() -> None:
         offenders += [
             f"{name} imports {target}"
             for target in targets
-            if "*" not in allowed and target != "packhorse" and package_of(target) not in allowed
+            if "*" not in allowed and target not in ("packhorse", LAYOUT) and package_of(target) not in allowed
         ]
     assert offenders == []
 

@@ -32,7 +32,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
 
 
 @pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
-def test_a_secret_is_hidden_by_its_form_wherever_it_stands(secret: str) -> None:
+def test_a_secret_is_hidden_by_its_form_anywhere_in_text(secret: str) -> None:
     for text in (secret, f"in the middle ({secret}), and on", f'{{"a": "{secret}"}}', f"--x={secret}", f"{secret}\n"):
         hidden = mask(text, {})
         assert secret not in hidden, hidden
@@ -94,7 +94,7 @@ def test_a_secret_that_is_part_of_another_leaves_nothing_of_it() -> None:
     assert mask("a longsecretlonger b", {"A_KEY": "longsecret", "B_KEY": "longsecretlonger"}) == "a *** b"
 
 
-def test_tracebacks_warnings_and_tables_go_out_masked(
+def test_tracebacks_warnings_and_tables_are_masked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret = "correct horse battery"
@@ -111,13 +111,13 @@ def test_tracebacks_warnings_and_tables_go_out_masked(
     except RuntimeError:
         traceback.print_exc()
         sys.__excepthook__(*sys.exc_info())
-    said = capsys.readouterr()
-    assert secret not in said.out + said.err
-    assert said.out.count("***") == 2
-    assert said.err.count("the server said no to ***") == 2
+    output = capsys.readouterr()
+    assert secret not in output.out + output.err
+    assert output.out.count("***") == 2
+    assert output.err.count("the server said no to ***") == 2
 
 
-def test_a_masked_stream_is_the_stream_that_it_was(tmp_path: Path) -> None:
+def test_a_masked_stream_otherwise_behaves_like_the_original(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w", encoding="utf-8") as file:
         stream = masked(file)
         assert masked(stream) is stream

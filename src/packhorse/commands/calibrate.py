@@ -14,7 +14,8 @@ from packhorse.estimate.speed import measured_step_seconds
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import detect_hardware
 from packhorse.run_folder.folder import relative
-from packhorse.track.sinks import METRICS_FILE, read_metrics
+from packhorse.run_folder.layout import METRICS_FILE
+from packhorse.run_folder.metrics import read_metrics
 
 
 def measured_of(run: RunPlan) -> Measured:

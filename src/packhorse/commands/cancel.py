@@ -12,15 +12,15 @@ from pathlib import Path
 from rich.console import Console
 
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.client import JobState
 from packhorse.launching.slurm.client import cancel as cancel_jobs
-from packhorse.launching.slurm.jobs import JobRecord, live_jobs, read_jobs
+from packhorse.launching.slurm.jobs import live_jobs
 from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
 from packhorse.run_folder.folder import open_run, relative
-from packhorse.run_folder.lock import holder
-from packhorse.run_folder.processes import process
-from packhorse.run_folder.requests import STOP_FILE
+from packhorse.run_folder.heartbeat import find_process
+from packhorse.run_folder.jobs import JobRecord, read_jobs
+from packhorse.run_folder.layout import CANCEL_FILE, STOP_FILE
+from packhorse.run_folder.lock import lock_holder
 from packhorse.run_folder.sweep import find_sweep
 
 
@@ -93,11 +93,11 @@ def _cancel_jobs(folder: Path, live: Sequence[Live], now: bool) -> list[str]:
 
 def _cancel_launcher(folder: Path, now: bool) -> list[str]:
     """A run that `packhorse train` runs: on this host by signals, elsewhere by the file that its ranks look for."""
-    found = holder(folder)
+    found = lock_holder(folder)
     if found is None or "job" in found:
         return []
     pid, here = int(str(found["pid"])), found["host"] == socket.gethostname()
-    if here and process(pid) is None:
+    if here and find_process(pid) is None:
         return []
     if now and not here:
         raise UserError(

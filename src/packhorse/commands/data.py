@@ -20,7 +20,6 @@ from packhorse.data.prepare import PreparedData
 from packhorse.data.prepare import prepare as prepare_data
 from packhorse.data.resolve import runs_folder_of
 from packhorse.errors import EXIT_OK
-from packhorse.plan.run_plan import PLAN_FILE
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
@@ -28,6 +27,7 @@ from packhorse.report.data_page import write_data_page
 from packhorse.report.readable import readable
 from packhorse.report.terminal import figure_lines, finding_lines, ledger_table, row_text, split_table
 from packhorse.run_folder.folder import relative
+from packhorse.run_folder.layout import PLAN_FILE
 from packhorse.run_folder.sweep import find_sweep, member_folder, read_sweep
 
 # The page shows more of them.

@@ -27,11 +27,9 @@ from packhorse.evaluate.show import render
 from packhorse.evaluate.turns import trained_form
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.layout import EVALUATION_FILE, TEST_EVALUATION_FILE
 from packhorse.train.checkpoint.weights import weights_folder_name
 from packhorse.train.setup import base_request
-
-EVALUATION_FILE = "evaluation.json"
-TEST_FILE = "evaluation-test.json"
 
 
 def _quiet() -> None:
@@ -53,7 +51,7 @@ def evaluate(run: str, test: bool = False, again: bool = False) -> int:
     comparison = evaluate_test(plan, again) if test else evaluate_run(plan)
     console = Console()
     console.print(render(comparison))
-    kept = Path(plan.run_folder) / (TEST_FILE if test else EVALUATION_FILE)
+    kept = Path(plan.run_folder) / (TEST_EVALUATION_FILE if test else EVALUATION_FILE)
     console.print(f"kept as {kept}", soft_wrap=True, highlight=False, style="dim")
     return EXIT_OK
 
@@ -82,7 +80,7 @@ def evaluate_test(plan: RunPlan, again: bool = False) -> Comparison:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     documents, looks = open_test(Path(require_data(plan).folder), Path(plan.run_folder).name, now, again)
     held_out = held_out_of(documents, SEALED_SPLIT, plan.recipe.evaluation, form)
-    return _compared(plan, subject, tokenizer, [held_out], looks, TEST_FILE)
+    return _compared(plan, subject, tokenizer, [held_out], looks, TEST_EVALUATION_FILE)
 
 
 def _compared(

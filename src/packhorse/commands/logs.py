@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -11,13 +10,12 @@ from typing import Final
 
 from packhorse.commands.status import is_under_way
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.local.agent import STDERR_LOG
 from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.layout import ATTEMPT_FOLDERS, JOB_LOGS, LOGS_FOLDER, RANK_LOGS, STDERR_LOG, numbered
 
 LOOK_SECONDS: Final = 0.5
 OVER_SECONDS: Final = 5.0
 """Between two questions whether the run goes on: where a job runs it, Slurm is asked."""
-RANK_LOG: Final = re.compile(r"rank-(\d+)\.log")
 
 
 def logs(run: str, rank: int | None = None, follow: bool = False) -> int:
@@ -52,11 +50,13 @@ def logs(run: str, rank: int | None = None, follow: bool = False) -> int:
 
 def log_files(folder: Path, rank: int | None) -> list[Path]:
     """The newest job's log, and of the newest attempt the launcher's and rank 0's; of a rank just its own."""
-    attempts = sorted((folder / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
+    attempts = sorted(
+        (folder / LOGS_FOLDER).glob(ATTEMPT_FOLDERS), key=lambda path: int(path.name.removeprefix("attempt-"))
+    )
     if rank is not None:
-        return [file for attempt in attempts[-1:] if (file := attempt / f"rank-{rank}.log").is_file()]
-    jobs = sorted((folder / "logs").glob("*.out"), key=lambda path: path.stat().st_mtime)
-    of_attempt = [attempt / name for attempt in attempts[-1:] for name in (STDERR_LOG, "rank-0.log")]
+        return [file for attempt in attempts[-1:] if (file := attempt / numbered(RANK_LOGS, rank)).is_file()]
+    jobs = sorted((folder / LOGS_FOLDER).glob(JOB_LOGS), key=lambda path: path.stat().st_mtime)
+    of_attempt = [attempt / name for attempt in attempts[-1:] for name in (STDERR_LOG, numbered(RANK_LOGS, 0))]
     return [file for file in [*jobs[-1:], *of_attempt] if file.is_file() and file.stat().st_size]
 
 
@@ -86,9 +86,7 @@ class Printed:
 
 
 def _nothing(folder: Path, rank: int | None) -> UserError:
-    found = sorted(
-        int(name[1]) for file in (folder / "logs").glob("*/rank-*.log") if (name := RANK_LOG.fullmatch(file.name))
-    )
+    found = sorted(int(file.stem.removeprefix("rank-")) for file in (folder / LOGS_FOLDER).glob(f"*/{RANK_LOGS}"))
     if rank is not None and found:
         return UserError(
             f"rank {rank} of {relative(folder)} has no log in its newest attempt.",

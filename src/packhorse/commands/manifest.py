@@ -12,9 +12,10 @@ from packhorse.estimate.case import case_of
 from packhorse.estimate.search.auto import plan_best
 from packhorse.launching.places.manifests import KINDS, manifest_text
 from packhorse.launching.places.request import read_request
-from packhorse.plan.run_plan import PLAN_FILE, RunPlan
+from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.load import load_recipe
 from packhorse.run_folder.folder import open_run
+from packhorse.run_folder.layout import PLAN_FILE
 
 
 def manifest(

@@ -12,7 +12,7 @@ from packhorse.commands.costs import basis_of, room_on_disk
 from packhorse.commands.fitting import draft_plan, fitting_plan
 from packhorse.commands.parameters import Unknown
 from packhorse.commands.prepared import facts_of, require_data
-from packhorse.commands.waiting import SITE_RECORD, terms_of
+from packhorse.commands.waiting import terms_of
 from packhorse.data.identity import find_prepared
 from packhorse.data.manifest import read_manifest
 from packhorse.data.resolve import data_root
@@ -27,14 +27,15 @@ from packhorse.launching.slurm.site import DURATION, SITE_FILE, SiteProfile, loa
 from packhorse.launching.slurm.submit import PlannedJob
 from packhorse.plan.make_plan import run_folder_of
 from packhorse.plan.replan import replan
-from packhorse.plan.run_plan import PLAN_FILE, Decision, RunPlan
+from packhorse.plan.run_plan import Decision, RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.locate import expand
 from packhorse.recipe.sweep import check_single
-from packhorse.run_folder.folder import SWEEP_FILE, check_free, named_folder, open_run, relative
+from packhorse.run_folder.folder import check_free, named_folder, open_run, relative
+from packhorse.run_folder.layout import DATA_FILE, LOGS_FOLDER, METRICS_FILE, PLAN_FILE, SITE_RECORD, SWEEP_FILE
+from packhorse.run_folder.metrics import read_metrics
 from packhorse.run_folder.status import read_status
-from packhorse.track.sinks import METRICS_FILE, read_metrics
 
 TIME_WORDS: Final = "at most"
 GIB: Final = 2**30
@@ -135,12 +136,12 @@ def planned_jobs(found: Submission) -> list[PlannedJob]:
         )
     gpus = topology.processes_per_node if topology.device == "cuda" else 0
     asked = train_request(
-        site, plan.recipe.name, folder / "logs", topology.num_nodes, gpus, site.time, found.lead.seconds
+        site, plan.recipe.name, folder / LOGS_FOLDER, topology.num_nodes, gpus, site.time, found.lead.seconds
     )
     words = (str(folder),)
     jobs = [PlannedJob("train", asked, train_script(site, asked, programs_of(site)), words)]
     if plan.data is None:
-        asked = cpu_request(site, plan.recipe.name, folder / "logs", "prepare")
+        asked = cpu_request(site, plan.recipe.name, folder / LOGS_FOLDER, "prepare")
         script = command_script(site, asked, programs_of(site))
         jobs.insert(0, PlannedJob("prepare", asked, script, ("prepare", *words)))
     return jobs
@@ -210,7 +211,7 @@ def _new(
         require_sizes(data_root(loaded) / manifest.content_hash, manifest)
         wanted = Wanted(loaded, wanted.ask, here, facts_of(loaded, manifest))
         plan = fitting_plan(wanted, basis_of(loaded, manifest, here, terms), force)
-        files = {"data.json": manifest.model_dump_json(indent=2) + "\n"}
+        files = {DATA_FILE: manifest.model_dump_json(indent=2) + "\n"}
     room = room_on_disk(plan, manifest.vocab_size if manifest else None)
     check_disk(plan, room)
     lead = _lead(plan, room)

@@ -9,10 +9,10 @@ from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.resolve import data_root
 from packhorse.data.stored import require_sizes
 from packhorse.errors import UserError
-from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.folder import relative
+from packhorse.run_folder.jobs import require_prepared_data
 
 
 def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
@@ -51,7 +51,7 @@ def require_data(plan: RunPlan) -> DataFacts:
     Raises:
         UserError: It is gone, or a file of it is missing or has another size.
     """
-    require_planned(plan)
+    require_prepared_data(plan)
     assert plan.data is not None
     manifest = read_manifest(Path(plan.data.folder))
     if manifest is not None:

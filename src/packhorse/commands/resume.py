@@ -9,14 +9,16 @@ from rich.console import Console
 
 from packhorse.commands.train import train
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.slurm.chain import CANCEL_FILE, left_of, submit_again
-from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
+from packhorse.launching.slurm.chain import left_of, submit_again
+from packhorse.launching.slurm.jobs import with_states
 from packhorse.launching.slurm.stages import read_ends, stages_of
 from packhorse.launching.slurm.submit import only_submission
 from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
 from packhorse.plan.run_plan import read_plan
-from packhorse.run_folder.attempts import job_of
+from packhorse.run_folder.attempts import newest_chain
 from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.jobs import JobRecord, read_jobs
+from packhorse.run_folder.layout import CANCEL_FILE
 from packhorse.run_folder.status import read_status
 from packhorse.run_folder.sweep import find_sweep
 
@@ -37,9 +39,9 @@ def resume(run: str, overrides: Sequence[str], gpus: int | None, restarts: int |
     sweep = find_sweep(run)
     folder = sweep or Path(open_run(run).run_folder)
     submitted = [record for record in read_jobs(folder) if record.goes_on_from is None]
-    if sweep is None and not submitted and job_of(folder):
+    if sweep is None and not submitted and newest_chain(folder):
         raise UserError(
-            f"{relative(folder)} was run by job {job_of(folder)} of Slurm, which was submitted by hand.",
+            f"{relative(folder)} was run by job {newest_chain(folder)} of Slurm, which was submitted by hand.",
             "nobody wrote down what that job asked for.",
             f"submit it again as before (sbatch … slurm/job.sbatch {relative(folder)}), or with `packhorse submit "
             f"{relative(folder)}`; here goes on `packhorse train {relative(folder)} --resume`.",

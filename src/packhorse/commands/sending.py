@@ -10,15 +10,15 @@ from rich.console import Console
 
 from packhorse.commands.lines import pairs
 from packhorse.commands.planned_jobs import TIME_WORDS, Submission
-from packhorse.commands.waiting import SITE_RECORD
 from packhorse.errors import EXIT_OK
 from packhorse.launching.slurm.client import Expected, NoSlurmError, SlurmError
-from packhorse.launching.slurm.jobs import JobRecord
 from packhorse.launching.slurm.refusals import explained
 from packhorse.launching.slurm.script import show
 from packhorse.launching.slurm.submit import PlannedJob, check_jobs, refuse_live, sbatch_words, send
 from packhorse.plan.replan import replace_plan
 from packhorse.run_folder.folder import create_run, relative
+from packhorse.run_folder.jobs import JobRecord
+from packhorse.run_folder.layout import SITE_RECORD
 
 
 def show_or_send(found: Submission, jobs: Sequence[PlannedJob], dry_run: bool) -> int:

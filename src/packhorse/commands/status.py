@@ -13,17 +13,17 @@ from packhorse.commands.lines import pairs
 from packhorse.commands.status_jobs import clock, failure_lines, job_lines, read_stages, state_words
 from packhorse.commands.status_sweep import show_sweep
 from packhorse.errors import EXIT_OK
-from packhorse.launching.local.outcome import newest_step, where
+from packhorse.launching.local.outcome import describe_phase, newest_step
 from packhorse.launching.slurm.stages import Stage
 from packhorse.run_folder.attempts import AttemptRecord, has_ended, lost_steps, made_steps, read_attempts
 from packhorse.run_folder.folder import open_run, relative
-from packhorse.run_folder.heartbeat import Heartbeat, read_heartbeats
-from packhorse.run_folder.lock import holder
-from packhorse.run_folder.processes import process
+from packhorse.run_folder.heartbeat import Heartbeat, find_process, read_heartbeats
+from packhorse.run_folder.layout import ATTEMPT_FOLDERS, LOGS_FOLDER, METRICS_FILE, numbered
+from packhorse.run_folder.lock import lock_holder
+from packhorse.run_folder.metrics import read_metrics
 from packhorse.run_folder.status import Status, read_status
 from packhorse.run_folder.sweep import find_sweep
 from packhorse.track.meter import Figures
-from packhorse.track.sinks import METRICS_FILE, read_metrics
 
 LIVES_SECONDS = 60.0
 """A rank on another host lives if its heartbeat is not older."""
@@ -45,7 +45,7 @@ def status(run: str) -> int:
     now = read_status(folder)
     stages, silent = read_stages(folder)
     attempts = read_attempts(folder)
-    beats = read_heartbeats(folder / "logs" / f"attempt-{attempts[-1].attempt}") if attempts else []
+    beats = read_heartbeats(folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, attempts[-1].attempt)) if attempts else []
     runs = _ranks_live(folder, attempts, beats)
     figures = list(read_metrics(folder / METRICS_FILE))
     lines = [("run", relative(folder))]
@@ -75,7 +75,7 @@ def status(run: str) -> int:
 def is_under_way(folder: Path) -> bool:
     """Whether a rank or a launcher of the run lives, or a job of it waits or runs."""
     attempts = read_attempts(folder)
-    beats = read_heartbeats(folder / "logs" / f"attempt-{attempts[-1].attempt}") if attempts else []
+    beats = read_heartbeats(folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, attempts[-1].attempt)) if attempts else []
     stages, _ = read_stages(folder)
     return (
         _ranks_live(folder, attempts, beats)
@@ -90,7 +90,7 @@ def _state(now: Status, beats: Sequence[Heartbeat], runs: bool, stages: Sequence
         state_text = f"{now.state}; {queued}"
     elif now.state in ("starting", "training") and not runs:
         last = max(beats, key=lambda beat: beat.at, default=None)
-        since = f" at {clock(last.at)}, rank {last.rank} in {where(last)}" if last else ""
+        since = f" at {clock(last.at)}, rank {last.rank} in {describe_phase(last)}" if last else ""
         state_text = f"ended without a word (killed){since}; `packhorse resume RUN` goes on"
     lines = [("state", state_text)]
     if now.num_steps:
@@ -106,16 +106,16 @@ def _lives(beat: Heartbeat) -> bool:
     if beat.phase == "end":
         return False
     if beat.host == socket.gethostname():
-        return process(beat.pid) is not None
+        return find_process(beat.pid) is not None
     return time.time() - beat.at < LIVES_SECONDS
 
 
 def _is_held(folder: Path) -> bool:
     """Whether a launcher runs it, between two attempts for example."""
-    found = holder(folder)
+    found = lock_holder(folder)
     if found is None or "job" in found:  # of a job, Slurm and the heartbeats tell whether it lives
         return False
-    return found["host"] != socket.gethostname() or process(int(str(found["pid"]))) is not None
+    return found["host"] != socket.gethostname() or find_process(int(str(found["pid"]))) is not None
 
 
 def _attempt(attempt: AttemptRecord, runs: bool) -> str:

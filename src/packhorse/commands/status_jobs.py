@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from packhorse.launching.local.first_failure import first_failure
-from packhorse.launching.slurm.chain import CANCEL_FILE
+from packhorse.launching.local.failure_logs import find_first_failure
 from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmError
-from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
+from packhorse.launching.slurm.jobs import with_states
 from packhorse.launching.slurm.stages import Stage, read_ends, stages_of
 from packhorse.plan.run_plan import read_plan
 from packhorse.run_folder.attempts import AttemptRecord
 from packhorse.run_folder.folder import relative
+from packhorse.run_folder.jobs import JobRecord, read_jobs
+from packhorse.run_folder.layout import CANCEL_FILE
 from packhorse.run_folder.status import read_status
 
 LABELS = {
@@ -91,7 +92,7 @@ def state_words(stages: Sequence[Stage]) -> str:
 
 def failure_lines(run_folder: Path, attempts: Sequence[AttemptRecord]) -> list[tuple[str, str]]:
     """The last lines of what failed first, and where all of it stands."""
-    found = first_failure(run_folder, attempts[-1].attempt if attempts else None)
+    found = find_first_failure(run_folder, attempts[-1].attempt if attempts else None)
     if found is None:
         return []
     return [("failed first", "\n".join([f"{found.who}; its last lines (all of it in {found.file}):", *found.lines]))]

@@ -13,13 +13,14 @@ from rich.text import Text
 
 from packhorse.commands.status_jobs import LABELS, stages_of_run, words_of
 from packhorse.launching.slurm.client import NoSlurmError, SlurmError
-from packhorse.launching.slurm.jobs import read_jobs
 from packhorse.launching.slurm.stages import Stage
 from packhorse.launching.slurm.sweep_jobs import Jobs, jobs_of_runs
 from packhorse.run_folder.folder import relative
+from packhorse.run_folder.jobs import read_jobs
+from packhorse.run_folder.layout import METRICS_FILE
+from packhorse.run_folder.metrics import read_metrics
 from packhorse.run_folder.status import read_status
 from packhorse.run_folder.sweep import SweepMember, member_folder, read_sweep
-from packhorse.track.sinks import METRICS_FILE, read_metrics
 
 LOSS, HELD_OUT = "train/loss", "evaluation/loss"
 

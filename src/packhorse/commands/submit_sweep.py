@@ -14,7 +14,7 @@ from packhorse.commands.planned_jobs import Asked, Submission, planned_jobs, pro
 from packhorse.commands.sending import make_run, show_plain, size_words, when_words
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.slurm.client import Expected, NoSlurmError, SlurmError, cancel
-from packhorse.launching.slurm.jobs import JobRecord, append_job, submit_job
+from packhorse.launching.slurm.jobs import submit_job
 from packhorse.launching.slurm.refusals import explained
 from packhorse.launching.slurm.script import command_script, cpu_request, show, train_request, train_script
 from packhorse.launching.slurm.submit import PlannedJob, check_jobs, sbatch_words
@@ -22,6 +22,8 @@ from packhorse.plan.make_plan import run_folder_of
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import SweepRun, expand
 from packhorse.run_folder.folder import check_free, relative
+from packhorse.run_folder.jobs import JobRecord, append_job
+from packhorse.run_folder.layout import ARRAY_JOB_LOG, LOGS_FOLDER, job_log_name
 from packhorse.run_folder.sweep import create_sweep, member_folder
 
 
@@ -73,7 +75,7 @@ def submit_sweep(recipe: str, overrides: Sequence[str], asked: Asked) -> int:
     create_sweep(folder, recipe, runs)
     for each in found:
         make_run(each)
-        (Path(each.plan.run_folder) / "logs").mkdir(exist_ok=True)
+        (Path(each.plan.run_folder) / LOGS_FOLDER).mkdir(exist_ok=True)
     try:
         records = _send(sweep, expected)
     except UserError:
@@ -88,7 +90,7 @@ def submit_sweep(recipe: str, overrides: Sequence[str], asked: Asked) -> int:
 def array_words(sweep: Sweep) -> list[str]:
     """Options of the array: a task for each run, whose log stands with that run (filename pattern in sbatch(1))."""
     most = f"%{sweep.at_once}" if sweep.at_once is not None else ""
-    return [f"--array=1-{len(sweep.runs)}{most}", f"--output={sweep.folder}-%a/logs/job-%A_%a.out"]
+    return [f"--array=1-{len(sweep.runs)}{most}", f"--output={sweep.folder}-%a/{LOGS_FOLDER}/{ARRAY_JOB_LOG}"]
 
 
 def _jobs(folder: Path, runs: Sequence[SweepRun], found: Sequence[Submission]) -> list[PlannedJob]:
@@ -104,7 +106,7 @@ def _jobs(folder: Path, runs: Sequence[SweepRun], found: Sequence[Submission]) -
     for each in found:
         planned_jobs(each)  # refuses what no job of this run could do
     latest = max(found, key=lambda each: each.lead.seconds)
-    site, topology, logs = latest.site, latest.plan.topology, folder / "logs"
+    site, topology, logs = latest.site, latest.plan.topology, folder / LOGS_FOLDER
     gpus = topology.processes_per_node if topology.device == "cuda" else 0
     asked = train_request(site, folder.name, logs, topology.num_nodes, gpus, site.time, latest.lead.seconds)
     jobs = [PlannedJob("train", asked, train_script(site, asked, programs_of(site)), (str(folder),))]
@@ -143,7 +145,12 @@ def _of_one(record: JobRecord, sweep: Sweep, job: PlannedJob, number: int) -> Jo
     run = member_folder(sweep.folder, number)
     job_id = f"{record.job_id}_{number}" if record.kind == "train" else record.job_id
     name = "job" if record.kind == "train" else record.kind
-    words = [f"--output={run}/logs/{name}-%j.out", str(sweep.folder / job.script_name), *job.words[:-1], str(run)]
+    words = [
+        f"--output={run / LOGS_FOLDER / job_log_name(name)}",
+        str(sweep.folder / job.script_name),
+        *job.words[:-1],
+        str(run),
+    ]
     return record.model_copy(update={"job_id": job_id, "argv": ("sbatch", "--parsable", *words)})
 
 

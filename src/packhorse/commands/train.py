@@ -23,17 +23,18 @@ from packhorse.estimate.case import Case
 from packhorse.estimate.search.compare import Wanted
 from packhorse.estimate.verdict import check_memory
 from packhorse.launching.local.recovery import run_to_end
-from packhorse.launching.local.stop_signals import StoppedEarly, stop_signals
+from packhorse.launching.local.stop_signals import StoppedBeforeStart, stop_signals
 from packhorse.launching.preflight import check_base_model, check_disk, check_nvme, check_resumable, check_writable
 from packhorse.plan.command import job_argv
 from packhorse.plan.make_plan import run_folder_of
 from packhorse.plan.replan import replace_plan, replan
-from packhorse.plan.run_plan import PLAN_FILE, RunPlan
+from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware, check_machine, detect_hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import check_single
 from packhorse.run_folder.folder import check_free, create_run, open_run, relative
-from packhorse.run_folder.lock import only_launcher
+from packhorse.run_folder.layout import DATA_FILE, PLAN_FILE
+from packhorse.run_folder.lock import launcher_lock
 from packhorse.run_folder.status import read_status
 
 
@@ -62,11 +63,11 @@ def train(
                 if resume
                 else _new_run(recipe, overrides, DeviceRequest(gpus), Terms(), console, local=True, force=force)
             )
-        except StoppedEarly:
+        except StoppedBeforeStart:
             say("stopped before training; nothing is half-written: the same command starts again")
             return EXIT_STOPPED
         stop.ranks_may_run()
-        with only_launcher(Path(made.run_folder)):
+        with launcher_lock(Path(made.run_folder)):
             if resume and made != open_run(recipe):
                 kept = replace_plan(made)
                 say(f"another plan {made.decisions[-1].reason}; the earlier one is kept as {relative(kept)}")
@@ -104,7 +105,7 @@ def _new_run(
         raise UserError(
             f"{recipe} is a run, not a recipe.",
             "a new run is made from a recipe.",
-            f"go on with it: packhorse train {recipe} --resume.",
+            f"go on with it: packhorse resume {recipe}.",
         )
     loaded = load_recipe(recipe, overrides)
     check_single(loaded, recipe)
@@ -129,7 +130,7 @@ def _new_run(
     facts = facts_of(loaded, manifest)
     made = fitting_plan(replace(wanted, data=facts), basis_of(loaded, manifest, here, terms), force)
     check_disk(made, room_on_disk(made, manifest.vocab_size))
-    create_run(made, {"data.json": manifest.model_dump_json(indent=2) + "\n"})
+    create_run(made, {DATA_FILE: manifest.model_dump_json(indent=2) + "\n"})
     return made
 
 

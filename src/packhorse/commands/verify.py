@@ -9,11 +9,12 @@ from rich.console import Console
 from packhorse.data.manifest import MANIFEST_FILE, read_manifest
 from packhorse.data.stored import content_faults, recorded_files
 from packhorse.errors import EXIT_BUG, EXIT_OK
-from packhorse.launching.slurm.jobs import require_planned
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.checkpoints.listing import checkpoints_in
-from packhorse.run_folder.checkpoints.manifest import faults_of
+from packhorse.run_folder.checkpoints.manifest import checkpoint_faults
 from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.jobs import require_prepared_data
+from packhorse.run_folder.layout import CHECKPOINTS_FOLDER
 from packhorse.run_folder.status import read_status
 
 
@@ -27,7 +28,7 @@ def verify(run: str) -> int:
         UserError: There is no such run.
     """
     plan = open_run(run)
-    checkpoints_are_sound = _checkpoints(Path(plan.run_folder) / "checkpoints")
+    checkpoints_are_sound = _checkpoints(Path(plan.run_folder) / CHECKPOINTS_FOLDER)
     data_is_sound = _prepared_data(plan)
     return EXIT_OK if checkpoints_are_sound and data_is_sound else EXIT_BUG
 
@@ -37,7 +38,7 @@ def _checkpoints(folder: Path) -> bool:
     if not checkpoints:
         _say(f"{relative(folder)} holds no checkpoint.")
         return True
-    faults = {checkpoint.name: list(faults_of(checkpoint)) for checkpoint in checkpoints}
+    faults = {checkpoint.name: list(checkpoint_faults(checkpoint)) for checkpoint in checkpoints}
     for name, found in faults.items():
         _show(name, found)
     sound = [name for name, found in faults.items() if not found]
@@ -50,7 +51,7 @@ def _checkpoints(folder: Path) -> bool:
 
 
 def _prepared_data(plan: RunPlan) -> bool:
-    require_planned(plan)
+    require_prepared_data(plan)
     assert plan.data is not None
     folder = Path(plan.data.folder)
     # Not the run's copy of it: data that was prepared again, of files that lie elsewhere now, names other places.

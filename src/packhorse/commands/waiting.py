@@ -19,10 +19,8 @@ from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import dump_recipe
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.folder import complete_run, open_run
+from packhorse.run_folder.layout import DATA_FILE, RECIPE_FILE, SITE_RECORD
 from packhorse.run_folder.status import Status, write_status
-
-SITE_RECORD = "site.json"
-"""RUN/site.json: the profile that the run was submitted with."""
 
 
 def prepare_run(run: str, prepare: Callable[[Recipe], DataManifest]) -> None:
@@ -61,9 +59,7 @@ def _complete(plan: RunPlan, manifest: DataManifest) -> None:
     )
     made = made.model_copy(update={"run_folder": plan.run_folder, "base_model": plan.base_model})
     check_disk(made, room_on_disk(made, manifest.vocab_size))
-    complete_run(
-        made, {"recipe.yaml": dump_recipe(made.recipe), "data.json": manifest.model_dump_json(indent=2) + "\n"}
-    )
+    complete_run(made, {RECIPE_FILE: dump_recipe(made.recipe), DATA_FILE: manifest.model_dump_json(indent=2) + "\n"})
 
 
 def terms_of(site: SiteProfile | None) -> Terms:

@@ -15,7 +15,7 @@ from typing import Final
 from packhorse.doctor.facts import FolderFacts, Question
 from packhorse.doctor.machine import file_system
 from packhorse.doctor.meeting import Meeting
-from packhorse.plan.run_plan import PLAN_FILE
+from packhorse.run_folder.layout import PLAN_FILE
 
 START_FILE: Final = "start"
 CONTEST_FILE: Final = "renamed"

@@ -11,7 +11,7 @@ from packhorse.doctor.facts import Question
 from packhorse.doctor.folder import plan_sha256
 from packhorse.errors import UserError
 from packhorse.estimate.saved import checkpoint_room
-from packhorse.launching.preflight import room_to_come
+from packhorse.launching.preflight import disk_still_needed
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.run_plan import RunPlan
@@ -32,7 +32,7 @@ def question_of_run(plan: RunPlan, scratch: str, fast: bool) -> Question:
         folder=str(folder),
         token=secrets.token_hex(8),
         plan_sha256=plan_sha256(folder),
-        needed_bytes=room_to_come(plan, room).total_bytes if room is not None else 0,
+        needed_bytes=disk_still_needed(plan, room).total_bytes if room is not None else 0,
         weights_bytes=_weights_bytes(model_folder),
         model_folder=model_folder,
         model_id=recipe.model.id or "",

@@ -58,7 +58,7 @@ def load_tuned(subject: Subject) -> Model:
         raise UserError(
             f"{subject.tuned} holds neither config.json nor adapter_config.json.",
             "training writes its result there when it ends.",
-            "let the run finish: `packhorse train RUN --resume`.",
+            "let the run finish: `packhorse resume RUN`.",
         )
     tuned = replace(
         subject.base, source=str(subject.tuned), revision=None, config=None, attention="sdpa", new_tokens={}

@@ -1,4 +1,4 @@
-"""What can be refused before a row is read or a device taken."""
+"""Checks that refuse a run before a row is read or a GPU is taken."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from packhorse.errors import UserError
 from packhorse.estimate.saved import CheckpointRoom
 from packhorse.plan.command import nvme_folder
 from packhorse.plan.compatibility import IN_8_BITS, NO_RESUME_FROM_NVME
-from packhorse.plan.run_plan import PLAN_FILE, RunPlan
+from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand, path_of
 from packhorse.run_folder.checkpoints.listing import complete_checkpoints, newest_complete
 from packhorse.run_folder.checkpoints.manifest import read_manifest
 from packhorse.run_folder.folder import relative
+from packhorse.run_folder.layout import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, MODEL_FOLDER, PLAN_FILE
 
 
 def check_writable(folder: Path) -> None:
-    """Refuses a place for runs that cannot be written.
+    """Refuse a folder for runs that cannot be written.
 
     Raises:
         UserError: The nearest folder that exists is not writable.
     """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        # Tried, not asked: for root, os.access says yes even where nothing can be written.
+        # Not os.access: for root it returns true even on a read-only file system.
         with tempfile.TemporaryFile(dir=existing):
             return
     except OSError as error:
@@ -42,7 +43,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_base_model(plan: RunPlan) -> None:
-    """Refuses a local folder that holds no model.
+    """Refuse a local folder that holds no model.
 
     Raises:
         UserError: The folder is absent, holds no config.json, or is a run that has not finished or trained an adapter.
@@ -56,7 +57,7 @@ def check_base_model(plan: RunPlan) -> None:
         return
     run = path_of(path)
     if (run / PLAN_FILE).is_file():
-        state = "trained an adapter" if (run / "adapter").is_dir() else "has not finished"
+        state = "trained an adapter" if (run / ADAPTER_FOLDER).is_dir() else "has not finished"
         raise UserError(
             f"model.path {path} is a run that {state}: it has no model folder.",
             "a run can start from a finished run of full fine-tuning.",
@@ -64,7 +65,7 @@ def check_base_model(plan: RunPlan) -> None:
         )
     raise UserError(
         f"model.path {path} " + ("holds no config.json." if folder.is_dir() else "does not exist."),
-        "a model folder in Hugging Face form has config.json beside its weights.",
+        "a model folder in Hugging Face form has config.json next to its weights.",
         "name such a folder or a finished run (train that one first), or set model.id to a hub name.",
     )
 
@@ -74,14 +75,14 @@ def _refuse_pickled_weights(path: str, folder: Path) -> None:
     if pickles and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model.path {path} has its weights in {pickles[0]}, and no safetensors.",
-            "a .bin file is a pickle, which can run code when it is opened; Packhorse reads none.",
-            "name a model with safetensors; where you trust the file, load it with transformers once and save it "
-            "again: save_pretrained writes safetensors.",
+            "a .bin file is a pickle, which can run code when it is opened; Packhorse reads no pickles.",
+            "name a model with safetensors; if you trust the file, load it once with transformers and save it again: "
+            "save_pretrained writes safetensors.",
         )
 
 
 def check_nvme(plan: RunPlan) -> None:
-    """Refuses `zero3_nvme` where its files cannot be written, or DeepSpeed's asynchronous I/O cannot be built.
+    """Refuse `zero3_nvme` if its files cannot be written, or DeepSpeed's asynchronous I/O cannot be built.
 
     Raises:
         UserError: The folder cannot be written, libaio is absent, or too little memory may be locked.
@@ -104,45 +105,44 @@ def check_nvme(plan: RunPlan) -> None:
         raise UserError(
             "parallel.engine is zero3_nvme, and a program that uses libaio cannot be built here.",
             "DeepSpeed builds its asynchronous I/O with a C++ compiler and libaio.",
-            "install g++ and libaio-dev (apt) or libaio-devel (dnf), or point CPATH and LIBRARY_PATH to them; "
+            "install g++ and libaio-dev (apt) or libaio-devel (dnf), or set CPATH and LIBRARY_PATH to them; "
             "parallel.engine zero3_offload needs neither.",
         )
     needed = weights["buffer_count"] * weights["buffer_size"] * (4 if plan.recipe.precision == "fp32" else 2)
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if os.geteuid() != 0 and limit != resource.RLIM_INFINITY and limit < needed:
         raise UserError(
-            f"parallel.engine is zero3_nvme, with buffers of {needed:,} bytes a process; {limit:,} may be locked.",
-            "DeepSpeed locks its buffers in memory, and fails without a reason where it may not.",
+            f"parallel.engine is zero3_nvme, with buffers of {needed:,} bytes per process; {limit:,} may be locked.",
+            "DeepSpeed locks its buffers in memory, and fails without a message if the limit is lower.",
             "run `ulimit -l unlimited` first, or set parallel.engine to zero3_offload.",
         )
 
 
-def room_to_come(plan: RunPlan, room: CheckpointRoom) -> CheckpointRoom:
-    """What the run's checkpoints still need beside those that stand.
+def disk_still_needed(plan: RunPlan, room: CheckpointRoom) -> CheckpointRoom:
+    """Return the disk space for the checkpoints that the run will still write.
 
     Args:
-        plan: As it would run.
-        room: What they take in all.
+        plan: Plan of the run.
+        room: Disk space of all its checkpoints.
     """
-    standing = len(complete_checkpoints(Path(plan.run_folder) / "checkpoints"))
-    return replace(room, count=max(1, room.count - standing))
+    existing = len(complete_checkpoints(Path(plan.run_folder) / CHECKPOINTS_FOLDER))
+    return replace(room, count=max(1, room.count - existing))
 
 
 def check_disk(plan: RunPlan, room: CheckpointRoom | None) -> None:
-    """Refuses a disk that the run's checkpoints would fill; those that stand already need no more room.
-
-    Where the model's parameters cannot be counted ahead nothing is checked, which `packhorse plan` says.
+    """Refuse a disk that the run's checkpoints would fill, except those that exist already.
 
     Args:
-        plan: As it would run.
-        room: What its checkpoints take; None where that is not known.
+        plan: Plan of the run.
+        room: Disk space of its checkpoints; None if the model's parameters cannot be counted in advance. Then nothing
+            is checked, as `packhorse plan` reports.
 
     Raises:
         UserError: Fewer bytes are free than the checkpoints need.
     """
     if room is None:
         return
-    room = room_to_come(plan, room)
+    room = disk_still_needed(plan, room)
     needed, run_folder = room.total_bytes, Path(plan.run_folder)
     existing = next(parent for parent in (run_folder, *run_folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -153,45 +153,45 @@ def check_disk(plan: RunPlan, room: CheckpointRoom | None) -> None:
     raise UserError(
         f"{size(free)} are free in {existing}, and the checkpoints need {size(needed)}: {room.count} of "
         f"{size(room.each_bytes)}.",
-        f"the newest {section.keep_last} (checkpoint.keep_last){best} and the one that is being written stand there.",
+        f"the newest {section.keep_last} (checkpoint.keep_last){best} and the one being written are on disk together.",
         f"free {size(needed - free)} there, keep fewer, or set runs_folder to a larger disk.",
     )
 
 
 def check_resumable(plan: RunPlan) -> None:
-    """Refuses to go on with a run where its optimizer states cannot be had.
+    """Refuse to resume a run if its optimizer states cannot be loaded.
 
     Args:
-        plan: As it would go on.
+        plan: Plan of the next attempt.
 
     Raises:
-        UserError: Its engine is `zero3_nvme`; or its optimizer keeps states in 8 bits, one engine is ZeRO, and the
-            newest checkpoint was written by another or on another number of processes.
+        UserError: The engine is `zero3_nvme`; or the optimizer keeps states in 8 bits, one engine is ZeRO, and the
+            newest checkpoint was written by another engine or on another number of processes.
     """
     if plan.topology.engine == "zero3_nvme":
         raise UserError(
-            f"{plan.recipe.name} would go on with parallel.engine zero3_nvme.",
+            f"{plan.recipe.name} would resume with parallel.engine zero3_nvme.",
             NO_RESUME_FROM_NVME,
-            "train under another name from what was learned (model.path=RUN/checkpoints/STEP/model), or with "
+            "train under another name from its weights (model.path=RUN/checkpoints/STEP/model), or with "
             "parallel.engine zero3_offload.",
         )
-    newest = newest_complete(Path(plan.run_folder) / "checkpoints")
+    newest = newest_complete(Path(plan.run_folder) / CHECKPOINTS_FOLDER)
     manifest = read_manifest(newest) if newest is not None else None
     if newest is None or manifest is None:
         return
-    written, engine, world = manifest.run, plan.topology.engine, plan.topology.world_size
+    written, engine, world_size = manifest.run, plan.topology.engine, plan.topology.world_size
     if written.engine == "zero3_nvme":
         raise UserError(
-            f"{relative(newest)} was written under zero3_nvme, and {engine} would go on from it.",
+            f"{relative(newest)} was written under zero3_nvme, and {engine} would resume from it.",
             NO_RESUME_FROM_NVME,
-            f"train under another name from its weights: model.path={relative(newest)}/model.",
+            f"train under another name from its weights: model.path={relative(newest / MODEL_FOLDER)}.",
         )
-    by_rank = plan.recipe.optimizer.name in IN_8_BITS and "zero" in (written.engine[:4], engine[:4])
-    if by_rank and (written.engine, written.world_size) != (engine, world):
+    sharded_by_zero = plan.recipe.optimizer.name in IN_8_BITS and "zero" in (written.engine[:4], engine[:4])
+    if sharded_by_zero and (written.engine, written.world_size) != (engine, world_size):
         raise UserError(
             f"{relative(newest)} was written under {written.engine} on {written.world_size} processes, and "
-            f"{engine} on {world} would go on from it; optimizer.name is {plan.recipe.optimizer.name}.",
-            "ZeRO keeps states of 8 bits in pieces that only the same engine on as many processes cuts alike.",
+            f"{engine} on {world_size} would resume from it; optimizer.name is {plan.recipe.optimizer.name}.",
+            "only the same engine on the same number of processes divides ZeRO's 8-bit states in the same way.",
             f"set parallel.engine to {written.engine} and parallel.processes to {written.world_size}.",
         )
 

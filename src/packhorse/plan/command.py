@@ -13,6 +13,7 @@ from packhorse.plan.run_plan import BatchSplit, RunPlan, Topology
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
 from packhorse.recipe.shipped import shipped_path
+from packhorse.run_folder.layout import PLAN_FILE
 
 ALIGNMENT = 2**16
 # Elements; models tried on a CPU are small, and five buffers of the shipped size need much memory.
@@ -34,7 +35,7 @@ def launch_argv(topology: Topology, run_folder: Path) -> tuple[str, ...]:
         str(topology.num_nodes),
         *_mesh_words(topology),
         str(script),
-        str(run_folder / "plan.json"),
+        str(run_folder / PLAN_FILE),
     )
 
 

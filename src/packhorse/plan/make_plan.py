@@ -10,10 +10,11 @@ from packhorse.model_spec.supported import check_model
 from packhorse.plan.batch import resolve_auto, split_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.compatibility import check_heads, check_pair, check_training_settings
-from packhorse.plan.run_plan import PLAN_FILE, DataFacts, Decision, RunPlan, Topology
+from packhorse.plan.run_plan import DataFacts, Decision, RunPlan, Topology
 from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.layout import MODEL_FOLDER, PLAN_FILE
 from packhorse.version import VERSION
 
 
@@ -117,7 +118,7 @@ def _base_model(recipe: Recipe) -> str | None:
     if "${env:" in model.path:
         # Values of the environment are never written to the plan.
         return f"{model.path}/model" if trained.is_file() else model.path
-    return str(folder / "model" if trained.is_file() else folder)
+    return str(folder / MODEL_FOLDER if trained.is_file() else folder)
 
 
 def _count_steps(recipe: Recipe, steps_per_epoch: int | None) -> tuple[int | None, Decision]:

@@ -11,10 +11,11 @@ from packhorse.errors import UserError
 from packhorse.plan.batch import micro_words, resolve_auto, smaller_micro
 from packhorse.plan.command import deepspeed_config, launch_argv
 from packhorse.plan.make_plan import plan_for_topology
-from packhorse.plan.run_plan import PLAN_FILE, Decision, RunPlan, Topology, leaves
+from packhorse.plan.run_plan import Decision, RunPlan, Topology, leaves
 from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology, with_mesh
 from packhorse.recipe.load import override_recipe
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.layout import PLAN_FILE, REPLACED_PLANS, numbered
 from packhorse.yaml_source.overrides import parse_override
 
 MAY_CHANGE: Final = ("parallel", "batch.micro", "recovery", "checkpoint", "track")
@@ -106,7 +107,7 @@ def replace_plan(plan: RunPlan) -> Path:
     """
     folder = Path(plan.run_folder)
     number = 1
-    while (kept := folder / f"plan-{number}.json").exists():
+    while (kept := folder / numbered(REPLACED_PLANS, number)).exists():
         number += 1
     _write(kept, (folder / PLAN_FILE).read_text(encoding="utf-8"))
     _write(folder / PLAN_FILE, plan.model_dump_json(indent=2) + "\n")

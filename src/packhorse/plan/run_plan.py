@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Engine, Recipe
+from packhorse.run_folder.layout import PLAN_FILE
 
-PLAN_FILE = "plan.json"
 PLAN_VERSION = 1
 ATTEMPT_VARIABLE = "PACKHORSE_ATTEMPT"
 """Environment variable with the number of the attempt, set by the launcher for the ranks."""

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from packhorse.errors import UserError
+from packhorse.run_folder.layout import MODEL_FOLDER, PLAN_FILE
 from packhorse.yaml_source.environment import ENVIRONMENT_REFERENCE
 
 
@@ -46,9 +47,9 @@ def locate(text: str, runs_folder: Path) -> Path:
         UserError: A variable is not set, or `~name` names no user of this machine.
     """
     path = path_of(text)
-    if not path.exists() and (runs_folder / path / "plan.json").is_file():
+    if not path.exists() and (runs_folder / path / PLAN_FILE).is_file():
         path = runs_folder / path
-    return path / "model" if (path / "plan.json").is_file() else path
+    return path / MODEL_FOLDER if (path / PLAN_FILE).is_file() else path
 
 
 def _value(reference: re.Match[str]) -> str:

@@ -1,16 +1,22 @@
-"""attempts.jsonl: a line for each attempt to run a plan, and what became of the steps that were made more than once.
+"""RUN/attempts.jsonl: one line per attempt (one launch of the run), with its steps and outcome.
 
-The launcher appends a line when an attempt has ended. One that was killed together with its launcher has none: it is
-told from its ranks' heartbeats, and the next launch writes it down.
+The launcher appends the line when an attempt has ended. An attempt that was killed together with its launcher has no
+line: its record is derived from its ranks' heartbeats, and the next launch appends it.
+
+RUN/logs/attempt-N/rank-R.json says how a rank of the attempt ended; a rank that was killed leaves none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
+from packhorse.durable import append_line, read_lines
 from packhorse.errors import (
+    EXIT_BUG,
     EXIT_DISK,
     EXIT_LOST,
     EXIT_MEMORY,
@@ -21,14 +27,10 @@ from packhorse.errors import (
 )
 from packhorse.plan.run_plan import PlanPart
 from packhorse.run_folder.heartbeat import read_heartbeats
-from packhorse.run_folder.json_lines import append_line, read_lines
-from packhorse.run_folder.rank_records import left_others, read_records
+from packhorse.run_folder.layout import ATTEMPTS_FILE, BEGAN_FILE, RANK_RECORDS, attempt_logs, attempt_numbers
 from packhorse.secrets import mask
 
-ATTEMPTS_FILE = "attempts.jsonl"
-BEGAN_FILE = "began.json"
-
-Ended = Literal[
+AttemptOutcome = Literal[
     "finished",
     "stopped",
     "killed",
@@ -41,7 +43,7 @@ Ended = Literal[
     "rewound",
     "shrunk",
 ]
-BY_CODE: dict[int, Ended] = {
+OUTCOME_BY_EXIT_CODE: Final[dict[int, AttemptOutcome]] = {
     EXIT_OK: "finished",
     EXIT_STOPPED: "stopped",
     EXIT_LOST: "lost",
@@ -50,7 +52,9 @@ BY_CODE: dict[int, Ended] = {
     EXIT_MEMORY: "out of memory",
     EXIT_DISK: "disk",
 }
-BY_REQUEST: dict[str, Ended] = {"rewind": "rewound", "shrink": "shrunk"}
+OUTCOME_BY_REQUEST: Final[dict[str, AttemptOutcome]] = {"rewind": "rewound", "shrink": "shrunk"}
+CONSEQUENCE: Final = re.compile(r"[Cc]onnection|Broken pipe|ncclRemoteError|ncclSystemError|another rank failed")
+"""What a rank reports in a collective when another rank is gone or has failed."""
 
 
 class AttemptRecord(PlanPart):
@@ -60,45 +64,38 @@ class AttemptRecord(PlanPart):
     started_at: float
     ended_at: float
     first_step: int
-    """Optimizer steps done when it began."""
+    """Optimizer steps done when the attempt began."""
     last_step: int
-    """And when it ended."""
-    outcome: Ended
+    """Optimizer steps done when the attempt ended."""
+    outcome: AttemptOutcome
     message: str = ""
 
 
-class Begun(PlanPart):
+class AttemptStart(PlanPart):
     """What is known when an attempt begins."""
 
     started_at: float
     """Unix seconds."""
     from_step: int = 0
-    """Step of the newest complete checkpoint; told by jobs only."""
+    """Step of the newest complete checkpoint; set by jobs only."""
     chain: str = ""
-    """The first of the jobs that go on with each other; empty where no job runs it."""
+    """First of the jobs that continue each other; empty outside jobs."""
 
 
-def outcome_of(exit_code: int, again: str | None) -> Ended:
-    """The word for how an attempt ended: by what its ranks ask for, else by its exit code."""
-    return BY_REQUEST[again] if again else BY_CODE.get(exit_code, "failed")
+def outcome_of(exit_code: int, again: str | None) -> AttemptOutcome:
+    """Return the outcome of an attempt from what its ranks request next (`rewind`, `shrink`), else its exit code."""
+    return OUTCOME_BY_REQUEST[again] if again else OUTCOME_BY_EXIT_CODE.get(exit_code, "failed")
 
 
-def begin_attempt(logs: Path, begun: Begun) -> None:
-    """Writes what is known of an attempt that begins into its log folder."""
-    (logs / BEGAN_FILE).write_text(begun.model_dump_json() + "\n", encoding="utf-8")
+def write_attempt_start(logs: Path, start: AttemptStart) -> None:
+    """Write what is known of an attempt that begins into its log folder."""
+    (logs / BEGAN_FILE).write_text(start.model_dump_json() + "\n", encoding="utf-8")
 
 
-def steps_of(logs: Path) -> tuple[int, int]:
-    """Optimizer steps done when an attempt began and when it ended, as its ranks' heartbeats say."""
-    beats = read_heartbeats(logs)
-    first = max((beat.first_step or 0 for beat in beats), default=0)
-    return first, max((beat.step for beat in beats), default=0)
-
-
-def end_attempt(run_folder: Path, attempt: int, outcome: Ended, message: str, now: float) -> None:
-    """Appends the line of an attempt that has ended, and waits until it is on disk."""
-    logs = _logs(run_folder, attempt)
-    first, last = steps_of(logs)
+def end_attempt(run_folder: Path, attempt: int, outcome: AttemptOutcome, message: str, now: float) -> None:
+    """Append the line of an attempt that has ended, and wait until it is on disk."""
+    logs = attempt_logs(run_folder, attempt)
+    first, last = _first_and_last_step(logs)
     record = AttemptRecord(
         attempt=attempt,
         started_at=_started_at(logs),
@@ -108,100 +105,109 @@ def end_attempt(run_folder: Path, attempt: int, outcome: Ended, message: str, no
         outcome=outcome,
         message=mask(message),
     )
-    _append(run_folder, record)
+    append_line(run_folder / ATTEMPTS_FILE, record)
 
 
 def read_attempts(run_folder: Path) -> list[AttemptRecord]:
-    """All attempts in order; those without a line as far as their heartbeats tell."""
-    written = {record.attempt: record for record in _lines(run_folder)}
-    untold = [number for number in _numbers(run_folder) if number not in written]
-    told = {number: _from_heartbeats(number, _logs(run_folder, number)) for number in untold}
-    both = written | told
-    return [both[number] for number in sorted(both)]
+    """Return all attempts in order; the record of one without a line is derived from its heartbeats."""
+    records = {record.attempt: record for record in _written_records(run_folder)}
+    for attempt in attempt_numbers(run_folder):
+        if attempt not in records:
+            records[attempt] = _record_from_heartbeats(attempt, attempt_logs(run_folder, attempt))
+    return [records[attempt] for attempt in sorted(records)]
 
 
 def has_ended(run_folder: Path, attempt: int) -> bool:
-    """Whether somebody wrote down how an attempt ended; the last heartbeat of a rank may be younger than that."""
-    return any(record.attempt == attempt for record in _lines(run_folder))
+    """Return whether an attempt has its line; the last heartbeat of a rank may be later than that."""
+    return any(record.attempt == attempt for record in _written_records(run_folder))
 
 
-def settle_attempts(run_folder: Path) -> None:
-    """Writes down the attempts that have no line; called by the one that holds the run's lock."""
-    written = {record.attempt for record in _lines(run_folder)}
+def record_killed_attempts(run_folder: Path) -> None:
+    """Append the records of attempts that have no line. The caller holds the run's lock."""
+    written = {record.attempt for record in _written_records(run_folder)}
     for record in read_attempts(run_folder):
         if record.attempt not in written:
-            _append(run_folder, record)
+            append_line(run_folder / ATTEMPTS_FILE, record)
 
 
 def lost_steps(attempts: Sequence[AttemptRecord], good_step: int) -> int:
-    """Steps that were made and had to be made again, or have to be.
+    """Return the number of steps whose work is lost: they were repeated, or have to be.
 
     Args:
-        attempts: All of a run, in order.
-        good_step: Where the run stands: the step that it would go on from, or has reached.
+        attempts: All attempts of a run, in order.
+        good_step: Step from which the run would resume, or that it has reached.
     """
     made = [attempt for attempt in attempts if attempt.last_step > attempt.first_step]
-    began = [attempt.first_step for attempt in made[1:]] + [good_step]
-    return sum(max(0, attempt.last_step - goes_on) for attempt, goes_on in zip(made, began, strict=False))
+    resumed_at = [attempt.first_step for attempt in made[1:]] + [good_step]
+    return sum(max(0, attempt.last_step - step) for attempt, step in zip(made, resumed_at, strict=False))
 
 
 def made_steps(attempts: Sequence[AttemptRecord]) -> int:
-    """Steps that were made, each as often as it was."""
+    """Return the number of steps that all attempts made, repeated ones included."""
     return sum(attempt.last_step - attempt.first_step for attempt in attempts)
 
 
 def last_sign_of_life(run_folder: Path) -> float:
-    """When the newest attempt began, or one of its ranks last said that it lives; Unix seconds, 0 without attempts."""
-    logs = _logs(run_folder, max(_numbers(run_folder), default=0))
+    """Return when the newest attempt began, or one of its ranks last beat; Unix seconds, 0 without attempts."""
+    logs = _newest_logs(run_folder)
     if not logs.is_dir():
         return 0.0
     return max([_started_at(logs), *(beat.at for beat in read_heartbeats(logs) if beat.phase != "end")])
 
 
-def job_of(run_folder: Path) -> str:
-    """The first of the jobs that made the newest attempt; empty where no job did."""
-    begun = _begun(_logs(run_folder, max(_numbers(run_folder), default=0)))
-    return begun.chain if begun is not None else ""
+def newest_chain(run_folder: Path) -> str:
+    """Return the first of the jobs that made the newest attempt; empty outside jobs."""
+    start = _read_start(_newest_logs(run_folder))
+    return start.chain if start is not None else ""
 
 
-def in_vain(run_folder: Path, chain: str, newest_step: int) -> int:
-    """How many of the last attempts in a row, all of these jobs, have left no newer checkpoint than there was.
+def count_attempts_without_progress(run_folder: Path, chain: str, newest_step: int) -> int:
+    """Count the last attempts in a row that left no newer checkpoint than they began with.
 
     Args:
-        run_folder: The run's.
-        chain: The first of the jobs.
-        newest_step: Of the checkpoint that stands now.
+        run_folder: Folder of the run.
+        chain: First of the jobs that continue each other; attempts of other jobs end the row.
+        newest_step: Step of the newest checkpoint now.
     """
-    count, after = 0, newest_step
-    for attempt in sorted(_numbers(run_folder), reverse=True):
-        begun = _begun(_logs(run_folder, attempt))
-        if begun is None or begun.chain != chain or after > begun.from_step:
+    count, step_after = 0, newest_step
+    for attempt in reversed(attempt_numbers(run_folder)):
+        start = _read_start(attempt_logs(run_folder, attempt))
+        if start is None or start.chain != chain or step_after > start.from_step:
             break
-        count, after = count + 1, begun.from_step
+        count, step_after = count + 1, start.from_step
     return count
 
 
-def _numbers(run_folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("attempt-")) for path in (run_folder / "logs").glob("attempt-*")]
+def read_rank_records(logs: Path) -> list[dict[str, Any]]:
+    """Return how the ranks of an attempt ended, the first one first."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in logs.glob(RANK_RECORDS)]
+    return sorted(records, key=lambda record: record["time"])
 
 
-def _logs(run_folder: Path, attempt: int) -> Path:
-    return run_folder / "logs" / f"attempt-{attempt}"
+def ended_early(record: Mapping[str, Any]) -> bool:
+    """Return whether a rank failed, or stopped before the others: they may wait for it."""
+    return record["exit_code"] not in (EXIT_OK, EXIT_STOPPED) or bool(record["message"])
 
 
-def _append(run_folder: Path, record: AttemptRecord) -> None:
-    append_line(run_folder / ATTEMPTS_FILE, record)
+def is_cause(record: Mapping[str, Any]) -> bool:
+    """Return whether a rank reports its own failure, and not the consequence of another rank's end."""
+    last = record["message"].strip().splitlines()[-1:]
+    return record["exit_code"] != EXIT_BUG or not any(CONSEQUENCE.search(line) for line in last)
 
 
-def _lines(run_folder: Path) -> list[AttemptRecord]:
+def _newest_logs(run_folder: Path) -> Path:
+    return attempt_logs(run_folder, max(attempt_numbers(run_folder), default=0))
+
+
+def _written_records(run_folder: Path) -> list[AttemptRecord]:
     return read_lines(run_folder / ATTEMPTS_FILE, AttemptRecord)
 
 
-def _from_heartbeats(attempt: int, logs: Path) -> AttemptRecord:
-    first, last = steps_of(logs)
+def _record_from_heartbeats(attempt: int, logs: Path) -> AttemptRecord:
+    first, last = _first_and_last_step(logs)
     started = _started_at(logs)
-    records = read_records(logs)  # of a launch that no launcher of ours watched
-    how = next((record for record in records if left_others(record)), records[0] if records else None)
+    records = read_rank_records(logs)  # present if the ranks were started by hand
+    how = next((record for record in records if ended_early(record)), records[0] if records else None)
     return AttemptRecord(
         attempt=attempt,
         started_at=started,
@@ -213,13 +219,20 @@ def _from_heartbeats(attempt: int, logs: Path) -> AttemptRecord:
     )
 
 
-def _begun(logs: Path) -> Begun | None:
+def _first_and_last_step(logs: Path) -> tuple[int, int]:
+    """Return the optimizer steps done when an attempt began and when it ended, from its ranks' heartbeats."""
+    beats = read_heartbeats(logs)
+    first = max((beat.first_step or 0 for beat in beats), default=0)
+    return first, max((beat.step for beat in beats), default=0)
+
+
+def _read_start(logs: Path) -> AttemptStart | None:
     try:
-        return Begun.model_validate_json((logs / BEGAN_FILE).read_text(encoding="utf-8"))
+        return AttemptStart.model_validate_json((logs / BEGAN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
 def _started_at(logs: Path) -> float:
-    begun = _begun(logs)
-    return logs.stat().st_mtime if begun is None else begun.started_at
+    start = _read_start(logs)
+    return logs.stat().st_mtime if start is None else start.started_at

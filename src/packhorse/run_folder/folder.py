@@ -1,95 +1,111 @@
-"""The run folder: the single record of a run. Made whole or not at all; every later command takes just its name."""
+"""Create and open run folders. A run folder is the record of one run; later commands take only its name."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
 
 from packhorse.errors import UserError
 from packhorse.plan.command import launch_argv
 from packhorse.plan.replan import replace_plan
-from packhorse.plan.run_plan import PLAN_FILE, RunPlan, read_plan, write_plan
+from packhorse.plan.run_plan import RunPlan, read_plan, write_plan
 from packhorse.recipe.load import dump_recipe
-from packhorse.run_folder.attempts import Begun, begin_attempt
+from packhorse.run_folder.attempts import AttemptStart, write_attempt_start
+from packhorse.run_folder.layout import (
+    CHECKPOINTS_FOLDER,
+    PLAN_FILE,
+    RECIPE_FILE,
+    RUNS_FOLDER,
+    STEP_FOLDERS,
+    SWEEP_FILE,
+    attempt_logs,
+    attempt_numbers,
+)
 from packhorse.run_folder.status import State, Status, read_status, write_status
-
-SWEEP_FILE: Final = "sweep.json"
-"""Stands in the folder of a sweep, in place of a plan; `slurm/sweep_folder.py` writes it."""
 
 
 def check_free(folder: Path) -> None:
-    """Refuses a folder that holds a run already.
+    """Refuse a folder that holds a run already, but rename a run that failed before its first checkpoint.
 
     Raises:
-        UserError: It does, with what to do about it; or it is a link, so that the run would stand elsewhere.
+        UserError: The folder holds a run or other files, or is a link.
     """
     if folder.is_symlink():
         raise UserError(
             f"{relative(folder)} is a link to {folder.readlink()}.",
-            "a new run is made in its own folder below runs_folder, and nowhere else.",
-            "remove the link, set runs_folder to where the run should stand, or give it another name.",
+            "a new run is created in a folder inside runs_folder, and nowhere else.",
+            "remove the link, set runs_folder to the folder for the run, or choose another name.",
         )
     if not folder.exists():
         return
     status = read_status(folder) if (folder / PLAN_FILE).is_file() else None
-    if status is not None and status.state == "failed" and not any((folder / "checkpoints").glob("step-*")):
-        _set_aside(folder)
+    if status is not None and status.state == "failed" and not any((folder / CHECKPOINTS_FOLDER).glob(STEP_FOLDERS)):
+        _rename_failed_run(folder)
         return
-    state = f"a run that is {status.state} at step {status.step} of {status.num_steps}" if status else "files"
-    verbs = {"finished": "", "waiting": f"packhorse submit {relative(folder)}"}
-    verb = verbs.get(status.state, f"packhorse resume {relative(folder)}") if status else ""
-    resume = f"go on with `{verb}`, or " if verb else ""
+    content = f"a run that is {status.state} at step {status.step} of {status.num_steps}" if status else "files"
+    commands = {"finished": "", "waiting": f"packhorse submit {relative(folder)}"}
+    command = commands.get(status.state, f"packhorse resume {relative(folder)}") if status else ""
+    resume = f"resume it with `{command}`, or " if command else ""
     raise UserError(
-        f"{relative(folder)} holds {state} already.",
-        "a run folder is the record of one run and is never written over.",
-        f"{resume}give this one another name, for example name={folder.name}-2.",
+        f"{relative(folder)} holds {content} already.",
+        "a run folder is the record of one run and is never overwritten.",
+        f"{resume}choose another name, for example name={folder.name}-2.",
     )
 
 
-def _set_aside(folder: Path) -> None:
-    """A run that failed before its first checkpoint holds nothing to go on with: its name is free again."""
+def _rename_failed_run(folder: Path) -> None:
+    """Make the name of a run available again that has nothing to resume from."""
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.failed-{number}")).exists():
+    while (renamed := folder.with_name(f"{folder.name}.failed-{number}")).exists():
         number += 1
-    folder.rename(aside)
+    folder.rename(renamed)
 
 
 def create_run(plan: RunPlan, files: Mapping[str, str]) -> Path:
-    """Makes the run folder with recipe.yaml, plan.json, status.json and the given files; all or nothing.
+    """Create the run folder with recipe.yaml, plan.json, status.json and the given files.
 
     Raises:
         UserError: The folder holds a run already, or cannot be written.
     """
+
+    def write(draft: Path) -> None:
+        for name, text in {RECIPE_FILE: dump_recipe(plan.recipe), **files}.items():
+            (draft / name).write_text(text, encoding="utf-8")
+        write_plan(plan, draft)
+        write_status(draft, _initial_status(plan))
+
     folder = Path(plan.run_folder)
+    create_folder(folder, write, "the run folder holds everything that a run writes.")
+    return folder
+
+
+def create_folder(folder: Path, write: Callable[[Path], None], why: str) -> None:
+    """Create a folder completely or not at all: `write` fills a draft, which is then renamed.
+
+    Raises:
+        UserError: The folder exists already, or cannot be written, with this `why`.
+    """
     check_free(folder)
     draft = folder.with_name(f".{folder.name}.draft")
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        (draft / "recipe.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
-        for name, text in files.items():
-            (draft / name).write_text(text, encoding="utf-8")
-        write_plan(plan, draft)
-        write_status(draft, _new(plan))
+        write(draft)
         draft.rename(folder)
-    except KeyboardInterrupt:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise UserError(
             f"{relative(folder)} cannot be written: {error.strerror}.",
-            "the run folder keeps all that a run leaves.",
+            why,
             "set runs_folder to a folder that you may write, with free space.",
         ) from error
-    return folder
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # also after Ctrl-C
 
 
 def complete_run(plan: RunPlan, files: Mapping[str, str]) -> None:
-    """Gives a run that waited for its data the given files, and the plan that they are in; the run is then prepared.
+    """Write the plan and files of a run whose data has been prepared; its state becomes `prepared`.
 
     Raises:
         UserError: The folder cannot be written.
@@ -98,36 +114,35 @@ def complete_run(plan: RunPlan, files: Mapping[str, str]) -> None:
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     replace_plan(plan)
-    write_status(folder, _new(plan))
+    write_status(folder, _initial_status(plan))
 
 
-def _new(plan: RunPlan) -> Status:
+def _initial_status(plan: RunPlan) -> Status:
     state: State = "prepared" if plan.data is not None else "waiting"
     message = "" if plan.data is not None else "its data is not prepared yet"
     return Status(state=state, step=0, num_steps=plan.num_steps or 0, attempt=0, message=message)
 
 
 def named_folder(name: str) -> Path:
-    """The folder of a run or a sweep: its path, or its name below `runs`."""
+    """Return the folder of a run or a sweep, given by its path or by its name in `runs`."""
     folder = Path(name)
-    # A name of one part: what is typed as a path is read as that path only.
-    if not folder.exists() and folder.parts == (folder.name,) and (Path("runs") / name).is_dir():
-        folder = Path("runs") / name
-    return folder
+    in_runs = Path(RUNS_FOLDER) / name
+    # Only a bare name is looked up in `runs`; a path means that path.
+    return in_runs if not folder.exists() and folder.parts == (folder.name,) and in_runs.is_dir() else folder
 
 
 def open_run(name: str) -> RunPlan:
-    """Reads the plan of a run given by its folder, or by its name below `runs`.
+    """Read the plan of a run, given by its folder or by its name in `runs`.
 
     Raises:
-        UserError: There is no such run, or it is a sweep of many.
+        UserError: There is no such run, or it is a sweep.
     """
     folder = named_folder(name)
     if (folder / SWEEP_FILE).is_file():
         raise UserError(
             f"{relative(folder)} is a sweep, not a run.",
-            "each of its runs has a folder of its own; status, cancel and resume take them all.",
-            f"name one of them, such as {relative(folder)}-1.",
+            "each run of a sweep has its own folder; only status, cancel and resume take the whole sweep.",
+            f"name one of its runs, such as {relative(folder)}-1.",
         )
     plan = read_plan(folder)
     if Path(plan.run_folder) == folder.absolute():
@@ -137,16 +152,15 @@ def open_run(name: str) -> RunPlan:
     return plan.model_copy(update={"run_folder": str(moved), "argv": launch_argv(plan.topology, moved)})
 
 
-def next_attempt(folder: Path, begun: Begun | None = None) -> tuple[int, Path]:
-    """Number and log folder of the next attempt to run the plan; `begun`: what is known of it beside the time."""
-    taken = [int(path.name.removeprefix("attempt-")) for path in (folder / "logs").glob("attempt-*")]
-    number = max(taken, default=0) + 1
-    logs = folder / "logs" / f"attempt-{number}"
+def next_attempt(folder: Path, start: AttemptStart | None = None) -> tuple[int, Path]:
+    """Create the log folder of the next attempt; return the attempt's number and this folder."""
+    attempt = max(attempt_numbers(folder), default=0) + 1
+    logs = attempt_logs(folder, attempt)
     logs.mkdir(parents=True)
-    begin_attempt(logs, begun or Begun(started_at=time.time()))
-    return number, logs
+    write_attempt_start(logs, start or AttemptStart(started_at=time.time()))
+    return attempt, logs
 
 
 def relative(path: str | Path) -> str:
-    """A path as it would be typed here: relative to the current directory where it lies below."""
+    """Return a path as text, relative to the current directory if it is inside."""
     return str(path).removeprefix(f"{Path.cwd()}/")

@@ -1,7 +1,7 @@
-"""Heartbeats: what each rank does and since when, so that a dead or hung rank can be named with its phase.
+"""Heartbeats: the phase of each rank and since when, so that a dead or hung rank can be named with its phase.
 
-RUN/logs/attempt-N/heartbeat-R.json is written by rank R through shared memory: naming a phase costs microseconds, and
-what was named last stays readable after a SIGKILL. A thread renews the time; where it stands still, the process does.
+Rank R writes RUN/logs/attempt-N/heartbeat-R.json through shared memory: naming a phase costs microseconds, and the last
+phase stays readable after a SIGKILL. A thread renews the time; when the time is no longer renewed, the process hangs.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from packhorse.errors import EXIT_LOST
-from packhorse.run_folder.processes import identity
+from packhorse.run_folder.layout import HEARTBEATS, REPORT_REQUEST_FILE, numbered
 
 Phase = Literal["start", "load", "data", "forward", "backward", "optimizer", "save", "evaluate", "end"]
-RECORD_BYTES = 512
-BEAT_SECONDS = 1.0
-START_SECONDS = 300.0
-"""How long a rank may take at least until its first heartbeat: it imports torch, maybe from a slow disk."""
-LAUNCHER_VARIABLE = "PACKHORSE_LAUNCHER"
-"""Environment variable by which a launcher tells its ranks who it is; absent in a launch typed by hand."""
-ASK_FILE = "asked"
-"""Beside the heartbeats: made by the launcher when it is about to end a hang, so that ranks say what they know."""
+RECORD_BYTES: Final = 512
+BEAT_SECONDS: Final = 1.0
+START_SECONDS: Final = 300.0
+"""Least time that a rank may take until its first heartbeat: it imports torch, possibly from a slow disk."""
+LAUNCHER_VARIABLE: Final = "PACKHORSE_LAUNCHER"
+"""Environment variable that identifies the launcher to its ranks; absent if `accelerate launch` was typed by hand."""
+GONE: Final = "ZX"  # proc(5): ended, but not yet waited for by its parent
+STOPPED: Final = "Tt"  # proc(5): by SIGSTOP, or by a debugger
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Heartbeat:
 
     Attributes:
         rank: Global rank.
-        pid: Its process.
-        host: Where that runs.
-        phase: What it does.
+        pid: Process of the rank.
+        host: Host of the process.
+        phase: What the rank does.
         step: Optimizer steps done.
-        since: When the phase was named, Unix seconds.
-        at: When the process last said that it lives, Unix seconds.
-        first_step: Optimizer steps done when this attempt began; None while that is not known.
-        changes: How often the phase has changed; all ranks go through the same ones.
+        since: Start of the phase, Unix seconds.
+        at: Last renewal by the process, Unix seconds.
+        first_step: Optimizer steps done when this attempt began; None until that is known.
+        changes: Number of phase changes; all ranks go through the same phases.
     """
 
     rank: int
@@ -59,22 +59,21 @@ class Heartbeat:
     changes: int = 0
 
 
-class Pulse:
-    """The heartbeat of this process; `close` ends it.
+class HeartbeatWriter:
+    """Writes the heartbeat of this process until `close`.
 
-    A rank whose launcher is gone ends itself: nobody would watch it, and the next launcher would find it in its way.
+    A rank whose launcher is gone ends itself: nothing watches it, and it would block the next launch.
     """
 
-    def __init__(self, folder: Path, rank: int, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self._asked = folder / ASK_FILE
-        self._answer: Callable[[], None] | None = None
-        self._at_each_beat: Callable[[], None] = lambda: None
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._request = folder / REPORT_REQUEST_FILE
+        self._write_report: Callable[[], None] | None = None
+        self._each_beat: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
-        now = clock()
+        now = time.time()
         self._last = Heartbeat(rank, os.getpid(), socket.gethostname(), "start", 0, now, now)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"heartbeat-{rank}.json"
+        path = folder / numbered(HEARTBEATS, rank)
         path.write_bytes(b" " * RECORD_BYTES)
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), RECORD_BYTES)
@@ -84,54 +83,54 @@ class Pulse:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def when_asked(self, answer: Callable[[], None]) -> None:
-        """Sets what the beating thread does, once, when the launcher asks; the main thread may hang by then."""
-        self._answer = answer
+    def on_report_request(self, write_report: Callable[[], None]) -> None:
+        """Set what the heartbeat thread calls, once, when a hang report is requested; the main thread may hang then."""
+        self._write_report = write_report
 
-    def at_each_beat(self, look: Callable[[], None]) -> None:
-        """Sets what the beating thread does each time."""
-        self._at_each_beat = look
+    def on_each_beat(self, call: Callable[[], None]) -> None:
+        """Set what the heartbeat thread calls at each beat."""
+        self._each_beat = call
 
     @property
     def last(self) -> Heartbeat:
-        """What was said last."""
+        """Heartbeat that was written last."""
         return self._last
 
     def phase(self, name: Phase, step: int | None = None) -> None:
-        """Names what comes next; `step` where it has changed. Naming the same phase again says that it goes on."""
+        """Begin a phase; `step` if it has changed. Naming the same phase again renews its start."""
         with self._lock:
-            now, last = self._clock(), self._last
+            now, last = time.time(), self._last
             done = last.step if step is None else step
             first = step if last.first_step is None else last.first_step
             changes = last.changes + ((name, done) != (last.phase, last.step))
             self._write(replace(last, phase=name, step=done, since=now, at=now, first_step=first, changes=changes))
 
-    def end_if_alone(self) -> None:
-        """Ends this process at once where its launcher is gone; what fails because of that is not worth telling."""
-        if self._launcher and identity(int(self._launcher.split(":")[0])) != self._launcher:
+    def exit_if_launcher_is_gone(self) -> None:
+        """End this process at once if its launcher is gone, so that it reports no failure that follows from that."""
+        if self._launcher and process_identity(int(self._launcher.split(":")[0])) != self._launcher:
             sys.stderr.write("the launcher of this run is gone: this rank ends too\n")
             sys.stderr.flush()
             os._exit(EXIT_LOST)
 
     def close(self) -> None:
-        """Says that the process ends in order, and stops the thread."""
+        """Write that the process ends normally, and stop the thread."""
         if self._ended.is_set():
             return
         self.phase("end")
         self._ended.set()
         self._thread.join()
-        self._memory.flush()  # or another host sees it when the kernel finds time, half a minute later
+        self._memory.flush()  # else another host may see it only half a minute later
         self._memory.close()
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             with self._lock:
-                self._write(replace(self._last, at=self._clock()))
-            self.end_if_alone()
-            if self._answer and self._asked.exists():
-                answer, self._answer = self._answer, None
-                answer()
-            self._at_each_beat()
+                self._write(replace(self._last, at=time.time()))
+            self.exit_if_launcher_is_gone()
+            if self._write_report and self._request.exists():
+                write_report, self._write_report = self._write_report, None
+                write_report()
+            self._each_beat()
 
     def _write(self, heartbeat: Heartbeat) -> None:
         self._last = heartbeat
@@ -139,28 +138,28 @@ class Pulse:
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """The heartbeats of an attempt, by rank; one that is just being written is left out."""
-    found = []
-    for path in folder.glob("heartbeat-*.json"):
+    """Return the heartbeats of an attempt by rank; one that is being written is skipped."""
+    heartbeats = []
+    for path in folder.glob(HEARTBEATS):
         try:
-            found.append(Heartbeat(**json.loads(path.read_bytes())))
+            heartbeats.append(Heartbeat(**json.loads(path.read_bytes())))
         except (OSError, ValueError, TypeError):
             continue
-    return sorted(found, key=lambda heartbeat: heartbeat.rank)
+    return sorted(heartbeats, key=lambda heartbeat: heartbeat.rank)
 
 
 def with_grace(beat: Heartbeat, floor: float, hang_seconds: float) -> Heartbeat:
-    """The heartbeat as if nothing had been due before `floor`, nor for some minutes of a rank's start."""
+    """Return the heartbeat with its times moved to at least `floor`, and later by the extra time for a rank's start."""
     grace = max(0.0, START_SECONDS - hang_seconds) if beat.phase == "start" else 0.0
     return replace(beat, at=max(beat.at, floor) + grace, since=max(beat.since, floor) + grace)
 
 
-def hung(heartbeats: list[Heartbeat], now: float, timeout_seconds: float) -> Heartbeat | None:
-    """The rank that the others wait for; None while all go on.
+def find_hung_rank(heartbeats: list[Heartbeat], now: float, timeout_seconds: float) -> Heartbeat | None:
+    """Return the rank that the others wait for; None if there is no hang.
 
-    First a process that is silent: stopped, or its host gone. Then, where every rank has been in its phase for longer
-    than the timeout, the one that is furthest behind: the others wait for it in a collective. In one and the same phase
-    that is the one that came last. One that has fallen silent since comes before them all.
+    A silent process (stopped, or its host gone) comes first. Otherwise, if every rank has been in its phase for longer
+    than the timeout, it is the rank that is furthest behind, because the others wait for it in a collective. If all are
+    in the same phase, it is the rank that entered it last. Ranks that fell silent meanwhile come before the others.
     """
     alive = [heartbeat for heartbeat in heartbeats if heartbeat.phase != "end"]
     silent = [heartbeat for heartbeat in alive if now - heartbeat.at > timeout_seconds]
@@ -170,3 +169,33 @@ def hung(heartbeats: list[Heartbeat], now: float, timeout_seconds: float) -> Hea
         fell_silent = [heartbeat for heartbeat in alive if now - heartbeat.at > timeout_seconds / 2]
         return min(fell_silent or alive, key=lambda heartbeat: (heartbeat.changes, -heartbeat.since))
     return None
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that exists on this host.
+
+    Attributes:
+        state: One letter, as in proc(5): R runs, S sleeps, D waits for a disk, T is stopped.
+        started: Clock ticks from the start of the machine to that of the process; a later process with the same number
+            has another value.
+    """
+
+    state: str
+    started: int
+
+
+def find_process(pid: int) -> Process | None:
+    """Return the process with this number on this host; None if it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text[text.rindex(")") + 1 :].split()  # the name is in parentheses, and may contain anything
+    return None if fields[0] in GONE else Process(fields[0], int(fields[19]))
+
+
+def process_identity(pid: int) -> str:
+    """Return the number and start of a process as text for an environment variable; empty if it has ended."""
+    process = find_process(pid)
+    return f"{pid}:{process.started}" if process else ""

@@ -1,6 +1,6 @@
-"""left_out.json: steps of a run whose update is not made, so that whoever goes on leaves out the same ones.
+"""RUN/skipped_steps.json: steps whose update is skipped, so that a resumed run skips the same ones.
 
-With the steps, a run is again a pure function of its plan: step k changes the weights unless it is written here.
+With this file a run is again a pure function of its plan: step k changes the weights unless it is listed here.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from pathlib import Path
 
 from packhorse.durable import replace_file
 from packhorse.errors import UserError
+from packhorse.run_folder.layout import SKIPPED_STEPS_FILE, SKIPPED_STEPS_FILE_BEFORE
 
-LEFT_OUT_FILE = "left_out.json"
 
-
-def read_left_out(run_folder: Path) -> dict[int, str]:
-    """Step, counted from 1 as in metrics.jsonl, to why it is left out; empty where nothing is.
+def read_skipped_steps(run_folder: Path) -> dict[int, str]:
+    """Return the reason for each skipped step, counted from 1 as in metrics.jsonl; empty if there are none.
 
     Raises:
-        UserError: The file is not what was written.
+        UserError: The file is damaged.
     """
-    file = run_folder / LEFT_OUT_FILE
+    file = run_folder / SKIPPED_STEPS_FILE
+    file = file if file.is_file() else run_folder / SKIPPED_STEPS_FILE_BEFORE
     if not file.is_file():
         return {}
     try:
@@ -29,12 +29,12 @@ def read_left_out(run_folder: Path) -> dict[int, str]:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{file} cannot be read: {error}.",
-            "it lists the steps whose update is not made; with others, the run would train another model.",
-            "put the file back as it was, or train the recipe again under another name.",
+            "it lists the steps whose update is skipped; without it, the run would train another model.",
+            "restore the file, or train the recipe again under another name.",
         ) from error
 
 
-def write_left_out(run_folder: Path, left_out: Mapping[int, str]) -> None:
-    """Replaces the file in one move, and waits until that is on disk."""
-    entries = [{"step": step, "why": left_out[step]} for step in sorted(left_out)]
-    replace_file(run_folder / LEFT_OUT_FILE, json.dumps(entries, indent=2) + "\n")
+def write_skipped_steps(run_folder: Path, skipped_steps: Mapping[int, str]) -> None:
+    """Replace the file with one rename, and wait until it is on disk."""
+    entries = [{"step": step, "why": skipped_steps[step]} for step in sorted(skipped_steps)]
+    replace_file(run_folder / SKIPPED_STEPS_FILE, json.dumps(entries, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""status.json: what a run is doing, written by rank 0 and read by anybody."""
+"""RUN/status.json: what a run is doing, written by rank 0 and the launcher."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from typing import Literal
 
 from packhorse.durable import replace_file
 from packhorse.plan.run_plan import PlanPart
+from packhorse.run_folder.layout import STATUS_FILE
 from packhorse.secrets import mask
-
-STATUS_FILE = "status.json"
 
 State = Literal["waiting", "prepared", "starting", "training", "stopped", "failed", "finished"]
 
 
 class Status(PlanPart):
-    """One moment of a run."""
+    """State of a run at one moment."""
 
     state: State
     step: int
     num_steps: int
     attempt: int
     message: str = ""
-    """What a reader should know, in a sentence."""
+    """One sentence for the user."""
     updated_at: str = ""
     """UTC, ISO 8601."""
     host: str = ""
     pid: int = 0
-    """Process of rank 0."""
+    """Process that wrote the status."""
 
 
 def write_status(run_folder: Path, status: Status) -> None:
-    """Replaces status.json in one move, so that a reader never sees half of it."""
+    """Replace status.json with one rename, so that a reader never sees half of it."""
     stamped = status.model_copy(
         update={
             "message": mask(status.message),
@@ -43,12 +42,12 @@ def write_status(run_folder: Path, status: Status) -> None:
             "pid": os.getpid(),
         }
     )
-    # Ranks that fail together all write it: each under a name of its own.
+    # Ranks that fail together all write it: each needs a separate draft file.
     writer = f".{socket.gethostname()}-{os.getpid()}"
     replace_file(run_folder / STATUS_FILE, stamped.model_dump_json(indent=2) + "\n", writer=writer, on_disk=False)
 
 
 def read_status(run_folder: Path) -> Status | None:
-    """Reads status.json; None where a run has not begun."""
+    """Return the status of a run; None before it has one."""
     file = run_folder / STATUS_FILE
     return Status.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,8 +1,7 @@
-"""RUNS/NAME of a sweep: which runs it has, RUNS/NAME-1 and so on, each an ordinary run folder."""
+"""RUNS/NAME/sweep.json: the runs of a sweep. Each is an ordinary run folder, RUNS/NAME-1 and so on."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -12,7 +11,8 @@ from pydantic import ValidationError
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import PlanPart
 from packhorse.recipe.sweep import SweepRun
-from packhorse.run_folder.folder import SWEEP_FILE, check_free, named_folder, relative
+from packhorse.run_folder.folder import create_folder, named_folder, relative
+from packhorse.run_folder.layout import LOGS_FOLDER, SWEEP_FILE
 
 SWEEP_VERSION: Final = 1
 
@@ -21,9 +21,9 @@ class SweepMember(PlanPart):
     """One run of a sweep."""
 
     number: int
-    """Counted from 1; also that of its task in the job array."""
+    """Number of the run and of its task in the job array, counted from 1."""
     overrides: tuple[str, ...]
-    """What sets it apart, as it would be typed."""
+    """Overrides of this run, as typed on a command line."""
 
 
 class SweepRecord(PlanPart):
@@ -36,46 +36,38 @@ class SweepRecord(PlanPart):
 
 
 def member_folder(sweep_folder: Path, number: int) -> Path:
-    """The run folder of one run of a sweep; the job script makes the same of its task's number."""
+    """Return the run folder of one run of a sweep; the job script derives the same path from its task's number."""
     return sweep_folder.with_name(f"{sweep_folder.name}-{number}")
 
 
 def create_sweep(folder: Path, recipe: str, runs: Sequence[SweepRun]) -> SweepRecord:
-    """Makes the folder with sweep.json and an empty logs folder; all or nothing.
+    """Create the folder with sweep.json and an empty logs folder.
 
     Raises:
-        UserError: There is something already, or it cannot be written.
+        UserError: The folder exists already, or cannot be written.
     """
-    check_free(folder)
     members = tuple(SweepMember(number=run.number, overrides=run.overrides) for run in runs)
     record = SweepRecord(recipe=recipe, runs=members)
-    draft = folder.with_name(f".{folder.name}.draft")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        (draft / "logs").mkdir(parents=True)
+
+    def write(draft: Path) -> None:
+        (draft / LOGS_FOLDER).mkdir()
         (draft / SWEEP_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        draft.rename(folder)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise UserError(
-            f"{relative(folder)} cannot be written: {error.strerror}.",
-            "the folder of a sweep says which runs it has.",
-            "set runs_folder to a folder that you may write, with free space.",
-        ) from error
+
+    create_folder(folder, write, "the folder of a sweep lists its runs.")
     return record
 
 
 def find_sweep(name: str) -> Path | None:
-    """The absolute folder of a sweep given by its path, or by its name below `runs`; None where it is none."""
+    """Return the absolute folder of a sweep, given by its path or by its name in `runs`; None if it is no sweep."""
     folder = named_folder(name)
     return folder.absolute() if (folder / SWEEP_FILE).is_file() else None
 
 
 def read_sweep(folder: Path) -> SweepRecord:
-    """Which runs a sweep has.
+    """Return the record of a sweep.
 
     Raises:
-        UserError: The file is not what was written.
+        UserError: The file is damaged, or another version of Packhorse wrote it.
     """
     file = folder / SWEEP_FILE
     try:
@@ -84,5 +76,5 @@ def read_sweep(folder: Path) -> SweepRecord:
         raise UserError(
             f"{relative(file)} cannot be read as a sweep of version {SWEEP_VERSION}.",
             f"its form does not fit: {str(error).splitlines()[0]}",
-            "use the Packhorse version that submitted it; each of its runs stands on its own beside it.",
+            "use the Packhorse version that submitted the sweep; each of its runs can be used on its own.",
         ) from error

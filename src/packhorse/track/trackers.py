@@ -19,9 +19,9 @@ from accelerate.state import is_initialized
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.layout import WANDB_ID_FILE
 from packhorse.track.meter import Figures
 
-WANDB_ID_FILE: Final = "wandb_id.txt"
 WANDB_HOSTS: Final = ("api.wandb.ai", "api.forge.coreweave.com")
 TIMEOUT_SECONDS: Final = 30.0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from packhorse.data.packs.loader import PackLoader, StepBatch
 from packhorse.model.sequence import SequenceGroup
 from packhorse.plan.run_plan import RunPlan
-from packhorse.run_folder.heartbeat import Pulse
+from packhorse.run_folder.heartbeat import HeartbeatWriter
 from packhorse.track.meter import Figures, Meter, evaluation_figures
 from packhorse.train.checkpoint.checkpoints import Checkpoints
 from packhorse.train.engine.engine import Engine
@@ -49,7 +49,7 @@ class Run:
     checkpoints: Checkpoints
     agreement: Agreement
     numbers: Numbers
-    pulse: Pulse
+    pulse: HeartbeatWriter
     evaluate: Callable[[], float] | None
     reporter: Reporter
     rank: int

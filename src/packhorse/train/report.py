@@ -9,10 +9,12 @@ from rich.console import Console
 
 from packhorse.data.manifest import read_manifest
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.layout import METRICS_FILE
+from packhorse.run_folder.metrics import MetricsFile
 from packhorse.run_folder.status import State, Status, write_status
 from packhorse.track.meter import Figures
 from packhorse.track.progress import open_progress
-from packhorse.track.sinks import METRICS_FILE, MetricsFile, Sinks
+from packhorse.track.sinks import Sinks
 from packhorse.track.trackers import open_trackers
 from packhorse.train.state import TrainState
 

@@ -20,6 +20,7 @@ from packhorse.model.methods.attach import Start, attach, load_adapter
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
 from packhorse.recipe.methods import QloraMethod
+from packhorse.run_folder.layout import ADAPTER_FOLDER, MODEL_FOLDER
 from packhorse.train.assembly import BetweenUnits, can_stream, place_streamed, place_whole
 from packhorse.train.engine.activation_checkpointing import apply_checkpointing
 from packhorse.train.engine.precision import COMPUTE_DTYPES
@@ -93,7 +94,7 @@ def training_model(
     request = base_request(plan, device, tokenizer, register_attention(_kernel(plan)))
     method = plan.recipe.method
     if method.trains_base and checkpoint is not None:
-        request = from_folder(request, checkpoint / "model")
+        request = from_folder(request, checkpoint / MODEL_FOLDER)
     start = method_start(plan, tokenizer, resumed=checkpoint is not None)
 
     def attached(base: PreTrainedModel) -> nn.Module:
@@ -112,7 +113,7 @@ def training_model(
             load_model(placement.whole_first(request), len(tokenizer)), attached, placement, between_units
         )
     if not method.trains_base and checkpoint is not None:
-        load_adapter(model, checkpoint / "adapter")
+        load_adapter(model, checkpoint / ADAPTER_FOLDER)
     return model.train()
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from packhorse.launching.local.processes import processes_of
+from packhorse.launching.local.watch import processes_of
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
@@ -29,11 +29,11 @@ PREPARED = DataFacts(
     num_supervised_tokens=1,
     fill=1.0,
 )
-"""Data as a plan that can be run has it."""
+"""Facts of prepared data, as in a plan that can be run."""
 
 
 def planned(folder: Path, **sections: Any) -> RunPlan:
-    """A run folder of two processes on the CPU, 40 steps, 8 packs a step; hang_seconds is 60."""
+    """Return the plan of a new run: two processes on the CPU, 40 steps, 8 packs per step; hang_seconds is 60."""
     fields = {
         "name": "r",
         "runs_folder": str(folder),
@@ -68,19 +68,19 @@ class Ranks:
             self.beat(rank)
 
     def beat(self, rank: int, **changes: Any) -> Heartbeat:
-        """Writes a rank's heartbeat: in the forward pass of step 6 since a second, unless told otherwise."""
+        """Write a rank's heartbeat: by default in the forward pass of step 6 for a second."""
         usual = Heartbeat(rank, self.processes[rank].pid, "here", "forward", 5, NOW - 1, NOW - 1, 0)
         beat = replace(usual, **changes)
         (self.logs / f"heartbeat-{rank}.json").write_text(json.dumps(asdict(beat)))
         return beat
 
     def record(self, rank: int, exit_code: int, message: str = "", at: float = NOW, again: str | None = None) -> None:
-        """Writes how a rank ended."""
+        """Write how a rank ended."""
         record = {"rank": rank, "time": at, "exit_code": exit_code, "message": message, "again": again}
         (self.logs / f"rank-{rank}.json").write_text(json.dumps(record))
 
     def kill(self, rank: int) -> None:
-        """SIGKILL, as seen from outside: its parent may not have asked after it yet."""
+        """Kill a rank with SIGKILL; it may stay a zombie until its parent waits for it."""
         self.processes[rank].kill()
 
     def end(self) -> None:

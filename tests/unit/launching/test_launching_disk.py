@@ -52,7 +52,7 @@ def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
     ],
     ids=["two, the best, the next", "more", "only two are made", "only the last"],
 )
-def test_as_many_as_stand_at_once_must_fit(
+def test_all_checkpoints_on_disk_at_one_time_must_fit(
     checkpoint: dict[str, Any], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(tmp_path, checkpoint=checkpoint)
@@ -66,7 +66,7 @@ def test_as_many_as_stand_at_once_must_fit(
     assert caught.value.exit_code == EXIT_USER_ERROR
 
 
-def test_those_that_stand_already_need_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_checkpoints_need_no_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(make_run(tmp_path))
     for step in (2, 4):
         save_at(trainer, step)

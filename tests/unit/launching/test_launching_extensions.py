@@ -1,4 +1,4 @@
-"""Builds of C++ parts: one folder an environment, and no run that waits for a builder that is gone."""
+"""C++ extensions: one build folder per environment, and no run waits for a builder that is gone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from packhorse.launching.local.extensions import extensions_folder, remove_abandoned_locks
+from packhorse.launching.local.environment import extensions_folder, remove_abandoned_locks
 
 
 def test_two_environments_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +25,7 @@ def test_two_environments_do_not_share_a_folder(tmp_path: Path, monkeypatch: pyt
 
 
 def test_only_locks_that_nobody_holds_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own lock: held while the file is open."""
+    """torch's own lock is held while the file is open."""
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     held, left = tmp_path / "py311_cpu" / "built_now", tmp_path / "killed"
     for folder in (held, left):

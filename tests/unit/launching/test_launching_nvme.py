@@ -1,4 +1,4 @@
-"""`zero3_nvme` is refused before a row is read where its files, its I/O library or its buffers could not be had."""
+"""`zero3_nvme` is refused before a row is read if its files, its I/O library or its buffers are not available."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.checkpoints.manifest import RunFacts, write_manifest
 
-BUILDS, DOES_NOT_BUILD = "true", "false"  # as compilers: they only end well, or not
+BUILDS, DOES_NOT_BUILD = "true", "false"  # compilers that only succeed, or fail
 
 
 def plan(nvme: Path, model: str = "meta-llama/Llama-3.1-8B-Instruct") -> RunPlan:
@@ -63,7 +63,7 @@ def test_too_little_memory_to_lock_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("CXX", BUILDS)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (8 * 2**20, 8 * 2**20))
-    with pytest.raises(UserError, match=r"buffers of 657,326,080 bytes a process; 8,388,608 may be locked"):
+    with pytest.raises(UserError, match=r"buffers of 657,326,080 bytes per process; 8,388,608 may be locked"):
         check_nvme(plan(tmp_path))
 
 
@@ -81,16 +81,16 @@ def test_the_folder_may_be_named_by_the_environment_of_each_node(
         check_nvme(made)
 
 
-def test_a_run_that_would_go_on_otherwise_does_not_go_on(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="r would go on with parallel.engine zero3_nvme"):
+def test_a_run_is_not_resumed_under_zero3_nvme(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="r would resume with parallel.engine zero3_nvme"):
         check_resumable(plan(tmp_path))
 
 
-def test_nobody_goes_on_from_what_was_kept_in_files(tmp_path: Path) -> None:
+def test_a_checkpoint_of_zero3_nvme_is_not_resumed(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step-000002"
     checkpoint.mkdir(parents=True)
     write_manifest(checkpoint, RunFacts(step=2, engine="zero3_nvme", world_size=8, plan="p", data="d"), {})
     made = plan(tmp_path)
     topology = made.topology.model_copy(update={"engine": "ddp"})
-    with pytest.raises(UserError, match="was written under zero3_nvme, and ddp would go on from it"):
+    with pytest.raises(UserError, match="was written under zero3_nvme, and ddp would resume from it"):
         check_resumable(made.model_copy(update={"topology": topology, "run_folder": str(tmp_path)}))

@@ -1,4 +1,4 @@
-"""What is started again, how often, and what never is; the attempts themselves are scripted."""
+"""Which failures start another attempt, and how often; the attempts themselves are scripted."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from packhorse.errors import (
 )
 from packhorse.launching.local import recovery
 from packhorse.launching.local.outcome import Outcome
-from packhorse.launching.local.processes import processes_of
 from packhorse.launching.local.recovery import run_to_end
 from packhorse.launching.local.stop_signals import StopSignals
+from packhorse.launching.local.watch import processes_of
 from packhorse.plan.run_plan import RunPlan, read_plan
-from packhorse.run_folder.attempts import ATTEMPTS_FILE, end_attempt, outcome_of, read_attempts
+from packhorse.run_folder.attempts import end_attempt, outcome_of, read_attempts
 from packhorse.run_folder.folder import next_attempt
-from packhorse.run_folder.skipped_steps import write_left_out
+from packhorse.run_folder.layout import ATTEMPTS_FILE
+from packhorse.run_folder.skipped_steps import write_skipped_steps
 
 LOST = Outcome(EXIT_LOST, "lost", "rank 1 was killed")
 DONE = Outcome(EXIT_OK)
 
 
 class Script:
-    """In the place of `launch`: outcomes one after the other, each at a step further on unless it says where."""
+    """Replaces `launch`: returns outcomes in order, each one step later unless `steps` are given."""
 
     def __init__(self, plan: RunPlan, *outcomes: Outcome, steps: tuple[int, ...] = ()) -> None:
         self.folder = Path(plan.run_folder)
@@ -100,7 +101,7 @@ def test_without_restarts_nothing_is_started_again(scripted) -> None:
 
 
 @pytest.mark.parametrize("code", [EXIT_USER_ERROR, EXIT_DISK, EXIT_STOPPED])
-def test_what_would_fail_again_or_was_asked_for_is_never_started_again(scripted, code: int) -> None:
+def test_a_repeatable_failure_or_a_requested_stop_is_never_started_again(scripted, code: int) -> None:
     script = scripted(Outcome(code, "m", "m"), DONE)
     assert script.run(restarts=5).exit_code == code
     assert script.outcomes == [DONE]
@@ -111,41 +112,41 @@ def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time(scripted, c
     failed = Outcome(code, "m", "rank 0 failed: ValueError: 7")
     script = scripted(failed, failed, DONE, steps=(12, 12, 12))
     assert script.run(restarts=5) == failed
-    assert "same step with the same words" in script.lines[-1]
+    assert "same step with the same message" in script.lines[-1]
     assert script.outcomes == [DONE]
 
 
-def test_the_same_failure_further_on_is_tried_again(scripted) -> None:
+def test_the_same_failure_at_a_later_step_is_tried_again(scripted) -> None:
     failed = Outcome(EXIT_BUG, "m", "rank 0 failed: ValueError: 7")
     assert scripted(failed, failed, DONE, steps=(12, 13, 20)).run(restarts=5).exit_code == EXIT_OK
 
 
-def test_a_rank_that_is_lost_twice_at_one_step_says_nothing_of_a_third_time(scripted) -> None:
+def test_a_rank_lost_twice_at_one_step_is_tried_again(scripted) -> None:
     assert scripted(LOST, LOST, DONE, steps=(0, 0, 40)).run(restarts=2).exit_code == EXIT_OK
 
 
 def test_a_stop_ends_it_whatever_the_attempt_was(scripted) -> None:
     stop = StopSignals()
     stop.ranks_may_run()
-    stop.asked = True
+    stop.requested = True
     script = scripted(LOST, DONE)
     assert script.run(5, stop) == LOST
     assert script.outcomes == [DONE]
 
 
-def test_a_rewind_is_no_restart_but_needs_a_new_step_to_leave_out(scripted, plan: RunPlan) -> None:
+def test_a_rewind_is_no_restart_but_needs_a_new_step_to_skip(scripted, plan: RunPlan) -> None:
     again = Outcome(EXIT_NOT_FINITE, "spike", "a spike at step 9", again="rewind")
     script = scripted(again, again, DONE)
     launch = script.launch
 
-    def and_leave_out(plan: RunPlan, stop: StopSignals) -> Outcome:
+    def and_skip(plan: RunPlan, stop: StopSignals) -> Outcome:
         outcome = launch(plan, stop)
         if len(script.outcomes) == 2:
-            write_left_out(script.folder, {9: "spike"})
+            write_skipped_steps(script.folder, {9: "spike"})
         return outcome
 
-    recovery.launch = and_leave_out  # the fixture puts the real one back
-    assert script.run(restarts=0) == again, "the second one left nothing more out: it would come again for ever"
+    recovery.launch = and_skip  # the fixture puts the real one back
+    assert script.run(restarts=0) == again, "the second one skipped no further step: it would repeat forever"
     assert script.lines == [f"{script.folder}: a spike at step 9; starting again from step 0"]
     assert [attempt.outcome for attempt in read_attempts(script.folder)] == ["rewound", "rewound"]
 
@@ -161,7 +162,7 @@ def test_out_of_memory_shrinks_the_passes_until_they_hold_one_pack(scripted, pla
     assert "1 packs per pass, 4 passes per step" in script.lines[0]
 
 
-def test_ranks_that_a_dead_launcher_left_are_ended_first(scripted, plan: RunPlan, monkeypatch) -> None:
+def test_ranks_of_a_dead_launcher_are_ended_first(scripted, plan: RunPlan, monkeypatch) -> None:
     monkeypatch.setenv("PACKHORSE_LAUNCHER", "1:1")
     ranks = Ranks(plan, Path(plan.run_folder) / "logs" / "attempt-1")
     try:
@@ -175,7 +176,7 @@ def test_ranks_that_a_dead_launcher_left_are_ended_first(scripted, plan: RunPlan
         ranks.end()
 
 
-def test_ranks_of_a_launch_typed_by_hand_are_left_alone_and_said(scripted, plan: RunPlan) -> None:
+def test_ranks_of_a_launch_typed_by_hand_are_refused_and_left_alone(scripted, plan: RunPlan) -> None:
     ranks = Ranks(plan, Path(plan.run_folder) / "logs" / "attempt-1")
     try:
         script = scripted(DONE)
@@ -189,10 +190,10 @@ def test_ranks_of_a_launch_typed_by_hand_are_left_alone_and_said(scripted, plan:
 
 def test_a_rank_whose_launcher_is_gone_ends_itself(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from packhorse.run_folder.heartbeat import Pulse;"
-        "from packhorse.run_folder.processes import identity;"
-        "os.environ['PACKHORSE_LAUNCHER'] = identity(os.getppid());"
-        "Pulse(Path(sys.argv[1]), 0); print('beats', os.getpid(), flush=True); time.sleep(60)"
+        "import os, sys, time; from pathlib import Path; from packhorse.run_folder.heartbeat import HeartbeatWriter;"
+        "from packhorse.run_folder.heartbeat import process_identity;"
+        "os.environ['PACKHORSE_LAUNCHER'] = process_identity(os.getppid());"
+        "HeartbeatWriter(Path(sys.argv[1]), 0); print('beats', os.getpid(), flush=True); time.sleep(60)"
     )
     launcher = (
         "import subprocess, sys, time;"

@@ -9,7 +9,8 @@ import pytest
 
 from packhorse.launching.slurm import client
 from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmError
-from packhorse.launching.slurm.jobs import JobRecord, append_job, live_jobs, read_jobs
+from packhorse.launching.slurm.jobs import live_jobs
+from packhorse.run_folder.jobs import JobRecord, append_job, read_jobs
 
 # As slurm 22.05.8 wrote them.
 PENDING = (

@@ -12,16 +12,15 @@ import pytest
 from launching_cases import PREPARED, planned
 
 from packhorse.errors import EXIT_LOST, EXIT_STOPPED, UserError
-from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.decision import Asked
 from packhorse.launching.slurm.in_job import EXIT_IN_VAIN, begin, end, followed, main
-from packhorse.launching.slurm.jobs import append_job, read_jobs
 from packhorse.plan.run_plan import RunPlan, write_plan
 from packhorse.run_folder.attempts import read_attempts
 from packhorse.run_folder.checkpoints.manifest import CheckpointManifest, RunFacts
 from packhorse.run_folder.heartbeat import Heartbeat
-from packhorse.run_folder.lock import LOCK_FILE, holder, only_launcher
-from packhorse.run_folder.requests import STOP_FILE
+from packhorse.run_folder.jobs import append_job, read_jobs
+from packhorse.run_folder.layout import CANCEL_FILE, LOCK_FILE, STOP_FILE
+from packhorse.run_folder.lock import launcher_lock, lock_holder
 from packhorse.run_folder.status import Status, read_status, write_status
 
 JOB = {"SLURM_JOB_ID": "12", "PACKHORSE_CHAIN": "12", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "4"}
@@ -77,7 +76,7 @@ def test_an_attempt_begins_with_its_number_its_threads_and_the_words_of_the_laun
     assert words[words.index("--num_machines") + 1] == "2"
     assert words[-2:] == list(plan.argv[-2:])
     assert (run / "logs" / "attempt-1").is_dir()
-    assert holder(run)["job"] == "12"
+    assert lock_holder(run)["job"] == "12"
 
 
 def test_a_finished_run_does_not_begin_again(run: Path) -> None:
@@ -124,7 +123,7 @@ def test_a_second_job_is_refused_while_ranks_live_and_the_same_or_the_next_one_n
     beat(run, 1, 0)
     with pytest.raises(UserError, match="is run by job 12 of Slurm"):
         begin(str(run), 3, JOB | {"SLURM_JOB_ID": "13", "PACKHORSE_CHAIN": "13"})
-    with pytest.raises(UserError, match="scancel 12"), only_launcher(run):
+    with pytest.raises(UserError, match="scancel 12"), launcher_lock(run):
         pass
     assert begin(str(run), 3, JOB)[0] == "2"
     assert begin(str(run), 3, JOB | {"SLURM_JOB_ID": "14"})[0] == "3"
@@ -136,7 +135,7 @@ def test_a_job_that_was_ended_hard_is_taken_over_when_its_ranks_are_silent(run: 
     began.write_text(json.dumps({**json.loads(began.read_text()), "started_at": time.time() - 100}))
     beat(run, 1, 0, at=time.time() - 91)
     assert begin(str(run), 3, JOB | {"SLURM_JOB_ID": "13", "PACKHORSE_CHAIN": "13"})[0] == "2"
-    with only_launcher(run.parent):
+    with launcher_lock(run.parent):
         pass
 
 
@@ -182,7 +181,7 @@ def test_a_killed_rank_is_named_from_what_the_launchers_said_and_the_job_tries_a
     assert "was killed by SIGKILL in phase forward of step 18" in why
     (attempt,) = read_attempts(run)
     assert (attempt.outcome, attempt.last_step) == ("lost", 17)
-    assert holder(run)["job"] == "12", "this job goes on"
+    assert lock_holder(run)["job"] == "12", "this job goes on"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +219,7 @@ def test_ranks_that_saved_because_of_a_signal_go_on_when_the_job_runs_again(run:
         record(run, 1, rank, EXIT_STOPPED, signalled=rank == 1)
     told(run, "stopped", 1)
     assert ended(run, 1)[:2] == ("requeue", EXIT_STOPPED)
-    assert holder(run) is None
+    assert lock_holder(run) is None
     assert read_attempts(run)[0].outcome == "stopped"
 
 
@@ -251,7 +250,7 @@ def test_a_run_that_says_finished_is_finished_whatever_its_processes_end_with(ru
     beat(run, 1, 1, "save", 40)
     told(run, "finished", 1, 40)
     assert ended(run, 1, code=134)[:2] == ("finished", 0)
-    assert holder(run) is None
+    assert lock_holder(run) is None
 
 
 def test_time_that_is_over_before_the_ranks_are_up_counts_as_in_vain(run: Path) -> None:

@@ -15,15 +15,15 @@ from packhorse.commands.status import is_under_way, status
 from packhorse.launching.slurm import chain
 from packhorse.launching.slurm.chain import follow, left_of, submit_again
 from packhorse.launching.slurm.client import JobState, NoSlurmError
-from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, read_jobs
 from packhorse.launching.slurm.stages import Stage, read_ends, record_end, stages_of
 from packhorse.plan.run_plan import write_plan
-from packhorse.run_folder.attempts import Begun, begin_attempt
+from packhorse.run_folder.attempts import AttemptStart, write_attempt_start
 from packhorse.run_folder.heartbeat import Heartbeat
-from packhorse.run_folder.lock import LOCK_FILE
+from packhorse.run_folder.jobs import JobKind, JobRecord, append_job, read_jobs
+from packhorse.run_folder.layout import LOCK_FILE
 from packhorse.run_folder.status import State, Status, write_status
 
-CHAIN: tuple[Kind, ...] = ("prepare", "train", "evaluate", "verify")
+CHAIN: tuple[JobKind, ...] = ("prepare", "train", "evaluate", "verify")
 
 
 def chained(first: int = 11, goes_on_from: str | None = None) -> list[JobRecord]:
@@ -209,7 +209,7 @@ def test_status_shows_the_chain_the_reason_and_the_first_failing_ranks_last_line
 ) -> None:
     logs = run / "logs" / "attempt-1"
     logs.mkdir(parents=True)
-    begin_attempt(logs, Begun(started_at=1.0))
+    write_attempt_start(logs, AttemptStart(started_at=1.0))
     for rank, (when, message) in {
         1: (5.0, "Traceback\n  File x\nValueError: bad row 7"),
         0: (9.0, "Traceback\nx"),

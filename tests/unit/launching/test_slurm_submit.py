@@ -13,7 +13,7 @@ from packhorse.errors import UserError
 from packhorse.launching.slurm.client import Expected
 from packhorse.launching.slurm.submit import only_submission
 from packhorse.run_folder.folder import open_run
-from packhorse.run_folder.lock import hold_for_job, release_job
+from packhorse.run_folder.lock import lock_for_job, release_job_lock
 from packhorse.run_folder.status import read_status
 from tiny import write_tiny
 
@@ -124,8 +124,8 @@ def waiting_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sent.append(words)
         number = str(10 + len(sent))
         # A job may begin before the next one is sent, and holds the run then.
-        hold_for_job(run, number, number)
-        release_job(run, number)
+        lock_for_job(run, number, number)
+        release_job_lock(run, number)
         with pytest.raises(UserError, match="is being submitted by another process"), only_submission(run):
             pass
         return number

@@ -19,13 +19,13 @@ from packhorse.commands import sending, status_jobs, submit_sweep
 from packhorse.errors import UserError
 from packhorse.launching.slurm import chain, sweep_jobs
 from packhorse.launching.slurm.client import Expected, JobState, SlurmError
-from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, read_jobs
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import expand
-from packhorse.run_folder.attempts import Begun, begin_attempt
+from packhorse.run_folder.attempts import AttemptStart, write_attempt_start
 from packhorse.run_folder.folder import check_free
-from packhorse.run_folder.lock import LOCK_FILE
+from packhorse.run_folder.jobs import JobKind, JobRecord, append_job, read_jobs
+from packhorse.run_folder.layout import LOCK_FILE
 from packhorse.run_folder.status import Status, write_status
 from packhorse.run_folder.sweep import create_sweep, member_folder
 from tiny import write_tiny
@@ -34,7 +34,7 @@ SCRIPTS = (("prepare", "prepare"), ("train", "job"), ("evaluate", "evaluate"), (
 SITE = {"name": "here", "gpus_per_node": 0, "cpus_per_node": 2, "time": "00:10:00"}
 
 
-def job(job_id: str, kind: Kind, *depends_on: str) -> JobRecord:
+def job(job_id: str, kind: JobKind, *depends_on: str) -> JobRecord:
     argv = ("sbatch", "--parsable", f"{kind}.sbatch", "RUN")
     return JobRecord(job_id=job_id, kind=kind, submitted_at=0.0, argv=argv, depends_on=depends_on)
 
@@ -141,11 +141,11 @@ def test_there_is_nothing_to_cancel_where_nothing_runs(run: Path) -> None:
 LAUNCHER = """
 import signal, sys, time
 from pathlib import Path
-from packhorse.run_folder.lock import only_launcher
+from packhorse.run_folder.lock import launcher_lock
 asked = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))
-with only_launcher(Path(sys.argv[1])):
+with launcher_lock(Path(sys.argv[1])):
     print("up", flush=True)
     while len(asked) < int(sys.argv[2]):
         time.sleep(0.01)
@@ -254,7 +254,7 @@ def test_a_run_that_was_started_here_goes_on_here(run: Path, monkeypatch) -> Non
 
 def test_a_run_whose_job_was_submitted_by_hand_does_not_go_on_here_unasked(run: Path, monkeypatch) -> None:
     said(run, 1, rank_0="x")
-    begin_attempt(run / "logs" / "attempt-1", Begun(started_at=1.0, chain="77"))
+    write_attempt_start(run / "logs" / "attempt-1", AttemptStart(started_at=1.0, chain="77"))
     append_job(run, job("78", "train").model_copy(update={"goes_on_from": "77"}))
     with pytest.raises(UserError, match=r"was run by job 77 of Slurm, which was submitted by hand") as caught:
         resume_verb.resume(str(run), [], None, None, False)

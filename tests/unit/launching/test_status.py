@@ -1,4 +1,4 @@
-"""`packhorse status`: what a reader of a run that ended badly, or is under way, must be able to see."""
+"""`packhorse status` of a run that was killed, and of one that is running."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from launching_cases import planned
 
 from packhorse.commands.status import status
-from packhorse.run_folder.attempts import Begun, begin_attempt, end_attempt
+from packhorse.run_folder.attempts import AttemptStart, end_attempt, write_attempt_start
 from packhorse.run_folder.checkpoints.manifest import RunFacts, bring_to_disk, write_manifest
-from packhorse.run_folder.lock import LOCK_FILE
+from packhorse.run_folder.layout import LOCK_FILE
 from packhorse.run_folder.status import Status, write_status
 
 NOBODY = 2**22 + 1  # above the kernel's highest process number
@@ -43,7 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def attempt(folder: Path, number: int, first: int, last: int, pid: int) -> None:
     logs = folder / "logs" / f"attempt-{number}"
     logs.mkdir(parents=True, exist_ok=True)
-    begin_attempt(logs, Begun(started_at=100.0 * number))
+    write_attempt_start(logs, AttemptStart(started_at=100.0 * number))
     beat = {"rank": 0, "pid": pid, "host": socket.gethostname(), "phase": "backward", "step": last, "since": 250.0}
     (logs / "heartbeat-0.json").write_text(json.dumps(beat | {"at": 260.0, "first_step": first}))
 
@@ -61,8 +61,8 @@ def test_a_run_that_was_killed_whole_is_not_shown_as_training(run: Path, capsys)
     assert "checkpoint step 40 is the newest complete one" in text
 
 
-def test_what_was_lost_and_the_ratio_count_from_what_stands(run: Path, capsys) -> None:
-    """51 steps were made, of which 7 twice and 4 in vain; 80 s lie in steps that stand, of 160 s in all."""
+def test_lost_steps_and_ettr_count_from_the_newest_checkpoint(run: Path, capsys) -> None:
+    """51 steps were made, of which 7 twice and 4 are lost; 80 s of 160 s were spent in steps that count."""
     text = shown(run, capsys)
     assert "attempts 1: steps 0 to 37 in 50 s, lost: rank 1 was killed by SIGKILL" in text
     assert "attempts 2: steps 30 to 44 in 60 s, killed" in text

@@ -1,4 +1,4 @@
-"""Asked to stop while data is prepared, `packhorse train` leaves nothing half-written and says that it can go on."""
+"""A stop while data is prepared leaves nothing half-written; once ranks run, signals only set flags."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from packhorse.cli.main import main
 from packhorse.data import prepare
-from packhorse.launching.local.stop_signals import StoppedEarly, StopSignals, stop_signals
+from packhorse.launching.local.stop_signals import StoppedBeforeStart, StopSignals, stop_signals
 from packhorse.train.ranks.signals import STOP_SIGNALS
 from tiny import write_tiny
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ask_while_preparing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The signal comes when the packs are written and about to be put in their place."""
+    """Send the signal when the packs are written, before the folder gets its name."""
     write_manifest = prepare.write_manifest
 
     def ask_first(*arguments):
@@ -34,7 +34,7 @@ def ask_while_preparing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
-def test_asked_while_data_is_prepared(
+def test_a_stop_while_data_is_prepared(
     number: int, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(number)
@@ -52,16 +52,16 @@ def test_once_ranks_may_run_a_signal_sets_a_flag_and_only_a_second_stop_ends_at_
         stop.ranks_may_run()
         os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert (stop.asked, stop.at_once) == (True, False)
+        assert (stop.requested, stop.at_once) == (True, False)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.at_once
 
 
-def test_before_it_leaves_by_an_exception_that_is_no_error() -> None:
+def test_before_ranks_run_a_signal_raises_an_exception_that_is_no_error() -> None:
     stop = StopSignals()
-    with pytest.raises(StoppedEarly):
+    with pytest.raises(StoppedBeforeStart):
         stop.handle(signal.SIGTERM, None)
-    assert not issubclass(StoppedEarly, Exception)
+    assert not issubclass(StoppedBeforeStart, Exception)
     stop.close()
 
 

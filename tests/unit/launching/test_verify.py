@@ -1,4 +1,4 @@
-"""`packhorse verify RUN` on what may have become of a run's data, without training one."""
+"""`packhorse verify RUN` on sound, damaged, old and missing data of a run that has not begun."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_data_is_sound_damaged_old_or_gone(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "runs/tiny"]) == 0
-    told = capsys.readouterr().out
-    assert "holds no checkpoint" in told
-    assert f"prepared data runs/.data/{data.name}  sound" in told
+    output = capsys.readouterr().out
+    assert "holds no checkpoint" in output
+    assert f"prepared data runs/.data/{data.name}  sound" in output
 
     rows = data / "validation" / "rows.jsonl"
     content = rows.read_bytes()
     rows.write_bytes(content[:-2] + b" \n")
     assert main(["verify", "runs/tiny"]) == 1
-    told = capsys.readouterr().out
-    assert "damaged\n  validation/rows.jsonl has another content than was written (sha256)." in told
-    assert "packhorse prepare runs/tiny/recipe.yaml" in told
+    output = capsys.readouterr().out
+    assert "damaged\n  validation/rows.jsonl has another content than was written (sha256)." in output
+    assert "packhorse prepare runs/tiny/recipe.yaml" in output
     rows.write_bytes(content)
 
     manifest = read_manifest(data)
@@ -53,7 +53,7 @@ def test_data_is_sound_damaged_old_or_gone(data: Path, capsys: pytest.CaptureFix
 
 
 def test_what_reads_a_runs_data_refuses_it_in_another_size(data: Path) -> None:
-    """`train RUN --resume`, `evaluate` and `chat` all ask for it here."""
+    """`resume`, `evaluate` and `chat` all check it here."""
     plan = read_plan(Path("runs/tiny"))
     assert require_data(plan) == plan.data
     file = data / "train" / "supervised.bin"

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.track.sinks import MetricsFile, Sinks, read_metrics
+from packhorse.run_folder.metrics import MetricsFile, read_metrics
+from packhorse.track.sinks import Sinks
 
 
 def written(path):

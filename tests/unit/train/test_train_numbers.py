@@ -23,7 +23,7 @@ from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
-from packhorse.run_folder.skipped_steps import read_left_out, write_left_out
+from packhorse.run_folder.skipped_steps import read_skipped_steps, write_skipped_steps
 from packhorse.train.engine.engine import Engine
 from packhorse.train.guard.step_guard import Judgement, Numbers, Step, times_factor
 from packhorse.train.ranks.another_attempt import AnotherAttempt
@@ -128,12 +128,12 @@ def test_a_rewind_takes_back_every_checkpoint_that_holds_its_steps(
     judged = numbers.judge(step(loader, 33, 5.0), [2.0, 2.1] * 16)
     assert isinstance(judged.ends, AnotherAttempt)
     assert (judged.ends.again, judged.ends.exit_code) == ("rewind", EXIT_STOPPED)
-    assert list(read_left_out(tmp_path)) == [29, 30, 31, 32, 33]
+    assert list(read_skipped_steps(tmp_path)) == [29, 30, 31, 32, 33]
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000025", "step-000028"]
 
 
 def test_a_rewind_too_many_takes_nothing_back(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
-    write_left_out(tmp_path, dict.fromkeys(range(1, 7), "a spike"))
+    write_skipped_steps(tmp_path, dict.fromkeys(range(1, 7), "a spike"))
     (tmp_path / "checkpoints" / "step-000030").mkdir(parents=True)
     numbers = watch(tmp_path, engine, loader, on_spike="rewind")
     judged = numbers.judge(step(loader, 33, 5.0), [2.0, 2.1] * 16)
@@ -141,7 +141,7 @@ def test_a_rewind_too_many_takes_nothing_back(tmp_path: Path, engine: Engine, lo
     assert not isinstance(judged.ends, AnotherAttempt)
     assert judged.ends.exit_code == EXIT_NOT_FINITE
     assert "11 steps would be left out, and recovery.most_left_out is 10" in str(judged.ends)
-    assert len(read_left_out(tmp_path)) == 6
+    assert len(read_skipped_steps(tmp_path)) == 6
     assert (tmp_path / "checkpoints" / "step-000030").is_dir()
 
 
@@ -154,10 +154,10 @@ def test_ranks_that_do_not_agree_on_a_gradient_end_the_run(tmp_path: Path, engin
     numbers._plan = plan.model_copy(update={"topology": two})
     judged = numbers.judge(step(loader, 3, 2.0, math.nan, bad_ranks=1), [])
     assert "1 of 2 ranks have left it out, the others have stepped" in str(judged.ends)
-    assert read_left_out(tmp_path) == {}
+    assert read_skipped_steps(tmp_path) == {}
 
 
 def test_what_is_left_out_is_counted_up_to_a_step(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
-    write_left_out(tmp_path, {3: "a", 5: "b"})
+    write_skipped_steps(tmp_path, {3: "a", 5: "b"})
     numbers = watch(tmp_path, engine, loader)
     assert [numbers.figures(number).get("recovery/left_out") for number in (2, 3, 4, 5, 6)] == [None, 1, 1, 2, 2]

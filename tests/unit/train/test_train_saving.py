@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from packhorse.errors import EXIT_DISK, UserError
 from packhorse.estimate.saved import buffers_bytes
 from packhorse.plan.run_plan import Topology
-from packhorse.run_folder.checkpoints.listing import newest_sound
+from packhorse.run_folder.checkpoints.listing import find_newest_sound
 from packhorse.run_folder.checkpoints.manifest import read_manifest
 from packhorse.train.checkpoint import snapshot
 from packhorse.train.checkpoint.background import Share, dealt, fresh_copy, in_files
@@ -83,7 +83,7 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on(tmp_path: Path, mon
     figures = checkpoints.take_figures()
     assert 0 < figures["checkpoint/stall_seconds"] <= figures["checkpoint/seconds"]
     assert checkpoints.take_figures() == {}
-    checkpoint = newest_sound(checkpoints.folder).checkpoint
+    checkpoint = find_newest_sound(checkpoints.folder).checkpoint
     assert checkpoint is not None
     stored = load_file(checkpoint / "model" / "model.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in stored.items())
@@ -96,9 +96,9 @@ def test_a_step_is_saved_once_and_a_save_waits_for_the_one_before(tmp_path: Path
     trainer = Trainer(make_run(tmp_path / "runs"))
     for step in (2, 2, 4):
         trainer.checkpoints.save(trainer.steps_to(step))
-    assert newest_sound(trainer.checkpoints.folder).checkpoint == trainer.checkpoints.folder / "step-000002"
+    assert find_newest_sound(trainer.checkpoints.folder).checkpoint == trainer.checkpoints.folder / "step-000002"
     trainer.checkpoints.finish()
-    assert newest_sound(trainer.checkpoints.folder).checkpoint == trainer.checkpoints.folder / "step-000004"
+    assert find_newest_sound(trainer.checkpoints.folder).checkpoint == trainer.checkpoints.folder / "step-000004"
 
 
 def test_on_full_continue_goes_on_and_counts_what_failed(
@@ -117,7 +117,7 @@ def test_on_full_continue_goes_on_and_counts_what_failed(
     assert "are needed for a checkpoint" in told
     assert [path.name for path in trainer.checkpoints.folder.iterdir()] == ["step-000002"]
     save_at(trainer, 8)
-    assert newest_sound(trainer.checkpoints.folder).checkpoint == trainer.checkpoints.folder / "step-000008"
+    assert find_newest_sound(trainer.checkpoints.folder).checkpoint == trainer.checkpoints.folder / "step-000008"
 
 
 def test_a_spoilt_model_is_never_a_checkpoint_whatever_on_full_says(tmp_path: Path) -> None:

@@ -1,17 +1,28 @@
-"""Variables of a launch, wherever it is started."""
+"""Environment variables of a launch, and the folder in which DeepSpeed's C++ extensions are built.
+
+torch keeps extensions in one folder for every environment of a user. Two environments then rebuild them in turn, at
+every run, and a build that was killed leaves a lock for which all later runs wait forever.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Final
 
 from packhorse.plan.run_plan import RANK_LOGS_VARIABLE, Topology
 
+FOLDER_VARIABLE: Final = "TORCH_EXTENSIONS_DIR"
+LIBRARIES: Final = ("torch", "deepspeed")
+
 
 def launch_environment(topology: Topology) -> dict[str, str]:
-    """What the launcher sets beside the plan's own variables, which the worker sets for itself."""
+    """Return the variables that the launcher sets; the worker itself sets those of the plan."""
     return {
         "OMP_NUM_THREADS": str(topology.threads_per_process),
         # Else torch's agent kills the ranks 30 s after a SIGTERM, in the middle of a long save.
@@ -20,6 +31,45 @@ def launch_environment(topology: Topology) -> dict[str, str]:
     }
 
 
-def programs_first(environment: Mapping[str, str]) -> str:
-    """PATH with the programs beside this Python first: accelerate, and ninja for what DeepSpeed builds."""
+def path_with_programs(environment: Mapping[str, str]) -> str:
+    """Return PATH with the folder of this Python first: it has accelerate, and ninja for DeepSpeed's builds."""
     return f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+
+
+def extensions_folder() -> Path:
+    """Return the folder that the user chose, else one for this environment on this machine and its instruction set."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    environment = "\n".join([platform.node(), sys.prefix, *(f"{name} {_version(name)}" for name in LIBRARIES)])
+    return cache / "packhorse" / "extensions" / hashlib.sha256(environment.encode()).hexdigest()[:12]
+
+
+def remove_abandoned_locks(folder: Path) -> list[Path]:
+    """Remove and return the build locks that no process of this machine holds open; none in a folder the user chose."""
+    if os.environ.get(FOLDER_VARIABLE):
+        return []
+    locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
+    held = _open_files() if locks else set()
+    abandoned = [lock for lock in locks if lock.resolve() not in held]
+    for lock in abandoned:
+        lock.unlink(missing_ok=True)
+    return abandoned
+
+
+def _open_files() -> set[Path]:
+    files = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            files.add(descriptor.readlink())
+        except OSError:  # the process has ended meanwhile, or is another user's
+            continue
+    return files
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"

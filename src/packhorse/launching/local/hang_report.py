@@ -1,6 +1,6 @@
-"""What the ranks of a hang can still say: their Python stacks, and the collectives that they stand in.
+"""Request and read what the ranks of a hang can still report: their Python stacks and pending collectives.
 
-SIGUSR1 makes faulthandler write stacks-R.txt; for collectives-R.json the thread that beats looks for a file.
+SIGUSR1 makes faulthandler write stacks-R.txt. A thread writes collectives-R.json once the request file exists.
 """
 
 from __future__ import annotations
@@ -12,69 +12,64 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
-from packhorse.run_folder.heartbeat import ASK_FILE, BEAT_SECONDS, Heartbeat
-from packhorse.run_folder.processes import STOPPED, process
+from packhorse.run_folder.heartbeat import BEAT_SECONDS, STOPPED, Heartbeat, find_process
+from packhorse.run_folder.layout import COLLECTIVES, REPORT_REQUEST_FILE, STACKS, numbered
 
-STACK_SECONDS = 1.0
-COLLECTIVE_SECONDS = 1.0 + BEAT_SECONDS
-INNERMOST = 3
-OURS = "/packhorse/"
-MAIN_THREAD = "run_worker"
-"""Function that only the main thread of a rank is in."""
+STACK_SECONDS: Final = 1.0
+COLLECTIVE_SECONDS: Final = 1.0 + BEAT_SECONDS
+NUM_INNERMOST: Final = 3
+OWN_FRAME: Final = "/packhorse/"
+MAIN_THREAD: Final = "run_worker"
+"""Function that is only on the stack of a rank's main thread."""
 
 
-def ask_for_last_words(logs: Path, ranks: Iterable[Heartbeat], hang: bool) -> None:
-    """Lets these ranks write what they know, and waits a second or two at most; one that is stopped cannot.
+def request_hang_report(logs: Path, ranks: Iterable[Heartbeat], hang: bool) -> None:
+    """Let these ranks write their reports, and wait for them, two seconds at most; a stopped process cannot write.
 
     Args:
-        logs: The attempt's log folder.
-        ranks: Those that live.
-        hang: Ask for collectives too; where a rank is dead, the others do not stand in one for long.
+        logs: Log folder of the attempt.
+        ranks: Ranks that live.
+        hang: Request collectives too; after the death of a rank the others do not wait in one for long.
     """
     awaited = []
     if hang:
-        (logs / ASK_FILE).touch()
+        (logs / REPORT_REQUEST_FILE).touch()
     for rank in ranks:
-        found = process(rank.pid)
-        if found is not None and found.state not in STOPPED:
+        process = find_process(rank.pid)
+        if process is not None and process.state not in STOPPED:
             with suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGUSR1)
-                awaited += [_stacks(logs, rank.rank)] + ([_collectives(logs, rank.rank)] if hang else [])
+                awaited.append(logs / numbered(STACKS, rank.rank))
+                if hang:
+                    awaited.append(logs / numbered(COLLECTIVES, rank.rank))
     end = time.monotonic() + (COLLECTIVE_SECONDS if hang else STACK_SECONDS)
     while not all(path.is_file() and path.stat().st_size for path in awaited) and time.monotonic() < end:
         time.sleep(0.05)
 
 
-def stack_of(logs: Path, rank: int) -> list[str]:
-    """Where a rank's main thread stood: the innermost frames, then those of Packhorse; empty where it is not known."""
+def read_stack(logs: Path, rank: int) -> list[str]:
+    """Return the stack of a rank's main thread: the innermost frames, then those of Packhorse; empty if unknown."""
     try:
-        text = _stacks(logs, rank).read_text(encoding="utf-8", errors="replace")
+        text = (logs / numbered(STACKS, rank)).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     threads = [block.splitlines()[1:] for block in text.split("\n\n") if MAIN_THREAD in block]
     if not threads:
         return []
     frames = [line.strip() for line in threads[0] if line.startswith("  File ")]
-    return frames[:INNERMOST] + [frame for frame in frames[INNERMOST:] if OURS in frame]
+    return frames[:NUM_INNERMOST] + [frame for frame in frames[NUM_INNERMOST:] if OWN_FRAME in frame]
 
 
-def collectives(logs: Path) -> list[str]:
-    """Which collective each rank stands in, a line a rank and backend; of those that could say so."""
+def read_collectives(logs: Path) -> list[str]:
+    """Return the collective that each rank waits in, one line per rank and backend, for ranks that wrote a report."""
     lines = []
-    for path in sorted(logs.glob("collectives-*.json")):
-        for found in json.loads(path.read_text(encoding="utf-8")).values():
-            waiting = [entry for entry in found.get("entries", []) if not entry["retired"]]
+    for path in sorted(logs.glob(COLLECTIVES)):
+        for backend in json.loads(path.read_text(encoding="utf-8")).values():
+            waiting = [entry for entry in backend.get("entries", []) if not entry["retired"]]
             if waiting:
                 last = waiting[-1]
                 place = f"number {last['collective_seq_id']} of group {last['process_group'][1]}"
                 lines.append(f"{path.stem.replace('collectives-', 'rank ')} in {last['profiling_name']}, {place}")
     return lines
-
-
-def _stacks(logs: Path, rank: int) -> Path:
-    return logs / f"stacks-{rank}.txt"
-
-
-def _collectives(logs: Path, rank: int) -> Path:
-    return logs / f"collectives-{rank}.json"

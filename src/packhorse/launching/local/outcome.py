@@ -1,4 +1,4 @@
-"""How an attempt ended, from what its ranks left: exit codes do not survive the agent between them and us."""
+"""Determine how an attempt ended, from what its ranks left: their exit codes do not reach the launcher."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED
-from packhorse.launching.local.agent import STDERR_LOG, Failure, failure_of, over_limit
-from packhorse.launching.local.first_failure import last_lines
-from packhorse.launching.local.hang_report import collectives, stack_of
-from packhorse.launching.local.watch import Ending
+from packhorse.launching.local.failure_logs import ProcessFailure, find_failure, last_lines, memory_limit_note
+from packhorse.launching.local.hang_report import read_collectives, read_stack
+from packhorse.launching.local.watch import ForcedEnd
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.attempts import ended_early, is_cause, read_rank_records
 from packhorse.run_folder.checkpoints.listing import newest_complete, step_of
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.heartbeat import Heartbeat
-from packhorse.run_folder.rank_records import is_cause, left_others, read_records
+from packhorse.run_folder.layout import CHECKPOINTS_FOLDER, RANK_LOGS, STACKS, STDERR_LOG, numbered
 from packhorse.run_folder.status import State, Status, read_status, write_status
 
-LAST_LINES = 12
-NUMBERED = {"data", "forward", "backward", "optimizer"}
-"""Phases of a step that is not done yet."""
-STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a disk or a network file system"}
-"""What the kernel says of a process that hangs, in words (proc(5))."""
+LAST_LINES: Final = 12
+UNFINISHED_STEP_PHASES: Final = {"data", "forward", "backward", "optimizer"}
+PROCESS_STATES: Final = {
+    "T": "stopped by a signal",
+    "t": "stopped by a debugger",
+    "D": "waiting for a disk or a network file system",
+}
+"""States of a process that hangs (proc(5))."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class Outcome:
 
     Attributes:
         exit_code: One of those in `errors`.
-        message: What to show; empty if all is well.
-        headline: The same in one line.
-        again: Why the ranks ask for another attempt: `rewind`, `shrink`; None where they do not.
+        message: Text to show; empty after success.
+        headline: Summary of the message in one line.
+        again: Why the ranks request another attempt: `rewind`, `shrink`; None if they do not.
     """
 
     exit_code: int
@@ -44,121 +47,120 @@ class Outcome:
     again: str | None = None
 
 
-def judge(plan: RunPlan, logs: Path, attempt: int, ending: Ending | None, ended_with: int | None = None) -> Outcome:
-    """Reads what the ranks left.
+def determine_outcome(
+    plan: RunPlan, logs: Path, attempt: int, forced_end: ForcedEnd | None, ended_with: int | None = None
+) -> Outcome:
+    """Determine the outcome of an attempt and write a failure into the run's status.
 
     Args:
-        plan: The run's.
-        logs: The attempt's log folder; none of its ranks lives any more.
-        attempt: Its number.
-        ending: Why it was ended from outside, if it was.
-        ended_with: Exit code of `accelerate launch`, as in `subprocess`; None where it did not end by itself.
+        plan: Plan of the run.
+        logs: Log folder of the attempt; none of its ranks lives any more.
+        attempt: Number of the attempt.
+        forced_end: Why the attempt was ended from outside, if it was.
+        ended_with: Exit code of `accelerate launch`, as in `subprocess`; None if it was ended from outside.
     """
-    records = read_records(logs)
-    if ending is not None and ending.kind in ("dead", "hung"):
-        return _lost(plan, logs, attempt, ending)
-    left = [record for record in records if left_others(record)]
-    if left:
-        return _left(plan, logs, attempt, next(filter(is_cause, left), left[0]))
+    if forced_end is not None and forced_end.kind in ("dead", "hung"):
+        return _lost_outcome(plan, logs, attempt, forced_end)
+    records = read_rank_records(logs)
+    early = [record for record in records if ended_early(record)]
+    if early:
+        first = next(filter(is_cause, early), early[0])
+        if first["exit_code"] == EXIT_STOPPED:
+            stopped = stopped_outcome(plan, attempt, first["message"].splitlines()[0])
+            return replace(stopped, again=first.get("again"))
+        return _failed_outcome(plan, logs, attempt, first)
     again = next((record["again"] for record in records if record.get("again")), None)
     if again is not None:
         return Outcome(EXIT_STOPPED, headline=again, again=again)
-    return _as_told(plan, logs, attempt, ended_with)
+    return _outcome_without_failure(plan, logs, attempt, ended_with)
 
 
-def _as_told(plan: RunPlan, logs: Path, attempt: int, ended_with: int | None) -> Outcome:
-    """No rank failed: rank 0 has said how it ended, or none has begun."""
+def stopped_outcome(plan: RunPlan, attempt: int, headline: str) -> Outcome:
+    """Return the outcome of a stop before the ranks could save: the run resumes from its newest checkpoint."""
+    _write_status(plan, attempt, "stopped", headline)
     folder = Path(plan.run_folder)
-    status = read_status(folder)
-    told = status.state if status is not None and status.attempt == attempt else None
-    if told == "finished":
-        return Outcome(EXIT_OK)
-    if status is not None and told == "stopped":
-        return Outcome(EXIT_STOPPED, f"stopped; {_go_on(folder, status.step, status.num_steps)}", "stopped")
-    killed = Failure(None, ended_with) if ended_with is not None and ended_with < 0 else None
-    headline = f"accelerate launch {killed.cause}" if killed else "the ranks ended without a word"
-    headline += over_limit(logs)
-    _tell(plan, attempt, "failed", headline)
-    message = _with_lines(headline, last_lines(logs / STDERR_LOG, LAST_LINES), logs)
-    return Outcome(EXIT_LOST if killed else EXIT_BUG, message, headline)
-
-
-def stopped(plan: RunPlan, attempt: int, headline: str) -> Outcome:
-    """A stop that the ranks could not save for; the newest checkpoint, or the start, is gone on from."""
-    _tell(plan, attempt, "stopped", headline)
-    step = newest_step(Path(plan.run_folder))
-    return Outcome(EXIT_STOPPED, f"{headline}; {_go_on(Path(plan.run_folder), step, plan.num_steps or 0)}", headline)
+    message = f"{headline}; {_resume_hint(folder, newest_step(folder), plan.num_steps or 0)}"
+    return Outcome(EXIT_STOPPED, message, headline)
 
 
 def newest_step(run_folder: Path) -> int:
-    """Step of the newest complete checkpoint; 0 where there is none."""
-    newest = newest_complete(run_folder / "checkpoints")
+    """Return the step of the newest complete checkpoint; 0 if there is none."""
+    newest = newest_complete(run_folder / CHECKPOINTS_FOLDER)
     return step_of(newest) if newest else 0
 
 
-def _left(plan: RunPlan, logs: Path, attempt: int, record: dict[str, Any]) -> Outcome:
-    if record["exit_code"] == EXIT_STOPPED:
-        told = stopped(plan, attempt, record["message"].splitlines()[0])
-        return replace(told, again=record.get("again"))
-    return _failed(plan, logs, attempt, record)
-
-
-def _failed(plan: RunPlan, logs: Path, attempt: int, record: dict[str, Any]) -> Outcome:
-    lines = record["message"].strip().splitlines()
-    code, again = record["exit_code"], record.get("again")
-    if code != EXIT_BUG:
-        _tell(plan, attempt, "failed", lines[0])
-        return Outcome(code, "\n".join(lines), lines[0], again)
-    headline = f"rank {record['rank']} failed: {lines[-1]}"
-    _tell(plan, attempt, "failed", headline)
-    return Outcome(code, _with_lines(f"rank {record['rank']} failed", lines, logs), headline, again)
-
-
-def _lost(plan: RunPlan, logs: Path, attempt: int, ending: Ending) -> Outcome:
-    beat = ending.heartbeat
-    headline = f"rank {beat.rank} {_cause(logs, ending)} in {where(beat)}{over_limit(logs)}"
-    _tell(plan, attempt, "failed", headline)
-    own_log = logs / f"rank-{beat.rank}.log"
-    lines = [f"{headline}, where it had been since {time.strftime('%H:%M:%S', time.localtime(beat.since))}."]
-    if stack := stack_of(logs, beat.rank):
-        lines += ["  it stood at (innermost first):", *(f"    {line}" for line in stack)]
-    if said := last_lines(own_log, LAST_LINES):
-        lines += [f"  its last lines ({relative(own_log)}):", *(f"    {line}" for line in said)]
-    if waiting := collectives(logs):
-        lines += ["  collectives that ranks wait in:", *(f"    {line}" for line in waiting)]
-    lines += [f"  Python stacks of the ranks that could still write them: {relative(logs)}/stacks-*.txt"]
-    folder = Path(plan.run_folder)
-    lines += ["  " + _go_on(folder, newest_step(folder), plan.num_steps or 0)]
-    return Outcome(EXIT_LOST, "\n".join(lines), headline)
-
-
-def where(beat: Heartbeat) -> str:
-    """A rank's phase and step, in words."""
+def describe_phase(beat: Heartbeat) -> str:
+    """Return a rank's phase and step as text."""
     if beat.phase == "start":
         return "its start"
-    if beat.phase in NUMBERED:
+    if beat.phase in UNFINISHED_STEP_PHASES:
         return f"phase {beat.phase} of step {beat.step + 1}"
     return f"phase {beat.phase} at step {beat.step}"
 
 
-def _cause(logs: Path, ending: Ending) -> str:
-    beat = ending.heartbeat
-    if ending.kind == "dead":
-        failure = failure_of(logs, beat.pid)
-        return failure.cause if failure else "ended without a word"
-    return f"hung ({STATES[ending.state]})" if ending.state in STATES else "hung"
+def _outcome_without_failure(plan: RunPlan, logs: Path, attempt: int, ended_with: int | None) -> Outcome:
+    """Return the outcome that rank 0 wrote into the status, or that of an attempt whose ranks never began."""
+    folder = Path(plan.run_folder)
+    status = read_status(folder)
+    state = status.state if status is not None and status.attempt == attempt else None
+    if state == "finished":
+        return Outcome(EXIT_OK)
+    if status is not None and state == "stopped":
+        return Outcome(EXIT_STOPPED, f"stopped; {_resume_hint(folder, status.step, status.num_steps)}", "stopped")
+    killed = ProcessFailure(None, ended_with) if ended_with is not None and ended_with < 0 else None
+    headline = f"accelerate launch {killed.cause}" if killed else "the ranks ended without a message"
+    headline += memory_limit_note(logs)
+    _write_status(plan, attempt, "failed", headline)
+    message = _with_last_lines(headline, last_lines(logs / STDERR_LOG, LAST_LINES), logs)
+    return Outcome(EXIT_LOST if killed else EXIT_BUG, message, headline)
 
 
-def _go_on(folder: Path, step: int, num_steps: int) -> str:
-    return f"it goes on from step {step} of {num_steps} with: packhorse resume {relative(folder)}"
+def _failed_outcome(plan: RunPlan, logs: Path, attempt: int, record: dict[str, Any]) -> Outcome:
+    lines = record["message"].strip().splitlines()
+    code, again = record["exit_code"], record.get("again")
+    if code != EXIT_BUG:
+        _write_status(plan, attempt, "failed", lines[0])
+        return Outcome(code, "\n".join(lines), lines[0], again)
+    headline = f"rank {record['rank']} failed: {lines[-1]}"
+    _write_status(plan, attempt, "failed", headline)
+    return Outcome(code, _with_last_lines(f"rank {record['rank']} failed", lines, logs), headline, again)
 
 
-def _with_lines(head: str, lines: Sequence[str], logs: Path) -> str:
+def _lost_outcome(plan: RunPlan, logs: Path, attempt: int, forced_end: ForcedEnd) -> Outcome:
+    beat = forced_end.heartbeat
+    headline = f"rank {beat.rank} {_cause(logs, forced_end)} in {describe_phase(beat)}{memory_limit_note(logs)}"
+    _write_status(plan, attempt, "failed", headline)
+    log = logs / numbered(RANK_LOGS, beat.rank)
+    lines = [f"{headline}, where it had been since {time.strftime('%H:%M:%S', time.localtime(beat.since))}."]
+    if stack := read_stack(logs, beat.rank):
+        lines += ["  its Python stack (innermost frame first):", *(f"    {line}" for line in stack)]
+    if last := last_lines(log, LAST_LINES):
+        lines += [f"  its last lines ({relative(log)}):", *(f"    {line}" for line in last)]
+    if waiting := read_collectives(logs):
+        lines += ["  collectives that ranks wait in:", *(f"    {line}" for line in waiting)]
+    lines += [f"  Python stacks of the ranks that could still write them: {relative(logs)}/{STACKS}"]
+    folder = Path(plan.run_folder)
+    lines += ["  " + _resume_hint(folder, newest_step(folder), plan.num_steps or 0)]
+    return Outcome(EXIT_LOST, "\n".join(lines), headline)
+
+
+def _cause(logs: Path, forced_end: ForcedEnd) -> str:
+    if forced_end.kind == "dead":
+        failure = find_failure(logs, forced_end.heartbeat.pid)
+        return failure.cause if failure else "ended without a message"
+    return f"hung ({PROCESS_STATES[forced_end.state]})" if forced_end.state in PROCESS_STATES else "hung"
+
+
+def _resume_hint(folder: Path, step: int, num_steps: int) -> str:
+    return f"resume from step {step} of {num_steps} with: packhorse resume {relative(folder)}"
+
+
+def _with_last_lines(head: str, lines: Sequence[str], logs: Path) -> str:
     shown = ("  " + line for line in lines[-LAST_LINES:])
     return "\n".join([f"{head}; its last lines (all of it in {relative(logs)}):", *shown])
 
 
-def _tell(plan: RunPlan, attempt: int, state: State, message: str) -> None:
+def _write_status(plan: RunPlan, attempt: int, state: State, message: str) -> None:
     folder = Path(plan.run_folder)
     step = newest_step(folder)
     write_status(

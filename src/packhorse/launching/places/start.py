@@ -16,11 +16,11 @@ from types import FrameType
 from typing import Final
 
 from packhorse.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from packhorse.launching.local.environment import launch_environment, programs_first
-from packhorse.launching.slurm.jobs import require_planned
+from packhorse.launching.local.environment import launch_environment, path_with_programs
 from packhorse.plan.command import launch_argv
 from packhorse.run_folder.folder import open_run
-from packhorse.run_folder.requests import STOP_FILE
+from packhorse.run_folder.jobs import require_prepared_data
+from packhorse.run_folder.layout import STOP_FILE
 
 OF_A_POD: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PET_NNODES", "PET_NPROC_PER_NODE",
                    "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")  # fmt: skip
@@ -68,7 +68,7 @@ def launch_of(
         UserError: There is no such run, its data is not prepared, or it was planned for fewer nodes.
     """
     plan = open_run(run)
-    require_planned(plan)
+    require_prepared_data(plan)
     nodes = plan.topology.num_nodes
     if not node_rank.isdecimal() or int(node_rank) >= nodes:
         raise UserError(
@@ -79,7 +79,7 @@ def launch_of(
     launcher, verb, *words = launch_argv(plan.topology, Path(plan.run_folder))
     meet = ["--machine_rank", node_rank, "--main_process_ip", address, "--main_process_port", port]
     kept = {name: value for name, value in environment.items() if name not in OF_A_POD}
-    ours = {**launch_environment(plan.topology), "PATH": programs_first(environment)}
+    ours = {**launch_environment(plan.topology), "PATH": path_with_programs(environment)}
     return [launcher, verb, *meet, *words], {**kept, **ours}
 
 

@@ -9,12 +9,11 @@ from typing import Final
 
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.slurm.client import depend_on_any, job_states
-from packhorse.launching.slurm.jobs import JobRecord, append_job, live_jobs, read_jobs, submit_job
+from packhorse.launching.slurm.jobs import live_jobs, submit_job
 from packhorse.launching.slurm.stages import ORDER, Stage
-from packhorse.run_folder.lock import holder, release_job
+from packhorse.run_folder.jobs import JobRecord, append_job, read_jobs
+from packhorse.run_folder.lock import lock_holder, release_job_lock
 
-CANCEL_FILE: Final = "CANCEL"
-"""RUN/CANCEL: the run is not to go on by itself, whatever ends its job; `packhorse resume` takes it away."""
 CHAINED: Final = ("--dependency", "--kill-on-invalid-dep", "--parsable")
 
 
@@ -64,13 +63,13 @@ def release_ended(run_folder: Path) -> None:
         NoSlurmError: There is no Slurm here, and a job holds the run.
         SlurmError: Slurm does not answer.
     """
-    found = holder(run_folder)
+    found = lock_holder(run_folder)
     if found is None or "job" not in found:
         return
     job_id = str(found["job"])
     states = job_states([job_id]).values()  # of a task of an array, under the name that it has there
     if states and not any(state.is_live for state in states):
-        release_job(run_folder, job_id)
+        release_job_lock(run_folder, job_id)
 
 
 def follow(run_folder: Path, job_id: str, follower: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from packhorse.errors import EXIT_OK, EXIT_STOPPED
 from packhorse.launching.local.outcome import Outcome
-from packhorse.launching.local.recovery import MAY_SUCCEED, same_again
+from packhorse.launching.local.recovery import RETRY_EXIT_CODES, failed_alike
 from packhorse.run_folder.attempts import AttemptRecord
 
 Word = Literal["finished", "again", "requeue", "ended", "give-up"]
@@ -91,9 +91,9 @@ def _against(outcome: Outcome, by_hand: bool, situation: Situation) -> str:
         return "the run was cancelled"
     if by_hand:
         return "stopped by hand: it does not go on by itself"
-    if failed and outcome.exit_code not in MAY_SUCCEED:
+    if failed and outcome.exit_code not in RETRY_EXIT_CODES:
         return "another attempt would end in the same way"
-    if failed and same_again(situation.attempts):
+    if failed and failed_alike(situation.attempts):
         return "the attempt before failed at the same step with the same words"
     if situation.num_in_vain >= situation.most_in_vain:
         return f"{situation.num_in_vain} attempts in a row have gained no step"

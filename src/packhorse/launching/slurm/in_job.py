@@ -18,21 +18,29 @@ from pathlib import Path
 from typing import Any, Final
 
 from packhorse.errors import EXIT_OK, EXIT_STOPPED, UserError
-from packhorse.launching.local.outcome import Outcome, judge, newest_step, stopped
-from packhorse.launching.local.watch import Ending, Watch
-from packhorse.launching.slurm.chain import CANCEL_FILE
+from packhorse.launching.local.outcome import Outcome, determine_outcome, newest_step, stopped_outcome
+from packhorse.launching.local.watch import ForcedEnd, RankWatcher
 from packhorse.launching.slurm.decision import Asked, Situation, Verdict, decide
-from packhorse.launching.slurm.jobs import JobRecord, append_job, read_jobs, require_planned
 from packhorse.plan.command import launch_argv
 from packhorse.plan.replan import replace_plan, with_smaller_micro
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RunPlan
 from packhorse.recipe.shipped import shipped_path
-from packhorse.run_folder.attempts import Begun, end_attempt, in_vain, outcome_of, read_attempts, settle_attempts
+from packhorse.run_folder.attempts import (
+    AttemptStart,
+    count_attempts_without_progress,
+    end_attempt,
+    ended_early,
+    is_cause,
+    outcome_of,
+    read_attempts,
+    read_rank_records,
+    record_killed_attempts,
+)
 from packhorse.run_folder.folder import next_attempt, open_run, relative
 from packhorse.run_folder.heartbeat import read_heartbeats
-from packhorse.run_folder.lock import hold_for_job, release_job
-from packhorse.run_folder.rank_records import is_cause, left_others, read_records
-from packhorse.run_folder.requests import STOP_FILE
+from packhorse.run_folder.jobs import JobRecord, append_job, read_jobs, require_prepared_data
+from packhorse.run_folder.layout import ATTEMPT_FOLDERS, CANCEL_FILE, LOGS_FOLDER, STOP_FILE, numbered
+from packhorse.run_folder.lock import lock_for_job, release_job_lock
 from packhorse.run_folder.status import Status, read_status, write_status
 
 EXIT_IN_VAIN: Final = 30
@@ -68,7 +76,7 @@ def begin(run: str, most_in_vain: int, environment: Mapping[str, str]) -> list[s
             f"to go on with it: packhorse resume {relative(folder)}",
             exit_code=EXIT_STOPPED,
         )
-    require_planned(plan)
+    require_prepared_data(plan)
     _check_job(plan, environment)
     words = launch_argv(plan.topology, folder)[2:]
     if any("\n" in word for word in words):
@@ -78,15 +86,15 @@ def begin(run: str, most_in_vain: int, environment: Mapping[str, str]) -> list[s
             "give it a path without.",
         )
     job, chain = environment["SLURM_JOB_ID"], environment[CHAIN_VARIABLE]
-    hold_for_job(folder, job, chain)
-    settle_attempts(folder)
+    lock_for_job(folder, job, chain)
+    record_killed_attempts(folder)
     try:
         _refuse_more_in_vain(folder, chain, most_in_vain)
     except UserError:
-        release_job(folder, job)
+        release_job_lock(folder, job)
         raise
     _take_stop_away(folder)
-    attempt, _ = next_attempt(folder, Begun(started_at=time.time(), from_step=newest_step(folder), chain=chain))
+    attempt, _ = next_attempt(folder, AttemptStart(started_at=time.time(), from_step=newest_step(folder), chain=chain))
     return [str(attempt), str(_threads(plan, environment)), *words]
 
 
@@ -102,7 +110,7 @@ def end(run: str, most_in_vain: int, code: int, asked: Asked, environment: Mappi
     """
     plan = open_run(run)
     folder, attempt = Path(plan.run_folder), int(environment[ATTEMPT_VARIABLE])
-    logs = folder / "logs" / f"attempt-{attempt}"
+    logs = folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, attempt)
     outcome = _outcome(plan, logs, attempt, code, asked)
     end_attempt(folder, attempt, outcome_of(outcome.exit_code, outcome.again), outcome.headline, time.time())
     _take_stop_away(folder)
@@ -110,9 +118,9 @@ def end(run: str, most_in_vain: int, code: int, asked: Asked, environment: Mappi
         outcome,
         asked,
         Situation(
-            signalled=any(record.get("signalled") for record in read_records(logs)),
+            signalled=any(record.get("signalled") for record in read_rank_records(logs)),
             cancelled=(folder / CANCEL_FILE).exists(),
-            num_in_vain=in_vain(folder, environment[CHAIN_VARIABLE], newest_step(folder)),
+            num_in_vain=count_attempts_without_progress(folder, environment[CHAIN_VARIABLE], newest_step(folder)),
             most_in_vain=most_in_vain,
             attempts=read_attempts(folder),
         ),
@@ -120,7 +128,7 @@ def end(run: str, most_in_vain: int, code: int, asked: Asked, environment: Mappi
     if outcome.again == "shrink" and verdict.word == "again":
         verdict = _shrunk(plan, verdict)
     if verdict.word != "again":
-        release_job(folder, environment["SLURM_JOB_ID"])
+        release_job_lock(folder, environment["SLURM_JOB_ID"])
     return verdict
 
 
@@ -145,19 +153,19 @@ def _outcome(plan: RunPlan, logs: Path, attempt: int, code: int, asked: Asked) -
     if told == "finished":
         return Outcome(EXIT_OK)
     if asked.to_stop and not read_heartbeats(logs):
-        return stopped(plan, attempt, "stopped before the ranks had begun")
-    records = read_records(logs)
+        return stopped_outcome(plan, attempt, "stopped before the ranks had begun")
+    records = read_rank_records(logs)
     # A rank that srun ended while it was leaving, once rank 0 had said that all have saved, tells nothing.
-    failed = any(left_others(record) and is_cause(record) for record in records)
-    ending = None if told == "stopped" and not failed else _hung(logs, records) or Watch(plan, logs).look()
-    return judge(plan, logs, attempt, ending, code)
+    failed = any(ended_early(record) and is_cause(record) for record in records)
+    ending = None if told == "stopped" and not failed else _hung(logs, records) or RankWatcher(plan, logs).look()
+    return determine_outcome(plan, logs, attempt, ending, code)
 
 
-def _hung(logs: Path, records: Sequence[Mapping[str, Any]]) -> Ending | None:
+def _hung(logs: Path, records: Sequence[Mapping[str, Any]]) -> ForcedEnd | None:
     """The rank that the others waited for, as the first of them said that ended because of it."""
     rank = next((record["hung"] for record in records if record.get("hung") is not None), None)
     beat = next((beat for beat in read_heartbeats(logs) if beat.rank == rank), None)
-    return Ending("hung", beat) if beat else None
+    return ForcedEnd("hung", beat) if beat else None
 
 
 def _shrunk(plan: RunPlan, verdict: Verdict) -> Verdict:
@@ -196,7 +204,7 @@ def _threads(plan: RunPlan, environment: Mapping[str, str]) -> int:
 
 def _refuse_more_in_vain(folder: Path, chain: str, most: int) -> None:
     """Slurm queues a job again by itself when a node is lost: whether that leads anywhere is seen here."""
-    count = in_vain(folder, chain, newest_step(folder))
+    count = count_attempts_without_progress(folder, chain, newest_step(folder))
     if count < most:
         return
     now = read_status(folder)

@@ -17,6 +17,7 @@ from typing import Final
 from packhorse.errors import UserError
 from packhorse.launching.slurm.site import SiteProfile, mebibytes_of
 from packhorse.recipe.shipped import shipped_path
+from packhorse.run_folder.layout import job_log_name
 from packhorse.yaml_source.environment import ENVIRONMENT_REFERENCE
 
 TRAIN_SCRIPT: Final = "job.sbatch"
@@ -84,7 +85,7 @@ def gpu_request(site: SiteProfile, name: str, logs: Path, kind: str, gpus: int) 
         memory = mebibytes_of(site.memory_per_gpu) * gpus
     return JobRequest(
         name=f"{name}-{kind}",
-        output=str(logs / f"{kind}-%j.out"),
+        output=str(logs / job_log_name(kind)),
         time=site.time,
         gpus_per_node=gpus,
         cpus_per_node=cpus,
@@ -101,7 +102,7 @@ def cpu_request(site: SiteProfile, name: str, logs: Path, kind: str) -> JobReque
     jobs = site.cpu_jobs
     return JobRequest(
         name=f"{name}-{kind}",
-        output=str(logs / f"{kind}-%j.out"),
+        output=str(logs / job_log_name(kind)),
         time=jobs.time,
         cpus_per_node=jobs.cpus,
         memory_mib=mebibytes_of(jobs.memory) if jobs.memory else None,

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from packhorse.durable import append_line, read_lines
 from packhorse.launching.slurm.client import JobState
-from packhorse.launching.slurm.jobs import JobRecord, Kind
 from packhorse.plan.run_plan import PlanPart
-from packhorse.run_folder.json_lines import append_line, read_lines
+from packhorse.run_folder.jobs import JobKind, JobRecord
+from packhorse.run_folder.layout import ENDED_FILE
 from packhorse.run_folder.status import Status
 
-ENDED_FILE: Final = "ended.jsonl"
 Became = Literal["done", "failed", "not run", "waits", "runs", "replaced", "unknown"]
 REASONS: Final = {
     "Priority": "other jobs come first",
@@ -43,7 +43,7 @@ REASONS: Final = {
     "NonZeroExitCode": "its script failed",
 }
 """Slurm's words for why a job waits or ended (https://slurm.schedmd.com/squeue.html, job reason codes)."""
-ORDER: Final[tuple[Kind, ...]] = ("doctor", "prepare", "train", "evaluate", "verify")
+ORDER: Final[tuple[JobKind, ...]] = ("doctor", "prepare", "train", "evaluate", "verify")
 """Kinds of job as they follow each other."""
 SCRIPT_CODES: Final = {
     "2": "a mistake, told in its log",
@@ -59,7 +59,7 @@ class StageEnd(PlanPart):
     """How a job that is no training ended."""
 
     job_id: str
-    kind: Kind
+    kind: JobKind
     ended_at: float
     exit_code: int
 
@@ -82,7 +82,7 @@ class Stage:
     why: str = ""
 
 
-def record_end(run_folder: Path, kind: Kind, job_id: str, exit_code: int) -> None:
+def record_end(run_folder: Path, kind: JobKind, job_id: str, exit_code: int) -> None:
     """Adds a line to RUN/ended.jsonl, and waits until it is on disk."""
     append_line(run_folder / ENDED_FILE, StageEnd(job_id=job_id, kind=kind, ended_at=time.time(), exit_code=exit_code))
 

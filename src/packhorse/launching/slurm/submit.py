@@ -7,20 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from packhorse.errors import UserError
-from packhorse.launching.slurm.chain import CANCEL_FILE, chained, release_ended
+from packhorse.launching.slurm.chain import chained, release_ended
 from packhorse.launching.slurm.client import Expected, SlurmError, cancel, expect_start
-from packhorse.launching.slurm.jobs import JOBS_FILE, JobRecord, Kind, append_job, live_jobs, submit_job
+from packhorse.launching.slurm.jobs import live_jobs, submit_job
 from packhorse.launching.slurm.refusals import explained, nodes_are_down, too_much
 from packhorse.launching.slurm.script import JobRequest
 from packhorse.launching.slurm.site import SiteProfile
 from packhorse.run_folder.folder import relative
-from packhorse.run_folder.lock import only_launcher
-
-SCRIPTS: Final[dict[str, str]] = {"train": "job.sbatch"}
-"""Names of job scripts in the run folder, where they are not that of the job's kind."""
+from packhorse.run_folder.jobs import JobKind, JobRecord, append_job
+from packhorse.run_folder.layout import CANCEL_FILE, JOBS_FILE, LOGS_FOLDER, job_script_name
+from packhorse.run_folder.lock import launcher_lock
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class PlannedJob:
         words: Arguments of the script.
     """
 
-    kind: Kind
+    kind: JobKind
     request: JobRequest
     script: str
     words: tuple[str, ...]
@@ -42,7 +40,7 @@ class PlannedJob:
     @property
     def script_name(self) -> str:
         """Of its script in the run folder."""
-        return SCRIPTS.get(self.kind, f"{self.kind}.sbatch")
+        return job_script_name(self.kind)
 
 
 def sbatch_words(
@@ -119,7 +117,7 @@ def only_submission(run_folder: Path) -> Iterator[None]:
             ) from None
         refuse_live(run_folder)
         release_ended(run_folder)
-        with only_launcher(run_folder):
+        with launcher_lock(run_folder):
             pass
         yield
 
@@ -138,7 +136,7 @@ def send(run_folder: Path, jobs: Sequence[PlannedJob], expected: Sequence[Expect
     Raises:
         UserError: The run is live, or run by a launcher; or Slurm refuses a job: those sent before it are cancelled.
     """
-    (run_folder / "logs").mkdir(exist_ok=True)
+    (run_folder / LOGS_FOLDER).mkdir(exist_ok=True)
     sent: list[JobRecord] = []
     with only_submission(run_folder):
         (run_folder / CANCEL_FILE).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from packhorse.launching.slurm.client import JobState, job_states
-from packhorse.launching.slurm.jobs import JobRecord, read_jobs
+from packhorse.run_folder.jobs import JobRecord, read_jobs
 from packhorse.run_folder.sweep import member_folder, read_sweep
 
 TASKS: Final = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")

@@ -1,116 +1,113 @@
-"""The checkpoints of a run, in order: which are complete, which is the newest that is sound, which may go."""
+"""List the checkpoints of a run, find the newest sound one, and remove those that are no longer kept."""
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from packhorse.run_folder.checkpoints.manifest import faults_of, read_manifest
-
-STEP_FOLDER = re.compile(r"step-(\d{6,})")
-STEP_FOLDERS = "step-*"
-REMOVED = f".{STEP_FOLDERS}.removed"
+from packhorse.run_folder.checkpoints.manifest import checkpoint_faults, read_manifest
+from packhorse.run_folder.layout import (
+    REMOVED_STEP_FOLDERS,
+    STEP_FOLDER,
+    STEP_FOLDERS,
+    UNFINISHED_STEP_FOLDERS,
+    removed_step_folder,
+)
 
 
 @dataclass(frozen=True)
-class Found:
-    """The newest sound checkpoint, and why newer ones were passed over.
+class SoundCheckpoint:
+    """The newest sound checkpoint, and why newer ones are not sound.
 
     Attributes:
-        checkpoint: Its folder; None where no checkpoint is sound.
-        passed_over: A sentence for each newer one.
+        checkpoint: Folder of the checkpoint; None if no checkpoint is sound.
+        passed_over: One sentence for each newer checkpoint.
     """
 
     checkpoint: Path | None
     passed_over: tuple[str, ...]
 
 
-def folder_name(step: int) -> str:
-    """Name of a step's folder."""
-    return f"step-{step:06d}"
-
-
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """Return the step in the name of a checkpoint."""
     match = STEP_FOLDER.fullmatch(checkpoint.name)
     assert match is not None, checkpoint
     return int(match[1])
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Folders with the name of a checkpoint, oldest first, complete or not; links are none."""
+    """Return the folders with the name of a checkpoint, oldest first, complete or not; links are ignored."""
     named = [(match, path) for path in folder.glob(STEP_FOLDERS) if (match := STEP_FOLDER.fullmatch(path.name))]
     plain = [(int(match[1]), path) for match, path in named if path.is_dir() and not path.is_symlink()]
     return [path for _, path in sorted(plain)]
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Those whose manifest can be read, oldest first; their files are not read."""
+    """Return the checkpoints with a readable manifest, oldest first; their files are not read."""
     return [path for path in checkpoints_in(folder) if read_manifest(path) is not None]
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The newest of them, None where there is none; its files are not read."""
+    """Return the newest checkpoint with a readable manifest, or None; its files are not read."""
     return next((path for path in reversed(checkpoints_in(folder)) if read_manifest(path) is not None), None)
 
 
-def newest_sound(folder: Path) -> Found:
-    """Reads the newest checkpoint whole; where it is not as it was written, the one before, and so on."""
+def find_newest_sound(folder: Path) -> SoundCheckpoint:
+    """Read all files of the newest checkpoint; if they differ from what was written, try the one before, and so on."""
     passed_over: list[str] = []
     for checkpoint in reversed(checkpoints_in(folder)):
-        fault = next(faults_of(checkpoint), None)
+        fault = next(checkpoint_faults(checkpoint), None)
         if fault is None:
-            return Found(checkpoint, tuple(passed_over))
+            return SoundCheckpoint(checkpoint, tuple(passed_over))
         passed_over.append(fault)
-    return Found(None, tuple(passed_over))
+    return SoundCheckpoint(None, tuple(passed_over))
 
 
 def set_aside_newer(folder: Path, step: int) -> list[Path]:
-    """Renames every checkpoint of a later step to `step-N.damaged-K`: kept to be looked at, no longer a checkpoint."""
-    aside = []
+    """Rename every checkpoint of a later step to `step-N.damaged-K`: no longer a checkpoint, kept to be examined."""
+    renamed = []
     for checkpoint in checkpoints_in(folder):
         if step_of(checkpoint) > step:
             number = 1
             while (target := checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")).exists():
                 number += 1
             checkpoint.rename(target)
-            aside.append(target)
-    return aside
+            renamed.append(target)
+    return renamed
 
 
 def superseded(checkpoints: Sequence[Path], keep_last: int, best: str | None) -> list[Path]:
-    """Of the complete checkpoints, oldest first, those that are neither among the newest nor the best."""
+    """Return the checkpoints, given oldest first, that are neither among the newest `keep_last` nor the best one."""
     return [path for path in checkpoints[: max(0, len(checkpoints) - keep_last)] if path.name != best]
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint, its name first: what is half removed must not look like one."""
-    nameless = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(nameless, ignore_errors=True)
-    checkpoint.rename(nameless)
-    shutil.rmtree(nameless)
+    """Remove a checkpoint, its name first: a half removed folder must not look like a checkpoint."""
+    renamed = removed_step_folder(checkpoint)
+    shutil.rmtree(renamed, ignore_errors=True)
+    checkpoint.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what a killed process left half written or half removed; nobody writes there now."""
-    _remove_all(folder, f".{STEP_FOLDERS}.tmp")
-    _remove_all(folder, REMOVED)
+    """Remove what a killed process left half written or half removed. The caller makes sure that no process writes."""
+    _remove_all(folder, UNFINISHED_STEP_FOLDERS)
+    _remove_all(folder, REMOVED_STEP_FOLDERS)
 
 
-def prune(folder: Path, keep_last: int, best: str | None) -> None:
-    """Removes the complete checkpoints that are neither among the newest nor the best.
+def prune_checkpoints(folder: Path, keep_last: int, best: str | None) -> None:
+    """Remove the complete checkpoints that are neither among the newest `keep_last` nor the best one.
 
     Raises:
-        OSError: One cannot be removed.
+        OSError: A checkpoint cannot be removed.
     """
     for checkpoint in superseded(complete_checkpoints(folder), keep_last, best):
         remove_checkpoint(checkpoint)
-    _remove_all(folder, REMOVED)
+    _remove_all(folder, REMOVED_STEP_FOLDERS)
 
 
 def _remove_all(folder: Path, pattern: str) -> None:
-    for left in folder.glob(pattern):
-        shutil.rmtree(left, ignore_errors=True)
+    for path in folder.glob(pattern):
+        shutil.rmtree(path, ignore_errors=True)

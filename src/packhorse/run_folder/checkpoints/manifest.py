@@ -1,8 +1,7 @@
-"""manifest.json: what a checkpoint holds, written last. A folder without one, or that does not fit it, is none.
+"""manifest.json: the files of a checkpoint with size and sha256, and facts of the run.
 
-step-000100/
-    model/ or adapter/  ...      every file, on disk (fsync)
-    manifest.json                size and sha256 of each, and what the run was; on disk, then renamed to its name
+The manifest is written last, after every file is on disk (fsync). A folder without a manifest, or with other files than
+it lists, is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -12,31 +11,32 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from packhorse.durable import forget_cached, replace_file, sync_to_disk
+from packhorse.run_folder.layout import MANIFEST_FILE
 
-MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 1
-CHUNK_BYTES = 1 << 22
+MANIFEST_VERSION: Final = 1
+CHUNK_BYTES: Final = 1 << 22
 
 
 class Part(BaseModel):
-    """A part of the manifest: immutable, and without room for a key that nobody reads."""
+    """Part of the manifest: immutable, unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class FileRecord(Part):
-    """One file, by size and content."""
+    """Size and content of one file."""
 
     bytes: int
     sha256: str
 
 
 class RunFacts(Part):
-    """What the run was when it was saved.
+    """Facts of the run when the checkpoint was written.
 
     Attributes:
         step: Optimizer steps done.
@@ -44,7 +44,7 @@ class RunFacts(Part):
         world_size: Number of processes that wrote it.
         plan: sha256 of RUN/plan.json.
         data: Content hash of the prepared data.
-        wandb_id: Id of the W&B run, None where there is none.
+        wandb_id: Id of the W&B run; None without W&B.
     """
 
     step: int
@@ -56,25 +56,25 @@ class RunFacts(Part):
 
 
 class CheckpointManifest(Part):
-    """A checkpoint, file by file; paths are relative to its folder, with `/`."""
+    """Content of a checkpoint; paths are relative to its folder, with `/`."""
 
     version: int = MANIFEST_VERSION
     run: RunFacts
     files: dict[str, FileRecord]
     seal: str = ""
-    """sha256 of the manifest itself, with this field empty."""
+    """sha256 of the manifest with this field empty."""
 
     def sealed(self) -> CheckpointManifest:
-        """The same with its seal."""
+        """Return a copy with its seal."""
         bare = self.model_copy(update={"seal": ""})
         return bare.model_copy(update={"seal": hashlib.sha256(bare.model_dump_json().encode()).hexdigest()})
 
 
 def bring_to_disk(folder: Path, paths: Iterable[Path]) -> dict[str, FileRecord]:
-    """Waits until each file below `folder` is on disk, and reads it back from there.
+    """Wait until each file below `folder` is on disk, and read it back from there.
 
     Raises:
-        OSError: The disk refuses, or gives back other bytes than were written.
+        OSError: The disk refuses, or returns other bytes than were written.
     """
     return {path.relative_to(folder).as_posix(): _on_disk(path) for path in paths}
 
@@ -89,15 +89,15 @@ def _on_disk(path: Path) -> FileRecord:
 
 
 def write_manifest(folder: Path, run: RunFacts, files: Mapping[str, FileRecord]) -> CheckpointManifest:
-    """Writes the manifest, after all that it names is on disk.
+    """Write the manifest, after all its files are on disk.
 
     Args:
-        folder: Holds just these files.
-        run: What the run is.
+        folder: Folder with exactly these files.
+        run: Facts of the run.
         files: From `bring_to_disk`.
 
     Raises:
-        OSError: The manifest cannot be written; there is none then.
+        OSError: The manifest cannot be written; the folder then has none.
     """
     for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         sync_to_disk(inner)
@@ -107,7 +107,7 @@ def write_manifest(folder: Path, run: RunFacts, files: Mapping[str, FileRecord])
 
 
 def read_manifest(folder: Path) -> CheckpointManifest | None:
-    """The manifest of a checkpoint; None where there is none, or it is not as it was written."""
+    """Return the manifest of a checkpoint; None if it is missing or damaged."""
     try:
         manifest = CheckpointManifest.model_validate_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError):
@@ -115,17 +115,17 @@ def read_manifest(folder: Path) -> CheckpointManifest | None:
     return manifest if manifest == manifest.sealed() else None
 
 
-def faults_of(folder: Path) -> Iterator[str]:
-    """What is wrong with a checkpoint, one sentence a file; nothing where it is as it was written.
+def checkpoint_faults(folder: Path) -> Iterator[str]:
+    """Yield one sentence per damaged file of a checkpoint; nothing if it is as it was written.
 
-    Sizes and names are looked at first, so that what is cut or missing is told before gigabytes are read.
+    Names and sizes come first, so that truncated and missing files are reported before gigabytes are read.
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        yield f"{folder.name} has no {MANIFEST_FILE} that can be read: it was not written to its end."
+        yield f"{folder.name} has no {MANIFEST_FILE} that can be read: it is incomplete."
         return
     present = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
-    sound = []
+    same_size = []
     for name, record in manifest.files.items():
         path = present.pop(name, None)
         if path is None:
@@ -133,23 +133,23 @@ def faults_of(folder: Path) -> Iterator[str]:
         elif (size := path.stat().st_size) != record.bytes:
             yield f"{folder.name}/{name} has {size:,} bytes, and {record.bytes:,} were written."
         else:
-            sound.append((name, path, record))
+            same_size.append((name, path, record))
     for name in present:
         yield f"{folder.name}/{name} was not written by the run."
-    for name, path, record in sound:
+    for name, path, record in same_size:
         if sha256_of(path) != record.sha256:
             yield f"{folder.name}/{name} has another content than was written (sha256)."
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder but the manifest, sorted; a link counts as a file, and is never followed."""
-    found = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
+    """Return every file below a folder except the manifest, sorted; a link counts as a file, and is never followed."""
+    files = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
     links = [path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()]
-    return sorted(path for path in (*found, *links) if path != folder / MANIFEST_FILE)
+    return sorted(path for path in (*files, *links) if path != folder / MANIFEST_FILE)
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes; of a link, of where it points to, so that it can never fit."""
+    """Return the hexadecimal sha256 of a file; for a link, text that never equals a sha256."""
     if path.is_symlink():
         return f"link to {path.readlink()}"
     digest = hashlib.sha256()

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from packhorse.run_folder.checkpoints.manifest import bring_to_disk, files_below
-from packhorse.run_folder.checkpoints.publishing import leave_record, not_shared
+from packhorse.run_folder.checkpoints.publishing import not_shared_error, write_file_list
+from packhorse.run_folder.layout import optimizer_tensors_name
 
 LARGEST_FILE_BYTES: Final = 4 * 2**30
 """Of states of the optimizer; one tensor that is larger has a file of its own."""
@@ -114,19 +115,19 @@ class Share:
 
     def _write(self, parts: Iterator[Part]) -> None:
         if not self.folder.is_dir():
-            raise not_shared(self.folder, self.rank, self.rank + 1)
+            raise not_shared_error(self.folder, self.rank, self.rank + 1)
         written: list[Path] = []
         for name, write in self.folders.items():
             write(self.folder / name)
             written += files_below(self.folder / name)
         for number, part in enumerate(parts, start=1):
-            file = self.folder / f"optimizer-{self.rank:05d}-{number:03d}.safetensors"
+            file = self.folder / optimizer_tensors_name(self.rank, number)
             save_file(part, file)
             written.append(file)
         for name, text in self.texts.items():
             (self.folder / name).write_text(text(), encoding="utf-8")
             written.append(self.folder / name)
-        leave_record(self.folder, self.rank, bring_to_disk(self.folder, written))
+        write_file_list(self.folder, self.rank, bring_to_disk(self.folder, written))
 
 
 class Background:

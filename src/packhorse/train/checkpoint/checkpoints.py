@@ -27,24 +27,31 @@ from safetensors import SafetensorError
 
 from packhorse.durable import disk_error, size
 from packhorse.errors import EXIT_DISK, UserError
-from packhorse.plan.run_plan import PLAN_FILE, RunPlan
+from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.checkpoints.listing import (
-    Found,
-    folder_name,
+    SoundCheckpoint,
+    find_newest_sound,
     newest_complete,
-    newest_sound,
-    prune,
+    prune_checkpoints,
     remove_unfinished,
     set_aside_newer,
     step_of,
 )
 from packhorse.run_folder.checkpoints.manifest import RunFacts
-from packhorse.run_folder.checkpoints.publishing import publish, temporary_folder
+from packhorse.run_folder.checkpoints.publishing import publish_checkpoint
+from packhorse.run_folder.layout import (
+    CHECKPOINTS_FOLDER,
+    OPTIMIZER_FILE,
+    PLAN_FILE,
+    STATE_FILE,
+    WANDB_ID_FILE,
+    step_folder_name,
+    unfinished_step_folder,
+)
 from packhorse.track.meter import Clock, Figures
-from packhorse.track.trackers import WANDB_ID_FILE
 from packhorse.train.checkpoint.background import Background, Others, Part, Share, dealt, fresh_copy, in_files
 from packhorse.train.checkpoint.masters import load_masters
-from packhorse.train.checkpoint.optimizer_state import OTHERS_FILE, gather_states, load_states, scale_of
+from packhorse.train.checkpoint.optimizer_state import gather_states, load_states, scale_of
 from packhorse.train.checkpoint.snapshot import HostBuffers, ShardGroup, Snapshot
 from packhorse.train.checkpoint.weights import gather_kept, unwrapped, weights_folder_name, weights_writer
 from packhorse.train.engine.engine import Engine
@@ -52,7 +59,6 @@ from packhorse.train.ranks.failure import agreed_failure
 from packhorse.train.ranks.identity import own_rank
 from packhorse.train.state import TrainState
 
-STATE_FILE = "state.json"
 # In place of a step, where rank 0 has none to go on from.
 NONE_WRITTEN, NONE_IS_SOUND = -1, -2
 
@@ -101,7 +107,7 @@ class Checkpoints:
             still_alive: Called about every second while this rank waits for its disk.
             clock: Where the time comes from.
         """
-        self.folder = Path(plan.run_folder) / "checkpoints"
+        self.folder = Path(plan.run_folder) / CHECKPOINTS_FOLDER
         self._plan = plan
         self._engine = engine
         self._is_main = is_main
@@ -130,7 +136,7 @@ class Checkpoints:
         if state.step == self._newest_step:
             return
         self._newest_step = state.step
-        pending = _Pending(state, temporary_folder(self.folder, state.step), self._clock())
+        pending = _Pending(state, unfinished_step_folder(self.folder, state.step), self._clock())
         self._pending = pending
         share, error = self._share(pending)
         failure = self._failure(error)
@@ -234,7 +240,7 @@ class Checkpoints:
             folders={weights_folder_name(self._plan): weights_writer(model, weights, None, was_stepped=was_stepped)},
             texts={
                 STATE_FILE: lambda: json.dumps(asdict(state), indent=2) + "\n",
-                OTHERS_FILE: lambda: json.dumps({"states": others, "scaler": scale}, indent=1) + "\n",
+                OPTIMIZER_FILE: lambda: json.dumps({"states": others, "scaler": scale}, indent=1) + "\n",
             },
         )
 
@@ -248,11 +254,11 @@ class Checkpoints:
 
     def _publish(self, pending: _Pending) -> None:
         """On rank 0, in the thread."""
-        publish(pending.temporary, self._facts(pending.state.step))
+        publish_checkpoint(pending.temporary, self._facts(pending.state.step))
         state, section = pending.state, self._section
-        best = folder_name(state.best_step) if section.keep_best and state.best_step is not None else None
+        best = step_folder_name(state.best_step) if section.keep_best and state.best_step is not None else None
         try:
-            prune(self.folder, section.keep_last, best)
+            prune_checkpoints(self.folder, section.keep_last, best)
         except OSError as error:
             sys.stderr.write(f"warning: an old checkpoint could not be removed: {error}\n")
 
@@ -273,7 +279,7 @@ class Checkpoints:
         """As `agreed_failure`, with what a user reads where the disk refused."""
         if isinstance(error, (OSError, SafetensorError)):
             assert self._pending is not None
-            error = disk_error(self.folder / folder_name(self._pending.state.step), error)
+            error = disk_error(self.folder / step_folder_name(self._pending.state.step), error)
         return agreed_failure(self._engine, error)
 
     def _give_up(self, failure: Exception) -> None:
@@ -310,10 +316,10 @@ def checkpoint_to_resume(run_folder: Path, is_main: bool) -> tuple[Path | None, 
     Raises:
         UserError: There are checkpoints, and none of them is sound.
     """
-    folder = run_folder / "checkpoints"
+    folder = run_folder / CHECKPOINTS_FOLDER
     if is_main:
         remove_unfinished(folder)
-    found = newest_sound(folder) if is_main else Found(None, ())
+    found = find_newest_sound(folder) if is_main else SoundCheckpoint(None, ())
     for fault in found.passed_over:
         sys.stderr.write(f"passed over: {fault}\n")
     step = _word_of_rank_0(_step_or(found))
@@ -327,11 +333,11 @@ def checkpoint_to_resume(run_folder: Path, is_main: bool) -> tuple[Path | None, 
         set_aside_newer(folder, step)
     if step == NONE_WRITTEN:
         return None, TrainState()
-    checkpoint = folder / folder_name(step)
+    checkpoint = folder / step_folder_name(step)
     return checkpoint, read_state(checkpoint)
 
 
-def _step_or(found: Found) -> int:
+def _step_or(found: SoundCheckpoint) -> int:
     if found.checkpoint is not None:
         return step_of(found.checkpoint)
     return NONE_IS_SOUND if found.passed_over else NONE_WRITTEN
@@ -348,7 +354,7 @@ def _word_of_rank_0(step: int) -> int:
 
 def newest_state(run_folder: Path) -> TrainState:
     """The state of the newest complete checkpoint, whose other files are not read; to tell how far a run is."""
-    newest = newest_complete(run_folder / "checkpoints")
+    newest = newest_complete(run_folder / CHECKPOINTS_FOLDER)
     return read_state(newest) if newest else TrainState()
 
 

@@ -21,13 +21,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from packhorse.errors import UserError
+from packhorse.run_folder.layout import OPTIMIZER_FILE, OPTIMIZER_TENSORS
 from packhorse.train.checkpoint.snapshot import Snapshot
 from packhorse.train.checkpoint.weights import unwrapped
 from packhorse.train.checkpoint.zero_state import PieceLoader, gather_pieces
 from packhorse.train.engine.engine import Engine
-
-OTHERS_FILE = "optimizer.json"
-PATTERN = "optimizer-*.safetensors"
 
 
 def gather_states(
@@ -58,7 +56,7 @@ def load_states(engine: Engine, folder: Path) -> None:
         UserError: The states are of other parameters than those that are trained.
     """
     optimizer, model = _stepped(engine)
-    record = json.loads((folder / OTHERS_FILE).read_text(encoding="utf-8"))
+    record = json.loads((folder / OPTIMIZER_FILE).read_text(encoding="utf-8"))
     pieces = PieceLoader(engine) if engine.is_deepspeed else None
     if pieces is None:
         _make_buffers(optimizer)
@@ -117,7 +115,7 @@ def _scaler_of(engine: Engine) -> Any:  # noqa: ANN401
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(folder.glob(PATTERN)):
+    for file in sorted(folder.glob(OPTIMIZER_TENSORS)):
         with safe_open(file, framework="pt") as stored:
             for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield key, stored.get_tensor(key)

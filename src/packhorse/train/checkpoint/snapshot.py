@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from packhorse.plan.run_plan import Topology
-from packhorse.run_folder.checkpoints.pinned_slabs import Slabs
+from packhorse.run_folder.checkpoints.pinned_slabs import PinnedSlabs
 
 WEIGHTS_OWNER: Final = 0
 GATHER_TIMEOUT: Final = timedelta(days=1)
@@ -40,7 +40,7 @@ class HostBuffers:
 
     def __init__(self) -> None:
         self._rooms: dict[str, Tensor] = {}
-        self._slabs = Slabs()
+        self._slabs = PinnedSlabs()
         self._memory: list[Tensor] = []
 
     def copy(self, name: str, tensor: Tensor, num_rows: int | None = None) -> Tensor:

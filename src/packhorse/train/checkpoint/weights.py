@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from packhorse.durable import disk_error, publish_folder
 from packhorse.model.methods.attach import adapter_writer, is_adapted
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.layout import ADAPTER_FOLDER, MODEL_FOLDER
 from packhorse.train.checkpoint.background import fresh_copy
 from packhorse.train.checkpoint.check_written import check_written
 from packhorse.train.checkpoint.snapshot import Snapshot
@@ -26,7 +27,7 @@ from packhorse.train.engine.precision import COMPUTE_DTYPES
 
 def weights_folder_name(plan: RunPlan) -> str:
     """`model` where its own weights are trained, else `adapter`."""
-    return "model" if plan.recipe.method.trains_base else "adapter"
+    return MODEL_FOLDER if plan.recipe.method.trains_base else ADAPTER_FOLDER
 
 
 def gather_kept(engine: Engine, is_main: bool, snapshot: Snapshot | None = None) -> dict[str, Tensor]:
@@ -156,7 +157,7 @@ def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool)
     name = weights_folder_name(plan)
     target = Path(plan.run_folder) / name
     temporary = target.with_name(f".{name}.tmp")
-    dtype = COMPUTE_DTYPES[plan.recipe.precision] if name == "model" else None
+    dtype = COMPUTE_DTYPES[plan.recipe.precision] if name == MODEL_FOLDER else None
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save_weights(unwrapped(engine), weights, temporary, dtype, is_result=True)

@@ -16,7 +16,8 @@ from packhorse.errors import EXIT_NOT_FINITE, EXIT_STOPPED, UserError
 from packhorse.model.sequence import SequenceGroup
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.checkpoints.listing import checkpoints_in, newest_complete, remove_checkpoint, step_of
-from packhorse.run_folder.skipped_steps import read_left_out, write_left_out
+from packhorse.run_folder.layout import CHECKPOINTS_FOLDER
+from packhorse.run_folder.skipped_steps import read_skipped_steps, write_skipped_steps
 from packhorse.track.meter import Figures
 from packhorse.train.engine.engine import Engine
 from packhorse.train.guard.diagnosis import Cause, find_cause
@@ -122,9 +123,9 @@ class Numbers:
         self._plan, self._engine, self._loader, self._sequence = plan, engine, loader, sequence
         self._recovery, self._is_main = plan.recipe.recovery, is_main
         self._folder = Path(plan.run_folder)
-        self._checkpoints = self._folder / "checkpoints"
+        self._checkpoints = self._folder / CHECKPOINTS_FOLDER
         self._finish_saving = finish_saving
-        self.left_out = read_left_out(self._folder)
+        self.left_out = read_skipped_steps(self._folder)
         self._assert_alike()
 
     def figures(self, step: int) -> Figures:
@@ -194,7 +195,7 @@ class Numbers:
             "rewind",
             f"{fact}; the run goes back before step {steps[0]}.",
             f"recovery.on_spike is rewind: the updates of steps {steps[0]} to {step.number} are left out.",
-            f"go on with `packhorse train {self._folder} --resume`; `packhorse train` does so by itself.",
+            f"go on with `packhorse resume {self._folder}`; `packhorse train` does so by itself.",
             EXIT_STOPPED,
         )
 
@@ -208,7 +209,7 @@ class Numbers:
             f"{count} steps would be left out, and recovery.most_left_out is {most}; the last: {why}.",
             "so many bad steps are no accident: the run as it is set does not train.",
             "train again under another name with a lower optimizer.learning_rate; or look at the rows, and go on with "
-            f"`packhorse train {self._folder} --resume recovery.most_left_out={2 * count}`.",
+            f"`packhorse resume {self._folder} recovery.most_left_out={2 * count}`.",
             exit_code=EXIT_NOT_FINITE,
         )
 
@@ -216,7 +217,7 @@ class Numbers:
         """Records steps, on disk before any rank goes on."""
         self.left_out |= {step: why for step in steps if step not in self.left_out}
         if self._is_main:
-            write_left_out(self._folder, self.left_out)
+            write_skipped_steps(self._folder, self.left_out)
         self._assert_alike()
 
     def _assert_alike(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from packhorse.run_folder.requests import CHECKPOINT_FILE, STOP_FILE
+from packhorse.run_folder.layout import CHECKPOINT_FILE, STOP_FILE
 from packhorse.train.engine.engine import Engine
 from packhorse.train.ranks.signals import Stopped, StopRequest
 

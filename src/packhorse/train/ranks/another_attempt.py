@@ -12,7 +12,7 @@ Again = Literal["rewind", "shrink"]
 class AnotherAttempt(UserError):  # noqa: N818  (a request, no error)
     """Ends every rank; RUN/logs/attempt-N/rank-R.json says `again` to the launcher, which goes on as it says.
 
-    rewind: from the newest checkpoint that stands, the steps of RUN/left_out.json left out.
+    rewind: from the newest checkpoint that stands, the steps of RUN/skipped_steps.json left out.
     shrink: the same with smaller micro-batches.
     """
 

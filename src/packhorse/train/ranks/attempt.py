@@ -20,7 +20,16 @@ from pathlib import Path
 
 from packhorse.durable import replace_file
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE
-from packhorse.run_folder.heartbeat import LAUNCHER_VARIABLE, Pulse
+from packhorse.run_folder.heartbeat import LAUNCHER_VARIABLE, HeartbeatWriter
+from packhorse.run_folder.layout import (
+    ATTEMPT_FOLDERS,
+    COLLECTIVES,
+    LOGS_FOLDER,
+    RANK_LOGS,
+    RANK_RECORDS,
+    STACKS,
+    numbered,
+)
 from packhorse.secrets import mask
 from packhorse.train.ranks.collectives import write_collectives
 from packhorse.train.ranks.signals import StopRequest
@@ -39,12 +48,12 @@ class Attempt:
     def __init__(self, number: int, rank: int, logs: Path, signals: StopRequest) -> None:
         self.number = number
         self.signals = signals
-        self.pulse = Pulse(logs, rank)
+        self.pulse = HeartbeatWriter(logs, rank)
         self._rank, self._logs = rank, logs
         # Open for the whole life of the process: a handler cannot open files.
-        self._stacks = (logs / f"stacks-{rank}.txt").open("w", encoding="utf-8")
+        self._stacks = (logs / numbered(STACKS, rank)).open("w", encoding="utf-8")
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
-        self.pulse.when_asked(self._write_collectives)
+        self.pulse.on_report_request(self._write_collectives)
 
     def begins_at(self, step: int) -> None:
         """Says which step's checkpoint it goes on from; 0: none."""
@@ -63,9 +72,9 @@ class Attempt:
         """Ends this rank where the run stands still, unless a launcher of ours watches it from outside."""
         if os.environ.get(LAUNCHER_VARIABLE):
             return
-        self.pulse.when_asked(self._say_last_words)
+        self.pulse.on_report_request(self._say_last_words)
         end = partial(end_hung, self._logs, self._say_last_words, self._record_hang)
-        self.pulse.at_each_beat(Standstill(self._logs, world_size, hang_seconds, lambda: self.pulse.last, end).beat)
+        self.pulse.on_each_beat(Standstill(self._logs, world_size, hang_seconds, lambda: self.pulse.last, end).beat)
 
     def record(self, code: int, message: str, again: str | None = None, hung: int | None = None) -> None:
         """Writes how this rank ended.
@@ -76,7 +85,7 @@ class Attempt:
             again: Why the launcher is to start another attempt by itself.
             hung: The rank that it has waited for too long.
         """
-        self.pulse.end_if_alone()
+        self.pulse.exit_if_launcher_is_gone()
         record = {
             "rank": self._rank,
             "time": time.time(),
@@ -86,7 +95,7 @@ class Attempt:
             "hung": hung,
             "signalled": self.signals.requested,
         }
-        replace_file(self._logs / f"rank-{self._rank}.json", json.dumps(record) + "\n", on_disk=False)
+        replace_file(self._logs / numbered(RANK_RECORDS, self._rank), json.dumps(record) + "\n", on_disk=False)
         if message:
             sys.stderr.write(f"rank {self._rank}: {message}\n")
             sys.stderr.flush()
@@ -95,7 +104,7 @@ class Attempt:
         self.record(code, message, hung=hung)
 
     def _write_collectives(self) -> None:
-        write_collectives(self._logs / f"collectives-{self._rank}.json")
+        write_collectives(self._logs / numbered(COLLECTIVES, self._rank))
 
     def _say_last_words(self) -> None:
         faulthandler.dump_traceback(self._stacks, all_threads=True)
@@ -106,10 +115,10 @@ def open_attempt(run_folder: Path, signals: StopRequest) -> Attempt:
     """Begins this rank's part: its log, its heartbeat, and its stacks on demand."""
     number = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
     rank = int(os.environ.get("RANK", "0"))
-    logs = run_folder / "logs" / f"attempt-{number}"
+    logs = run_folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, number)
     logs.mkdir(parents=True, exist_ok=True)
     if os.environ.get(RANK_LOGS_VARIABLE):
-        log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        log = os.open(logs / numbered(RANK_LOGS, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, sys.stderr.fileno())
         os.close(log)
     return Attempt(number, rank, logs, signals)

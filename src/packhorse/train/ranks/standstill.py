@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from packhorse.errors import EXIT_LOST
-from packhorse.run_folder.heartbeat import ASK_FILE, Heartbeat, hung, read_heartbeats, with_grace
+from packhorse.run_folder.heartbeat import Heartbeat, find_hung_rank, read_heartbeats, with_grace
+from packhorse.run_folder.layout import REPORT_REQUEST_FILE
 
 LOOK_SECONDS = 10.0
 """Between two looks at all heartbeats, once there is reason to look."""
@@ -64,7 +65,9 @@ class Standstill:
         # Until a rank has said a word: as if it had said so when this one began.
         silent = {n: Heartbeat(n, 0, "", "start", 0, self._began, self._began) for n in range(self._world_size)}
         beats = silent | {beat.rank: beat for beat in read_heartbeats(self._logs)}
-        waiting = hung([with_grace(beat, self._floor, self._seconds) for beat in beats.values()], now, self._seconds)
+        waiting = find_hung_rank(
+            [with_grace(beat, self._floor, self._seconds) for beat in beats.values()], now, self._seconds
+        )
         if waiting is not None:
             self._end(waiting)
 
@@ -78,7 +81,7 @@ def end_hung(logs: Path, say: Callable[[], None], record: Callable[[int, str, in
         record: Writes how it ended: exit code, message, and the rank that hangs.
         waiting: The rank that the others wait for, as it was last heard of.
     """
-    (logs / ASK_FILE).touch()
+    (logs / REPORT_REQUEST_FILE).touch()
     say()
     time.sleep(LAST_WORDS_SECONDS)
     record(EXIT_LOST, f"rank {waiting.rank} hung in phase {waiting.phase}", waiting.rank)

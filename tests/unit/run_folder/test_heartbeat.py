@@ -10,14 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from packhorse.run_folder.heartbeat import Heartbeat, Pulse, hung, read_heartbeats
+from packhorse.run_folder.heartbeat import Heartbeat, HeartbeatWriter, find_hung_rank, read_heartbeats
 
 BEATING = """
 import sys, time
 from pathlib import Path
-from packhorse.run_folder.heartbeat import Pulse
-pulse = Pulse(Path(sys.argv[1]), 3)
-pulse.phase("backward", 7)
+from packhorse.run_folder.heartbeat import HeartbeatWriter
+writer = HeartbeatWriter(Path(sys.argv[1]), 3)
+writer.phase("backward", 7)
 print("named", flush=True)
 time.sleep(60)
 """
@@ -51,46 +51,46 @@ def test_a_stopped_process_falls_silent_and_a_living_one_does_not(tmp_path: Path
             os.kill(child.pid, signal.SIGSTOP)
             time.sleep(2.2)
             (stopped,) = read_heartbeats(tmp_path)
-            assert hung([stopped], time.time(), 2.0) == stopped
+            assert find_hung_rank([stopped], time.time(), 2.0) == stopped
         finally:
             child.kill()
 
 
-def test_a_pulse_that_is_closed_is_no_hang(tmp_path: Path) -> None:
-    pulse = Pulse(tmp_path, 0)
-    pulse.phase("save", 2)
-    pulse.close()
-    pulse.close()
+def test_a_closed_heartbeat_is_no_hang(tmp_path: Path) -> None:
+    writer = HeartbeatWriter(tmp_path, 0)
+    writer.phase("save", 2)
+    writer.close()
+    writer.close()
     (last,) = read_heartbeats(tmp_path)
     assert last.phase == "end"
-    assert hung([last], time.time() + 1e6, 60) is None
+    assert find_hung_rank([last], time.time() + 1e6, 60) is None
 
 
 def test_all_in_time_is_no_hang() -> None:
-    assert hung([beat(0), beat(1, since=NOW - 500)], NOW, 60) is None
+    assert find_hung_rank([beat(0), beat(1, since=NOW - 500)], NOW, 60) is None
 
 
 def test_the_silent_rank_is_named_before_those_that_wait_for_it() -> None:
     silent = beat(1, at=NOW - 61, since=NOW - 62)
-    assert hung([beat(0, since=NOW - 61), silent], NOW, 60) == silent
+    assert find_hung_rank([beat(0, since=NOW - 61), silent], NOW, 60) == silent
 
 
 def test_where_all_wait_the_rank_that_is_furthest_behind_is_named() -> None:
-    # Its phase began later: the other one has been waiting for longer.
+    # Its phase began later: the other rank has been waiting longer.
     behind = beat(1, phase="data", changes=40, since=NOW - 69)
-    assert hung([beat(0, phase="forward", changes=41, since=NOW - 70), behind], NOW, 60) == behind
+    assert find_hung_rank([beat(0, phase="forward", changes=41, since=NOW - 70), behind], NOW, 60) == behind
     last = beat(1, changes=41, since=NOW - 65)
-    assert hung([beat(0, changes=41, since=NOW - 70), last], NOW, 60) == last
+    assert find_hung_rank([beat(0, changes=41, since=NOW - 70), last], NOW, 60) == last
 
 
 def test_phases_are_counted_when_they_change(tmp_path: Path) -> None:
-    pulse = Pulse(tmp_path, 0)
+    writer = HeartbeatWriter(tmp_path, 0)
     for phase, step in (("load", None), ("load", None), ("data", 3), ("forward", None), ("data", 4), ("data", 5)):
-        pulse.phase(phase, step)
-    assert pulse.last.changes == 5
-    pulse.close()
+        writer.phase(phase, step)
+    assert writer.last.changes == 5
+    writer.close()
 
 
-def test_a_record_that_is_half_written_is_left_out(tmp_path: Path) -> None:
+def test_a_half_written_heartbeat_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "heartbeat-0.json").write_bytes(b'{"rank": 0')
     assert read_heartbeats(tmp_path) == []
