@@ -1,4 +1,4 @@
-"""Where figures go: RUN/metrics.jsonl always, and whatever else keeps to the `Sink` protocol."""
+"""RUN/metrics.jsonl: one JSON object of figures per line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from packhorse.durable import replace_file
 from packhorse.errors import EXIT_DISK, UserError
@@ -17,33 +17,6 @@ from packhorse.track.meter import Figures
 METRICS_FILE: Final = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
-
-
-class Sink(Protocol):
-    """Takes figures, in order of steps."""
-
-    def log(self, step: int, figures: Figures) -> None:
-        """Takes the figures of one step."""
-
-    def close(self) -> None:
-        """Writes out what is still held back."""
-
-
-class Sinks:
-    """Several sinks as one."""
-
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = tuple(sinks)
-
-    def log(self, step: int, figures: Figures) -> None:
-        """Hands the figures to every sink."""
-        for sink in self._sinks:
-            sink.log(step, figures)
-
-    def close(self) -> None:
-        """Closes every sink."""
-        for sink in self._sinks:
-            sink.close()
 
 
 class MetricsFile:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.track.sinks import MetricsFile, Sinks, read_metrics
+from packhorse.track.sinks import MetricsFile, read_metrics
 
 
 def written(path):
@@ -79,14 +79,6 @@ def test_a_full_disk_is_a_users_mistake(tmp_path):
 
 def test_reading_an_absent_file_gives_nothing(tmp_path):
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == []
-
-
-def test_sinks_hand_on_to_each(tmp_path):
-    files = [MetricsFile(tmp_path / name, first_step=1) for name in ("a.jsonl", "b.jsonl")]
-    sinks = Sinks(files)
-    sinks.log(1, {"train/loss": 1.0})
-    sinks.close()
-    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text() != ""
 
 
 def test_reading_metrics_does_not_import_torch():
