@@ -87,11 +87,7 @@ class ModelRequest:
 
 
 def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
-    """Load or create the model.
-
-    Args:
-        request: Weights and storage.
-        vocab_size: Number of ids of the tokenizer; the embedding must have a row for each.
+    """Load or create the model; its embedding must have a row for each of the tokenizer's `vocab_size` ids.
 
     Raises:
         UserError: No such model, weights that are not safetensors, code that the recipe does not trust, a folder

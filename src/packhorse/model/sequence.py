@@ -47,12 +47,7 @@ class SequenceGroup:
 
 
 def join_sequence_group(size: int, timeout: timedelta) -> SequenceGroup | None:
-    """Group neighbouring ranks, a collective over all ranks; return None where each rank has whole rows.
-
-    Args:
-        size: S, a divisor of the number of ranks.
-        timeout: How long an exchange may wait for another rank.
-    """
+    """Group neighbouring ranks, a collective over all ranks; return None where each rank has whole rows."""
     if size == 1:
         return None
     group, _ = dist.new_subgroups(size, timeout=timeout)  # type: ignore[no-untyped-call]

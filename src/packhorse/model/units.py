@@ -68,13 +68,7 @@ def snapshot(module: nn.Module) -> nn.Module:
 
 
 def part_of(tree: nn.Module, keep: Callable[[str], bool], path: str = "") -> nn.Module | None:
-    """Return the tree with only the branches that `keep` selects; None where nothing is left.
-
-    Args:
-        tree: A snapshot.
-        keep: Returns whether the module of a name stays, whole.
-        path: Name of `tree` itself.
-    """
+    """Return a snapshot with only the branches whose name `keep` selects; None where nothing is left."""
     if path and keep(path):
         return tree
     kept = {}

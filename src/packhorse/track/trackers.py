@@ -32,12 +32,7 @@ class GuardedTracker:
     """A tracker that may fail without ending the run: one warning, then nothing; metrics.jsonl has every figure."""
 
     def __init__(self, name: str, tracker: GeneralTracker) -> None:
-        """Start the tracker.
-
-        Args:
-            name: Name in the warning.
-            tracker: Tracker that is not started yet.
-        """
+        """Start the tracker."""
         self._name = name
         self._tracker = tracker
         self.alive = True
@@ -114,15 +109,7 @@ def open_wandb(
     facts: Mapping[str, Any] | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> GuardedTracker:
-    """Start or resume the W&B run of a run folder.
-
-    Args:
-        recipe: Recipe with project, name and config.
-        run_folder: RUN.
-        mode: Upload, or keep in RUN/wandb for `wandb sync`.
-        facts: Further entries of the config.
-        timeout_seconds: Most seconds to wait for the service at the start, and for the last upload at the end.
-    """
+    """Start or resume the W&B run of a run folder; the timeout holds for the start and for the last upload."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read once, when wandb is imported
     settings = {
         "init_timeout": timeout_seconds,
@@ -158,12 +145,7 @@ def wandb_id(run_folder: Path) -> str:
 
 
 def open_tensorboard(run_folder: Path, first_step: int) -> GuardedTracker:
-    """Start TensorBoard's event file in RUN/tensorboard; earlier events from `first_step` on are hidden as repeated.
-
-    Args:
-        run_folder: RUN.
-        first_step: First step that this attempt will log.
-    """
+    """Start TensorBoard's event file in RUN/tensorboard; earlier events from `first_step` on are hidden as repeated."""
     tracker = TensorBoardTracker("tensorboard", str(run_folder), purge_step=first_step)
     # accelerate names the wrong main process on some DeepSpeed launches; the caller is rank 0.
     tracker.main_process_only = False

@@ -33,12 +33,6 @@ def can_stream(method: Method) -> bool:
 def place_whole(model: PreTrainedModel, attach: Attach, placement: Placement, before_unit: BeforeUnit) -> nn.Module:
     """Place a model whose weights are all loaded.
 
-    Args:
-        model: A transformers model.
-        attach: Adds the method's adapter.
-        placement: Places each unit.
-        before_unit: Called before each unit; an exception from it ends the loading.
-
     Returns:
         The module that `attach` returned.
     """

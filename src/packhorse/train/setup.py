@@ -28,13 +28,7 @@ from packhorse.train.objectives.token_loss import install_loss_head
 
 
 def step_loader(plan: RunPlan, rank: int, pinned: bool) -> PackLoader:
-    """Return the loader of a rank's share of every step.
-
-    Args:
-        plan: Plan with its data.
-        rank: Rank of the process.
-        pinned: Load into pinned memory, which a GPU copies from asynchronously.
-    """
+    """Return the loader of a rank's share of every step; `pinned` memory lets a GPU copy asynchronously."""
     assert plan.data is not None, "a plan is only run once its data is prepared"
     store = open_store(Path(plan.data.folder), "train")
     return PackLoader(

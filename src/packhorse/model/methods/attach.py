@@ -103,12 +103,7 @@ def stored_adapter(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, t
 
 
 def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Put a finished adapter on its base, for evaluation.
-
-    Args:
-        model: The base, with rows for new tokens.
-        folder: RUN/adapter.
-    """
+    """Put a finished adapter on its base, which has rows for new tokens, for evaluation."""
     adapted: nn.Module = _module("saved").with_adapter(model, folder)
     return adapted
 

@@ -95,11 +95,7 @@ class Checkpoints:
     ) -> None:
         """Prepare buffers and groups; a collective under fsdp2 and hsdp.
 
-        Args:
-            plan: Plan of the run.
-            engine: Engine whose state is saved.
-            is_main: Whether this is rank 0.
-            still_alive: Called about every second while this rank waits for its disk.
+        `still_alive` is called about every second while this rank waits for its disk.
         """
         self.folder = Path(plan.run_folder) / "checkpoints"
         self._plan = plan

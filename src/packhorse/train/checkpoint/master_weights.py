@@ -18,13 +18,7 @@ from packhorse.train.checkpoint.zero_state import has_master_weight, set_master_
 
 
 def load_master_weights(model: nn.Module, folder: Path, trust_remote_code: bool) -> None:
-    """Set the master weights of a model whose 16-bit weights were loaded from the same folder.
-
-    Args:
-        model: The unwrapped model, with its optimizer.
-        folder: `model` or `adapter` folder of the checkpoint.
-        trust_remote_code: Run code that comes with the model.
-    """
+    """Set the master weights of a model whose 16-bit weights were loaded from the same folder."""
     missing = {name: parameter for name, parameter in model.named_parameters() if has_master_weight(parameter)}
     if not missing:
         return

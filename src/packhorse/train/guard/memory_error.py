@@ -29,13 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def note_micro_batch(micro_batch: MicroBatch, index: int, count: int) -> Iterator[None]:
-    """Add a note about the micro-batch to an out-of-memory error.
-
-    Args:
-        micro_batch: This rank's micro-batch.
-        index: Position in the step, from 1.
-        count: Number of micro-batches in the step.
-    """
+    """Add a note about the micro-batch, number `index` of `count` from 1, to an out-of-memory error."""
     try:
         yield
     except RuntimeError as error:
@@ -49,13 +43,7 @@ def note_micro_batch(micro_batch: MicroBatch, index: int, count: int) -> Iterato
 
 
 def memory_error(plan: RunPlan, last: Heartbeat, error: BaseException) -> UserError:
-    """Return the error that ends a rank that ran out of memory.
-
-    Args:
-        plan: Plan of the run.
-        last: Last heartbeat of this rank.
-        error: The allocator's error.
-    """
+    """Return the error that ends a rank that ran out of memory."""
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
     where = f"at step {last.step + 1}, phase {last.phase}{notes}"
     fact = f"rank {last.rank} ran out of memory {where}{_peak()}{_planned(plan)}."

@@ -40,10 +40,6 @@ def scaled_loss(loss_sum: Tensor, factor: float) -> Tensor:
 
     A loss can be infinite while its gradient is finite. With this, the gradient norm, which all ranks know before they
     step, shows every bad loss, and nothing else has to be read or sent.
-
-    Args:
-        loss_sum: Scalar.
-        factor: Factor that undoes the engine's averaging.
     """
     return loss_sum * torch.where(torch.isfinite(loss_sum.detach()), factor, math.nan)
 

@@ -63,11 +63,7 @@ class Agreement:
     def after_step(self, engine: Engine, losses: list[Tensor], grad_norm: float, written: bool = True) -> Agreed:
         """Return what was requested and the result of the step, with one sum over the ranks.
 
-        Args:
-            engine: This rank's engine.
-            losses: Sums of this rank's token losses, one per micro-batch.
-            grad_norm: Norm of the whole gradient, as this rank computed it.
-            written: This rank has nothing more to write.
+        `losses` are sums of token losses, one per micro-batch; `grad_norm` is the whole norm as this rank computed it.
         """
         bad = not math.isfinite(grad_norm) and not engine.step_was_skipped
         return self._exchange(engine, written, float(torch.stack(losses).double().sum()), bad)
@@ -123,10 +119,6 @@ def texts_of_ranks(engine: Engine, text: str) -> list[str]:
 
 def agreed_failure(engine: Engine, error: Exception | None) -> Exception | None:
     """Share this rank's error with all ranks, so that all react alike; a collective.
-
-    Args:
-        engine: This rank's engine.
-        error: Error of this rank; None where nothing failed here.
 
     Returns:
         None where no rank failed. Otherwise the user error of the lowest rank that has one, on every rank; for a bug,

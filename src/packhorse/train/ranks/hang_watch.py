@@ -72,14 +72,7 @@ class HangWatch:
 def end_hung(
     logs: Path, report: Callable[[], None], record: Callable[[int, str, int], None], waiting: Heartbeat
 ) -> None:
-    """Let all ranks write their stacks, record which rank they wait for, and end this process.
-
-    Args:
-        logs: Log folder of the attempt.
-        report: Writes this rank's stacks and collectives.
-        record: Writes how this rank ended: exit code, message, and the rank that hangs.
-        waiting: Last heartbeat of the rank that the others wait for.
-    """
+    """Let all ranks write their stacks, record which rank they wait for, and end this process."""
     (logs / ASK_FILE).touch()
     report()
     time.sleep(REPORT_SECONDS)
