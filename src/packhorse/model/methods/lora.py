@@ -131,7 +131,7 @@ def make_adapters(parts: Mapping[str, nn.Module], method: AdapterMethod, seed: i
 
 
 def _copy_originals(wrappers: list[ModulesToSaveWrapper]) -> None:
-    """Start copies that are trained whole from their originals; copies of tied weights are tied."""
+    """Copy the values of originals into copies that are trained whole; copies of tied weights are tied."""
     copied: dict[nn.Parameter, nn.Parameter] = {}
     for wrapper in wrappers:
         twin = wrapper.modules_to_save[ADAPTER]
@@ -284,7 +284,7 @@ def _name_of(model: nn.Module, part: nn.Module) -> str:
 
 
 def _start_from_quantization_error(model: Any, start: Start) -> None:  # noqa: ANN401
-    """Start the adapters from the quantisation error (LoftQ, Li et al. 2023, arXiv 2310.08659)."""
+    """Set the adapters to the quantisation error (LoftQ, Li et al. 2023, arXiv 2310.08659)."""
     if start.source is None or not any(start.source.glob("*.safetensors")):
         raise UserError(
             f"method.initialization is loftq, and {start.source} holds no .safetensors file.",
