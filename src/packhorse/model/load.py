@@ -32,7 +32,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 
 from packhorse.errors import UserError
 from packhorse.model.sharded import gathered, true_shape
-from packhorse.model.streaming import Weights, open_weights, refuse_incomplete
+from packhorse.model.streaming import StreamedWeights, open_weights, refuse_incomplete
 
 # Otherwise transformers has a public service convert weights that the hub lacks as safetensors, and loads the result.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
@@ -100,7 +100,7 @@ def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
     return model
 
 
-def open_model(request: ModelRequest, vocab_size: int) -> Weights | None:
+def open_model(request: ModelRequest, vocab_size: int) -> StreamedWeights | None:
     """Create the model without memory and open its weights, which are then read one unit at a time.
 
     Returns:
@@ -248,7 +248,7 @@ def _unreachable(request: ModelRequest, error: OSError) -> UserError:
     )
 
 
-def _open(request: ModelRequest) -> Weights | None:
+def _open(request: ModelRequest) -> StreamedWeights | None:
     """Do what `from_pretrained` does before it reads weights; return None for a model with remote code.
 
     transformers has no public call that stops there: `from_pretrained` loads the whole model on every rank.

@@ -25,13 +25,13 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from packhorse.errors import UserError
-from packhorse.model.units import Unit, part_of, snapshot, units_of
+from packhorse.model.units import Unit, copy_tree, select_branches, units_of
 
 NUM_SHOWN = 6
 
 
 @dataclass
-class Weights:
+class StreamedWeights:
     """A checkpoint's weights and the empty model that they belong to.
 
     Attributes:
@@ -53,7 +53,7 @@ class Weights:
     _keys: dict[Unit | None, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._tree = cast(PreTrainedModel, snapshot(self.model))
+        self._tree = cast(PreTrainedModel, copy_tree(self.model))
         self._keys = self._keys_by_unit()
 
     def fill(self, unit: Unit) -> None:
@@ -74,7 +74,7 @@ class Weights:
         self.model._weight_conversions = [entry for entry in mapping if entry.was_used()]
 
     def _fill(self, unit: Unit | None, keep: Callable[[str], bool]) -> None:
-        part = cast(PreTrainedModel, part_of(self._tree, keep))
+        part = cast(PreTrainedModel, select_branches(self._tree, keep))
         trained = {name: parameter.requires_grad for name, parameter in part.named_parameters()}
         chosen = {key: self.tensors[key] for key in self._keys[unit]}
         info, _ = convert_and_load_state_dict_in_model(part, chosen, self.config)
@@ -147,7 +147,9 @@ class Weights:
             raise RuntimeError(f"{name} of {self.source} could not be converted: {reason}")
 
 
-def open_weights(model: PreTrainedModel, source: str, files: Iterable[str], config: LoadStateDictConfig) -> Weights:
+def open_weights(
+    model: PreTrainedModel, source: str, files: Iterable[str], config: LoadStateDictConfig
+) -> StreamedWeights:
     """Open a checkpoint for a model on the meta device; reads only names and shapes.
 
     Raises:
@@ -158,7 +160,7 @@ def open_weights(model: PreTrainedModel, source: str, files: Iterable[str], conf
     for file in files:
         stored = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
         tensors |= {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    return Weights(model, source, tensors, config, units_of(model), opened)
+    return StreamedWeights(model, source, tensors, config, units_of(model), opened)
 
 
 def refuse_incomplete(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -56,7 +56,7 @@ def _last_norm(model: PreTrainedModel) -> nn.Module | None:
     return norms[-1] if norms else None
 
 
-def snapshot(module: nn.Module) -> nn.Module:
+def copy_tree(module: nn.Module) -> nn.Module:
     """Return a copy of the module tree with the same leaves and parameters.
 
     Adapters wrap parts of the model later; in the snapshot the parts keep the names of the checkpoint, and weights that
@@ -64,16 +64,16 @@ def snapshot(module: nn.Module) -> nn.Module:
     """
     if not module._modules:
         return module
-    return _container(module, {name: snapshot(part) for name, part in module._modules.items() if part is not None})
+    return _container(module, {name: copy_tree(part) for name, part in module._modules.items() if part is not None})
 
 
-def part_of(tree: nn.Module, keep: Callable[[str], bool], path: str = "") -> nn.Module | None:
+def select_branches(tree: nn.Module, keep: Callable[[str], bool], path: str = "") -> nn.Module | None:
     """Return a snapshot with only the branches whose name `keep` selects; None where nothing is left."""
     if path and keep(path):
         return tree
     kept = {}
     for name, part in tree._modules.items():
-        below = part_of(part, keep, f"{path}.{name}" if path else name) if part is not None else None
+        below = select_branches(part, keep, f"{path}.{name}" if path else name) if part is not None else None
         if below is not None:
             kept[name] = below
     return _container(tree, kept) if kept or not path else None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from packhorse.model.streaming import Weights
+from packhorse.model.streaming import StreamedWeights
 from packhorse.model.units import units_of
 from packhorse.recipe.methods import AdapterMethod, LoraMethod, Method, QloraMethod
 from packhorse.train.engine.sharding import Placement
@@ -46,7 +46,7 @@ def place_whole(model: PreTrainedModel, attach: Attach, placement: Placement, be
 
 
 def place_streamed(
-    weights: Weights,
+    weights: StreamedWeights,
     attach: Attach,
     placement: Placement,
     method: Method,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from packhorse.errors import UserError
-from packhorse.train.checkpoint.verify import verify_weights
+from packhorse.train.checkpoint.verify_weights import verify_weights
 from packhorse.train.checkpoint.weights import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it

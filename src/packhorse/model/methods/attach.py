@@ -89,7 +89,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: The folder holds another adapter.
     """
-    _module("saved").load_adapter(model, folder)
+    _module("adapter_files").load_adapter(model, folder)
 
 
 def stored_adapter(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, torch.Tensor]]:
@@ -98,13 +98,13 @@ def stored_adapter(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, t
     Raises:
         UserError: The folder holds another adapter.
     """
-    pairs: list[tuple[nn.Parameter, torch.Tensor]] = _module("saved").stored_adapter(model, folder)
+    pairs: list[tuple[nn.Parameter, torch.Tensor]] = _module("adapter_files").stored_adapter(model, folder)
     return pairs
 
 
 def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """Put a finished adapter on its base, which has rows for new tokens, for evaluation."""
-    adapted: nn.Module = _module("saved").with_adapter(model, folder)
+    adapted: nn.Module = _module("adapter_files").with_adapter(model, folder)
     return adapted
 
 
@@ -124,7 +124,7 @@ def adapter_writer(model: nn.Module, weights: dict[str, torch.Tensor], for_base:
         for_base: Where the method changed the base at the start (PiSSA, OLoRA), write an adapter of twice the rank for
             the unchanged base; otherwise write the trained adapter unchanged.
     """
-    writer: Callable[[Path], None] = _module("saved").adapter_writer(model, weights, for_base)
+    writer: Callable[[Path], None] = _module("adapter_files").adapter_writer(model, weights, for_base)
     return writer
 
 

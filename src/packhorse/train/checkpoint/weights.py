@@ -19,7 +19,7 @@ from packhorse.model.sharded import gathered
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.checkpoint.rank_share import copy_to_host
 from packhorse.train.checkpoint.snapshot import Snapshot
-from packhorse.train.checkpoint.verify import verify_weights
+from packhorse.train.checkpoint.verify_weights import verify_weights
 from packhorse.train.checkpoint.zero_state import gather_master_weight
 from packhorse.train.engine.engine import Engine
 from packhorse.train.engine.precision import COMPUTE_DTYPES
