@@ -220,7 +220,7 @@ class Checkpoints:
             parts = split_into_files(snapshot.states())
             share = RankShare(pending.temporary, own_rank(), parts, snapshot.gather_weights)
         else:
-            # Lazy: each state is gathered and copied only when its file is written, so that one exists at a time.
+            # Lazy: states are gathered while they are written, so that only one file of them exists at a time.
             own = ((key, copy_to_host(value)) for key, value, owner in states if owner == own_rank())
             share = RankShare(pending.temporary, own_rank(), split_into_files(own))
         if self._is_main and error is None:

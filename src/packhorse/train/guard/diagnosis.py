@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from packhorse.data.packs.loader import MicroBatch, PackLoader, StepBatch
 from packhorse.model.sequence import SequenceGroup
+from packhorse.model.sharded import is_partitioned
 from packhorse.train.checkpoint.weights import unwrapped
 from packhorse.train.engine.engine import Engine
 from packhorse.train.objectives.forward import micro_batch_loss
@@ -128,7 +129,7 @@ def _bad_gradients(
     whole = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not isinstance(parameter, DTensor) and not hasattr(parameter, "ds_id")
+        if parameter.requires_grad and not isinstance(parameter, DTensor) and not is_partitioned(parameter)
     }
     with engine.micro_step(is_last=False), _outputs_of_layers(model) as outputs:
         loss = micro_batch_loss(engine.model, micro_batch, engine.device, sequence)
