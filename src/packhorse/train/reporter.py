@@ -13,7 +13,7 @@ from packhorse.run_folder.status import State, Status, write_status
 from packhorse.track.meter import Figures
 from packhorse.track.progress import open_progress
 from packhorse.track.sinks import METRICS_FILE, MetricsFile
-from packhorse.track.trackers import open_trackers
+from packhorse.track.trackers import GuardedTracker, open_trackers
 from packhorse.train.state import TrainState
 
 
@@ -29,7 +29,7 @@ class Reporter:
         first = state.step + (state.step > 0 and state.held_back is None)
         trackers = open_trackers(plan.recipe, folder, first, _data_facts(folder))
         self._metrics = MetricsFile(folder / METRICS_FILE, first)
-        self._sinks = [self._metrics, *trackers]
+        self._sinks: list[MetricsFile | GuardedTracker] = [self._metrics, *trackers]
         self._progress = open_progress(Console(), plan.num_steps or 0, state.step)
 
     def begin(self, state: TrainState, figures: Figures) -> None:
