@@ -34,7 +34,7 @@ from packhorse.track.meter import Figures, resident_peak_bytes
 from packhorse.train import worker
 from packhorse.train.objectives.token_loss import CHUNK_TOKENS
 from packhorse.train.ranks.signals import StopRequest
-from packhorse.train.report import Reporter
+from packhorse.train.reporter import Reporter
 from packhorse.train.setup import base_request
 from packhorse.train.state import TrainState
 

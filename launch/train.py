@@ -1,4 +1,4 @@
-"""What `accelerate launch` runs, one process a device.
+"""The script that `accelerate launch` runs, one process per device.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml launch/train.py RUN/plan.json
 """
@@ -15,12 +15,12 @@ from packhorse.train.ranks.signals import StopRequest
 
 
 def main() -> int:
-    """Sets the plan's environment, then works; torch reads some of it when it is imported."""
+    """Set the plan's environment before torch is imported, which reads some of it, and run the worker."""
     plan_file = Path(sys.argv[1]) if len(sys.argv) == 2 else None
     if plan_file is None or not plan_file.is_file():
         sys.stderr.write("usage: accelerate launch --config_file FILE launch/train.py RUN/plan.json\n")
         return 2
-    # First: libraries take hold of the streams when they are imported.
+    # First, because libraries keep references to the streams when they are imported.
     mask_output()
     signals = StopRequest()
     signals.install()

@@ -113,7 +113,7 @@ def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
     from packhorse.train import loop
-    from packhorse.train.ranks import standstill
+    from packhorse.train.ranks import hang_watch as standstill
     from packhorse.train.ranks.signals import StopRequest
     from packhorse.train.worker import run_worker
 

@@ -45,7 +45,7 @@ SMALL = {
 
 
 def make_run(folder: Path, processes: int = 1, engine: str = "ddp", make: bool = True, **checkpoint: Any) -> RunPlan:
-    """A run's plan and, where asked to, its folder."""
+    """Return a run's plan; `make` creates its folder."""
     fields = {**TINY, "runs_folder": str(folder), "checkpoint": {"every_steps": 2, **checkpoint}}
     recipe = Recipe.model_validate({**fields, "parallel": {"processes": processes, "engine": engine}})
     plan = make_plan(recipe, DeviceRequest(None), detect_hardware(), DATA)
@@ -56,7 +56,7 @@ def make_run(folder: Path, processes: int = 1, engine: str = "ddp", make: bool =
 
 
 class Trainer:
-    """A model, its optimizer and its checkpoints; a step is as good as another."""
+    """A model, its optimizer and its checkpoints; its steps train on made-up ids."""
 
     def __init__(self, plan: RunPlan, is_main: bool = True, **model: Any) -> None:
         transformers_logging.disable_progress_bar()
@@ -86,7 +86,7 @@ class Trainer:
         return {name: value.detach().clone() for name, value in self.model.named_parameters()}
 
     def moments(self) -> dict[str, Tensor]:
-        """Copies of what the optimizer keeps, named as in a checkpoint."""
+        """Return copies of the optimizer's states, named as in a checkpoint."""
         return {
             f"{name}/{slot}": value.detach().clone()
             for name, parameter in self.model.named_parameters()
@@ -95,7 +95,7 @@ class Trainer:
 
 
 def weights_of(plan: RunPlan, **model: Any) -> tuple[Held, ...]:
-    """What the plan counts of a `Trainer`'s weights."""
+    """Return the weights of a `Trainer` that the plan counts."""
     shape = read_shape({**TINY["model"]["config"], "tie_word_embeddings": False, **SMALL, **model})
     assert shape is not None
     held = held_weights(plan, shape)
@@ -104,11 +104,11 @@ def weights_of(plan: RunPlan, **model: Any) -> tuple[Held, ...]:
 
 
 def buffers_of(trainer: Trainer) -> int:
-    """Bytes that this rank keeps on its host from save to save."""
-    return sum(room.nbytes for room in trainer.checkpoints._buffers._rooms.values())
+    """Return the bytes that this rank keeps on its host from save to save."""
+    return sum(buffer.nbytes for buffer in trainer.checkpoints._buffers._buffers.values())
 
 
 def save_at(trainer: Trainer, step: int) -> None:
-    """Trains to a step, and brings its checkpoint to its end."""
+    """Train to a step, and finish its checkpoint."""
     trainer.checkpoints.save(trainer.steps_to(step))
     trainer.checkpoints.finish()

@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
 
 
 def write_tiny(folder: Path, **sections: Any) -> Path:
-    """Writes the tiny recipe as `tiny.yaml`, with whole sections replaced."""
+    """Write the tiny recipe as `tiny.yaml`, with whole sections replaced."""
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**TINY, **sections}, sort_keys=False), encoding="utf-8")
     return path

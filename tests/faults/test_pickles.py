@@ -230,7 +230,7 @@ def test_code_that_comes_with_a_model_runs_only_where_the_recipe_says_so(
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto}))
     read(request(folder), VOCABULARY)
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto, "model_type": "strange"}))
-    with pytest.raises(UserError, match=r"brings Python code of its own, and model.trust_remote_code is false"):
+    with pytest.raises(UserError, match=r"needs its own Python code, and model.trust_remote_code is false"):
         read(request(folder), VOCABULARY)
     assert not canary(here)
 

@@ -2,11 +2,11 @@
 
 Shapes: B rows (always 1: packs are flattened), H query heads, K key/value heads, T tokens, E head width, D documents.
 
-A flattened row holds D documents one after another. Each attends to itself alone:
+A flattened row holds D documents one after another. Each attends only to itself:
 
     a a . . .
     a a . . .      `a` and `b` are two documents; `.` is never computed,
-    . . b b b      rather than computed and masked away.
+    . . b b b      instead of being computed and masked.
     . . b b b
     . . b b b      (each block causal)
 """
@@ -32,14 +32,14 @@ Kernel = Literal["sdpa", "varlen"]
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a flattened row lie.
+    """Positions of the documents in a flattened row.
 
     Attributes:
-        lengths: Tokens of each document, on the host: the SDPA path slices without asking the device.
+        lengths: Tokens of each document, on the host: the SDPA path slices without waiting for the device.
         cu_seq_lens: Cumulative lengths, int32 [D + 1], on the device.
         max_length: Longest document in tokens.
-        sequence: The ranks that share the row, whose documents these are; None where this rank has all of it.
-        prefixes: Of prefix tuning: keys and values, each [1, K, P, E], that stand before every document, by layer.
+        sequence: Ranks that share the row; None where this rank has all of it.
+        prefixes: Keys and values of prefix tuning, each [1, K, P, E], put before every document, by layer.
     """
 
     lengths: tuple[int, ...]
@@ -50,7 +50,7 @@ class Documents:
 
     @property
     def prefix_length(self) -> int:
-        """P, keys and values before each document that no query stands for."""
+        """P, the number of keys and values before each document that have no query."""
         return self.prefixes[0][0].shape[2] if self.prefixes else 0
 
 
@@ -67,16 +67,16 @@ class Attention(Protocol):
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """Attends."""
+        """Compute attention."""
 
 
 def register_attention(kernel: Kernel) -> str:
-    """Registers the attention function with transformers; the returned name goes into `attn_implementation`."""
+    """Register the attention function with transformers; the returned name goes into `attn_implementation`."""
     return register_kernel(kernel, _KERNELS[kernel])
 
 
 def register_kernel(kernel: str, attention: Attention) -> str:
-    """The same with an attention function of one's own."""
+    """Register any attention function; see `register_attention`."""
     name = f"packhorse_{kernel}"
     AttentionInterface.register(name, partial(_attend, attention))
     return name
@@ -94,7 +94,7 @@ def _attend(
     sliding_window: int | None = None,
     **other: Any,  # noqa: ANN401
 ) -> tuple[Tensor, None]:
-    """query [1, H, t, E], key and value [1, K, t, E] -> ([1, t, H, E], None); t is this rank's part of the row."""
+    """Map query [1, H, t, E], key and value [1, K, t, E] to ([1, t, H, E], None); t is this rank's part of the row."""
     documents = _check(attention_mask, other)
     sequence = documents.sequence
     if documents.prefixes:
@@ -108,27 +108,28 @@ def _attend(
 
 
 def _before_each(prefix: Tensor, tensor: Tensor, documents: Documents) -> Tensor:
-    """prefix [1, K, P, E], tensor [1, K, T, E] -> [1, K, T + D P, E]."""
-    own = prefix.to(tensor.dtype)
-    return torch.cat([part for each in torch.split(tensor, list(documents.lengths), 2) for part in (own, each)], 2)
+    """Put prefix [1, K, P, E] before each document of tensor [1, K, T, E]: [1, K, T + D P, E]."""
+    cast = prefix.to(tensor.dtype)
+    by_document = torch.split(tensor, list(documents.lengths), 2)
+    return torch.cat([part for document in by_document for part in (cast, document)], 2)
 
 
 def _check(attention_mask: Tensor | None, unsupported: dict[str, Any]) -> Documents:
-    # A keyword, not a global: recomputed layers run in autograd's own threads, long after the forward pass.
+    # A keyword, not a global: recomputed layers run in autograd's threads, long after the forward pass.
     documents = unsupported.get("documents")
     if not isinstance(documents, Documents):
         raise UserError(
             "this architecture does not hand keywords down to its attention layers.",
-            "attention then cannot know where packed documents end, and would mix them without a word.",
+            "attention then cannot know where packed documents end, and would silently mix them.",
             "choose an architecture that transformers runs through its attention interface (Llama, Qwen, Mistral, …).",
         )
     if attention_mask is not None:
-        raise RuntimeError("an attention mask came with packed documents; it would say that they see each other")
+        raise RuntimeError("packed documents were passed with an attention mask, which would let them see each other")
     for name in ("softcap", "s_aux"):
         if unsupported.get(name) is not None:
             raise UserError(
                 f"this architecture's attention uses {name}, which Packhorse's packed attention does not compute.",
-                "leaving it out would train another model without a word.",
+                "without it, another model would silently be trained.",
                 "choose a model without it (Llama, Qwen, Mistral, Phi and most others).",
             )
     return documents
@@ -143,13 +144,13 @@ def _per_document_sdpa(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Exact on any device."""
+    """Attend to one document after another with torch's SDPA; exact on any device."""
     grouped = query.shape[1] != key.shape[1]
     parts = []
     lengths, before = list(documents.lengths), documents.prefix_length
     key_lengths = [length + before for length in lengths]
     by_document = (
-        torch.split(tensor, each, 2) for tensor, each in ((query, lengths), (key, key_lengths), (value, key_lengths))
+        torch.split(tensor, sizes, 2) for tensor, sizes in ((query, lengths), (key, key_lengths), (value, key_lengths))
     )
     for q, k, v in zip(*by_document, strict=True):
         mask = _window_mask(q.shape[2], before, window, q.device)
@@ -162,7 +163,7 @@ def _per_document_sdpa(
 
 
 def _window_mask(length: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a query may look, [T, P + T]; None where plain causal attention is the same."""
+    """Return a mask [T, P + T], True where a query may look; None where it equals plain causal attention."""
     if before == 0 and (window is None or length <= window):
         return None
     query = torch.arange(before, before + length, device=device)
@@ -171,7 +172,7 @@ def _window_mask(length: int, before: int, window: int | None, device: torch.dev
 
 
 def refuse_dropout(dropout: float) -> None:
-    """Refuses what the varlen kernel cannot do.
+    """Refuse dropout, which the varlen kernel does not have.
 
     Raises:
         UserError: The model's attention has dropout.
@@ -179,7 +180,7 @@ def refuse_dropout(dropout: float) -> None:
     if dropout:
         raise UserError(
             f"the model's attention_dropout is {dropout}, which the varlen kernel does not have.",
-            "leaving it out would train another model without a word.",
+            "without it, another model would silently be trained.",
             "set model.attention to sdpa, or attention_dropout to 0 in the model's config.json.",
         )
 
@@ -193,12 +194,12 @@ def _varlen(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Through torch's varlen kernel (CUDA, 16 bit): one launch for all documents."""
+    """Attend with torch's varlen kernel (CUDA, 16 bit), one launch for all documents."""
     refuse_dropout(dropout)
-    # Under autocast rotary embeddings lift q and k to fp32, and this kernel is not one that autocast knows.
+    # Under autocast rotary embeddings convert q and k to fp32, and autocast does not know this kernel.
     query, key = query.to(value.dtype), key.to(value.dtype)
     ends, before = documents.cu_seq_lens, documents.prefix_length
-    # Where keys are more than queries, the kernel's causal mask lets the last query see the last key.
+    # With more keys than queries, the kernel's causal mask aligns the last query with the last key.
     key_ends = ends + before * torch.arange(len(ends), device=ends.device, dtype=ends.dtype) if before else ends
     out = varlen_attn(
         query[0].transpose(0, 1),

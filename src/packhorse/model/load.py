@@ -1,6 +1,6 @@
-"""Weights: from a hub, a folder or a fresh configuration, in the planned type, with packed attention.
+"""Loads a model from a hub, a folder or a fresh configuration, in the planned dtype, with packed attention.
 
-Everything a reader of the run needs to load the same base again stands in `ModelRequest`.
+`ModelRequest` holds everything that is needed to load the same base again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from transformers.modeling_utils import (
 from transformers.quantizers.auto import get_hf_quantizer
 
 from packhorse.errors import UserError
-from packhorse.model.new_tokens import Pieces, add_rows
-from packhorse.model.streaming import Weights, open_weights, refuse_incomplete
+from packhorse.model.sharded import gathered, true_shape
+from packhorse.model.streaming import StreamedWeights, open_weights, refuse_incomplete
 
-# Else transformers asks a public service to convert what the hub has not as safetensors, and loads its answer.
+# Otherwise transformers has a public service convert weights that the hub lacks as safetensors, and loads the result.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -44,9 +44,13 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+Pieces = Mapping[int, tuple[int, ...]]
+"""New token id -> the ids that the tokenizer split its text into before it was a token."""
+
+
 @dataclass(frozen=True)
 class Quantization:
-    """4-bit storage of frozen weights (Dettmers et al. 2023, arXiv 2305.14314)."""
+    """Storage of frozen weights in 4 bits (Dettmers et al. 2023, arXiv 2305.14314) or 8 bits."""
 
     kind: Literal["nf4", "fp4", "int8"]
     double: bool
@@ -55,7 +59,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Which weights, and how they are held.
+    """Which weights to load, and how to store them.
 
     Attributes:
         source: Folder or hub name; None for a fresh model.
@@ -64,10 +68,10 @@ class ModelRequest:
         seed: Seed of fresh weights.
         dtype: Storage type.
         attention: Name for `attn_implementation`.
-        quantization: 4-bit storage, None for plain weights.
+        quantization: Storage in few bits, None for plain weights.
         trust_remote_code: Run code that comes with the model.
-        device: Where the weights go.
-        new_tokens: Tokens whose rows start from those of their pieces.
+        device: Device of the weights.
+        new_tokens: Tokens whose embeddings start from those of their pieces.
     """
 
     source: str | None
@@ -83,15 +87,11 @@ class ModelRequest:
 
 
 def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
-    """Loads or makes the model.
-
-    Args:
-        request: Which weights, and how.
-        vocab_size: Ids that the tokenizer can give; the embedding must have a row for each.
+    """Load or create the model; its embedding must have a row for each of the tokenizer's `vocab_size` ids.
 
     Raises:
-        UserError: No such model, weights that are no safetensors, code that the recipe does not trust, a folder without
-            config.json, an unknown configuration key, or too few embeddings.
+        UserError: No such model, weights that are not safetensors, code that the recipe does not trust, a folder
+            without config.json, an unknown configuration key, or too few embeddings.
     """
     model = _fresh(request) if request.source is None else _pretrained(request)
     if request.new_tokens:
@@ -100,15 +100,15 @@ def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
     return model
 
 
-def open_model(request: ModelRequest, vocab_size: int) -> Weights | None:
-    """Makes the model without memory and opens its weights, which are then read one unit at a time.
+def open_model(request: ModelRequest, vocab_size: int) -> StreamedWeights | None:
+    """Create the model without memory and open its weights, which are then read one unit at a time.
 
     Returns:
-        The weights with their model on the meta device; None for a fresh model, for one that brings its own code and
-        for one whose rows for new tokens have to be made: `load_model` makes these whole.
+        The weights with their model on the meta device; None for a fresh model, for one with remote code and for one
+        that needs rows for new tokens: `load_model` loads these whole.
 
     Raises:
-        UserError: As `load_model`; also where the checkpoint lacks weights, or holds some without a place.
+        UserError: See `load_model`; also where the checkpoint lacks weights, or holds unknown ones.
     """
     if request.source is None or request.new_tokens:
         return None
@@ -119,23 +119,46 @@ def open_model(request: ModelRequest, vocab_size: int) -> Weights | None:
     return weights
 
 
+def add_rows(model: PreTrainedModel, pieces: Pieces, num_tokens: int) -> None:
+    """Start each new token from the mean of its pieces' rows, in the embedding and in an untied output head.
+
+    Nothing is drawn at random, so every rank and every engine starts from the same rows. Models often have spare
+    rows that were never trained; the embedding only grows where it has too few.
+
+    Args:
+        model: Whole or under ZeRO-3's `zero.Init`; rows are [vocabulary, hidden width].
+        pieces: Pieces of every new token.
+        num_tokens: Number of tokens of the tokenizer, including the new ones.
+    """
+    embedding: Any = model.get_input_embeddings()
+    if true_shape(embedding.weight)[0] < num_tokens:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+        embedding = model.get_input_embeddings()
+    weights = [embedding.weight]
+    head: Any = model.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        weights.append(head.weight)
+    for weight in weights:
+        with gathered(weight, changed=True), torch.no_grad():
+            for token, parts in pieces.items():
+                weight[token] = weight[list(parts)].float().mean(0).to(weight.dtype)
+
+
 def _refuse_few_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
-    weight = cast(Any, model.get_input_embeddings()).weight
-    # ZeRO-3 loads each rank's shard alone and keeps the true shape beside it.
-    rows = getattr(weight, "ds_shape", weight.shape)[0]
+    rows = true_shape(cast(Any, model.get_input_embeddings()).weight)[0]
     if rows < vocab_size:
         raise UserError(
             f"the model has {rows} embeddings and the tokenizer {vocab_size} tokens.",
-            "a token without an embedding ends the run in an index error, or trains on another token.",
+            "a token without an embedding ends the run with an index error, or trains on another token.",
             "use the model's own tokenizer, or set vocab_size of model.config to at least the tokenizer's size.",
         )
 
 
 def build_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """The transformers configuration of a fresh model; a key that its class does not know is refused.
+    """Return the transformers configuration of a fresh model; a key that its class does not know is refused.
 
     Raises:
-        UserError: `model_type` is absent or unknown, or a key is.
+        UserError: `model_type` is absent or unknown, or a key is unknown.
     """
     fields = dict(config)
     kind = fields.pop("model_type", None)
@@ -151,7 +174,7 @@ def build_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
     if unknown:
         raise UserError(
             f"model.config has {', '.join(sorted(unknown))}, which a {kind} model does not read.",
-            "transformers keeps an unknown key without a word, and the model would not be what it says.",
+            "transformers silently keeps an unknown key, and the model would not have what it says.",
             f"remove it, or see the fields of {type(defaults).__name__} in transformers.",
         )
     return type(defaults)(**fields)
@@ -162,8 +185,8 @@ def _fresh(request: ModelRequest) -> PreTrainedModel:
     config = build_config(request.config)
     config._attn_implementation = request.attention
     torch.manual_seed(request.seed)
-    # The class itself, not from_config: under ZeRO-3 that draws the weights in another order, and the same recipe
-    # would start from another model.
+    # The class itself, because under ZeRO-3 from_config draws the weights in another order, and the same recipe would
+    # start from another model.
     model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     return model.to(request.device, request.dtype)
 
@@ -175,7 +198,7 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
         quantized = {"quantization_config": _bits_and_bytes(request), "device_map": {"": request.device}}
     with _reading(request):
         _weight_files(request)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             request.source,
             revision=request.revision,
             dtype=request.dtype,
@@ -185,8 +208,8 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
             output_loading_info=True,
             **quantized,
         )
-    # transformers has left out already what is tied, derived or a known leftover.
-    refuse_incomplete(request.source, found["missing_keys"], found["unexpected_keys"])
+    # transformers has already excluded keys that are tied, derived or known leftovers.
+    refuse_incomplete(request.source, loading_info["missing_keys"], loading_info["unexpected_keys"])
     if not quantized:
         return cast(PreTrainedModel, model.to(request.device))
     keep_as_stored(model)
@@ -195,47 +218,51 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
 
 @contextmanager
 def _reading(request: ModelRequest) -> Iterator[None]:
-    """What libraries raise where a model cannot be read, in a user's words."""
+    """Turn what libraries raise for an unreadable model into a UserError."""
     try:
         yield
     except OSError as error:
         raise _unreachable(request, error) from error
     except SafetensorError as error:
         raise UserError(
-            f"the weights of {request.source} are no safetensors: {error}.",
-            "the file is cut short, or something else under that name.",
-            "fetch the model again.",
+            f"the weights of {request.source} are not safetensors: {error}.",
+            "the file is truncated, or another file under that name.",
+            "download the model again.",
         ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise UserError(
-            f"the model {request.source} brings Python code of its own, and model.trust_remote_code is false.",
+            f"the model {request.source} needs its own Python code, and model.trust_remote_code is false.",
             "that code could do anything that you may do on this machine.",
-            "read it, then set model.trust_remote_code: true; or name a model of a type that transformers has.",
+            "read it, then set model.trust_remote_code: true; or choose a model type that transformers has.",
         ) from error
 
 
 def _unreachable(request: ModelRequest, error: OSError) -> UserError:
     return UserError(
         f"the model {request.source} could not be loaded: {str(error).splitlines()[0]}",
-        "it is neither in the local cache nor reachable, its files are not complete, or they are no safetensors: "
+        "it is neither in the local cache nor reachable, its files are incomplete, or they are not safetensors: "
         "a pickle, which runs code when it is opened, is never read.",
-        "check the name and your access, fetch it once with `hf download`, or set model.path to a local folder.",
+        "check the name and your access, download it with `hf download`, or set model.path to a local folder.",
     )
 
 
-def _open(request: ModelRequest) -> Weights | None:
-    """The steps of `from_pretrained` up to its reading of weights."""
+def _open(request: ModelRequest) -> StreamedWeights | None:
+    """Do what `from_pretrained` does before it reads weights; return None for a model with remote code.
+
+    transformers has no public call that stops there: `from_pretrained` loads the whole model on every rank.
+    """
     assert request.source is not None
-    where = {"revision": request.revision, "trust_remote_code": request.trust_remote_code}
-    config = AutoConfig.from_pretrained(request.source, **where)
+    config = AutoConfig.from_pretrained(
+        request.source, revision=request.revision, trust_remote_code=request.trust_remote_code
+    )
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None
     device_map = {"": request.device}
     bits = _bits_and_bytes(request) if request.quantization is not None else None
     quantizer, config, _ = get_hf_quantizer(config, bits, device_map, weights_only=True, user_agent={})
-    # As if quantised: under ZeRO-3 transformers would otherwise make it in shards, before there are weights.
+    # `set_quantized_state` keeps transformers from partitioning an empty model under ZeRO-3.
     with torch.device("meta"), set_quantized_state(), local_torch_dtype(request.dtype):
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=request.dtype, attn_implementation=request.attention
@@ -261,7 +288,7 @@ def _open(request: ModelRequest) -> Weights | None:
 
 
 def _weight_files(request: ModelRequest) -> list[str]:
-    """The files that hold the weights; a pickle, which runs code when it is read, is never one of them."""
+    """Return the files with the weights; a pickle, which runs code when it is read, is refused."""
     revision = {"revision": request.revision}
     files, _ = _get_resolved_checkpoint_files(
         request.source, None, None, True, {}, is_remote_code=False, download_kwargs=revision
@@ -271,7 +298,7 @@ def _weight_files(request: ModelRequest) -> list[str]:
             raise UserError(
                 f"{request.source} keeps weights in {file}.",
                 "only safetensors are read: a pickle runs code when it is opened.",
-                "name a model that has its weights as safetensors.",
+                "choose a model with safetensors weights.",
             )
     return files or []
 
@@ -287,11 +314,11 @@ def _generation_config(request: ModelRequest) -> GenerationConfig:
 
 
 def keep_as_stored(model: PreTrainedModel) -> None:
-    """Let no forward pass repack the frozen weights.
+    """Prevent a forward pass from repacking the frozen weights.
 
-    On a CPU with AVX-512 BF16, bitsandbytes rewrites them at the first pass that takes no gradient, such as validation,
-    with scales rounded to bfloat16: what is trained on then changes midway, and widths that are no multiple of the
-    block end in an error.
+    On a CPU with AVX-512 BF16, bitsandbytes rewrites them in the first pass without gradients, such as validation, with
+    scales rounded to bfloat16: the base then changes during training, and widths that are not a multiple of the block
+    end in an error.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -302,14 +329,14 @@ def _bits_and_bytes(request: ModelRequest) -> BitsAndBytesConfig:
     quantization = request.quantization
     assert quantization is not None
     if quantization.kind == "int8":
-        # Which columns are outliers is judged over all tokens of a pass, so that packed documents would change each
-        # other's losses (5.7e-3 with the stories model); without them each token is rounded by itself.
+        # Outlier columns are chosen over all tokens of a pass, so that packed documents would change each other's
+        # losses (5.7e-3 with the stories model); without outliers each token is rounded alone.
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.kind,
         bnb_4bit_use_double_quant=quantization.double,
         bnb_4bit_compute_dtype=quantization.compute_dtype,
-        # FSDP shards parameters of one type only, so the 4-bit bytes are stored as if they were of that type.
+        # FSDP shards parameters of one dtype only, so the 4-bit bytes are stored as that dtype.
         bnb_4bit_quant_storage=request.dtype,
     )

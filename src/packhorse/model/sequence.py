@@ -1,4 +1,4 @@
-"""Sequence parallelism: ranks share the tokens of one row, and trade them for heads inside attention.
+"""Sequence parallelism: ranks share the tokens of one row, and exchange them for heads inside attention.
 
 Ulysses (Jacobs et al. 2023, arXiv 2309.14509). Shapes: S ranks of a group, T tokens of the row, t = T / S of each rank,
 H query heads, K key/value heads, E head width.
@@ -7,8 +7,8 @@ H query heads, K key/value heads, E head width.
     head 0   rank 0     rank 1     all-to-all    head 0   rank 0     rank 0
     head 1   rank 0     rank 1    ----------->   head 1   rank 1     rank 1
 
-Embeddings, norms and MLPs see one token at a time, so a part of the row is enough for them. Attention then runs over
-whole documents, for a part of the heads, and a second exchange brings each token's heads home.
+Embeddings, norms and MLPs see one token at a time, so a part of the row is enough for them. Attention runs over whole
+documents, for a part of the heads, and a second exchange returns each token's heads to its rank.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class SequenceGroup:
     """The ranks that share each row.
 
     Attributes:
-        rank: This process's place in the group; it holds part `rank` of the row.
-        size: S.
-        group: Their process group.
+        rank: Rank of this process in the group; it holds part `rank` of the row.
+        size: S, the number of ranks.
+        group: Process group of these ranks.
     """
 
     rank: int
@@ -40,19 +40,14 @@ class SequenceGroup:
     group: dist.ProcessGroup
 
     def sum(self, value: Tensor) -> float:
-        """Adds up a number over the group, in fp64; every rank gets the same."""
+        """Sum a scalar over the group, in fp64; equal on every rank."""
         total = value.detach().double()
         dist.all_reduce(total, group=self.group)
         return float(total)
 
 
 def join_sequence_group(size: int, timeout: timedelta) -> SequenceGroup | None:
-    """Makes groups of neighbours in rank, a collective over all ranks; None where each rank has whole rows.
-
-    Args:
-        size: S; divides the number of ranks.
-        timeout: How long an exchange may wait for another rank.
-    """
+    """Group neighbouring ranks, a collective over all ranks; return None where each rank has whole rows."""
     if size == 1:
         return None
     group, _ = dist.new_subgroups(size, timeout=timeout)  # type: ignore[no-untyped-call]
@@ -62,17 +57,17 @@ def join_sequence_group(size: int, timeout: timedelta) -> SequenceGroup | None:
 def to_whole_documents(
     query: Tensor, key: Tensor, value: Tensor, sequence: SequenceGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From every head of this rank's tokens to this rank's heads of every token, in one exchange.
+    """Exchange every head of this rank's tokens for this rank's heads of every token, in one all-to-all.
 
     Args:
         query: [1, H, t, E].
         key: [1, K, t, E].
         value: [1, K, t, Ev].
-        sequence: The ranks that hold the other parts.
+        sequence: Ranks that hold the other parts.
 
     Returns:
-        query [1, H / S, T, E], key and value [1, lcm(K, S) / S, T, …]: key/value heads that S does not divide are
-        repeated, and query heads find theirs by the same rule as before.
+        query [1, H / S, T, E], key and value [1, lcm(K, S) / S, T, …]: key/value heads are repeated where S does not
+        divide them, so that each query head still finds its own by the usual rule.
 
     Raises:
         UserError: S does not divide H.
@@ -82,10 +77,10 @@ def to_whole_documents(
         raise unshared_heads(size, query.shape[1], dist.get_world_size())
     repeats = lcm(heads, size) // heads
     key, value = (tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in (key, value))
-    # Under autocast rotary embeddings lift q and k to fp32, and attention itself is in 16 bit: half the traffic.
+    # Under autocast rotary embeddings convert q and k to fp32; attention runs in 16 bit, which is half the traffic.
     by_rank = [_heads_by_rank(tensor.to(value.dtype), size) for tensor in (query, key, value)]
     received = _exchange(torch.cat(by_rank, 2), sequence)
-    # Parts come in the order of ranks, which is that of the tokens.
+    # Parts arrive in the order of ranks, which is that of the tokens.
     parts = torch.split(received.flatten(0, 1), [part.shape[2] for part in by_rank], 1)
     widths = (query.shape[3], key.shape[3], value.shape[3])
     q, k, v = (
@@ -95,20 +90,20 @@ def to_whole_documents(
 
 
 def _heads_by_rank(tensor: Tensor, size: int) -> Tensor:
-    """[1, H, t, E] -> [S, t, H / S x E]: what each rank is sent, its heads side by side."""
+    """Reorder [1, H, t, E] to [S, t, H / S x E]: the part for each rank, its heads next to each other."""
     _, heads, tokens, width = tensor.shape
     return tensor.reshape(size, heads // size, tokens, width).transpose(1, 2).flatten(2)
 
 
 def to_own_tokens(out: Tensor, sequence: SequenceGroup) -> Tensor:
-    """Back again: this rank's heads of every token, [1, T, H / S, E], to all heads of its tokens, [1, t, H, E]."""
+    """Exchange this rank's heads of every token, [1, T, H / S, E], for all heads of its tokens, [1, t, H, E]."""
     _, tokens, heads, width = out.shape
     sent = out.reshape(sequence.size, tokens // sequence.size, heads, width).contiguous()
     return _exchange(sent, sequence).transpose(0, 1).flatten(1, 2)[None]
 
 
 def _exchange(sent: Tensor, sequence: SequenceGroup) -> Tensor:
-    """[S, …]: the j-th part goes to rank j, and the i-th that comes is from rank i; its gradient goes back that way."""
-    # Waited for here: kernels and hooks on saved tensors then see a plain tensor, not a promise of one.
+    """Send part j of [S, …] to rank j and receive part i from rank i; the gradient takes the opposite direction."""
+    # Wait here, so that kernels and hooks on saved tensors see a plain tensor and not an asynchronous one.
     received: Tensor = wait_tensor(all_to_all_single(sent, None, None, sequence.group))  # type: ignore[no-untyped-call]
     return received

@@ -1,7 +1,7 @@
-"""Weights from a checkpoint straight to their place: read, converted and quantised one unit at a time.
+"""Reads, converts and quantises the weights of a checkpoint, one unit of the model at a time.
 
-The files are mapped into memory, so the ranks of a node share what one of them has read, and none holds a copy of its
-own. Renaming, fusing of experts and quantisation are transformers' and bitsandbytes' own.
+The files are mapped into memory, so the ranks of a node share what one of them has read, without their own copies.
+transformers and bitsandbytes do the renaming, the fusing of experts and the quantisation.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from packhorse.errors import UserError
-from packhorse.model.units import Unit, part_of, snapshot, units_of
+from packhorse.model.units import Unit, copy_tree, select_branches, units_of
 
 NUM_SHOWN = 6
 
 
 @dataclass
-class Weights:
+class StreamedWeights:
     """A checkpoint's weights and the empty model that they belong to.
 
     Attributes:
-        model: On the meta device, without adapters when this is made; adapters may be added later.
+        model: Model on the meta device, without adapters at first; they may be added later.
         source: Folder or hub name, for messages.
-        tensors: Each tensor of the checkpoint by its name there; read when it is used.
+        tensors: Each tensor of the checkpoint by its name there, read when it is used.
         config: How transformers converts and quantises them.
-        units: What is loaded at a time.
-        files: Open as long as something is to be read.
+        units: Units to load one after another.
+        files: Open files, until everything is read.
     """
 
     model: PreTrainedModel
@@ -53,11 +53,11 @@ class Weights:
     _keys: dict[Unit | None, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._tree = cast(PreTrainedModel, snapshot(self.model))
-        self._keys = self._share_out()
+        self._tree = cast(PreTrainedModel, copy_tree(self.model))
+        self._keys = self._keys_by_unit()
 
     def fill(self, unit: Unit) -> None:
-        """Makes a unit real, on the device of the request.
+        """Load a unit, on the device of the request.
 
         Raises:
             UserError: A tensor has another shape than the model's, or cannot be converted.
@@ -65,16 +65,16 @@ class Weights:
         self._fill(unit, lambda name: name in unit.names)
 
     def fill_rest(self) -> None:
-        """Makes real what belongs to no unit, buffers mostly; closes the files."""
+        """Load what belongs to no unit, mostly buffers, and close the files."""
         names = [name for unit in self.units for name in unit.names]
         self._fill(None, lambda name: not any(_are_related(name, other) for other in names))
         self.files.close()
-        # What was renamed or fused is written back as it was read.
+        # transformers reverts the used conversions when the model is saved.
         mapping = self.config.weight_mapping or []
         self.model._weight_conversions = [entry for entry in mapping if entry.was_used()]
 
     def _fill(self, unit: Unit | None, keep: Callable[[str], bool]) -> None:
-        part = cast(PreTrainedModel, part_of(self._tree, keep))
+        part = cast(PreTrainedModel, select_branches(self._tree, keep))
         trained = {name: parameter.requires_grad for name, parameter in part.named_parameters()}
         chosen = {key: self.tensors[key] for key in self._keys[unit]}
         info, _ = convert_and_load_state_dict_in_model(part, chosen, self.config)
@@ -86,15 +86,17 @@ class Weights:
             parameter.requires_grad_(trained[name] and parameter.is_floating_point())
 
     def _tie(self, part: PreTrainedModel, info: LoadStateDictInfo) -> None:
-        here = dict(part.named_parameters(remove_duplicate=False))
-        tied = {
-            target: source for target, source in part.all_tied_weights_keys.items() if {target, source} <= set(here)
-        }
-        part.all_tied_weights_keys = tied
+        names = {name for name, _ in part.named_parameters(remove_duplicate=False)}
+        tied = part.all_tied_weights_keys.items()
+        part.all_tied_weights_keys = {target: source for target, source in tied if {target, source} <= names}
         part.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
 
-    def _share_out(self) -> dict[Unit | None, list[str]]:
-        """Keys of the checkpoint by the unit that they fill; refuses what is missing or nobody asked for."""
+    def _keys_by_unit(self) -> dict[Unit | None, list[str]]:
+        """Return the checkpoint's keys by the unit that they fill; missing and unexpected ones are refused.
+
+        transformers converts one unit at a time without comparing it to the rest, so completeness is checked here, over
+        all keys and before any tensor is read.
+        """
         mapping = self.config.weight_mapping or []
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -105,13 +107,16 @@ class Weights:
         for key in sorted(self.tensors, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
             if name not in expected and key in expected:
+                # The key already is a name in the model, and a renaming pattern matches it by accident.
                 name, pattern = rename_source_key(key, [], [], prefix, expected)
             if name not in expected:
                 unexpected.add(name)
                 continue
-            # One stored tensor may become several weights.
-            targets = targets_of[pattern] if pattern is not None else [name]
-            loaded |= {name.replace(targets[0], target) for target in targets} if pattern is not None else {name}
+            if pattern is None:
+                loaded.add(name)
+            else:  # one stored tensor may become several weights
+                targets = targets_of[pattern]
+                loaded |= {name.replace(targets[0], target) for target in targets}
             keys[self._unit_of(name)].append(key)
         self._refuse_unless_complete(set(expected) - loaded, unexpected)
         return keys
@@ -121,21 +126,21 @@ class Weights:
 
     def _refuse_unless_complete(self, missing: set[str], unexpected: set[str]) -> None:
         info = LoadStateDictInfo(missing, unexpected, set(), {}, [], set())
-        # What the architecture itself says is derived, or a leftover of an older version of it.
+        # Removes keys that the architecture declares derived, or leftovers of an older version.
         self._tree._adjust_missing_and_unexpected_keys(info)
         tied = self._tree.all_tied_weights_keys
-        # Of two tied weights a checkpoint holds one.
+        # A checkpoint holds only one of two tied weights.
         partner = {**tied, **{source: target for target, source in tied.items()}}
         missing = {name for name in info.missing_keys if partner.get(name, name) in info.missing_keys}
         refuse_incomplete(self.source, missing, info.unexpected_keys)
 
     def _refuse_misfits(self, info: LoadStateDictInfo) -> None:
         if info.mismatched_keys:
-            name, stored, wanted = min(info.mismatched_keys)
+            name, stored, expected = min(info.mismatched_keys)
             raise UserError(
-                f"{name} is {list(stored)} in the checkpoint {self.source} and {list(wanted)} in the model.",
+                f"{name} is {list(stored)} in the checkpoint {self.source} and {list(expected)} in the model.",
                 "its config.json describes another model than its weights.",
-                "fetch the checkpoint again, or repair its config.json.",
+                "download the checkpoint again, or fix its config.json.",
             )
         if info.conversion_errors:
             name, reason = min(info.conversion_errors.items())
@@ -143,54 +148,50 @@ class Weights:
 
 
 def open_weights(
-    model: PreTrainedModel,
-    source: str,
-    files: Iterable[str],
-    config: LoadStateDictConfig,
-    units: list[Unit] | None = None,
-) -> Weights:
-    """Opens a checkpoint for a model on the meta device; reads names and shapes only.
+    model: PreTrainedModel, source: str, files: Iterable[str], config: LoadStateDictConfig
+) -> StreamedWeights:
+    """Open a checkpoint for a model on the meta device; reads only names and shapes.
 
     Raises:
-        UserError: Weights are missing, or there are some that the model has no place for.
+        UserError: Weights are missing, or the model has no parameter for some.
     """
     opened = ExitStack()
     tensors: dict[str, Any] = {}
     for file in files:
         stored = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
         tensors |= {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    return Weights(model, source, tensors, config, units or units_of(model), opened)
+    return StreamedWeights(model, source, tensors, config, units_of(model), opened)
 
 
 def refuse_incomplete(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Stops where transformers warns and goes on.
+    """Refuse a checkpoint for which transformers only warns.
 
     Raises:
-        UserError: There are such weights.
+        UserError: Weights are missing or unexpected.
     """
     if missing:
         raise UserError(
             f"the checkpoint {source} lacks {_listed(missing)}.",
             "transformers would draw them at random, and the run would not start from the model that it names.",
-            "name a checkpoint of this very architecture, saved with its output head.",
+            "choose a checkpoint of the same architecture, saved with its output head.",
         )
     if unexpected:
         raise UserError(
-            f"the checkpoint {source} holds {_listed(unexpected)}, which the model has no place for.",
-            "transformers would drop them, and what runs would not be the model that was saved.",
-            "name a checkpoint of this very architecture; weights of an adapter belong beside their base.",
+            f"the checkpoint {source} holds {_listed(unexpected)}, which the model does not have.",
+            "transformers would drop them, and the model would not be the one that was saved.",
+            "choose a checkpoint of the same architecture; an adapter's weights must be separate from their base.",
         )
 
 
 def _make_buffers(part: PreTrainedModel, config: LoadStateDictConfig) -> None:
-    """Buffers that no checkpoint holds, such as the frequencies of rotary embeddings."""
+    """Compute buffers that no checkpoint holds, such as the frequencies of rotary embeddings."""
     device = (config.device_map or {"": "cpu"})[""]
     for module in part.modules():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-    part.initialize_weights()  # leaves alone what was loaded
+    part.initialize_weights()  # skips what was loaded
 
 
 def _is_inside(name: str, module: str) -> bool:

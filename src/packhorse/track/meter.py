@@ -1,6 +1,6 @@
-"""What a step loop costs: times and counts of the steps since the last reading, as one flat set of figures.
+"""Measures the step loop: times and counts of the steps since the last reading, as one flat set of figures.
 
-Keys are the names used everywhere: metrics.jsonl, W&B, TensorBoard, `packhorse status`.
+metrics.jsonl, W&B, TensorBoard and `packhorse status` use the same keys.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Clock = Callable[[], float]
 
 
 class Meter:
-    """Adds up times and counts of optimizer steps; never waits for the device.
+    """Sums times and counts of optimizer steps; never waits for the device.
 
-    Time inside `data()` and `other()` is theirs, all the rest is compute. So the wait for the device that `loss.item()`
-    causes just before `read` counts as compute, which it is.
+    Time outside `data()` and `other()` counts as compute, including the wait for the device that `loss.item()` causes
+    just before `read`.
 
     Attributes:
         supervised_tokens: Supervised tokens learnt from since the run began, over all ranks.
@@ -32,12 +32,12 @@ class Meter:
     def __init__(
         self, supervised_tokens: int = 0, elapsed_seconds: float = 0.0, clock: Clock = time.perf_counter
     ) -> None:
-        """Starts the clock.
+        """Start the clock.
 
         Args:
-            supervised_tokens: Those of earlier attempts of this run.
-            elapsed_seconds: Those of earlier attempts of this run.
-            clock: Where the time comes from.
+            supervised_tokens: Supervised tokens of earlier attempts of this run.
+            elapsed_seconds: Seconds of earlier attempts of this run.
+            clock: Source of the time.
         """
         self.supervised_tokens = supervised_tokens
         self._clock = clock
@@ -51,25 +51,25 @@ class Meter:
 
     @contextmanager
     def data(self) -> Iterator[None]:
-        """Times waiting for the next step's batches."""
+        """Time the wait for the next step's batches."""
         start = self._clock()
         yield
         self._data_seconds += self._clock() - start
 
     @contextmanager
     def other(self) -> Iterator[None]:
-        """Times evaluation and checkpoints: what a run does beside its steps."""
+        """Time evaluation and checkpoints, which are no part of a step."""
         start = self._clock()
         yield
         self._other_seconds += self._clock() - start
 
     def count_step(self, num_tokens: int, num_supervised_tokens: int, num_slots: int) -> None:
-        """Counts one optimizer step, over all ranks.
+        """Count one optimizer step, over all ranks.
 
         Args:
             num_tokens: Real tokens.
             num_supervised_tokens: Labels that are not -100.
-            num_slots: Packs × T, what full packs would hold.
+            num_slots: Packs × T, the capacity of the packs.
         """
         self._num_steps += 1
         self._num_tokens += num_tokens
@@ -80,17 +80,17 @@ class Meter:
     def read(
         self, loss: float, learning_rate: float, grad_norm: float, epoch: float, peak_bytes: int | None = None
     ) -> Figures:
-        """Returns the figures of the interval since the last reading and starts the next one.
+        """Return the figures of the interval since the last reading, and start the next one.
 
-        Seconds are means over the interval's steps; step = data + compute + other. Tokens per second leave `other` out,
+        Seconds are means over the interval's steps; step = data + compute + other. Tokens per second exclude `other`,
         so that an evaluation does not look like a slow step.
 
         Args:
-            loss: Nats per supervised token; reading it from the device is the caller's one wait.
-            learning_rate: That of the last step.
-            grad_norm: Before clipping.
+            loss: Nats per supervised token.
+            learning_rate: Learning rate of the last step.
+            grad_norm: Gradient norm before clipping.
             epoch: Passes over the rows so far, with fraction.
-            peak_bytes: Peak of the accelerator's memory; absent, this process's peak of resident memory.
+            peak_bytes: Peak of the accelerator's memory; None for this process's peak of resident memory.
 
         Raises:
             ValueError: No step was counted since the last reading.
@@ -126,7 +126,7 @@ class Meter:
 
 
 def evaluation_figures(loss: float) -> Figures:
-    """Returns the figures of an evaluation; perplexity is exp(loss), infinite where that overflows.
+    """Return the figures of an evaluation; perplexity is exp(loss), infinite where that overflows.
 
     Args:
         loss: Nats per supervised token of the validation rows.
@@ -135,7 +135,7 @@ def evaluation_figures(loss: float) -> Figures:
 
 
 def perplexity(loss: float) -> float:
-    """Returns exp(loss) for a loss in nats per token; infinite where a float cannot hold it."""
+    """Return exp(loss) for a loss in nats per token; infinite where a float cannot hold it."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -143,6 +143,6 @@ def perplexity(loss: float) -> float:
 
 
 def resident_peak_bytes() -> int:
-    """Returns the most memory that this process ever had resident."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes but on macOS
+    """Return this process's peak of resident memory."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes, except on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""How far a run is: a bar with the time left on a terminal, sparse plain lines in a log."""
+"""Progress of a run: a bar with the time left on a terminal, a few plain lines in a log."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ LINE_SHARE: Final = 0.05
 
 
 class Progress(Protocol):
-    """Shows how far a run is."""
+    """Shows the progress of a run."""
 
     def update(self, step: int, figures: Figures) -> None:
-        """Takes the figures of a finished step."""
+        """Show the figures of a finished step."""
 
     def close(self) -> None:
-        """Shows what was held back and leaves the terminal in order."""
+        """Show the last figures and restore the terminal."""
 
 
 def open_progress(console: Console, num_steps: int, first_step: int = 0, clock: Clock = time.perf_counter) -> Progress:
-    """Returns a bar on a terminal, else lines.
+    """Return a bar on a terminal, otherwise lines.
 
     Args:
-        console: Where to.
+        console: Console to write to.
         num_steps: Steps of the whole run.
-        first_step: Steps done before this attempt; the time left is judged by this attempt alone.
-        clock: Where the time comes from.
+        first_step: Steps done before this attempt; the time left is estimated from this attempt alone.
+        clock: Source of the time.
     """
     kind = Bar if console.is_terminal else Lines
     return kind(console, _Pace(num_steps, first_step, clock))
 
 
 class _Pace:
-    """Tells the time left from the steps of this attempt."""
+    """Estimates the time left from the steps of this attempt."""
 
     def __init__(self, num_steps: int, first_step: int, clock: Clock) -> None:
         self.num_steps = num_steps
@@ -49,12 +49,12 @@ class _Pace:
         self._start = clock()
 
     def seconds_left(self, step: int) -> float:
-        """Returns an estimate, infinite before the first step of this attempt."""
+        """Return an estimate, infinite before the first step of this attempt."""
         num_done = step - self.first_step
         return (self.clock() - self._start) / num_done * (self.num_steps - step) if num_done > 0 else math.inf
 
     def text(self, step: int, figures: Figures) -> str:
-        """Returns the line for a finished step."""
+        """Return the line for a finished step."""
         loss, speed = figures["train/loss"], figures["speed/tokens_per_second"]
         return f"step {step}/{self.num_steps} · {describe(loss, speed, self.seconds_left(step))}"
 
@@ -74,18 +74,18 @@ class Bar:
         self._bar.start()
 
     def update(self, step: int, figures: Figures) -> None:
-        """Redraws the bar."""
+        """Redraw the bar."""
         loss, speed = figures["train/loss"], figures["speed/tokens_per_second"]
         text = describe(loss, speed, self._pace.seconds_left(step))
         self._bar.update(self._task, completed=step, description=text)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stop redrawing; the bar stays visible."""
         self._bar.stop()
 
 
 class Lines:
-    """Lines for a log: the first, the last, and between them at most one in 10 s and in 5 % of the steps."""
+    """Lines for a log: the first, the last, and between them at most one per 10 s and per 5 % of the steps."""
 
     def __init__(self, console: Console, pace: _Pace) -> None:
         self._console = console
@@ -94,13 +94,13 @@ class Lines:
         self._held_back: str | None = None
 
     def update(self, step: int, figures: Figures) -> None:
-        """Writes the line, or holds it back."""
+        """Write the line, or hold it back."""
         self._held_back = self._pace.text(step, figures)
         if self._is_due(step):
             self._show(step)
 
     def close(self) -> None:
-        """Writes the last line if it was held back."""
+        """Write the last line if it was held back."""
         if self._held_back is not None:
             self._show(self._pace.num_steps)
 
@@ -112,19 +112,19 @@ class Lines:
         return is_far and self._pace.clock() - shown_seconds >= LINE_SECONDS
 
     def _show(self, step: int) -> None:
-        # soft_wrap: a log has no width, and a line that is cut cannot be searched for.
+        # soft_wrap: a log has no width, and text in a broken line cannot be searched.
         self._console.print(self._held_back, markup=False, highlight=False, soft_wrap=True)
         self._shown = (step, self._pace.clock())
         self._held_back = None
 
 
 def describe(loss: float, tokens_per_second: float, seconds_left: float) -> str:
-    """Returns e.g. `loss 0.412 · 3.4k tokens/s · ETA 1 min 12 s`."""
+    """Return e.g. `loss 0.412 · 3.4k tokens/s · ETA 1 min 12 s`."""
     return f"loss {loss:.3f} · {describe_count(tokens_per_second)} tokens/s · ETA {describe_duration(seconds_left)}"
 
 
 def describe_count(count: float) -> str:
-    """Returns a count in at most four signs: `87`, `3.4k`, `120k`, `1.2M`."""
+    """Return a count in at most four characters: `87`, `3.4k`, `120k`, `1.2M`."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if count >= size * 0.9995:
             value = count / size
@@ -133,7 +133,7 @@ def describe_count(count: float) -> str:
 
 
 def describe_duration(seconds: float) -> str:
-    """Returns the two largest units: `12 s`, `1 min 12 s`, `3 h 5 min`, `2 d 1 h`."""
+    """Return the two largest units: `12 s`, `1 min 12 s`, `3 h 5 min`, `2 d 1 h`."""
     if not math.isfinite(seconds):
         return "unknown"
     whole = round(seconds)

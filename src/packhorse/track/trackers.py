@@ -1,7 +1,7 @@
 """W&B and TensorBoard, through accelerate's trackers.
 
-A module of its own, which only the worker imports: accelerate brings torch, which `packhorse status` must not pay for.
-accelerate itself imports wandb and tensorboard inside `start`, so neither is loaded unless a recipe asks for it.
+Only the worker imports this module: accelerate imports torch, which would slow `packhorse status` down. accelerate
+imports wandb and tensorboard inside `start`, so neither is loaded unless a recipe enables it.
 """
 
 from __future__ import annotations
@@ -29,26 +29,21 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedTracker:
-    """A tracker that may fail without ending the run: one warning, then silence; metrics.jsonl has every figure."""
+    """A tracker that may fail without ending the run: one warning, then nothing; metrics.jsonl has every figure."""
 
     def __init__(self, name: str, tracker: GeneralTracker) -> None:
-        """Starts the tracker.
-
-        Args:
-            name: What the warning calls it.
-            tracker: Not yet started.
-        """
+        """Start the tracker."""
         self._name = name
         self._tracker = tracker
         self.alive = True
         self._attempt(tracker.start)
 
     def log(self, step: int, figures: Figures) -> None:
-        """Hands the figures on."""
+        """Pass the figures to the tracker."""
         self._attempt(lambda: self._tracker.log(figures, step=step))
 
     def close(self) -> None:
-        """Finishes."""
+        """Finish the tracker."""
         self._attempt(self._tracker.finish)
 
     def _attempt(self, action: Callable[[], object]) -> None:
@@ -57,24 +52,24 @@ class GuardedTracker:
         try:
             action()
         except Exception as error:
-            # Any exception: a tracker's own errors are of many types, and none is worth a training run.
+            # Any exception: trackers raise many types, and none justifies losing a training run.
             self.alive = False
             reason = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("%s is off for this run (%s); figures go on to metrics.jsonl.", self._name, reason)
+            logger.warning("%s is off for this run (%s); metrics.jsonl still gets all figures.", self._name, reason)
 
 
 def open_trackers(
     recipe: Recipe, run_folder: Path, first_step: int, facts: Mapping[str, Any] | None = None
 ) -> list[GuardedTracker]:
-    """Starts what the recipe asks for; call it on rank 0 only, after the Accelerator was made.
+    """Start the trackers of the recipe; call it on rank 0 only, after the Accelerator was made.
 
     Args:
-        recipe: Its `track` section decides; the whole of it, with `${env:NAME}` unexpanded, is W&B's config.
+        recipe: Recipe with its `track` section; all of it, with `${env:NAME}` unexpanded, becomes W&B's config.
         run_folder: RUN; W&B writes to RUN/wandb and RUN/wandb_id.txt, TensorBoard to RUN/tensorboard.
         first_step: First step that this attempt will log.
-        facts: What W&B's config shows beside the recipe, such as the data's ledger.
+        facts: Further entries of W&B's config, such as the data's ledger.
     """
-    # accelerate's trackers log through its state; without one each would fail, and be taken for a missing network.
+    # accelerate's trackers log through its state; without one each would fail as if the network were missing.
     if not is_initialized():
         raise RuntimeError("the Accelerator must be made before the trackers")
     trackers = []
@@ -89,22 +84,22 @@ def open_trackers(
 def wandb_mode(
     choice: Literal["auto", "online", "offline", "off"], environment: Mapping[str, str], netrc_file: Path
 ) -> Literal["online", "offline"] | None:
-    """Returns how W&B runs, None for not at all; `auto` follows WANDB_MODE, then goes online where a key is set.
+    """Return W&B's mode, None for off; `auto` follows WANDB_MODE, and otherwise is online where a key is set.
 
     Args:
         choice: `track.wandb` of the recipe.
         environment: Environment variables.
-        netrc_file: Where `wandb login` keeps keys, unless NETRC names another file.
+        netrc_file: File where `wandb login` keeps keys, unless NETRC names another.
     """
     if choice != "auto":
         return None if choice == "off" else choice
-    asked = environment.get("WANDB_MODE")
-    if asked == "disabled":
+    requested = environment.get("WANDB_MODE")
+    if requested == "disabled":
         return None
     has_key = bool(environment.get("WANDB_API_KEY")) or _netrc_has_key(
         Path(environment.get("NETRC", netrc_file)), environment.get("WANDB_BASE_URL")
     )
-    return "online" if has_key and asked != "offline" else "offline"
+    return "online" if has_key and requested != "offline" else "offline"
 
 
 def open_wandb(
@@ -114,22 +109,14 @@ def open_wandb(
     facts: Mapping[str, Any] | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> GuardedTracker:
-    """Starts or resumes the W&B run of a run folder.
-
-    Args:
-        recipe: Gives project, name and config.
-        run_folder: RUN.
-        mode: Upload, or keep in RUN/wandb for `wandb sync`.
-        facts: What the config shows beside the recipe.
-        timeout_seconds: How long the service may take to answer at the start, and to take the rest at the end.
-    """
+    """Start or resume the W&B run of a run folder; the timeout holds for the start and for the last upload."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read once, when wandb is imported
     settings = {
         "init_timeout": timeout_seconds,
         "login_timeout": timeout_seconds,
-        "finish_timeout": timeout_seconds,  # without it, a network that went away holds the finished run for hours
+        "finish_timeout": timeout_seconds,  # without it, a lost network blocks the finished run for hours
         "finish_timeout_raises": True,
-        "disable_code": True,  # neither source files nor what is not yet committed of them
+        "disable_code": True,  # upload neither source files nor uncommitted changes
         "console": "off",
         "silent": True,
     }
@@ -139,7 +126,7 @@ def open_wandb(
         id=wandb_id(run_folder),
         resume="allow",
         mode=mode,
-        dir=str(run_folder),  # wandb makes its folder `wandb` inside
+        dir=str(run_folder),  # wandb creates its folder `wandb` inside
         config={**recipe.model_dump(mode="json"), **(facts or {})},
         settings=settings,
     )
@@ -150,7 +137,7 @@ def open_wandb(
 
 
 def wandb_id(run_folder: Path) -> str:
-    """Returns the W&B id of a run folder; made once, so that a restart goes on with the same W&B run."""
+    """Return the W&B id of a run folder; created once, so that a restart resumes the same W&B run."""
     file = run_folder / WANDB_ID_FILE
     if not file.is_file():
         file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
@@ -158,14 +145,9 @@ def wandb_id(run_folder: Path) -> str:
 
 
 def open_tensorboard(run_folder: Path, first_step: int) -> GuardedTracker:
-    """Starts TensorBoard's event file in RUN/tensorboard; events from `first_step` on are hidden as repeated.
-
-    Args:
-        run_folder: RUN.
-        first_step: First step that this attempt will log.
-    """
+    """Start TensorBoard's event file in RUN/tensorboard; earlier events from `first_step` on are hidden as repeated."""
     tracker = TensorBoardTracker("tensorboard", str(run_folder), purge_step=first_step)
-    # accelerate's own idea of the main process is wrong on some DeepSpeed launches; the caller is rank 0.
+    # accelerate names the wrong main process on some DeepSpeed launches; the caller is rank 0.
     tracker.main_process_only = False
     return GuardedTracker("TensorBoard", tracker)
 

@@ -1,4 +1,4 @@
-"""The step loop. One optimizer step consumes the packs that the batch plan fixes, whatever the number of ranks."""
+"""The step loop. One optimizer step consumes the packs that the batch plan fixes, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from packhorse.run_folder.heartbeat import HeartbeatWriter
 from packhorse.track.meter import Figures, Meter, evaluation_figures
 from packhorse.train.checkpoint.checkpoints import Checkpoints
 from packhorse.train.engine.engine import Engine
-from packhorse.train.engine.optimizer import set_learning_rate
-from packhorse.train.engine.schedule import learning_rate_at
-from packhorse.train.guard.memory_error import noting
-from packhorse.train.guard.step_guard import Judgement, Numbers, Step, times_factor
-from packhorse.train.noise import NoiseScale
+from packhorse.train.engine.optimizer import learning_rate_at, set_learning_rate
+from packhorse.train.gradient_noise import NoiseScale
+from packhorse.train.guard.memory_error import note_micro_batch
+from packhorse.train.guard.step_guard import StepDecision, StepGuard, StepResult, scaled_loss
 from packhorse.train.objectives.forward import micro_batch_loss
 from packhorse.train.ranks.agreement import Agreed, Agreement
 from packhorse.train.ranks.signals import Stopped
-from packhorse.train.report import Reporter
+from packhorse.train.reporter import Reporter
 from packhorse.train.state import TrainState, seed_step
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the loop works with.
+class TrainingRun:
+    """Everything that the step loop works with.
 
     Attributes:
-        sequence: The ranks that share each pack with this one, None where packs are not cut.
-        agreement: What all ranks were asked for, between two steps.
-        numbers: Judges each step's loss and gradient.
-        pulse: Says what this rank does.
+        sequence: Ranks that share each pack with this one, None where packs are not cut.
+        agreement: Exchanges requests and results between ranks after each step.
+        guard: Decides about each step's loss and gradient.
+        pulse: Heartbeat that names the current phase.
         evaluate: Measures the validation loss on all ranks, None where there are no validation rows.
             Raises Stopped where the ranks agree to stop.
     """
@@ -48,34 +47,32 @@ class Run:
     meter: Meter
     checkpoints: Checkpoints
     agreement: Agreement
-    numbers: Numbers
+    guard: StepGuard
     pulse: HeartbeatWriter
     evaluate: Callable[[], float] | None
     reporter: Reporter
     rank: int
 
 
-def train(run: Run, state: TrainState) -> TrainState:
-    """Trains until the plan's last step or a stop request that all ranks agree on.
+def train(run: TrainingRun, state: TrainState) -> TrainState:
+    """Train until the plan's last step or a stop request that all ranks agree on.
 
     Returns:
-        The state at the end; a checkpoint of it is on disk, or being written (`Checkpoints.finish`).
+        The last state; its checkpoint is on disk, or being written (`Checkpoints.finish`).
 
     Raises:
-        UserError: Loss or gradient norm is not finite.
+        UserError: The step guard ends the run, or a checkpoint cannot be written.
     """
     plan, engine, recipe = run.plan, run.engine, run.plan.recipe
     assert plan.num_steps is not None
-    peak, schedule = recipe.optimizer.learning_rate, recipe.schedule
-    window = _LossWindow()
+    window = _Window()
     noise = NoiseScale(engine, plan.batch.packs_per_step) if recipe.track.noise_scale else None
-    if state.held_back is not None:
-        state = _evaluate(run, replace(state, held_back=None), state.held_back, saving=_saving_due(plan, state))
-    agreed = Agreed(stop=state.held_back is not None)
-    while state.step < plan.num_steps and not agreed.stop:
-        learning_rate = learning_rate_at(state.step, plan.num_steps, peak, schedule)
-        if state.step + 1 in run.numbers.left_out:
-            state, agreed, judged = _leave_out(run, state)
+    state = _finish_evaluation(run, state)
+    stop = state.held_back is not None
+    while state.step < plan.num_steps and not stop:
+        learning_rate = learning_rate_at(state.step, plan.num_steps, recipe.optimizer.learning_rate, recipe.schedule)
+        if state.step + 1 in run.guard.skipped_steps:
+            state, agreed, decision = _skip_step(run, state)
         else:
             run.pulse.phase("data", state.step)
             with run.meter.data():
@@ -83,84 +80,112 @@ def train(run: Run, state: TrainState) -> TrainState:
             # --- one optimizer step --------------------------------------------------------------
             seed_step(recipe.seed, state.step, run.rank)
             set_learning_rate(engine.optimizer, learning_rate)  # before: ZeRO steps inside the last backward
-            losses = _compute_gradients(run, batch, noise)
+            losses = _forward_backward(run, batch, noise)
             run.pulse.phase("optimizer")
             grad_norm = engine.step()
             # --- what all ranks know of it -------------------------------------------------------
             agreed = run.agreement.after_step(engine, losses, grad_norm, run.checkpoints.pending_done())
-            step = Step(state.step + 1, batch, losses, agreed.loss_sum, grad_norm, agreed.num_bad_ranks)
-            judged = run.numbers.judge(step, state.recent_losses)
-            state = _advanced(run, state, step, judged)
+            step = StepResult(state.step + 1, batch, losses, agreed.loss_sum, grad_norm, agreed.num_bad_ranks)
+            decision = run.guard.judge(step, state.recent_losses)
+            state = _advanced(run, state, step, decision)
             window.add(step)
-            if noise and judged.learnt:
+            if noise and decision.learnt:
                 noise.after_step(grad_norm, batch.num_supervised_tokens)
         # --- bookkeeping -------------------------------------------------------------------------
         run.checkpoints.publish(agreed.written)
-        last = state.step == plan.num_steps
-        saving = agreed.stop or agreed.checkpoint or _saving_due(plan, state)
-        evaluating = run.evaluate is not None and _due(state.step, recipe.evaluation.every_steps, last)
         state = replace(state, elapsed_seconds=run.meter.elapsed_seconds)
-        if saving or evaluating or judged.is_reported or _due(state.step, recipe.track.every_steps, last):
-            figures = judged.figures | (_read(run, state, window, learning_rate, grad_norm) if window else {})
+        due = _what_is_due(run, state, agreed)
+        if due.report or decision.is_reported:
+            figures = decision.figures | (_read(run, state, window, learning_rate) if window else {})
             figures |= (noise.figures() if noise else {}) | run.checkpoints.take_figures()
-            if judged.ends is not None:
-                run.reporter.step(state, figures)
-                raise judged.ends
-            if evaluating:
-                state = _evaluate(run, state, figures, saving)
-            else:
-                run.reporter.step(state, figures)
-        if saving or state.held_back is not None:
+            state = _report(run, state, figures, decision, due)
+        if due.save or state.held_back is not None:
             _save(run, state)
-            run.agreement.saved()
-        agreed = replace(agreed, stop=agreed.stop or state.held_back is not None)
+        stop = agreed.stop or state.held_back is not None
     return state
 
 
-def _leave_out(run: Run, state: TrainState) -> tuple[TrainState, Agreed, Judgement]:
-    """A step whose update is not made: nothing is computed, and the schedule goes on."""
+def _skip_step(run: TrainingRun, state: TrainState) -> tuple[TrainState, Agreed, StepDecision]:
+    """Pass over a recorded bad step: nothing is computed, and the schedule moves on."""
     run.pulse.phase("optimizer", state.step)
-    judged = Judgement(learnt=False, figures=run.numbers.figures(state.step + 1))
+    decision = StepDecision(learnt=False, figures=run.guard.figures(state.step + 1))
     agreed = run.agreement.between_steps(run.engine, run.checkpoints.pending_done())
-    return state.advanced(0), agreed, judged
+    return state.advanced(0), agreed, decision
 
 
-def _compute_gradients(run: Run, batch: StepBatch, noise: NoiseScale | None) -> list[Tensor]:
-    """Forward and backward of every pass of a step; under ZeRO the last one also steps.
+def _forward_backward(run: TrainingRun, batch: StepBatch, noise: NoiseScale | None) -> list[Tensor]:
+    """Run every micro-batch of a step forward and backward; under ZeRO the last one also steps.
 
     Returns:
-        The sum of token losses of each pass, on the device.
+        Sum of token losses of each micro-batch, on the device.
     """
     engine = run.engine
     factor = engine.gradient_factor / batch.num_supervised_tokens
     count = len(batch.micro_batches)
     losses = []
     for index, micro_batch in enumerate(batch.micro_batches, start=1):
-        with engine.micro_step(is_last=index == count), noting(micro_batch, index, count):
+        with engine.micro_step(is_last=index == count), note_micro_batch(micro_batch, index, count):
             run.pulse.phase("forward")
             loss_sum = micro_batch_loss(engine.model, micro_batch, engine.device, run.sequence)
             run.pulse.phase("backward")
             if engine.steps_in_backward and not math.isfinite(*engine.sum_over_ranks([float(loss_sum)])):
                 engine.refuse()
             else:
-                engine.backward(times_factor(loss_sum, factor))
+                engine.backward(scaled_loss(loss_sum, factor))
         losses.append(loss_sum.detach())
         if noise and index == 1:
             noise.after_first_pass(micro_batch, factor)
     return losses
 
 
-def _advanced(run: Run, state: TrainState, step: Step, judged: Judgement) -> TrainState:
-    """One step further, its tokens counted where the weights have learnt from them."""
+def _advanced(run: TrainingRun, state: TrainState, step: StepResult, decision: StepDecision) -> TrainState:
+    """Return the state after the step; its tokens count only where the weights were updated."""
     batch = step.batch
-    num_learnt = batch.num_supervised_tokens if judged.learnt else 0
+    num_learnt = batch.num_supervised_tokens if decision.learnt else 0
     run.meter.count_step(batch.num_tokens, num_learnt, batch.num_slots)
     state = state.advanced(num_learnt, run.engine.step_was_skipped)
-    return state.learnt(step.loss, run.plan.recipe.recovery.spike_window) if judged.learnt else state
+    return state.learnt(step.loss, run.plan.recipe.recovery.spike_window) if decision.learnt else state
 
 
-def _evaluate(run: Run, state: TrainState, figures: Figures, saving: bool) -> TrainState:
-    """Measures the validation loss and reports it with the step's figures; asked to stop, it holds them back."""
+@dataclass(frozen=True)
+class _Due:
+    """What is due after a step; saving and evaluating include a report."""
+
+    save: bool
+    evaluate: bool
+    report: bool
+
+
+def _what_is_due(run: TrainingRun, state: TrainState, agreed: Agreed) -> _Due:
+    recipe, is_last = run.plan.recipe, state.step == run.plan.num_steps
+    save = agreed.stop or agreed.checkpoint or _is_save_due(run.plan, state)
+    evaluate = run.evaluate is not None and _is_due(state.step, recipe.evaluation.every_steps, is_last)
+    return _Due(save, evaluate, save or evaluate or _is_due(state.step, recipe.track.every_steps, is_last))
+
+
+def _is_save_due(plan: RunPlan, state: TrainState) -> bool:
+    return _is_due(state.step, plan.recipe.checkpoint.every_steps, state.step == plan.num_steps)
+
+
+def _is_due(step: int, every: int | None, is_last: bool) -> bool:
+    return is_last or (every is not None and step % every == 0)
+
+
+def _report(run: TrainingRun, state: TrainState, figures: Figures, decision: StepDecision, due: _Due) -> TrainState:
+    """Report a step, with the validation loss where it is due; raises what the decision ends the run with."""
+    if decision.ends is None and due.evaluate:
+        return _evaluate(run, state, figures, due.save)
+    run.reporter.step(state, figures)
+    if decision.ends is not None:
+        raise decision.ends
+    return state
+
+
+def _evaluate(run: TrainingRun, state: TrainState, figures: Figures, saving: bool) -> TrainState:
+    """Measure the validation loss and report it with the step's figures.
+
+    A stop request interrupts it: the figures are then held back in the state, and the resumed run starts here.
+    """
     assert run.evaluate is not None
     run.pulse.phase("evaluate", state.step)
     try:
@@ -168,60 +193,56 @@ def _evaluate(run: Run, state: TrainState, figures: Figures, saving: bool) -> Tr
             validation = run.evaluate()
     except Stopped:
         return replace(state, held_back=figures)
-    if saving:  # only what is on disk can be the best checkpoint
+    if saving:  # only a step with a checkpoint can be the best one
         state = state.evaluated(validation)
     run.reporter.step(state, figures | evaluation_figures(validation))
     return state
 
 
-def _save(run: Run, state: TrainState) -> None:
+def _finish_evaluation(run: TrainingRun, state: TrainState) -> TrainState:
+    """Do the evaluation that a stop request interrupted in the attempt before."""
+    if state.held_back is None:
+        return state
+    return _evaluate(run, replace(state, held_back=None), state.held_back, saving=_is_save_due(run.plan, state))
+
+
+def _save(run: TrainingRun, state: TrainState) -> None:
     run.pulse.phase("save", state.step)
     with run.meter.other():
-        run.reporter.settle()  # no checkpoint knows more steps than the figures on disk
+        run.reporter.sync()  # no checkpoint may be of a later step than the figures on disk
         run.checkpoints.save(state)
+    run.agreement.saved()
 
 
-def _saving_due(plan: RunPlan, state: TrainState) -> bool:
-    return _due(state.step, plan.recipe.checkpoint.every_steps, state.step == plan.num_steps)
-
-
-def _read(run: Run, state: TrainState, window: _LossWindow, learning_rate: float, grad_norm: float) -> Figures:
-    """The figures of the steps since the last reading."""
-    peak = torch.cuda.max_memory_allocated() if run.engine.device.type == "cuda" else None
-    figures = run.meter.read(window.read(), learning_rate, grad_norm, _epoch(run, state), peak)
-    return figures | _scale_figures(run.engine, state)
-
-
-def _scale_figures(engine: Engine, state: TrainState) -> Figures:
-    """What fp16 did to keep its gradients in range; nothing under other precisions."""
-    scale = engine.loss_scale
-    return {} if scale is None else {"train/loss_scale": scale, "train/skipped_steps": state.num_skipped_steps}
-
-
-def _due(step: int, every: int | None, last: bool) -> bool:
-    return last or (every is not None and step % every == 0)
-
-
-def _epoch(run: Run, state: TrainState) -> float:
-    assert run.plan.steps_per_epoch is not None
-    return state.step / run.plan.steps_per_epoch
-
-
-class _LossWindow:
-    """The steps since the last reading; false while there are none."""
+class _Window:
+    """The computed steps since the last reading; false while there are none."""
 
     def __init__(self) -> None:
         self._loss_sum, self._num_tokens = 0.0, 0
+        self.grad_norm = math.nan
 
     def __bool__(self) -> bool:
         return self._num_tokens > 0
 
-    def add(self, step: Step) -> None:
+    def add(self, step: StepResult) -> None:
         self._loss_sum += step.loss_sum
         self._num_tokens += step.batch.num_supervised_tokens
+        self.grad_norm = step.grad_norm
 
-    def read(self) -> float:
-        """Nats per supervised token over all ranks; no number where that of one step is none."""
+    def take_loss(self) -> float:
+        """Return nats per supervised token over all ranks, and start again; not finite where one step's loss is not."""
         loss = self._loss_sum / self._num_tokens
         self._loss_sum, self._num_tokens = 0.0, 0
         return loss
+
+
+def _read(run: TrainingRun, state: TrainState, window: _Window, learning_rate: float) -> Figures:
+    """Return the figures of the steps since the last reading."""
+    peak = torch.cuda.max_memory_allocated() if run.engine.device.type == "cuda" else None
+    assert run.plan.steps_per_epoch is not None
+    epoch = state.step / run.plan.steps_per_epoch
+    figures = run.meter.read(window.take_loss(), learning_rate, window.grad_norm, epoch, peak)
+    scale = run.engine.loss_scale
+    if scale is not None:  # fp16 only
+        figures |= {"train/loss_scale": scale, "train/skipped_steps": state.num_skipped_steps}
+    return figures

@@ -1,9 +1,9 @@
-"""The parity probe: before the first step, proof on the very model, kernel and engine that will train.
+"""The parity probe: proves before the first step, on the model, kernel and engine that train, that packing is exact.
 
-isolation   another document's tokens change nothing: losses of documents 2 and 3 with two versions of document 1
-packing     three documents in one pack have the losses that they have alone
-head        the chunked loss equals the model's own logits put through cross-entropy
-sequence    parts of a row on several ranks have the losses that the row has on one
+isolation   losses of documents 2 and 3 do not change when document 1 does
+packing     three documents in one pack have the same losses as each alone
+head        the chunked loss equals cross-entropy over the model's own logits
+sequence    a row shared by several ranks has the same loss as on one rank
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from packhorse.train.objectives.forward import micro_batch_loss, model_inputs
 PROBE_TOKENS = 48
 NUM_DOCUMENTS = 3
 
-# Same shapes and same numbers give the same bits; what is left is reduction order inside a kernel.
+# Equal shapes and numbers give equal bits; only the reduction order inside a kernel may differ.
 ISOLATION_TOLERANCE = 1e-6
-# Other shapes take other summation orders: seen 1e-7 to 1e-6 in fp32, 1e-3 to 1e-2 in bf16; fp16 has 3 bits more.
+# Other shapes are summed in another order: seen 1e-7 to 1e-6 in fp32, 1e-3 to 1e-2 in bf16; fp16 has 3 bits more.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 
-# LLM.int8() rounds activations too: a last bit that differs can move one by a whole step of 1/127.
+# LLM.int8() rounds activations too: one differing last bit can move a value by a whole step of 1/127.
 INT8_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Largest relative differences found; `sequence` is None where each rank has whole rows."""
+    """Largest relative differences; `sequence` is None where each rank has whole rows."""
 
     isolation: float
     packing: float
@@ -44,24 +44,23 @@ class ProbeReport:
     sequence: float | None
 
     def figures(self) -> dict[str, float]:
-        """As metrics."""
+        """Return the differences as metrics."""
         return {f"proof/{name}_difference": value for name, value in asdict(self).items() if value is not None}
 
 
-def probe(
-    engine: Engine, model: nn.Module, store: PackStore, precision: str, sequence: SequenceGroup | None
-) -> ProbeReport:
-    """Runs the probe on every rank alike.
+def probe(engine: Engine, store: PackStore, precision: str, sequence: SequenceGroup | None) -> ProbeReport:
+    """Run the probe, on every rank alike.
 
     Raises:
-        UserError: Documents see each other, or packing, cutting or the chunked loss changes a loss.
+        UserError: Documents see each other, or packing, sharing a row or the chunked loss changes a loss.
     """
-    documents = [_document(store, index) for index in range(min(NUM_DOCUMENTS, store.num_documents))]
+    model = engine.model
+    documents = [store.document(index)[0][:PROBE_TOKENS] for index in range(min(NUM_DOCUMENTS, store.num_documents))]
     model.eval()
     with torch.no_grad():
         report = _measure(engine, model, documents, sequence)
     model.train()
-    _judge(report, precision, any(parameter.dtype == torch.int8 for parameter in model.parameters()))
+    _refuse_differences(report, precision, any(parameter.dtype == torch.int8 for parameter in model.parameters()))
     return report
 
 
@@ -70,8 +69,8 @@ def _measure(engine: Engine, model: nn.Module, documents: list[Ids], sequence: S
         return float(micro_batch_loss(model, _pack(pack, 0), engine.device))
 
     def loss(pack: list[Ids], first_counted: int = 0) -> float:
-        of_part = micro_batch_loss(model, _pack(pack, first_counted), engine.device, sequence)
-        return sequence.sum(of_part) if sequence else float(of_part)
+        part = micro_batch_loss(model, _pack(pack, first_counted), engine.device, sequence)
+        return sequence.sum(part) if sequence else float(part)
 
     together = loss(documents)
     alone = sum(loss([document]) for document in documents)
@@ -87,19 +86,14 @@ def _measure(engine: Engine, model: nn.Module, documents: list[Ids], sequence: S
 
 
 def _plain_loss(model: nn.Module, micro_batch: MicroBatch, engine: Engine) -> Tensor:
-    """The model's own head and logits, one document."""
+    """Return the loss from the model's own logits, one document."""
     logits = model(**model_inputs(micro_batch, engine.device), use_cache=False).logits
     labels = micro_batch.labels[0].to(engine.device)
     return F.cross_entropy(logits[0].float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
-def _document(store: PackStore, index: int) -> Ids:
-    ids, _ = store.document(index)
-    return ids[:PROBE_TOKENS]
-
-
 def _pack(documents: list[Ids], first_counted: int) -> MicroBatch:
-    """A pack of whole documents, laid out as training's are; every token counts, from document `first_counted` on."""
+    """Lay out documents as in training; every token of the documents from `first_counted` on is supervised."""
     masks = [np.full(len(ids), number >= first_counted, np.uint8) for number, ids in enumerate(documents)]
     return lay_out(documents, masks)
 
@@ -108,22 +102,22 @@ def _relative(one: float, other: float) -> float:
     return abs(one - other) / max(abs(one), abs(other), 1e-12)
 
 
-def _judge(report: ProbeReport, precision: str, rounds_to_int8: bool) -> None:
+def _refuse_differences(report: ProbeReport, precision: str, rounds_to_int8: bool) -> None:
     tolerance = max(TOLERANCE[precision], INT8_TOLERANCE if rounds_to_int8 else 0.0)
-    # First: all figures are taken of rows that are cut.
+    # First, because all other figures are measured on shared rows too.
     if report.sequence is not None and not report.sequence <= tolerance:
         raise UserError(
-            f"rows cut over processes have another loss than whole: {report.sequence:.1e} apart, {tolerance:.0e} is"
-            " allowed.",
-            "a layer of this architecture looks at other tokens than through attention.",
+            f"rows shared by several processes have a different loss than whole rows: {report.sequence:.1e} apart,"
+            f" {tolerance:.0e} is allowed.",
+            "a layer of this architecture mixes tokens outside attention.",
             "set parallel.sequence to 1, or choose a model whose layers mix tokens in attention only.",
         )
     if not report.isolation <= ISOLATION_TOLERANCE:
         raise UserError(
-            f"documents in a pack see each other: the loss of two changed by {report.isolation:.1e} with the third,"
-            f" where {ISOLATION_TOLERANCE:.0e} is allowed.",
+            f"documents in a pack see each other: changing one changed the loss of the others by"
+            f" {report.isolation:.1e}, {ISOLATION_TOLERANCE:.0e} is allowed.",
             "the model would learn from rows that have nothing to do with each other.",
-            "choose another model.attention, or an architecture whose layers look only through attention.",
+            "choose another model.attention, or an architecture whose layers mix tokens in attention only.",
         )
     if not report.packing <= tolerance:
         raise UserError(
@@ -133,7 +127,7 @@ def _judge(report: ProbeReport, precision: str, rounds_to_int8: bool) -> None:
         )
     if not report.head <= tolerance:
         raise UserError(
-            f"the chunked loss is not the model's own: {report.head:.1e} apart, {tolerance:.0e} is allowed.",
-            "this architecture does more to its logits than a linear head (a soft cap or a scale).",
+            f"the chunked loss differs from the model's own loss: {report.head:.1e} apart, {tolerance:.0e} is allowed.",
+            "this architecture changes its logits after the linear head (a soft cap or a scale).",
             "choose a model with a plain linear head (Llama, Qwen, Mistral, Phi).",
         )

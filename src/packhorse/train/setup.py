@@ -1,4 +1,4 @@
-"""From a plan to what trains: which weights, which method, which kernel; and to the packs of a rank."""
+"""Builds what trains from the plan: the model with its method, kernel and shards, and this rank's packs."""
 
 from __future__ import annotations
 
@@ -20,28 +20,22 @@ from packhorse.model.methods.attach import Start, attach, load_adapter
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
 from packhorse.recipe.methods import QloraMethod
+from packhorse.recipe.schema import ParallelSection
 from packhorse.run_folder.layout import ADAPTER_FOLDER, MODEL_FOLDER
-from packhorse.train.assembly import BetweenUnits, can_stream, place_streamed, place_whole
-from packhorse.train.engine.activation_checkpointing import apply_checkpointing
 from packhorse.train.engine.precision import COMPUTE_DTYPES
 from packhorse.train.engine.sharding import placement_of
+from packhorse.train.loading import BeforeUnit, can_stream, place_streamed, place_whole
 from packhorse.train.objectives.token_loss import install_loss_head
 
 
 def step_loader(plan: RunPlan, rank: int, pinned: bool) -> PackLoader:
-    """A rank's share of every step.
-
-    Args:
-        plan: With its data.
-        rank: Of the process.
-        pinned: Into memory that a GPU fetches from by itself.
-    """
+    """Return the loader of a rank's share of every step; `pinned` memory lets a GPU copy asynchronously."""
     assert plan.data is not None, "a plan is only run once its data is prepared"
     store = open_store(Path(plan.data.folder), "train")
     return PackLoader(
         store=store,
         batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed, store.in_order),
-        rank=rank // plan.topology.sequence,  # neighbours share their packs
+        rank=rank // plan.topology.sequence,  # neighbouring ranks share their packs
         world_size=plan.topology.data_ranks,
         accumulation_steps=plan.batch.accumulation_steps,
         device_pin=pinned,
@@ -51,7 +45,7 @@ def step_loader(plan: RunPlan, rank: int, pinned: bool) -> PackLoader:
 def base_request(
     plan: RunPlan, device: torch.device, tokenizer: PreTrainedTokenizerBase, attention: str
 ) -> ModelRequest:
-    """The weights that the run starts from, as the plan has them."""
+    """Return the request for the weights that the run starts from."""
     model, method = plan.recipe.model, plan.recipe.method
     dtype = DTYPES[plan.chosen("model.dtype")]
     quantization = None
@@ -77,28 +71,29 @@ def training_model(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     checkpoint: Path | None,
-    between_units: BetweenUnits,
+    before_unit: BeforeUnit,
 ) -> nn.Module:
-    """Loads the base, or the checkpoint's weights, makes it ready to train and puts it where the engine wants it.
+    """Load the base or the checkpoint's weights, attach the method, and place the model as the engine needs it.
 
     Args:
-        plan: What trains.
-        tokenizer: Of the prepared data.
-        device: Of this rank.
-        checkpoint: To go on from.
-        between_units: Called before each layer is loaded; what it raises ends the loading.
+        plan: Plan of the run.
+        tokenizer: Tokenizer of the prepared data.
+        device: Device of this rank.
+        checkpoint: Checkpoint to resume from.
+        before_unit: Called before each layer is loaded; an exception from it ends the loading.
 
     Raises:
         UserError: The model cannot be loaded, or does not fit the tokenizer or the method.
     """
-    request = base_request(plan, device, tokenizer, register_attention(_kernel(plan)))
+    kernel: Any = plan.chosen("model.attention")
+    request = base_request(plan, device, tokenizer, register_attention(kernel))
     method = plan.recipe.method
     if method.trains_base and checkpoint is not None:
         request = from_folder(request, checkpoint / MODEL_FOLDER)
     start = method_start(plan, tokenizer, resumed=checkpoint is not None)
 
     def attached(base: PreTrainedModel) -> nn.Module:
-        _stop_at(base, tokenizer)
+        _set_stop_tokens(base, tokenizer)
         model: Any = attach(base, method, start)
         install_loss_head(model)
         apply_checkpointing(model, plan.recipe.parallel)
@@ -107,18 +102,35 @@ def training_model(
     placement = placement_of(plan, device)
     weights = open_model(request, len(tokenizer)) if can_stream(method) else None
     if weights is not None:
-        model = place_streamed(weights, attached, placement, method, start.seed, device, between_units)
+        model = place_streamed(weights, attached, placement, method, start.seed, device, before_unit)
     else:
-        model = place_whole(
-            load_model(placement.whole_first(request), len(tokenizer)), attached, placement, between_units
-        )
+        whole = load_model(placement.whole_first(request), len(tokenizer))
+        model = place_whole(whole, attached, placement, before_unit)
     if not method.trains_base and checkpoint is not None:
         load_adapter(model, checkpoint / ADAPTER_FOLDER)
     return model.train()
 
 
+def apply_checkpointing(model: Any, parallel: ParallelSection) -> None:  # noqa: ANN401
+    """Recompute layers in the backward pass as `parallel.checkpointing` says (Chen et al. 2016, arXiv 1604.06174).
+
+    Only the input of a recomputed layer is stored, with `parallel.offload_activations` in pinned host memory; the
+    weights stay on the device.
+
+    Args:
+        model: A transformers model, with or without an adapter around it.
+        parallel: The recipe's section.
+    """
+    if parallel.checkpointing is False:
+        return
+    # `true` stands for every layer; in Python it equals the number 1.
+    model.activation_checkpointing_enable(
+        {"use_reentrant": False}, every_n_layers=int(parallel.checkpointing), offload=parallel.offload_activations
+    )
+
+
 def method_start(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, resumed: bool) -> Start:
-    """What the method starts from beside the base."""
+    """Return what the method starts from, other than the base model."""
     assert plan.data is not None
     source = expand(plan.base_model) if plan.base_model is not None else None
     return Start(
@@ -131,7 +143,7 @@ def method_start(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, resumed: boo
 
 
 def from_folder(request: ModelRequest, folder: Path) -> ModelRequest:
-    """The same of weights that training wrote, which have all rows."""
+    """Return the request for weights that training wrote; they contain the rows of new tokens."""
     return replace(request, source=str(folder), revision=None, config=None, new_tokens={})
 
 
@@ -144,12 +156,8 @@ def _new_tokens(plan: RunPlan, tokenizer: PreTrainedTokenizerBase) -> dict[int, 
     return {tokenizer.convert_tokens_to_ids(token): pieces[token] for token in model.new_tokens}
 
 
-def _kernel(plan: RunPlan) -> Any:  # noqa: ANN401
-    return plan.chosen("model.attention")
-
-
 def _fresh_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The recipe's configuration; what only the tokenizer knows is taken from it."""
+    """Return the recipe's configuration, with the vocabulary size and special tokens of the tokenizer."""
     ids = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -159,8 +167,8 @@ def _fresh_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     return {**ids, **config}
 
 
-def _stop_at(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ANN401
-    """Lets the saved model stop where training taught it to stop."""
+def _set_stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ANN401
+    """Make the saved model stop at the token that training teaches it."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""Where a run stands: the step is the data cursor, since the batch plan is a pure function of it."""
+"""Training state: the step is also the data cursor, since the batch plan is a pure function of it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class TrainState:
     Attributes:
         step: Optimizer steps done.
         num_supervised_tokens: Tokens learnt from so far, over all ranks.
-        num_skipped_steps: Of these steps, those left out because their gradient overflowed fp16.
-        elapsed_seconds: Over all attempts.
+        num_skipped_steps: Steps among them that were skipped because their gradient overflowed fp16.
+        elapsed_seconds: Training time over all attempts.
         best_step: Step of the lowest validation loss, None before the first evaluation.
-        best_loss: That loss, nats per supervised token.
-        recent_losses: Of the last steps that learnt, nats per supervised token: what a spike is told by.
-        held_back: Figures of this step, not reported yet, since the evaluation that belongs to them was broken off;
-            who goes on measures it first.
+        best_loss: Lowest validation loss, nats per supervised token.
+        recent_losses: Losses of the last steps that learnt, nats per supervised token, to detect a spike.
+        held_back: Figures of this step that are not reported yet, because a stop request interrupted the evaluation
+            that belongs to them; the resumed run evaluates first.
     """
 
     step: int = 0
@@ -36,12 +36,12 @@ class TrainState:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> TrainState:
-        """From what JSON has made of one: its tuples are lists."""
+        """Return the state from its JSON record, where tuples have become lists."""
         fields = {name: record[name] for name in cls.__dataclass_fields__}
         return cls(**{**fields, "recent_losses": tuple(fields["recent_losses"])})
 
     def advanced(self, num_supervised_tokens: int, skipped: bool = False) -> TrainState:
-        """One step further."""
+        """Return the state one step later."""
         return replace(
             self,
             step=self.step + 1,
@@ -51,21 +51,21 @@ class TrainState:
         )
 
     def learnt(self, loss: float, window_steps: int) -> TrainState:
-        """With the loss of this step among the last ones."""
+        """Return the state with this step's loss among the recent ones."""
         return replace(self, recent_losses=(*self.recent_losses, loss)[-window_steps:])
 
     def evaluated(self, loss: float) -> TrainState:
-        """With this validation loss taken into account."""
+        """Return the state with this validation loss as the best one, where it is lower."""
         if self.best_loss is not None and loss >= self.best_loss:
             return self
         return replace(self, best_step=self.step, best_loss=loss)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds torch for one step of one rank.
+    """Seed torch for one step of one rank.
 
-    Random numbers (dropout) are thereby a function of the step, like the packs: a resumed run draws what the
-    unbroken one would have drawn, and no generator state needs to be stored.
+    Random numbers (dropout) are thereby a function of the step, like the packs: a resumed run draws what an
+    uninterrupted one would have drawn, and no generator state needs to be stored.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -37,10 +37,10 @@ from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.methods import QloraMethod
 from packhorse.recipe.shipped import list_recipes
-from packhorse.train.engine.activation_checkpointing import apply_checkpointing
 from packhorse.train.engine.optimizer import make_optimizer
 from packhorse.train.engine.sharding import Placement, placement_of
 from packhorse.train.objectives.token_loss import install_loss_head, loss_sum
+from packhorse.train.setup import apply_checkpointing
 
 # Of peft and deepspeed, about names that torch and transformers have changed.
 pytestmark = pytest.mark.filterwarnings("ignore")

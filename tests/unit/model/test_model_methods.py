@@ -184,7 +184,7 @@ def test_a_quantised_base_is_the_same_bit_for_bit_after_training_and_carries_the
     assert after < before - 1e-3
     for name, value in model.state_dict().items():
         if ".lora_" not in name:
-            # 4-bit bytes are kept as floats, many of which are no numbers.
+            # 4-bit bytes are stored as floats, many of which are NaN.
             assert torch.equal(value.view(torch.uint8), stored[name].view(torch.uint8)), name
 
     save_weights(model, trained(model), tmp_path, None, is_result=True)

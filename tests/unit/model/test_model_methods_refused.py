@@ -54,7 +54,7 @@ def test_freeze_alone_leaves_all_else_trained_and_tied_weights_go_together() -> 
 
 
 PARTIAL_MISTAKES = {
-    "unknown": (PartialMethod(train=["*.mpl.*"]), r"method.train has \*.mpl.\*, which fits none of the model's 30"),
+    "unknown": (PartialMethod(train=["*.mpl.*"]), r"method.train has \*.mpl.\*, which matches none of the model's 30"),
     "half-of-a-tie": (
         PartialMethod(freeze=["lm_head.*"]),
         "lm_head.weight, which is tied to model.embed_tokens.weight",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from packhorse.model.new_tokens import add_rows
+from packhorse.model.load import add_rows
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

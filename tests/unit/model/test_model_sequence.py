@@ -24,10 +24,10 @@ from packhorse.data.packs.store import open_store
 from packhorse.errors import UserError
 from packhorse.model.attention import Documents, register_attention
 from packhorse.model.sequence import SequenceGroup, join_sequence_group, to_whole_documents
-from packhorse.train.evaluate import validation_loss
 from packhorse.train.objectives.forward import micro_batch_loss
 from packhorse.train.objectives.token_loss import install_loss_head
 from packhorse.train.probe import ProbeReport, probe
+from packhorse.train.validation import validation_loss
 from prepared import write_prepared
 
 RANKS = 2
@@ -109,20 +109,20 @@ def train_on_part(sequence: SequenceGroup, checkpointing: bool) -> tuple[float, 
 
 
 def looks_one_token_back(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As convolutions and state spaces do, each document by itself; what another rank holds is not seen."""
+    """Look one token back, like convolutions and state spaces, within each document and this rank's part."""
     before = F.pad(args[0][:, :-1], (0, 0, 1, 0)) * (kwargs["position_ids"] > 0)[..., None]
     return (args[0] + before, *args[1:]), kwargs
 
 
 def probed(folder: str, sequence: SequenceGroup, leaky: bool) -> ProbeReport | str:
-    """What the probe finds, or says."""
+    """Return the probe's report, or its error."""
     proven = model(register_attention("sdpa"))
     install_loss_head(proven)
     if leaky:
         proven.model.layers[1].register_forward_pre_hook(looks_one_token_back, with_kwargs=True)
-    engine: Any = SimpleNamespace(device=torch.device("cpu"))
+    engine: Any = SimpleNamespace(model=proven, device=torch.device("cpu"))
     try:
-        return probe(engine, proven, open_store(Path(folder) / "data", "train"), "fp32", sequence)
+        return probe(engine, open_store(Path(folder) / "data", "train"), "fp32", sequence)
     except UserError as error:
         return str(error)
 
@@ -132,10 +132,12 @@ def validated(folder: str, sequence: SequenceGroup) -> float:
     trained = model(register_attention("sdpa"))
     install_loss_head(trained)
     engine: Any = SimpleNamespace(
+        model=trained,
         device=torch.device("cpu"),
         sum_over_ranks=lambda values: [sequence.sum(torch.tensor(value, dtype=torch.float64)) for value in values],
     )
-    return validation_loss(engine, trained, open_store(Path(folder) / "data", "train"), 1, 0, 1, sequence)
+    store = open_store(Path(folder) / "data", "train")
+    return validation_loss(engine, store, 1, 0, 1, sequence, lambda: None)
 
 
 def refusal(sequence: SequenceGroup) -> str:
@@ -236,5 +238,5 @@ def test_the_probe_compares_rows_cut_and_whole(parts: list[dict[str, Any]]) -> N
 
 def test_a_layer_that_looks_past_the_cut_is_refused(parts: list[dict[str, Any]]) -> None:
     for part in parts:
-        assert "rows cut over processes have another loss than whole" in part["leak"]
+        assert "rows shared by several processes have a different loss than whole rows" in part["leak"]
         assert "set parallel.sequence to 1" in part["leak"]

@@ -68,7 +68,7 @@ def streamed(of: ModelRequest) -> PreTrainedModel:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Packed 4-bit weights may read as floats that are no numbers."""
+    """4-bit weights may be stored as floats that are NaN."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
@@ -137,7 +137,7 @@ def cut_down(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "edit", "said"),
+    ("family", "edit", "message"),
     [
         ("llama", without_head, r"lacks lm_head\.weight\."),
         ("mixtral", without_an_expert, r"lacks model\.layers\.1\.mlp\.experts\."),
@@ -147,11 +147,11 @@ def cut_down(tensors: dict[str, Tensor]) -> None:
     ids=["no head", "no experts", "a stranger", "another shape"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(
-    family: str, edit: Callable[[dict[str, Tensor]], None], said: str, tmp_path: Path
+    family: str, edit: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
 ) -> None:
-    """transformers warns of the first three and goes on: with a random head, or without what was saved."""
+    """transformers only warns of the first three, and loads a random head or drops weights."""
     change(save(FAMILIES[family], tmp_path), edit)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         streamed(request(tmp_path))
 
 

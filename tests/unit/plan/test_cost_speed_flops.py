@@ -23,9 +23,9 @@ from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
-from packhorse.train.engine.activation_checkpointing import apply_checkpointing
 from packhorse.train.objectives.forward import micro_batch_loss
 from packhorse.train.objectives.token_loss import install_loss_head
+from packhorse.train.setup import apply_checkpointing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft reads it

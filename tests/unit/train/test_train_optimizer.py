@@ -13,9 +13,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packhorse.recipe.schema import ParallelSection, Recipe
-from packhorse.train.engine.activation_checkpointing import apply_checkpointing
 from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
 from packhorse.train.engine.optimizer import make_optimizer, set_learning_rate
+from packhorse.train.setup import apply_checkpointing
 
 BASE: dict[str, Any] = {"name": "r", "model": {"id": "o/m"}, "data": {"sources": [{"path": "r.jsonl"}]}, "epochs": 1}
 RATE, DECAY, BETAS = 1e-3, 0.1, (0.8, 0.95)

@@ -12,7 +12,7 @@ from packhorse.estimate import saved
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.checkpoints.pinned_slabs import pinned_bytes, slabs_bytes
-from packhorse.train.checkpoint import background as saving
+from packhorse.train.checkpoint import rank_share
 from packhorse.train.checkpoint.snapshot import HostBuffers
 from saving_cases import Trainer, buffers_of, make_run, save_at, weights_of
 
@@ -41,16 +41,16 @@ def test_the_count_is_what_a_checkpoint_takes(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("world", [2, 3, 16])
-def test_the_ranks_write_what_was_dealt_to_them(engine: str, world: int, tmp_path: Path) -> None:
+def test_the_ranks_write_what_is_assigned_to_them(engine: str, world: int, tmp_path: Path) -> None:
     plan = make_run(tmp_path, 2, engine, make=False)
     plan = plan.model_copy(update={"topology": plan.topology.model_copy(update={"processes_per_node": world})})
     held = weights_of(plan, **WIDE)
     loads = [sum(each.bytes for each in saved.saved_weights(plan, held)), *[0] * (world - 1)]
     states = [(str(at), torch.empty(each.shape)) for at, each in enumerate(saved.saved_states(plan, held))]
-    dealt = list(saving.dealt(states, loads, {}))
+    assigned = list(rank_share.assign_to_ranks(states, loads, {}))
     owned = saved._owned(plan, held)
     assert [sum(each.bytes for each in of_rank) for of_rank in owned] == [
-        sum(value.nbytes for _, value, owner in dealt if owner == rank) for rank in range(world)
+        sum(value.nbytes for _, value, owner in assigned if owner == rank) for rank in range(world)
     ]
 
 
@@ -93,4 +93,4 @@ def test_little_is_rounded_up(ranks: int) -> None:
 
 
 def test_files_are_as_large_as_they_are_written() -> None:
-    assert saved.FILE_BYTES == saving.LARGEST_FILE_BYTES
+    assert saved.FILE_BYTES == rank_share.MAX_FILE_BYTES

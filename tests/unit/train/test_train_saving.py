@@ -1,4 +1,4 @@
-"""Saving beside training: the copy is of its step, each rank writes its share, and all ranks know what failed."""
+"""Saving during training: the copy is of its step, each rank writes its share, and all ranks know what failed."""
 
 from __future__ import annotations
 
@@ -23,55 +23,55 @@ from packhorse.plan.run_plan import Topology
 from packhorse.run_folder.checkpoints.listing import find_newest_sound
 from packhorse.run_folder.checkpoints.manifest import read_manifest
 from packhorse.train.checkpoint import snapshot
-from packhorse.train.checkpoint.background import Share, dealt, fresh_copy, in_files
+from packhorse.train.checkpoint.rank_share import RankShare, assign_to_ranks, copy_to_host, split_into_files
 from packhorse.train.checkpoint.snapshot import HostBuffers, ShardGroup, Snapshot
 from packhorse.train.engine.sharding import make_mesh
-from packhorse.train.ranks.failure import agreed_failure
+from packhorse.train.ranks.agreement import agreed_failure
 from saving_cases import Trainer, buffers_of, make_run, save_at, weights_of
 
 RANKS, SECONDS = 2, timedelta(seconds=60)
 
 
-def test_each_tensor_goes_to_the_rank_that_has_least_to_write() -> None:
+def test_each_tensor_goes_to_the_rank_with_the_fewest_bytes() -> None:
     states: list[tuple[str, Any]] = [(f"{n}/exp_avg", torch.full((n,), float(n))) for n in (50, 10, 30, 20, 40, 5)]
     states.insert(2, ("1/step", 3))
-    loads, others = [200, 0], {}
-    owners = {key: owner for key, _, owner in dealt(states, loads, others)}
-    assert others == {"1/step": 3}
+    loads, plain = [200, 0], {}
+    owners = {key: owner for key, _, owner in assign_to_ranks(states, loads, plain)}
+    assert plain == {"1/step": 3}
     assert loads == [480, 340], "200 bytes of weights are rank 0's from the start"
     assert sorted(owners) == sorted(name for name, value in states if isinstance(value, torch.Tensor))
     assert [sum(4 * int(key.split("/")[0]) for key in owners if owners[key] == rank) for rank in (0, 1)] == [280, 340]
 
 
 def test_a_file_ends_before_it_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packhorse.train.checkpoint.background.LARGEST_FILE_BYTES", 100)
+    monkeypatch.setattr("packhorse.train.checkpoint.rank_share.MAX_FILE_BYTES", 100)
     tensors = {name: torch.zeros(size, dtype=torch.uint8) for name, size in zip("abcde", (60, 40, 1, 300, 5))}
-    assert [list(part) for part in in_files(tensors.items())] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [list(part) for part in split_into_files(tensors.items())] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
-def test_a_copy_does_not_change_with_what_it_was_copied_from() -> None:
+def test_a_copy_does_not_change_with_its_source() -> None:
     buffers = HostBuffers()
-    for copy in (fresh_copy, partial(buffers.copy, "name")):
+    for copy in (copy_to_host, partial(buffers.copy, "name")):
         tensor = torch.arange(6.0).reshape(2, 3).T
         kept = copy(tensor)
         tensor.zero_()
         assert kept.is_contiguous()
         assert torch.equal(kept, torch.arange(6.0).reshape(2, 3).T)
     first = buffers.copy("name", torch.ones(3, 2))
-    assert torch.equal(buffers.copy("name", torch.full((3, 2), 2.0)), first), "the room is used again"
+    assert torch.equal(buffers.copy("name", torch.full((3, 2), 2.0)), first), "the buffer is used again"
     assert buffers.copy("name", torch.ones(4)).shape == (4,)
 
 
-def test_a_checkpoint_is_of_its_step_though_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_of_its_step_while_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(make_run(tmp_path / "runs"))
     may_write = threading.Event()
-    write = Share.write
+    write = RankShare.write
 
-    def slowly(share: Share) -> None:
+    def slowly(share: RankShare) -> None:
         may_write.wait(10)
         write(share)
 
-    monkeypatch.setattr(Share, "write", slowly)
+    monkeypatch.setattr(RankShare, "write", slowly)
     checkpoints = trainer.checkpoints
     checkpoints.save(trainer.steps_to(2))
     weights, moments = trainer.weights(), trainer.moments()
@@ -101,7 +101,7 @@ def test_a_step_is_saved_once_and_a_save_waits_for_the_one_before(tmp_path: Path
     assert find_newest_sound(trainer.checkpoints.folder).checkpoint == trainer.checkpoints.folder / "step-000004"
 
 
-def test_on_full_continue_goes_on_and_counts_what_failed(
+def test_on_full_continue_counts_what_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = Trainer(make_run(tmp_path / "runs", on_full="continue"))
@@ -112,15 +112,15 @@ def test_on_full_continue_goes_on_and_counts_what_failed(
         for step in (4, 6):
             save_at(trainer, step)
     assert trainer.checkpoints.take_figures()["checkpoint/failed"] == 2
-    told = capsys.readouterr().err
-    assert "warning: no checkpoint of step 4: " in told
-    assert "are needed for a checkpoint" in told
+    err = capsys.readouterr().err
+    assert "warning: no checkpoint of step 4: " in err
+    assert "are needed for a checkpoint" in err
     assert [path.name for path in trainer.checkpoints.folder.iterdir()] == ["step-000002"]
     save_at(trainer, 8)
     assert find_newest_sound(trainer.checkpoints.folder).checkpoint == trainer.checkpoints.folder / "step-000008"
 
 
-def test_a_spoilt_model_is_never_a_checkpoint_whatever_on_full_says(tmp_path: Path) -> None:
+def test_a_damaged_model_is_never_a_checkpoint_whatever_on_full_says(tmp_path: Path) -> None:
     trainer = Trainer(make_run(tmp_path / "runs", on_full="continue"))
     save_at(trainer, 2)
     trainer.steps_to(4)
@@ -132,7 +132,7 @@ def test_a_spoilt_model_is_never_a_checkpoint_whatever_on_full_says(tmp_path: Pa
 
 
 def joined(rank: int, folder: str) -> None:
-    """So that a rank that waits for nothing fails, and does not wait for a day."""
+    """Join two ranks; a rank that waits in vain fails after seconds, not after a day."""
     dist.init_process_group("gloo", f"file://{folder}/store", SECONDS, RANKS, rank)
     snapshot.GATHER_TIMEOUT = SECONDS  # type: ignore[misc]
 
@@ -149,18 +149,18 @@ def of_two_ranks(rank: int, folder: str, engine: str) -> None:
     if rank == 1:  # it cannot write its share
         (trainer.checkpoints.folder / ".step-000004.tmp" / "optimizer-00001-001.safetensors").mkdir(parents=True)
     dist.barrier()
-    told = ""
+    message = ""
     try:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(
-                "packhorse.train.checkpoint.checkpoints.Checkpoints._make_room", lambda self, temporary: None
+                "packhorse.train.checkpoint.checkpoints.Checkpoints._make_folder", lambda self, temporary: None
             )
             save_at(trainer, 4)
     except UserError as error:
-        told = f"{error.exit_code} {error}"
+        message = f"{error.exit_code} {error}"
     bug = agreed_failure(trainer.engine, ValueError("on rank 1") if rank == 1 else None)
     nothing = agreed_failure(trainer.engine, None)
-    (Path(folder) / f"told-{rank}.json").write_text(json.dumps([told, repr(bug), repr(nothing)]))
+    (Path(folder) / f"message-{rank}.json").write_text(json.dumps([message, repr(bug), repr(nothing)]))
     dist.barrier()
     save_at(trainer, 6)
     dist.barrier()
@@ -173,7 +173,7 @@ def test_two_ranks_write_a_share_each_and_what_fails_on_one_is_known_to_both(eng
     folder = tmp_path / "runs" / "tiny" / "checkpoints"
     first, last = (read_manifest(folder / name) for name in ("step-000002", "step-000006"))
     assert first is not None
-    assert last is not None, "after a failure the next one is saved as ever"
+    assert last is not None, "after a failure the next one is saved as usual"
     assert {"optimizer-00000-001.safetensors", "optimizer-00001-001.safetensors"} <= first.files.keys()
     sizes = [
         sum(r.bytes for n, r in first.files.items() if n.startswith("optimizer-00001") == own) for own in (False, True)
@@ -182,11 +182,11 @@ def test_two_ranks_write_a_share_each_and_what_fails_on_one_is_known_to_both(eng
     plan = make_run(tmp_path / "runs", RANKS, engine, make=False)
     kept = sum(int((tmp_path / f"buffers-{rank}").read_text()) for rank in range(RANKS))
     assert buffers_bytes(plan, weights_of(plan)) == pytest.approx(kept, rel=2e-2), "as it was planned"
-    (told, bug, nothing), (other_told, other_bug, _) = (
-        json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(RANKS)
+    (message, bug, nothing), (other_message, other_bug, _) = (
+        json.loads((tmp_path / f"message-{rank}.json").read_text()) for rank in range(RANKS)
     )
-    assert told == other_told
-    assert told.startswith(f"{EXIT_DISK} {folder}/step-000004 could not be written: ")
+    assert message == other_message
+    assert message.startswith(f"{EXIT_DISK} {folder}/step-000004 could not be written: ")
     assert bug == "RuntimeError(\"another rank failed: ValueError('on rank 1')\")"
     assert other_bug == "ValueError('on rank 1')"
     assert nothing == "None"
@@ -196,49 +196,49 @@ def test_two_ranks_write_a_share_each_and_what_fails_on_one_is_known_to_both(eng
 def of_sharded_ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     joined(rank, folder)
-    write = Share.write
+    write = RankShare.write
     for asynchronous in (False, True):
         runs, may_write = Path(folder) / str(asynchronous), threading.Event()
         plan = make_run(
             runs, RANKS, "fsdp2", make=rank == 0, asynchronous=asynchronous, keep_last=9, on_full="continue"
         )
         dist.barrier()
-        shards_put_together(rank, plan.topology)
-        # Of 33 and 17 rows the ranks hold unequal parts, of the others equal ones.
+        gathered_shards(rank, plan.topology)
+        # The ranks hold unequal parts of 33 and 17 rows, equal ones of the others.
         trainer = Trainer(plan, is_main=rank == 0, vocab_size=33, intermediate_size=17)
         trainer.engine.control = dist.new_group(backend="gloo")
         if not asynchronous:
             may_write.set()
 
-        def when_told(share: Share, told: threading.Event = may_write) -> None:
-            told.wait(30)
+        def when_allowed(share: RankShare, message: threading.Event = may_write) -> None:
+            message.wait(30)
             write(share)
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Share, "write", when_told)
+            patched.setattr(RankShare, "write", when_allowed)
             trainer.checkpoints.save(trainer.steps_to(2))
             trainer.steps_to(4)
             may_write.set()
-            trainer.steps_to(8)  # while the threads put together and write
+            trainer.steps_to(8)  # while the threads gather and write
             trainer.checkpoints.finish()
         save_at(trainer, 10)
     if rank == 0:
         (trainer.checkpoints.folder / ".step-000012.tmp" / "model" / "config.json").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("packhorse.train.checkpoint.checkpoints.Checkpoints._make_room", lambda self, temporary: None)
-        save_at(trainer, 12)  # rank 0 fails before the states are put together
+        patched.setattr("packhorse.train.checkpoint.checkpoints.Checkpoints._make_folder", lambda self, temporary: None)
+        save_at(trainer, 12)  # rank 0 fails before the states are gathered
     save_at(trainer, 14)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_shards_put_together_beside_training_give_the_files_of_a_save_that_training_waits_for(tmp_path: Path) -> None:
+def test_asynchronous_and_synchronous_saves_write_equal_files(tmp_path: Path) -> None:
     mp.spawn(of_sharded_ranks, (str(tmp_path),), nprocs=RANKS)
-    at_once, beside = (tmp_path / kind / "tiny" / "checkpoints" for kind in ("False", "True"))
+    synchronous, asynchronous = (tmp_path / kind / "tiny" / "checkpoints" for kind in ("False", "True"))
     steps = ["step-000002", "step-000010", "step-000014"]
-    assert sorted(path.name for path in beside.iterdir()) == steps
-    first, second, _ = (content(beside / step) for step in steps)
-    assert [content(at_once / step) for step in steps[:2]] == [first, second]
+    assert sorted(path.name for path in asynchronous.iterdir()) == steps
+    first, second, _ = (content(asynchronous / step) for step in steps)
+    assert [content(synchronous / step) for step in steps[:2]] == [first, second]
     assert {"model/model.safetensors", "optimizer-00000-001.safetensors", "optimizer-00001-001.safetensors"} <= set(
         first
     )
@@ -246,13 +246,13 @@ def test_shards_put_together_beside_training_give_the_files_of_a_save_that_train
 
 
 def content(checkpoint: Path) -> dict[str, bytes]:
-    """Each file but the manifest, which knows the plan."""
+    """Return each file except the manifest, which contains the plan's hash."""
     files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json")
     return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in files}
 
 
-def shards_put_together(rank: int, topology: Topology) -> None:
-    """Of any number of rows, on the rank that writes the tensor."""
+def gathered_shards(rank: int, topology: Topology) -> None:
+    """Check that the rank that writes a tensor gets it whole, for any number of rows."""
     mesh = make_mesh(topology, torch.device("cpu"))
     held = Snapshot(HostBuffers(), rank, ShardGroup(topology))
     shapes = [(4, 2), (5, 3), (1, 4), (3,), (2, 2, 2)]

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from packhorse.recipe.schema import ScheduleSection
-from packhorse.train.engine.schedule import learning_rate_at
+from packhorse.train.engine.optimizer import learning_rate_at
 
 STEPS, WARMUP, DECAY, PEAK = 50, 7, 12, 3e-4
 

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from packhorse.model.load import ModelRequest, Quantization, load_model, open_model
 from packhorse.model.methods.attach import Start, attach
-from packhorse.model.placed import assign
+from packhorse.model.sharded import assign
 from packhorse.plan.run_plan import Topology
 from packhorse.recipe.methods import FullMethod, LoraMethod, Method, PartialMethod, PromptTuningMethod, QloraMethod
-from packhorse.train.assembly import place_streamed, place_whole
 from packhorse.train.engine.sharding import Fsdp2, Placement, Zero3, make_mesh
+from packhorse.train.loading import place_streamed, place_whole
 
 RANKS = 2
 LAYERS = 12
@@ -72,7 +72,7 @@ def alive(model: nn.Module) -> int:
 
 
 def whole(parameter: Any) -> Tensor:
-    """As bytes; packed 4-bit weights may read as floats that are no numbers."""
+    """Return the bytes; 4-bit weights may be stored as floats that are NaN."""
     if isinstance(parameter, DTensor):
         value = parameter.full_tensor()
     elif hasattr(parameter, "ds_id"):
@@ -102,12 +102,12 @@ def placed(engine: str, checkpoint: str, name: str) -> dict[str, Any]:
     if name.endswith("placed whole"):
         base = load_model(request, 90)
         watched = Watched(inner, base)
-        model = place_whole(base, attached, watched)
+        model = place_whole(base, attached, watched, lambda: None)
     else:
         weights = open_model(request, 90)
         assert weights is not None
         watched = Watched(inner, weights.model)
-        model = place_streamed(weights, attached, watched, method, 1, CPU)
+        model = place_streamed(weights, attached, watched, method, 1, CPU, lambda: None)
     found = dict(model.named_parameters())
     differing = [key for key in sorted(found) if not torch.equal(whole(found[key]), whole(expected[key]))]
     unsharded = [key for key, value in found.items() if not isinstance(value, DTensor) and not hasattr(value, "ds_id")]

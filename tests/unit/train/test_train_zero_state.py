@@ -17,8 +17,8 @@ from torch import nn
 
 from packhorse.recipe.schema import Recipe
 from packhorse.train.checkpoint.optimizer_state import load_states
-from packhorse.train.checkpoint.weights import gather_kept
-from packhorse.train.checkpoint.zero_state import has_master, set_master
+from packhorse.train.checkpoint.weights import gather_saved_weights
+from packhorse.train.checkpoint.zero_state import has_master_weight, set_master_weight
 from packhorse.train.engine.engine import Engine
 from packhorse.train.engine.optimizer import make_optimizer
 from saved_states import save_states
@@ -93,17 +93,17 @@ def goes_on(stage: int, precision: str, name: str, folder: Path) -> None:
     steps(engine, range(3), DTYPES[precision])
     folder.mkdir(exist_ok=True)
     save_states(engine, folder)
-    weights = [gather_kept(engine, is_main=True)]
+    weights = [gather_saved_weights(engine, is_main=True)]
     dist.barrier()
     fresh = started(stage, precision, name, weights[0])
     load_states(fresh, folder)
     for parameter_name, parameter in fresh.model.module.named_parameters():  # type: ignore[union-attr, operator]
-        assert has_master(parameter) == (precision == "bf16")
-        if has_master(parameter):
-            set_master(parameter, weights[0][parameter_name])
+        assert has_master_weight(parameter) == (precision == "bf16")
+        if has_master_weight(parameter):
+            set_master_weight(parameter, weights[0][parameter_name])
     for each in (engine, fresh):
         steps(each, range(3, 6), DTYPES[precision])
-    expected, actual = gather_kept(engine, is_main=True), gather_kept(fresh, is_main=True)
+    expected, actual = gather_saved_weights(engine, is_main=True), gather_saved_weights(fresh, is_main=True)
     assert all(value.dtype == torch.float32 for value in expected.values())
     assert any(not torch.equal(weights[0][key], expected[key]) for key in expected)
     for key, value in expected.items():

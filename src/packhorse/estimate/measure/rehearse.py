@@ -47,9 +47,10 @@ from packhorse.model.sequence import SequenceGroup, join_sequence_group
 from packhorse.model_spec.anatomy import NotMeasuredError
 from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.run_plan import RunPlan
-from packhorse.train.engine.engine import GROUP_TIMEOUT, Engine, start_accelerator, start_engine
+from packhorse.train.engine.engine import Engine, start_accelerator, start_engine
 from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
 from packhorse.train.engine.optimizer import make_optimizer
+from packhorse.train.engine.process_group import GROUP_TIMEOUT
 from packhorse.train.objectives.forward import micro_batch_loss
 from packhorse.train.setup import step_loader, training_model
 from packhorse.train.worker import quiet_libraries

@@ -1,4 +1,4 @@
-"""Factors on channels through peft (Liu et al. 2022, arXiv 2205.05638)."""
+"""IA³ through peft: trained factors on channels (Liu et al. 2022, arXiv 2205.05638)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 from packhorse.errors import UserError
 from packhorse.model.methods.attach import Start
-from packhorse.model.methods.named import closest, module_names
+from packhorse.model.parameters import closest, module_names
 from packhorse.recipe.methods import Ia3Method
 
 
 def attach(model: Any, method: Ia3Method, start: Start) -> nn.Module:  # noqa: ANN401
-    """Freezes the model and adds a factor, 1 at the start, to each channel of the targets.
+    """Freeze the model and add a factor, 1 at the start, to each channel of the targets.
 
     Raises:
         UserError: peft names no targets for this architecture, or `target` names no module.
@@ -36,7 +36,7 @@ def attach(model: Any, method: Ia3Method, start: Start) -> nn.Module:  # noqa: A
             if not any(name.endswith(f".{target}") for name in linear):
                 raise UserError(
                     f"method.target has {target}, which is no linear module of this model.",
-                    "a factor that is nowhere trains nothing.",
+                    "a factor without a module trains nothing.",
                     f"the nearest names are {closest(target, linear)}.",
                 )
         config = IA3Config(

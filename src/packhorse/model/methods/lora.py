@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: where they stand, how they start, and what is trained beside them.
+"""Low-rank adapters through peft: their targets, their start, and what is trained with them.
 
 Shapes: r rank, A [r, in], B [out, r]; a layer's output is W x + scale B A x.
 """
@@ -11,16 +11,19 @@ from typing import Any, Final
 
 import torch
 from peft import LoraConfig, get_peft_model, replace_lora_weights_loftq
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from packhorse.errors import UserError
 from packhorse.model.methods.attach import Start
-from packhorse.model.methods.named import closest, module_names
-from packhorse.recipe.methods import LoraMethod, QloraMethod
+from packhorse.model.parameters import closest, module_names
+from packhorse.model.sharded import true_shape
+from packhorse.recipe.methods import AdapterMethod, LoraMethod, QloraMethod
 
 ADAPTER: Final = "default"
-# peft's names. LoftQ starts from plain adapters and replaces them once the quantised weights are there.
+# peft's names. LoftQ starts from plain adapters and replaces them once the quantised weights are loaded.
 INITIALIZATIONS: Final[Mapping[str, bool | str]] = {
     "default": True,
     "gaussian": "gaussian",
@@ -35,10 +38,10 @@ CHANGES_BASE: Final = ("olora", "pissa")
 
 
 def attach(model: Any, method: LoraMethod | QloraMethod, start: Start) -> nn.Module:  # noqa: ANN401
-    """Freezes the model and adds low-rank adapters (Hu et al. 2021, arXiv 2106.09685).
+    """Freeze the model and add low-rank adapters (Hu et al. 2021, arXiv 2106.09685).
 
     Raises:
-        UserError: `target`, `train_also` or `experts` names what this model does not have, or what cannot be trained.
+        UserError: `target`, `train_also` or `experts` names modules that this model lacks, or that cannot be trained.
     """
     _refuse_output_head(model, method)
     tied = _check_train_also(model, method)
@@ -66,30 +69,30 @@ def attach(model: Any, method: LoraMethod | QloraMethod, start: Start) -> nn.Mod
         linear = sorted({name.rsplit(".", 1)[-1] for name in module_names(model, nn.Linear)})
         raise UserError(
             f"method.target {method.target} names no module of this model.",
-            "an adapter that is nowhere trains nothing.",
+            "an adapter without a module trains nothing.",
             f"set method.target to all-linear, or to some of {', '.join(linear)}.",
         ) from error
     _refuse_missed_targets(adapted, method)
     if method.initialization in CHANGES_BASE:
-        # The way back to the unchanged base: what was taken out of it, kept on the host.
+        # The start was subtracted from the base; it is kept on the host to write an adapter for the unchanged base.
         adapted.initial_adapter = _adapter_weights(adapted)
     elif not on_meta:
         for name, layer in adapted.named_modules():
             if isinstance(layer, LoraLayer):
                 draw_adapter(layer, name, method, start.seed)
     if method.initialization == "loftq" and not start.resumed:
-        _mend_quantization(adapted, start)
+        _start_from_quantization_error(adapted, start)
     return adapted  # type: ignore[no-any-return]
 
 
 def draw_adapter(layer: LoraLayer, name: str, method: LoraMethod, seed: int) -> None:
-    """Draws one layer's adapter by peft's own rule, seeded by its name: the same on every rank, in any order.
+    """Draw one layer's adapter by peft's own rule, seeded by its name: equal on every rank, in any order.
 
     Args:
-        layer: With real, unsharded adapter weights; base weights are read under DoRA only.
-        name: Of the layer in the peft model, such as `base_model.model.model.layers.0.self_attn.q_proj`.
-        method: Its initialisation must be one of `DRAWN`.
-        seed: The recipe's.
+        layer: Layer with real, unsharded adapter weights; base weights are read under DoRA only.
+        name: Name of the layer in the peft model, such as `base_model.model.model.layers.0.self_attn.q_proj`.
+        method: Method whose initialisation is one of `DRAWN`.
+        seed: Seed of the recipe.
     """
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -98,17 +101,52 @@ def draw_adapter(layer: LoraLayer, name: str, method: LoraMethod, seed: int) -> 
     else:
         _draw_orthogonal(layer)
     if method.dora:
-        # The magnitude is that of base and adapter together, which are what they are only now.
+        # The magnitude is computed from base and adapter together, which are complete only now.
         layer.lora_variant[ADAPTER].init(layer, adapter_name=ADAPTER)
         layer.lora_magnitude_vector[ADAPTER].float()
 
 
+def make_adapters(parts: Mapping[str, nn.Module], method: AdapterMethod, seed: int, device: torch.device) -> None:
+    """Create the adapters that `attach` left on the meta device, with the same start as on a real model.
+
+    Args:
+        parts: Modules of a unit by their names in the peft model; the base's weights among them are loaded.
+        method: Method of the recipe.
+        seed: Seed of random values.
+        device: Device of the adapters.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}  # keeps tied parameters tied
+    for part in parts.values():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                empty = torch.empty_like(parameter, device=device)
+                part._parameters[name] = made.setdefault(parameter, nn.Parameter(empty, parameter.requires_grad))
+    _copy_originals([part for part in parts.values() if isinstance(part, ModulesToSaveWrapper)])
+    for name, part in parts.items():
+        if isinstance(part, IA3Layer):
+            part.reset_ia3_parameters(ADAPTER)
+        elif isinstance(part, LoraLayer):
+            assert isinstance(method, LoraMethod)
+            draw_adapter(part, name, method, seed)
+
+
+def _copy_originals(wrappers: list[ModulesToSaveWrapper]) -> None:
+    """Copy the values of originals into copies that are trained whole; copies of tied weights are tied."""
+    copied: dict[nn.Parameter, nn.Parameter] = {}
+    for wrapper in wrappers:
+        twin = wrapper.modules_to_save[ADAPTER]
+        twin.load_state_dict(wrapper.original_module.state_dict())
+        for name, original in wrapper.original_module.named_parameters():
+            module, _, last = name.rpartition(".")
+            setattr(twin.get_submodule(module), last, copied.setdefault(original, twin.get_parameter(name)))
+
+
 def _draw_orthogonal(layer: LoraLayer) -> None:
     parts = [layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]]
-    kept = [part.weight for part in parts]
+    parameters = [part.weight for part in parts]
     layer.orthogonal_init(ADAPTER)
-    for part, parameter in zip(parts, kept, strict=True):
-        # peft puts new parameters there, on the CPU and in the base's type.
+    for part, parameter in zip(parts, parameters, strict=True):
+        # peft has replaced them with new parameters, on the CPU and in the base's dtype.
         parameter.data.copy_(part.weight)
         part.weight = parameter
 
@@ -127,7 +165,7 @@ def _refuse_output_head(model: Any, method: LoraMethod) -> None:  # noqa: ANN401
     if isinstance(method.target, list) and name in method.target:
         raise UserError(
             f"method.target names {name}, the output head.",
-            "the head computes the loss itself, in chunks, and an adapter beside it would be left out.",
+            "the head computes the loss itself, in chunks, and an adapter on it would be ignored.",
             f"take {name} out of method.target; method.train_also: [{name}] trains it whole.",
         )
 
@@ -140,19 +178,18 @@ def _refuse_missed_targets(model: nn.Module, method: LoraMethod) -> None:
         if not any(name.endswith(f".{target}") for name in adapted):
             raise UserError(
                 f"method.target has {target}, which gets no adapter in this model.",
-                "it would stay as it is, though the recipe says that it is adapted.",
+                "it would stay unchanged, although the recipe says that it is adapted.",
                 f"take {target} out of method.target; the nearest names are {closest(target, module_names(model))}.",
             )
 
 
 def _expert_weights(model: nn.Module) -> list[str]:
-    """Names of fused experts' weights [experts, out, in], which are parameters and no linear modules."""
+    """Return the names of fused experts' weights [experts, out, in], which are parameters and not linear modules."""
     return sorted(
         {
             ".".join(name.split(".")[-2:])
             for name, parameter in model.named_parameters()
-            # ZeRO-3 keeps the true shape beside an emptied tensor.
-            if len(getattr(parameter, "ds_shape", parameter.shape)) == 3 and ".experts." in name
+            if len(true_shape(parameter)) == 3 and ".experts." in name
         }
     )
 
@@ -163,16 +200,16 @@ def _adapted_experts(experts: list[str], method: LoraMethod) -> list[str] | None
     if not experts:
         raise UserError(
             "method.experts is true, and this model has no fused expert weights.",
-            "they are what it puts adapters on.",
-            "remove method.experts: the linear layers of all other models are reached by method.target.",
+            "it puts adapters on these weights.",
+            "remove method.experts: method.target reaches the linear layers of all other models.",
         )
     return experts
 
 
 def _targets(model: Any, method: LoraMethod) -> list[str]:  # noqa: ANN401
-    """Names of linear modules of a mixture of experts, as peft takes them.
+    """Return the names of linear modules of a mixture of experts in a form that peft reads correctly.
 
-    There peft reads all-linear, and the names that experts had before they were fused, as experts and router.
+    For such models peft takes all-linear, and the names that experts had before they were fused, as experts and router.
     """
     head = model.get_output_embeddings()
     linear = {
@@ -180,33 +217,34 @@ def _targets(model: Any, method: LoraMethod) -> list[str]:  # noqa: ANN401
         for name, part in model.named_modules()
         if isinstance(part, nn.Linear) and part is not head
     }
-    wanted = linear if method.target == "all-linear" else set(method.target)
-    lost = sorted(wanted & EXPERT_NAMES)
-    if lost:
+    targets = linear if method.target == "all-linear" else set(method.target)
+    mistaken = sorted(targets & EXPERT_NAMES)
+    if mistaken:
         raise UserError(
-            f"method.target covers {', '.join(lost)}, and this model is a mixture of experts.",
-            "peft takes these names for the fused experts, and leaves linear modules that are called so as they are.",
+            f"method.target covers {', '.join(mistaken)}, and this model is a mixture of experts.",
+            "peft takes these names for the fused experts, and does not adapt linear modules with these names.",
             f"set method.target to {sorted(linear - EXPERT_NAMES)}; method.experts: true adapts the experts.",
         )
-    return sorted(wanted)
+    return sorted(targets)
 
 
 def _check_train_also(model: Any, method: LoraMethod) -> bool:  # noqa: ANN401
-    """Refuses names that cannot be trained whole; says whether tied modules are among them."""
-    every = module_names(model)
+    """Refuse names that cannot be trained whole; return whether tied modules are among them."""
+    names = module_names(model)
     for wanted in method.train_also:
-        found = [name for name in every if name == wanted or name.endswith(f".{wanted}")]
-        if not found:
+        matches = [name for name in names if _is_named(name, [wanted])]
+        if not matches:
             raise UserError(
                 f"method.train_also has {wanted}, which is no module of this model.",
-                "peft would leave it out without a word.",
-                f"the nearest names are {closest(wanted, every)}.",
+                "peft would silently ignore it.",
+                f"the nearest names are {closest(wanted, names)}.",
             )
-        packed = [name for name in found for weight in model.get_submodule(name).parameters() if _is_quantized(weight)]
-        if packed:
+        weights = [(name, weight) for name in matches for weight in model.get_submodule(name).parameters()]
+        quantized = [name for name, weight in weights if _is_quantized(weight)]
+        if quantized:
             raise UserError(
-                f"method.train_also has {wanted}, whose weights are quantised ({packed[0]}).",
-                "a few bits have no gradient.",
+                f"method.train_also has {wanted}, whose weights are quantised ({quantized[0]}).",
+                "weights in few bits have no gradient.",
                 f"take {wanted} out of method.train_also: method.target gives it an adapter.",
             )
     if not model.config.get_text_config().tie_word_embeddings:
@@ -217,8 +255,8 @@ def _check_train_also(model: Any, method: LoraMethod) -> bool:  # noqa: ANN401
         other = ends[named.index(False)].rsplit(".", 1)[-1]
         raise UserError(
             f"method.train_also names {ends[named.index(True)]}, which this model ties to {ends[named.index(False)]}.",
-            "they are one tensor: what is done to one is done to the other.",
-            f"add {other} to method.train_also too, or take both out.",
+            "they are one tensor, so both train or neither does.",
+            f"add {other} to method.train_also too, or remove both.",
         )
     return all(named)
 
@@ -228,25 +266,25 @@ def _is_quantized(weight: nn.Parameter) -> bool:
 
 
 def _is_named(name: str, wanted: list[str]) -> bool:
-    return any(name == each or name.endswith(f".{each}") for each in wanted)
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 def _token_rows(model: Any, method: LoraMethod, ids: tuple[int, ...]) -> dict[str, list[int]] | None:  # noqa: ANN401
-    """Rows of embedding and output head that are trained, by module; modules that are trained whole need none."""
+    """Return the trained rows of embedding and output head by module, unless the module is trained whole."""
     ends = [_name_of(model, model.get_input_embeddings())]
-    if not model.config.get_text_config().tie_word_embeddings:  # peft follows tied ones by itself
+    if not model.config.get_text_config().tie_word_embeddings:  # peft handles tied ones
         ends.append(_name_of(model, model.get_output_embeddings()))
     rows = {name: list(ids) for name in ends if not _is_named(name, method.train_also)}
     return rows if ids and rows else None
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:
-    found: str = next(name for name, each in model.named_modules() if each is part)
-    return found
+    match: str = next(name for name, module in model.named_modules() if module is part)
+    return match
 
 
-def _mend_quantization(model: Any, start: Start) -> None:  # noqa: ANN401
-    """Starts the adapters from what quantisation took away (LoftQ, Li et al. 2023, arXiv 2310.08659)."""
+def _start_from_quantization_error(model: Any, start: Start) -> None:  # noqa: ANN401
+    """Set the adapters to the quantisation error (LoftQ, Li et al. 2023, arXiv 2310.08659)."""
     if start.source is None or not any(start.source.glob("*.safetensors")):
         raise UserError(
             f"method.initialization is loftq, and {start.source} holds no .safetensors file.",

@@ -1,4 +1,4 @@
-"""Some of the weights are trained, chosen by name; the others are frozen."""
+"""Partial fine-tuning: trains the weights that are selected by name, and freezes the others."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Names = Mapping[str, tuple[str, ...]]
 
 
 def freeze_others(model: nn.Module, method: PartialMethod) -> None:
-    """Leaves gradients on for the weights that the method trains.
+    """Require gradients only for the weights that the method trains.
 
     Args:
         model: A transformers model.
-        method: Trained is what lies in the last layers or fits `train`, but what fits `freeze`; `freeze` alone leaves
-            all else trained.
+        method: Weights in the last layers or matching `train` are trained, except those matching `freeze`; with
+            `freeze` alone all others are trained.
 
     Raises:
-        UserError: A pattern fits no weight, or one of two tied weights; or all weights would be trained, or none.
+        UserError: A pattern matches no weight, or one of two tied weights; or all weights would be trained, or none.
     """
     names = _all_names(model)
     for field, patterns in (("train", method.train), ("freeze", method.freeze)):
@@ -61,8 +61,8 @@ def _check_pattern(names: Names, pattern: str, field: str) -> None:
     if not any(fnmatchcase(name, pattern) for name in every):
         near = difflib.get_close_matches(pattern, every, n=3, cutoff=0.3) or every[:3]
         raise UserError(
-            f"method.{field} has {pattern}, which fits none of the model's {len(every)} weights.",
-            "what it was meant for would be left as it is.",
+            f"method.{field} has {pattern}, which matches none of the model's {len(every)} weights.",
+            "the weights that it was meant for would not change.",
             f"the nearest names are {', '.join(near)}; `*` stands for any letters, as in `*.mlp.*`.",
         )
 
@@ -73,9 +73,9 @@ def _check_tied(names: Names, patterns: list[str], field: str) -> None:
         if fitting and len(fitting) < len(aliases):
             others = [name for name in aliases if name not in fitting]
             raise UserError(
-                f"method.{field} fits {', '.join(fitting)}, which is tied to {', '.join(others)}: one tensor.",
-                "what is done to one of them is done to the others too.",
-                f"add {', '.join(others)} to method.{field}, or leave them all out.",
+                f"method.{field} matches {', '.join(fitting)}, which is tied to {', '.join(others)}: one tensor.",
+                "they are one tensor, so all of them train or none does.",
+                f"add {', '.join(others)} to method.{field}, or remove all of them.",
             )
 
 
@@ -83,8 +83,8 @@ def _refuse_all_or_none(chosen: set[str], names: Names) -> None:
     if not chosen:
         raise UserError(
             f"method.train, last_layers and freeze leave 0 of {len(names)} weights to train.",
-            "nothing would be learnt.",
-            "take patterns out of method.freeze, or add some to method.train.",
+            "the run would learn nothing.",
+            "remove patterns from method.freeze, or add some to method.train.",
         )
     if len(chosen) == len(names):
         raise UserError(
@@ -95,13 +95,13 @@ def _refuse_all_or_none(chosen: set[str], names: Names) -> None:
 
 
 def _last_layers(model: nn.Module, count: int) -> tuple[str, ...]:
-    """Name prefixes of the last layers."""
+    """Return the name prefixes of the last layers."""
     config: Any = model.config
     total = int(config.get_text_config().num_hidden_layers)
     if count > total:
         raise UserError(
             f"method.last_layers is {count}, and the model has {total} layers.",
-            "no layer stands before the first.",
+            "there is no layer before the first.",
             f"set it to {total} or less.",
         )
     stack = next(name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == total)

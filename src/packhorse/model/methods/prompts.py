@@ -1,11 +1,11 @@
-"""Prompt tuning and prefix tuning through peft, for documents laid end to end and for answers.
+"""Prompt tuning and prefix tuning through peft, for packed documents and for generated answers.
 
 Shapes: D documents, T their tokens in one row, P virtual tokens, H hidden width, K key/value heads, E head width.
 
-peft puts one prompt before each row of a batch. A packed row holds D documents, and each must see the prompt as if it
-stood alone (P = 2, documents `a` and `b`):
+peft puts one prompt before each row of a batch. A packed row holds D documents, and each must see the prompt as if the
+document were alone (P = 2, documents `a` and `b`):
 
-    prompt_tuning   p p a a a p p b b        row of T + D P embeddings; the prompt is what a document begins with
+    prompt_tuning   p p a a a p p b b        row of T + D P embeddings; each document begins with the prompt
     prefix_tuning   a a a b b                row of T; attention sees P more keys and values before each document
 
 In both the first token of a document has position P, as in peft's own forward pass and in `generate`.
@@ -30,22 +30,20 @@ ADAPTER: Final = "default"
 
 
 def attach(model: Any, method: PromptTuningMethod | PrefixTuningMethod, start: Start) -> nn.Module:  # noqa: ANN401
-    """Freezes the model and adds what stands before each document.
+    """Freeze the model and add the prompt or prefix before each document.
 
     Lester et al. 2021 (arXiv 2104.08691), Li and Liang 2021 (arXiv 2101.00190, without its MLP).
 
     Raises:
-        UserError: The text of the prompt is empty for this tokenizer, or layers differ in their heads.
+        UserError: The layers differ in their key/value heads.
     """
     torch.manual_seed(start.seed)
     config = _prefix_config(model, method) if isinstance(method, PrefixTuningMethod) else _prompt_config(method, start)
     adapted = get_peft_model(model, config)
-    # Drawn by the prompt's width, which may be the base's type: what is trained is fp32.
+    # peft may make it in the base's dtype; trained parameters are fp32.
     adapted.prompt_encoder.float()
-    adapted.forward = MethodType(
-        _with_prefix if isinstance(method, PrefixTuningMethod) else _with_prompt,
-        adapted,
-    )
+    forward = _with_prefix if isinstance(method, PrefixTuningMethod) else _with_prompt
+    adapted.forward = MethodType(forward, adapted)
     return adapted  # type: ignore[no-any-return]
 
 
@@ -79,7 +77,7 @@ def _with_prompt(
     documents: Documents,
     **other: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    """The peft model's forward for a packed row; its logits are those of the row's own T tokens."""
+    """Replace the peft model's forward for a packed row; the logits are those of the row's own T tokens."""
     prompt = self.get_prompt(batch_size=1)[0]  # [P, H]
     embedded = self.word_embeddings(input_ids)[0]  # [T, H]
     prompt = prompt.to(embedded.dtype)
@@ -90,7 +88,7 @@ def _with_prompt(
         documents.cu_seq_lens.diff().long(),
         output_size=embedded.shape[0],
     )
-    own = torch.arange(embedded.shape[0], device=device) + width * (number + 1)  # where the row's tokens now stand
+    own = torch.arange(embedded.shape[0], device=device) + width * (number + 1)  # new positions of the row's tokens
     shifts = width * torch.arange(len(documents.lengths) + 1, device=device, dtype=torch.int32)
     longer = replace(
         documents,
@@ -108,7 +106,7 @@ def _with_prompt(
         inputs_embeds=torch.cat(parts)[None],
         position_ids=placed[None],
         documents=longer,
-        logits_to_keep=own,  # the head sees the row as it was, so that supervised positions keep their places
+        logits_to_keep=own,  # the head sees the row without prompts, so that supervised positions stay valid
         **other,
     )
 
@@ -120,7 +118,7 @@ def _with_prefix(
     documents: Documents,
     **other: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    """The peft model's forward for a packed row; the prefix goes to each layer's attention with the documents."""
+    """Replace the peft model's forward for a packed row; the prefix reaches attention with the documents."""
     cache = self.get_prompt(batch_size=1)
     prefixes = tuple((layer.keys, layer.values) for layer in cache.layers)  # [1, K, P, E] each
     return self.base_model(
@@ -132,10 +130,10 @@ def _with_prefix(
 
 
 def answer_with_prompt(model: PeftModel) -> None:
-    """Lets a peft model take rows of a batch step by step, as `evaluate` generates.
+    """Make a peft model's forward work token by token on the rows of a batch, as `evaluate` generates.
 
-    peft's forward puts the prompt before the tokens of every call, also of those that go on from a cache, and at
-    positions that count a row's padding; only its `generate` knows better.
+    peft's own forward puts the prompt before the tokens of every call, even with a cache, and at positions that count a
+    row's padding; only its `generate` avoids that.
     """
     model.forward = MethodType(_answer, model)
 
@@ -149,13 +147,13 @@ def _answer(
     use_cache: bool = False,
     **other: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    """input_ids [B, T], mask [B, tokens so far], positions [B, T] of the row's own tokens -> logits [B, T, V]."""
+    """Map input_ids [B, T], mask [B, tokens so far] and positions [B, T] without the prompt to logits [B, T, V]."""
     width = self.active_peft_config.num_virtual_tokens
     batch, length = input_ids.shape
     if attention_mask is not None:
         attention_mask = torch.cat([attention_mask.new_ones(batch, width), attention_mask], 1)
     if position_ids is None:
-        # The cache counts the prompt with the tokens before.
+        # The cache counts the prompt among the earlier tokens.
         before = past_key_values.get_seq_length() - width if past_key_values is not None else 0
         position_ids = torch.arange(before, before + length, device=input_ids.device).expand(batch, -1)
     rest = {"attention_mask": attention_mask, "use_cache": use_cache, **other}
@@ -165,7 +163,7 @@ def _answer(
         )
     prompt = self.get_prompt(batch_size=batch)
     if not isinstance(prompt, Tensor):
-        rest["use_cache"] = True  # the prefix comes in the cache
+        rest["use_cache"] = True  # the prefix is in the cache
         return self.base_model(input_ids=input_ids, position_ids=position_ids + width, past_key_values=prompt, **rest)
     embedded = self.word_embeddings(input_ids)
     own = torch.arange(width, device=input_ids.device).expand(batch, -1)

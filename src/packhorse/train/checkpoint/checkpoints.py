@@ -1,9 +1,9 @@
-"""Checkpoints: temporary folder, every file on disk, manifest, rename; what does not fit its manifest does not exist.
+"""Checkpoints: temporary folder, every file on disk, manifest, rename; one that does not match its manifest is ignored.
 
 RUN/checkpoints/step-000100/
     model/ or adapter/       weights in Hugging Face form
-    optimizer-*.safetensors  the optimizer's states by parameter name
-    optimizer.json           those that are no tensors
+    optimizer-*.safetensors  states of the optimizer by parameter name
+    optimizer.json           states that are not tensors
     state.json               step and counters
     manifest.json            written last: size and sha256 of each file; engine, world size, plan, data
 """
@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from packhorse.durable import disk_error, size
@@ -48,18 +46,26 @@ from packhorse.run_folder.layout import (
     step_folder_name,
     unfinished_step_folder,
 )
-from packhorse.track.meter import Clock, Figures
-from packhorse.train.checkpoint.background import Background, Others, Part, Share, dealt, fresh_copy, in_files
-from packhorse.train.checkpoint.masters import load_masters
+from packhorse.track.meter import Figures
+from packhorse.train.checkpoint.master_weights import load_master_weights
 from packhorse.train.checkpoint.optimizer_state import gather_states, load_states, scale_of
+from packhorse.train.checkpoint.rank_share import (
+    BackgroundTask,
+    FileTensors,
+    PlainStates,
+    RankShare,
+    assign_to_ranks,
+    copy_to_host,
+    split_into_files,
+)
 from packhorse.train.checkpoint.snapshot import HostBuffers, ShardGroup, Snapshot
-from packhorse.train.checkpoint.weights import gather_kept, unwrapped, weights_folder_name, weights_writer
+from packhorse.train.checkpoint.weights import gather_saved_weights, unwrapped, weights_folder_name, weights_writer
 from packhorse.train.engine.engine import Engine
-from packhorse.train.ranks.failure import agreed_failure
-from packhorse.train.ranks.identity import own_rank
+from packhorse.train.engine.process_group import from_rank_0, own_rank
+from packhorse.train.ranks.agreement import agreed_failure
 from packhorse.train.state import TrainState
 
-# In place of a step, where rank 0 has none to go on from.
+# Sent by rank 0 instead of a step where there is none to resume from.
 NONE_WRITTEN, NONE_IS_SOUND = -1, -2
 
 
@@ -68,9 +74,9 @@ class _Pending:
     """A checkpoint that is being written.
 
     Attributes:
-        state: What it is of.
-        temporary: Where it is written.
-        started: When the step loop came to it, on the clock.
+        state: Training state at the checkpoint.
+        temporary: Folder that it is written to.
+        started: When the step loop began it, `time.perf_counter`.
         stall_seconds: How long the step loop has waited for it so far.
         is_written: Every rank's share is on disk; rank 0 publishes it.
     """
@@ -85,39 +91,28 @@ class _Pending:
 class Checkpoints:
     """The checkpoints of one run.
 
-    `save`, `publish` and `finish` are collectives, and so called by all ranks at the same step. Between them the files
-    are written by threads, which wait for other ranks only to put FSDP2's shards together. A checkpoint goes through
-    two pieces of work: each rank writes its share; when all have, rank 0 publishes it and removes those no longer kept.
+    `save`, `publish` and `finish` are collectives, called by all ranks at the same step. Between them threads write the
+    files; these wait for other ranks only to gather FSDP2's shards. A checkpoint takes two tasks: each rank writes its
+    share; when all have, rank 0 publishes it and removes old ones.
     """
 
     def __init__(
-        self,
-        plan: RunPlan,
-        engine: Engine,
-        is_main: bool,
-        still_alive: Callable[[], None] = lambda: None,
-        clock: Clock = time.perf_counter,
+        self, plan: RunPlan, engine: Engine, is_main: bool, still_alive: Callable[[], None] = lambda: None
     ) -> None:
-        """Nothing is written yet. A collective under fsdp2 and hsdp.
+        """Prepare buffers and groups; a collective under fsdp2 and hsdp.
 
-        Args:
-            plan: The run.
-            engine: What is saved.
-            is_main: Whether this is rank 0.
-            still_alive: Called about every second while this rank waits for its disk.
-            clock: Where the time comes from.
+        `still_alive` is called about every second while this rank waits for its disk.
         """
         self.folder = Path(plan.run_folder) / CHECKPOINTS_FOLDER
         self._plan = plan
         self._engine = engine
         self._is_main = is_main
         self._still_alive = still_alive
-        self._clock = clock
         self._section = plan.recipe.checkpoint
         self._buffers = HostBuffers()
         sharded = self._section.asynchronous and plan.topology.engine in ("fsdp2", "hsdp")
         self._shard_group = ShardGroup(plan.topology) if sharded else None
-        self._background = Background()
+        self._task = BackgroundTask()
         self._pending: _Pending | None = None
         self._newest_step: int | None = None
         self._loads: list[int] = []
@@ -125,18 +120,19 @@ class Checkpoints:
         self._figures: Figures = {}
 
     def save(self, state: TrainState) -> None:
-        """Begins the checkpoint of this step; the one before is finished first.
+        """Begin the checkpoint of this step, after finishing the one before.
 
-        With `checkpoint.asynchronous` this returns once the state is copied to the host, else once it is published.
+        With `checkpoint.asynchronous` this returns once the state is copied to the host, otherwise once it is
+        published.
 
         Raises:
-            UserError: The disk refuses and `checkpoint.on_full` is `stop`, or what was written is spoilt.
+            UserError: The disk refuses and `checkpoint.on_full` is `stop`, or the written files are damaged.
         """
         self.finish()
         if state.step == self._newest_step:
             return
         self._newest_step = state.step
-        pending = _Pending(state, unfinished_step_folder(self.folder, state.step), self._clock())
+        pending = _Pending(state, unfinished_step_folder(self.folder, state.step), time.perf_counter())
         self._pending = pending
         share, error = self._share(pending)
         failure = self._failure(error)
@@ -144,60 +140,60 @@ class Checkpoints:
             self._give_up(failure)
             return
         if self._section.asynchronous:
-            self._background.start(share.write)
+            self._task.start(share.write)
         else:
-            self._background.run(share.write)
-        pending.stall_seconds = self._clock() - pending.started
+            self._task.run(share.write)
+        pending.stall_seconds = time.perf_counter() - pending.started
         if not self._section.asynchronous:
             self.finish()
 
     def pending_done(self) -> bool:
-        """Whether this rank has nothing more to write; where all ranks have not, `publish` is due."""
-        return self._background.done
+        """Return whether this rank has nothing more to write; `publish` is due once that holds on all ranks."""
+        return self._task.done
 
     def publish(self, all_done: bool = True) -> None:
-        """Goes on with the checkpoint that is being written, if there is one.
+        """Move the checkpoint that is being written one task further, if there is one.
 
         Args:
-            all_done: Whether `pending_done` holds on every rank; else nothing happens.
+            all_done: Whether `pending_done` holds on every rank; otherwise nothing happens.
 
         Raises:
-            UserError: As `save`.
+            UserError: See `save`.
         """
         pending = self._pending
         if pending is None or not all_done:
             return
-        entered = self._clock()
-        failure = self._failure(self._background.take_error())
+        entered = time.perf_counter()
+        failure = self._failure(self._task.take_error())
         if failure is not None:
             self._give_up(failure)
             return
         if not pending.is_written:
             pending.is_written = True
             if self._is_main:
-                self._background.start(partial(self._publish, pending))
-            pending.stall_seconds += self._clock() - entered
+                self._task.start(partial(self._publish, pending))
+            pending.stall_seconds += time.perf_counter() - entered
             return
         self._pending = None
-        now = self._clock()
+        now = time.perf_counter()
         stall = pending.stall_seconds + now - entered
         self._figures |= {"checkpoint/stall_seconds": stall, "checkpoint/seconds": now - pending.started}
 
     def finish(self) -> None:
-        """Waits until nothing is being written; as `publish`."""
+        """Wait until the pending checkpoint is published; raises what `publish` does."""
         while self._pending is not None:
-            entered = self._clock()
-            self._background.wait(self._still_alive)
-            self._pending.stall_seconds += self._clock() - entered
+            entered = time.perf_counter()
+            self._task.wait(self._still_alive)
+            self._pending.stall_seconds += time.perf_counter() - entered
             self.publish()
 
     def take_figures(self) -> Figures:
-        """What the checkpoints that were published, or given up, since the last call have cost."""
+        """Return the figures of the checkpoints that were published or abandoned since the last call."""
         figures, self._figures = self._figures, {}
         return figures
 
     def load_optimizer(self, checkpoint: Path) -> None:
-        """Puts the optimizer where it was; the weights were loaded with the model.
+        """Restore the optimizer; the weights were loaded with the model.
 
         Raises:
             UserError: The checkpoint holds states of other weights or, in 8 bits, of another engine or world size.
@@ -205,33 +201,41 @@ class Checkpoints:
         self._newest_step = step_of(checkpoint)
         model = unwrapped(self._engine)
         load_states(self._engine, checkpoint)
-        load_masters(model, checkpoint / weights_folder_name(self._plan), self._plan.recipe.model.trust_remote_code)
+        weights = checkpoint / weights_folder_name(self._plan)
+        load_master_weights(model, weights, self._plan.recipe.model.trust_remote_code)
 
-    def _share(self, pending: _Pending) -> tuple[Share, Exception | None]:
-        """What this rank writes, and why it cannot; copied to the host where training is to go on meanwhile."""
-        error = self._make_room(pending.temporary) if self._is_main else None
-        at_once = self._section.asynchronous
-        snapshot = Snapshot(self._buffers, own_rank(), self._shard_group) if at_once else None
-        weights = gather_kept(self._engine, self._is_main, snapshot)
+    def _share(self, pending: _Pending) -> tuple[RankShare, Exception | None]:
+        """Return what this rank writes, and why it cannot; with `asynchronous`, a copy of it on the host.
+
+        Every rank takes every step here even after an error, because most of them are collectives; the ranks agree on
+        the error afterwards (`_failure`).
+        """
+        error = self._make_folder(pending.temporary) if self._is_main else None
+        asynchronous = self._section.asynchronous
+        snapshot = Snapshot(self._buffers, own_rank(), self._shard_group) if asynchronous else None
+        weights = gather_saved_weights(self._engine, self._is_main, snapshot)
+        # All ranks must know the bytes of rank 0's weights to assign the states alike.
         (weights_bytes,) = self._engine.sum_over_ranks([float(sum(value.nbytes for value in weights.values()))])
         bytes_before = sum(self._loads)
         self._loads = [int(weights_bytes), *[0] * (self._plan.topology.world_size - 1)]
-        others: Others = {}
-        states = dealt(gather_states(self._engine, snapshot), self._loads, others)
+        plain: PlainStates = {}
+        states = assign_to_ranks(gather_states(self._engine, snapshot), self._loads, plain)
         if snapshot is not None:
             for key, value, owner in states:
                 snapshot.hold_state(key, value, owner)
-            share = Share(pending.temporary, own_rank(), in_files(snapshot.states()), snapshot.gather_weights)
+            parts = split_into_files(snapshot.states())
+            share = RankShare(pending.temporary, own_rank(), parts, snapshot.gather_weights)
         else:
-            own = ((key, fresh_copy(value)) for key, value, owner in states if owner == own_rank())
-            share = Share(pending.temporary, own_rank(), in_files(own))
+            # Lazy: states are gathered while they are written, so that only one file of them exists at a time.
+            own = ((key, copy_to_host(value)) for key, value, owner in states if owner == own_rank())
+            share = RankShare(pending.temporary, own_rank(), split_into_files(own))
         if self._is_main and error is None:
-            # Not at once, the states are seen as they are written: as many as at the save before.
-            error = _no_room(self.folder, sum(self._loads) if at_once else max(bytes_before, weights_bytes))
-        return (self._with_main(share, pending.state, weights, others) if self._is_main else share), error
+            # Lazy states are not counted yet, so the size of the save before stands for theirs.
+            error = _no_room(self.folder, sum(self._loads) if asynchronous else max(bytes_before, weights_bytes))
+        return (self._with_main(share, pending.state, weights, plain) if self._is_main else share), error
 
-    def _with_main(self, share: Share, state: TrainState, weights: Part, others: Others) -> Share:
-        """The share of rank 0, which writes the weights and the small files too."""
+    def _with_main(self, share: RankShare, state: TrainState, weights: FileTensors, plain: PlainStates) -> RankShare:
+        """Return the share of rank 0, which writes the weights and the small files too."""
         model = unwrapped(self._engine)
         was_stepped = state.num_supervised_tokens > 0 and state.step > state.num_skipped_steps
         scale = scale_of(self._engine)
@@ -240,11 +244,11 @@ class Checkpoints:
             folders={weights_folder_name(self._plan): weights_writer(model, weights, None, was_stepped=was_stepped)},
             texts={
                 STATE_FILE: lambda: json.dumps(asdict(state), indent=2) + "\n",
-                OPTIMIZER_FILE: lambda: json.dumps({"states": others, "scaler": scale}, indent=1) + "\n",
+                OPTIMIZER_FILE: lambda: json.dumps({"states": plain, "scaler": scale}, indent=1) + "\n",
             },
         )
 
-    def _make_room(self, temporary: Path) -> OSError | None:
+    def _make_folder(self, temporary: Path) -> OSError | None:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -253,7 +257,7 @@ class Checkpoints:
         return None
 
     def _publish(self, pending: _Pending) -> None:
-        """On rank 0, in the thread."""
+        """Publish the checkpoint and remove old ones; runs in rank 0's thread."""
         publish_checkpoint(pending.temporary, self._facts(pending.state.step))
         state, section = pending.state, self._section
         best = step_folder_name(state.best_step) if section.keep_best and state.best_step is not None else None
@@ -276,20 +280,20 @@ class Checkpoints:
         )
 
     def _failure(self, error: Exception | None) -> Exception | None:
-        """As `agreed_failure`, with what a user reads where the disk refused."""
+        """Return `agreed_failure` of all ranks, where a disk's error is a UserError."""
         if isinstance(error, (OSError, SafetensorError)):
             assert self._pending is not None
             error = disk_error(self.folder / step_folder_name(self._pending.state.step), error)
         return agreed_failure(self._engine, error)
 
     def _give_up(self, failure: Exception) -> None:
-        """Leaves nothing of the checkpoint that is being written; then as `checkpoint.on_full` says."""
+        """Remove the pending checkpoint; then raise, or continue where `checkpoint.on_full` says so."""
         pending, self._pending = self._pending, None
         assert pending is not None
         if self._is_main:
             shutil.rmtree(pending.temporary, ignore_errors=True)
-        of_disk = isinstance(failure, UserError) and failure.exit_code == EXIT_DISK
-        if not of_disk or self._section.on_full == "stop":
+        is_disk_error = isinstance(failure, UserError) and failure.exit_code == EXIT_DISK
+        if not is_disk_error or self._section.on_full == "stop":
             raise failure
         self._num_failed += 1
         if self._is_main:
@@ -308,10 +312,10 @@ def _no_room(folder: Path, needed_bytes: float) -> OSError | None:
 
 
 def checkpoint_to_resume(run_folder: Path, is_main: bool) -> tuple[Path | None, TrainState]:
-    """The newest checkpoint that is as it was written, and its state; a fresh state where the run has none.
+    """Return the newest undamaged checkpoint and its state; a fresh state where the run has none.
 
-    A collective: rank 0 reads the files, since a node's ranks would read the same bytes, and the others take its word.
-    Checkpoints that are damaged are set aside under another name, so that their step can be written again.
+    A collective: only rank 0 checks the files, because the ranks of a node would all read the same bytes. Damaged
+    checkpoints are renamed, so that their step can be written again.
 
     Raises:
         UserError: There are checkpoints, and none of them is sound.
@@ -322,12 +326,12 @@ def checkpoint_to_resume(run_folder: Path, is_main: bool) -> tuple[Path | None, 
     found = find_newest_sound(folder) if is_main else SoundCheckpoint(None, ())
     for fault in found.passed_over:
         sys.stderr.write(f"passed over: {fault}\n")
-    step = _word_of_rank_0(_step_or(found))
+    step = from_rank_0(_step_or_code(found))
     if step == NONE_IS_SOUND:
         raise UserError(
             f"no checkpoint of {run_folder.name} can be read: {next(iter(found.passed_over), 'see rank 0')}",
-            "going on from what is damaged would train another model, and from step 0 is for you to decide.",
-            f"look at them with `packhorse verify {run_folder}`; to begin again, remove {folder}.",
+            "resuming from a damaged checkpoint would train another model, and starting at step 0 is your choice.",
+            f"inspect them with `packhorse verify {run_folder}`; to start again, remove {folder}.",
         )
     if is_main:
         set_aside_newer(folder, step)
@@ -337,28 +341,19 @@ def checkpoint_to_resume(run_folder: Path, is_main: bool) -> tuple[Path | None, 
     return checkpoint, read_state(checkpoint)
 
 
-def _step_or(found: SoundCheckpoint) -> int:
+def _step_or_code(found: SoundCheckpoint) -> int:
     if found.checkpoint is not None:
         return step_of(found.checkpoint)
     return NONE_IS_SOUND if found.passed_over else NONE_WRITTEN
 
 
-def _word_of_rank_0(step: int) -> int:
-    if not dist.is_initialized():
-        return step
-    device = torch.accelerator.current_accelerator() if dist.get_backend() != "gloo" else None
-    word = torch.tensor([step], device=device)
-    dist.broadcast(word, src=0)
-    return int(word.item())
-
-
 def newest_state(run_folder: Path) -> TrainState:
-    """The state of the newest complete checkpoint, whose other files are not read; to tell how far a run is."""
+    """Return the state of the newest complete checkpoint to show the run's progress; other files are not read."""
     newest = newest_complete(run_folder / CHECKPOINTS_FOLDER)
     return read_state(newest) if newest else TrainState()
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """The counters stored with a checkpoint."""
+    """Return the counters stored with a checkpoint."""
     record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     return TrainState.of(record)

@@ -1,10 +1,9 @@
-"""What an optimizer keeps for each parameter, on disk: any optimizer of torch or bitsandbytes, whole or sharded.
+"""Saves and loads the states of any optimizer of torch or bitsandbytes, by parameter name.
 
-optimizer-*.safetensors    tensors, as `parameter name/slot`: whole, whatever the sharding was (saving.py)
-optimizer.json             what is no tensor, by the same keys; the loss scale of fp16
+optimizer-*.safetensors    tensors, as `parameter name/slot`: whole, whatever the sharding was (rank_share.py)
+optimizer.json             states that are not tensors, by the same keys; the loss scale of fp16
 
-The same for every engine, so that any of them reads what another wrote; 8-bit states under ZeRO are the exception
-(zero_state.py).
+Every engine reads what another wrote; 8-bit states under ZeRO are the exception (zero_state.py).
 """
 
 from __future__ import annotations
@@ -17,73 +16,74 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from packhorse.errors import UserError
+from packhorse.model.sharded import shard_like
 from packhorse.run_folder.layout import OPTIMIZER_FILE, OPTIMIZER_TENSORS
 from packhorse.train.checkpoint.snapshot import Snapshot
 from packhorse.train.checkpoint.weights import unwrapped
-from packhorse.train.checkpoint.zero_state import PieceLoader, gather_pieces
+from packhorse.train.checkpoint.zero_state import PartitionLoader, gather_partitions
 from packhorse.train.engine.engine import Engine
 
 
 def gather_states(
     engine: Engine, snapshot: Snapshot | None = None
 ) -> Iterator[tuple[str, Tensor | int | float | bool]]:
-    """Every state that the optimizer keeps, as (`parameter name/slot`, value).
+    """Yield every state that the optimizer keeps, as (`parameter name/slot`, value).
 
-    A collective where states are sharded: every rank iterates to the end, and all of them get the same keys in the
-    same order. Tensors are whole, in the shape of their parameter, on the device; one exists at a time. Those whose
-    shards `snapshot` takes stay sharded.
+    A collective where states are sharded: every rank iterates to the end, and gets the same keys in the same order.
+    Tensors are whole, in the shape of their parameter, on the device; one exists at a time. States that `snapshot`
+    takes in shards stay sharded.
     """
     optimizer, model = _stepped(engine)
     if engine.is_deepspeed:
-        yield from gather_pieces(engine, model)
+        yield from gather_partitions(engine, model)
         return
     for name, parameter in model.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
             if value is None:
                 continue
-            stays = not isinstance(value, DTensor) or (snapshot is not None and snapshot.takes_shard(value))
-            yield f"{name}/{slot}", value if stays else value.full_tensor()
+            unchanged = not isinstance(value, DTensor) or (snapshot is not None and snapshot.takes_shard(value))
+            yield f"{name}/{slot}", value if unchanged else value.full_tensor()
 
 
 def load_states(engine: Engine, folder: Path) -> None:
-    """Puts every state where it was, sharded as its parameter is now; each rank reads the files.
+    """Restore every state, sharded as its parameter is now; each rank reads the files.
 
     Raises:
-        UserError: The states are of other parameters than those that are trained.
+        UserError: The states belong to parameters that are not trained.
     """
     optimizer, model = _stepped(engine)
     record = json.loads((folder / OPTIMIZER_FILE).read_text(encoding="utf-8"))
-    pieces = PieceLoader(engine) if engine.is_deepspeed else None
-    if pieces is None:
+    partitions = PartitionLoader(engine) if engine.is_deepspeed else None
+    if partitions is None:
         _make_buffers(optimizer)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found: set[str] = set()
+    stored: set[str] = set()
     for key, value in chain(record["states"].items(), _tensors(folder)):  # one tensor in memory at a time
         name, slot = key.rsplit("/", 1)
-        if pieces is not None and pieces.put_piece(name, slot, value):
+        if partitions is not None and partitions.put_partition(name, slot, value):
             continue
-        found.add(name)
+        stored.add(name)
         if name not in parameters:
             continue
-        if pieces is not None:
-            pieces.put(name, parameters[name], slot, value)
+        if partitions is not None:
+            partitions.put(name, parameters[name], slot, value)
         else:
             _put(optimizer.state[parameters[name]], slot, value, parameters[name])
-    _refuse_others(found, set(parameters), folder)
+    _refuse_unknown(stored, set(parameters), folder)
     _set_scale(engine, record["scaler"])
 
 
 def _stepped(engine: Engine) -> tuple[Optimizer, nn.Module]:
-    """The optimizer below accelerate's wrapper, and the model whose parameters it steps."""
+    """Return the optimizer inside accelerate's wrapper, and the model whose parameters it steps."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer), unwrapped(engine)
 
 
 def scale_of(engine: Engine) -> dict[str, Any]:
-    """The loss scale of fp16 and the steps since it last changed, as torch's GradScaler calls them; else nothing."""
+    """Return fp16's loss scale and steps since its last change, by the keys of torch's GradScaler; otherwise empty."""
     scaler = _scaler_of(engine)
     if scaler is None:
         return {}
@@ -107,7 +107,7 @@ def _set_scale(engine: Engine, record: dict[str, Any]) -> None:
 
 
 def _scaler_of(engine: Engine) -> Any:  # noqa: ANN401
-    """torch's or DeepSpeed's; None under other precisions than fp16."""
+    """Return torch's or DeepSpeed's loss scaler; None without fp16."""
     if not engine.is_deepspeed:
         return engine.accelerator.scaler
     zero: Any = engine.model.optimizer
@@ -122,19 +122,19 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _make_buffers(optimizer: Any) -> None:  # noqa: ANN401
-    """Lets bitsandbytes make its states before they are filled: where they are paged, only it can."""
+    """Let bitsandbytes make its states before they are filled: only bitsandbytes can make paged ones."""
     for part in getattr(optimizer, "parts", [optimizer]):
         if not hasattr(part, "init_state"):
             continue
-        for at, group in enumerate(part.param_groups):
+        for group_index, group in enumerate(part.param_groups):
             for index, parameter in enumerate(group["params"]):
-                part.init_state(group, parameter, at, index)
+                part.init_state(group, parameter, group_index, index)
 
 
 def _put(state: dict[str, Any], slot: str, value: Any, parameter: Tensor) -> None:  # noqa: ANN401
-    there = state.get(slot)
-    if isinstance(there, Tensor):
-        there.copy_(value)
+    existing = state.get(slot)
+    if isinstance(existing, Tensor):
+        existing.copy_(value)
     elif isinstance(value, Tensor):
         state[slot] = _like(value, parameter)
     else:
@@ -142,21 +142,20 @@ def _put(state: dict[str, Any], slot: str, value: Any, parameter: Tensor) -> Non
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """On the device of the parameter, and sharded as it is; counters are whole everywhere."""
-    placed = value.to(parameter.device)
+    """Return a state on the parameter's device, sharded as the parameter is; counters are whole everywhere."""
+    moved = value.to(parameter.device)
     if value.dim() == 0 or not isinstance(parameter, DTensor):
-        return placed
-    # Every rank has read the same: nothing is to be sent.
-    return distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return moved
+    return shard_like(moved, parameter)
 
 
-def _refuse_others(found: set[str], trained: set[str], folder: Path) -> None:
-    others = sorted(found - trained)  # a parameter without a state is one that never had a gradient
-    if others:
+def _refuse_unknown(stored: set[str], trained: set[str], folder: Path) -> None:
+    unknown = sorted(stored - trained)  # a parameter without a state never had a gradient
+    if unknown:
         raise UserError(
-            f"{folder} holds optimizer states of {len(found)} parameters, and {len(trained)} are trained; "
-            f"{others[0]} is not among them.",
-            "states of other parameters would make other steps.",
+            f"{folder} holds optimizer states of {len(stored)} parameters, and {len(trained)} are trained; "
+            f"{unknown[0]} is not among them.",
+            "with states of other parameters the optimizer would make different steps.",
             "resume with the recipe and the versions of the libraries that wrote it; 8-bit states of ZeRO also with "
             "the engine and the number of processes.",
         )

@@ -1,6 +1,6 @@
-"""DDP, FSDP2 and DeepSpeed ZeRO behind one name: backward, step, gradient norm, and proof of what runs.
+"""DDP, FSDP2 and DeepSpeed ZeRO behind one interface: backward, step, gradient norm, sums over ranks.
 
-Accelerate wires each of them; the step loop sees none.
+Accelerate wires each of them; the step loop only sees `Engine`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,22 +24,23 @@ from packhorse.train.engine.gradient_norm import clip_gradients, gradient_norm
 from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
 from packhorse.train.engine.launch_proof import assert_launched_as_planned, assert_sharded_as_planned
 from packhorse.train.engine.precision import mixed_precision, refuse_small_loss_scale, scale_on_cpu
-
-GROUP_TIMEOUT = timedelta(minutes=30)
+from packhorse.train.engine.process_group import GROUP_TIMEOUT, control_group
 
 
 @dataclass
 class Engine:
-    """What the step loop asks of whatever shards the model.
+    """The interface of the step loop to whatever shards the model.
 
     Attributes:
         accelerator: Accelerate's handle.
         model: The wrapped model.
         optimizer: The optimizer whose learning rate counts.
-        gradient_factor: What the loss is multiplied by to undo the engine's averaging.
+        gradient_factor: Factor of the loss that undoes the engine's averaging.
+        clip_norm: Largest gradient norm, None for no clipping.
         control: Process group on the CPU, for flags and figures that must not wait for a GPU.
-        step_was_skipped: Whether the last step was left out because its gradient overflowed fp16.
-        step_was_refused: Whether it was left out because its gradient is no number; the weights are as before it.
+        step_was_skipped: Whether the last step was skipped because its gradient overflowed fp16.
+        step_was_refused: Whether the last step was skipped because its gradient is not finite; the weights are
+            unchanged.
     """
 
     accelerator: Accelerator
@@ -55,24 +55,24 @@ class Engine:
 
     @property
     def is_deepspeed(self) -> bool:
-        """DeepSpeed clips, steps and zeroes inside its own step."""
+        """Whether DeepSpeed runs the model; it clips, steps and zeroes inside its own step."""
         return hasattr(self.model, "set_gradient_accumulation_boundary")
 
     @property
     def device(self) -> torch.device:
-        """Where micro-batches go."""
+        """Device of the micro-batches."""
         device: torch.device = self.accelerator.device
         return device
 
     @contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch; gradients are exchanged with the last one only."""
+        """Context for forward and backward of one micro-batch; only the last one exchanges gradients."""
         skip = not is_last and not self.is_deepspeed
         with self.accelerator.no_sync(self.model) if skip else nullcontext():
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Backward pass; under DeepSpeed the last one of a step also clips, steps and zeroes."""
+        """Run the backward pass; under DeepSpeed the last one of a step also clips, steps and zeroes."""
         if self.is_deepspeed:
             self.model.backward(loss)  # type: ignore[operator]
             self.model.step()  # type: ignore[operator]
@@ -80,12 +80,12 @@ class Engine:
             self.accelerator.backward(loss)
 
     def refuse(self) -> None:
-        """In place of the backward pass of an engine that steps in it, where the loss is no number."""
+        """Replace the backward pass of an engine that steps in it, where the loss is not finite."""
         self._no_backward = True
 
     @property
     def loss_scale(self) -> float | None:
-        """What fp16's losses are multiplied by, None under other precisions; waits for the device."""
+        """Loss scale of fp16, None under other precisions; waits for the device."""
         if not self.is_deepspeed:
             return self.accelerator.scaler.get_scale() if self.accelerator.scaler else None
         scaled = self.model.fp16_enabled()  # type: ignore[operator]
@@ -102,13 +102,13 @@ class Engine:
         return plain
 
     def step(self) -> float:
-        """Clips, steps, zeroes; a gradient that is no number is only zeroed.
+        """Clip, step and zero; a gradient that is not finite is only zeroed.
 
-        All ranks do the same, as the norm is that of the whole gradient. Knowing it before the step is one wait for
-        the device.
+        All ranks decide alike, because the norm is that of the whole gradient. Reading it before the step waits once
+        for the device.
 
         Returns:
-            The gradient norm before clipping; under DeepSpeed infinite wherever it is not finite.
+            Gradient norm before clipping; under DeepSpeed infinite whenever it is not finite.
 
         Raises:
             UserError: Gradients overflow fp16 at any loss scale.
@@ -132,7 +132,7 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if scale is not None:
-            # Fused optimizers skip by themselves, unseen by accelerate; the scaler goes down in just these steps.
+            # Fused optimizers skip a step internally, unseen by accelerate; the scale shrinks in exactly these steps.
             after = self.loss_scale
             assert after is not None
             self.step_was_skipped = after < scale
@@ -140,15 +140,15 @@ class Engine:
         return norm
 
     def _after_deepspeed_step(self) -> float:
-        """What came of the step inside the last backward; DeepSpeed steps no gradient whose norm is no number."""
+        """Read the result of the step inside the last backward; DeepSpeed skips a gradient that is not finite."""
         model: Any = self.model
-        left_out = not model.was_step_applied()
-        self.step_was_skipped = left_out and self.loss_scale is not None
-        self.step_was_refused = left_out and not self.step_was_skipped
+        skipped = not model.was_step_applied()
+        self.step_was_skipped = skipped and self.loss_scale is not None
+        self.step_was_refused = skipped and not self.step_was_skipped
         return float(model.get_global_grad_norm())
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Sums each figure over all ranks, in fp64 on the CPU."""
+        """Sum each value over all ranks, in fp64 on the CPU; a collective."""
         if self.control is None:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -156,28 +156,28 @@ class Engine:
         return [float(value) for value in tensor.tolist()]
 
     def close(self) -> None:
-        """Ends the process group in order: FSDP2 on gloo sometimes aborts at exit otherwise."""
+        """Destroy the process group; without it FSDP2 on gloo sometimes aborts at exit."""
         if dist.is_initialized():
             dist.barrier(group=self.control)
             dist.destroy_process_group()
 
 
 def start_accelerator(plan: RunPlan) -> Accelerator:
-    """Joins the process group and asserts that what runs is what was planned.
+    """Join the process group, and assert that the launch matches the plan.
 
     Raises:
         UserError: World size or engine differ from the plan.
     """
     plugin = {}
     if plan.deepspeed is not None:
-        # Its fields would contradict the plan's complete DeepSpeed configuration.
+        # Accelerate's own fields would contradict the plan's complete DeepSpeed configuration.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         plugin["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=dict(plan.deepspeed))
     on_cpu = plan.topology.device == "cpu"
     if on_cpu and plan.topology.engine in ("fsdp2", "hsdp"):
         _allow_fsdp_on_cpu()
     accelerator = Accelerator(
-        # `cpu=True` makes Accelerate take DDP in place of DeepSpeed; there DS_ACCELERATOR=cpu says it.
+        # `cpu=True` makes Accelerate choose DDP instead of DeepSpeed, which reads DS_ACCELERATOR=cpu instead.
         cpu=on_cpu and plan.deepspeed is None,
         mixed_precision=mixed_precision(plan),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
@@ -185,29 +185,29 @@ def start_accelerator(plan: RunPlan) -> Accelerator:
     )
     if on_cpu and plan.recipe.precision == "fp16":
         scale_on_cpu(accelerator)
-    # Else transformers would shard what it loads, or refuse to load it, where the worker shards unit by unit.
+    # Otherwise transformers shards what it loads, or refuses to load it, where the worker shards unit by unit.
     unset_hf_deepspeed_config()
     assert_launched_as_planned(accelerator, plan)
     return accelerator
 
 
 def _allow_fsdp_on_cpu() -> None:
-    """Accelerate shards only where it sees an accelerator; torch's FSDP2 itself runs on gloo.
+    """Let Accelerate wire FSDP2 without an accelerator, so that tests on a CPU run the same code as GPUs do.
 
-    With this, tests without a GPU run the same wiring as GPUs do.
+    Accelerate refuses this combination, while torch's FSDP2 itself runs on gloo.
     """
     state = PartialState(cpu=True, timeout=GROUP_TIMEOUT)
     state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def start_engine(accelerator: Accelerator, plan: RunPlan, model: nn.Module, optimizer: Optimizer) -> Engine:
-    """Shards model and optimizer as planned, and proves it.
+    """Shard model and optimizer as planned, and prove it.
 
     Raises:
-        UserError: Another stage, offload or mesh runs than planned.
+        UserError: ZeRO stage, offload, mesh or precision differ from the plan.
     """
     if plan.topology.engine in ("fsdp2", "hsdp"):
-        # Sharded while it was loaded, and the optimizer holds the shards already.
+        # Sharded while it was loaded; the optimizer already holds the shards.
         prepared_model, prepared_optimizer = model, accelerator.prepare_optimizer(optimizer)
     else:
         prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
@@ -221,14 +221,5 @@ def start_engine(accelerator: Accelerator, plan: RunPlan, model: nn.Module, opti
         optimizer=prepared_optimizer,
         gradient_factor=factor,
         clip_norm=plan.recipe.optimizer.clip_norm,
-        control=_control_group(),
+        control=control_group(),
     )
-
-
-def _control_group() -> dist.ProcessGroup | None:
-    if not dist.is_initialized():
-        return None
-    # A rehearsal has no other ranks to answer (`train/rehearse.py`).
-    backend = "gloo" if dist.get_backend() != "fake" else "fake"
-    group: dist.ProcessGroup = dist.new_group(backend=backend, timeout=GROUP_TIMEOUT)
-    return group

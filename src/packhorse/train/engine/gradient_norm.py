@@ -1,4 +1,4 @@
-"""The norm of the whole gradient, and clipping by it, alike for plain and for sharded gradients."""
+"""Norm of the whole gradient, and clipping by it, for plain and for sharded gradients."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-# Squares of so many elements are added up in the gradient's own type, their sums in float64. Measured on the CPU, 21.5
-# million elements: 2e-10 from float64 throughout at a twentieth of its time; torch's own norm is 2e-4 off there.
+# Squares of this many elements are summed in the gradient's own dtype, their sums in float64. Measured on the CPU with
+# 21.5 million elements: 2e-10 from float64 throughout, at a twentieth of its time; torch's own norm is off by 2e-4.
 ROW = 1024
 
 
 class GradientNorm:
-    """Adds up squares of gradients, one at a time; `take` gives the norm of them all.
+    """Sums the squares of gradients, one at a time; `take` returns the norm of all of them.
 
-    DeepSpeed adds up in float64 too, so a recipe clips alike under every engine.
+    DeepSpeed sums in float64 too, so a recipe clips alike under every engine.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class GradientNorm:
         self._group: dist.ProcessGroup | None = None
 
     def add(self, gradient: Tensor) -> None:
-        """Takes a gradient of any shape; of a sharded one, this rank's part."""
+        """Add a gradient of any shape; a sharded one counts with this rank's part."""
         if isinstance(gradient, DTensor):
             self._group = _shard_group(gradient)
             self._sharded.append(_sum_of_squares(gradient.to_local()))
@@ -35,7 +35,7 @@ class GradientNorm:
             self._whole.append(_sum_of_squares(gradient))
 
     def take(self) -> Tensor:
-        """Euclidean norm of what was added since the last call, float64 scalar; a collective where it is sharded."""
+        """Return the Euclidean norm of what was added since the last call, float64 scalar; a collective if sharded."""
         total = torch.stack(self._whole).sum() if self._whole else torch.zeros((), dtype=torch.float64)
         if self._sharded:
             shared = torch.stack(self._sharded).sum()
@@ -46,7 +46,7 @@ class GradientNorm:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Euclidean norm of all gradients together, float64 scalar; a collective where they are sharded."""
+    """Return the Euclidean norm of all gradients together, float64 scalar; a collective where they are sharded."""
     norm = GradientNorm()
     for gradient in _gradients(parameters):
         norm.add(gradient)
@@ -54,8 +54,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
-    """Scales all gradients so that their norm is at most `largest` (Pascanu et al. 2013, arXiv 1211.5063)."""
-    # As torch's clip_grad_norm_ has it, without asking the device whether anything is to be scaled.
+    """Scale all gradients so that their norm is at most `largest` (Pascanu et al. 2013, arXiv 1211.5063)."""
+    # torch's clip_grad_norm_ formula, without waiting for the device to learn whether anything must be scaled.
     factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
     local = [g.to_local() if isinstance(g, DTensor) else g for g in _gradients(parameters)]
     if local:
@@ -76,7 +76,7 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
 
 
 def _shard_group(gradient: DTensor) -> dist.ProcessGroup:
-    """The ranks that hold the parts of a gradient, not those that hold copies of the same part."""
+    """Return the ranks that hold the parts of a gradient, not those that hold copies of the same part."""
     (dim,) = [at for at, placement in enumerate(gradient.placements) if placement.is_shard()]
     mesh: DeviceMesh = gradient.device_mesh
     return mesh.get_group(dim)

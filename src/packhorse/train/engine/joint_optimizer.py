@@ -1,4 +1,4 @@
-"""Several optimizers that are one to everybody else: two algorithms side by side, or one for each weight."""
+"""Several optimizers behind the interface of one: two algorithms together, or one optimizer for each weight."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from packhorse.train.engine.gradient_norm import GradientNorm
 class JointOptimizer(Optimizer):
     """Optimizers over disjoint parameters behind one `param_groups`, one `state` and one `step`.
 
-    So checkpoints, learning rate, gradient scaler and accelerate see one optimizer.
+    Checkpoints, learning rate, gradient scaler and accelerate see one optimizer.
     """
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         self.parts = list(parts)
         super().__init__([group for part in parts for group in part.param_groups], {})
-        # The very groups of the parts: what is set here is set there.
+        # The same dictionaries as in the parts, so that a learning rate set here reaches them.
         self.param_groups = [group for part in parts for group in part.param_groups]
         self._share_state()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ANN401
-        """Steps every part."""
-        assert closure is None, "the loss is computed once a step"
+        """Step every part."""
+        assert closure is None, "the loss is computed once per step"
         for part in self.parts:
             part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts groups and states of all parts where they were."""
+        """Restore groups and states of all parts."""
         super().load_state_dict(state_dict)
         groups = iter(self.param_groups)
         for part in self.parts:
@@ -39,16 +39,16 @@ class JointOptimizer(Optimizer):
         self._share_state()
 
     def _share_state(self) -> None:
-        """States are kept by parameter, and no parameter is in two parts: one mapping serves all."""
+        """Use one mapping for all parts: states are kept by parameter, and no parameter is in two parts."""
         for part in self.parts:
             part.state = self.state
 
 
 class InBackwardOptimizer(JointOptimizer):
-    """An optimizer for each parameter, which steps in the backward pass as soon as the gradient is complete.
+    """One optimizer per parameter, which steps in the backward pass as soon as the gradient is complete.
 
-    The gradient is freed at once, so that no two exist at the same time. Exact where a step has one backward pass and
-    no gradient is changed after it (no accumulation, clipping or loss scale), which the plan sees to.
+    The gradient is freed at once, so that no two exist at the same time. This is exact where a step has one backward
+    pass and no gradient is changed after it (no accumulation, clipping or loss scale), which the plan ensures.
     """
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
@@ -56,7 +56,7 @@ class InBackwardOptimizer(JointOptimizer):
         self._norm = GradientNorm()
 
     def step_in_backward(self) -> None:
-        """Registers the steps; after sharding, which puts other parameters in the place of these."""
+        """Register the steps; called after sharding, which replaces the parameters."""
         for part in self.parts:
             (group,) = part.param_groups
             (parameter,) = group["params"]
@@ -72,8 +72,8 @@ class InBackwardOptimizer(JointOptimizer):
         return step
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ANN401
-        """Nothing: all has been stepped."""
+        """Do nothing: every parameter was stepped in the backward pass."""
 
     def take_norm(self) -> Tensor:
-        """Global norm of the gradients since the last call, a scalar; a collective where weights are sharded."""
+        """Return the global norm of the gradients since the last call, a scalar; a collective if sharded."""
         return self._norm.take()

@@ -1,6 +1,6 @@
-"""Proof that what runs is what was planned: processes, engine, stage, offload, mesh, precision.
+"""Proof that the launch matches the plan: processes, engine, ZeRO stage, offload, mesh, precision.
 
-A launch that looks right can take another engine without a word, and then shards nothing.
+A launch that looks right can silently use another engine, and then shards nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan, Topology
-from packhorse.train.ranks.identity import world_size
+from packhorse.train.engine.process_group import world_size
 
 
 def assert_launched_as_planned(accelerator: Accelerator, plan: RunPlan) -> None:
-    """Compares the processes that were started with the plan, before a model is loaded.
+    """Compare the started processes with the plan, before a model is loaded.
 
     Raises:
         UserError: World size or kind of engine differ.
@@ -34,28 +34,27 @@ def assert_launched_as_planned(accelerator: Accelerator, plan: RunPlan) -> None:
     runs = str(accelerator.distributed_type.value).lower()
     family = "deepspeed" if "deepspeed" in runs else "fsdp" if "fsdp" in runs else "ddp"
     if family != _family(topology):
-        raise _another(topology, f"Accelerate started {runs}")
+        raise _other_engine(topology, f"Accelerate started {runs}")
     if family == "fsdp" and not accelerator.is_fsdp2:
-        raise _another(topology, "Accelerate started FSDP of version 1")
+        raise _other_engine(topology, "Accelerate started FSDP of version 1")
 
 
 def assert_sharded_as_planned(model: Any, plan: RunPlan) -> None:  # noqa: ANN401
-    """Looks at the model that will train.
+    """Compare the model that will train with the plan.
 
     Raises:
-        UserError: Stage, offload, mesh or precision differ, or something is not sharded that should be.
+        UserError: ZeRO stage, offload, mesh or precision differ, or something is not sharded that should be.
     """
+    topology = plan.topology
     if plan.deepspeed is not None:
-        _compare(plan.topology, _of_deepspeed_config(plan.deepspeed), _of_deepspeed_engine(model))
-    elif plan.topology.engine in ("fsdp2", "hsdp"):
-        _compare(
-            plan.topology, {"mesh of the weights": [_mesh(plan.topology)]}, {"mesh of the weights": _meshes(model)}
-        )
+        _compare(topology, _planned_deepspeed(plan.deepspeed), _running_deepspeed(model))
+    elif topology.engine in ("fsdp2", "hsdp"):
+        _compare(topology, {"mesh of the weights": [_mesh(topology)]}, {"mesh of the weights": _meshes(model)})
     else:
         runs = "DistributedDataParallel" if isinstance(model, DistributedDataParallel) else "bare model"
-        # One process has nobody to share gradients with: accelerate wraps its model or not.
-        wanted = "DistributedDataParallel" if plan.topology.world_size > 1 else runs
-        _compare(plan.topology, {"model": wanted}, {"model": runs})
+        # With one process there is nothing to exchange, and accelerate may wrap the model or not.
+        planned = "DistributedDataParallel" if topology.world_size > 1 else runs
+        _compare(topology, {"model": planned}, {"model": runs})
 
 
 def _family(topology: Topology) -> str:
@@ -64,7 +63,7 @@ def _family(topology: Topology) -> str:
     return "deepspeed" if topology.engine.startswith("zero") else "ddp"
 
 
-def _of_deepspeed_config(config: dict[str, Any]) -> dict[str, Any]:
+def _planned_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
     zero = config["zero_optimization"]
     return {
         "ZeRO stage": zero["stage"],
@@ -77,9 +76,9 @@ def _of_deepspeed_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_deepspeed_engine(engine: Any) -> dict[str, Any]:  # noqa: ANN401
+def _running_deepspeed(engine: Any) -> dict[str, Any]:  # noqa: ANN401
     def device(offload: Any) -> str:  # noqa: ANN401
-        # Its configuration holds a plain string or an enumeration, by how it was read.
+        # DeepSpeed holds a plain string or an enumeration, depending on how the configuration was read.
         return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
 
     return {
@@ -94,29 +93,29 @@ def _of_deepspeed_engine(engine: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def _mesh(topology: Topology) -> tuple[int, ...]:
-    """(shards,) under fsdp2; (copies, shards) under hsdp."""
+    """Return the planned mesh: (shards,) under fsdp2; (copies, shards) under hsdp."""
     if topology.shard_group is None:
         return (topology.world_size,)
     return (topology.world_size // topology.shard_group, topology.shard_group)
 
 
 def _meshes(model: nn.Module) -> list[tuple[int, ...]]:
-    """Each shape of mesh that parameters lie on; () for those that every rank holds whole."""
+    """Return each mesh shape among the parameters; () for those that every rank holds whole."""
     shapes = {
         tuple(parameter.device_mesh.shape) if isinstance(parameter, DTensor) else () for parameter in model.parameters()
     }
     return sorted(shapes)
 
 
-def _compare(topology: Topology, wanted: dict[str, Any], runs: dict[str, Any]) -> None:
-    for name, value in wanted.items():
+def _compare(topology: Topology, planned: dict[str, Any], runs: dict[str, Any]) -> None:
+    for name, value in planned.items():
         if runs[name] != value:
-            raise _another(topology, f"{name} should be {value} and is {runs[name]}")
+            raise _other_engine(topology, f"{name} should be {value} and is {runs[name]}")
 
 
-def _another(topology: Topology, difference: str) -> UserError:
+def _other_engine(topology: Topology, difference: str) -> UserError:
     return UserError(
         f"the plan's engine is {topology.engine}, and {difference}.",
-        "another engine, stage or mesh holds other memory than planned, and may train otherwise.",
+        "another engine, stage or mesh needs a different amount of memory than planned, and may train differently.",
         f"launch with --config_file accelerate_configs/{topology.engine}.yaml, or use `packhorse train`.",
     )

@@ -1,7 +1,8 @@
-"""From the recipe to an optimizer of torch or bitsandbytes over the trainable parameters, in groups."""
+"""The recipe's optimizer over the trainable parameters, in groups, and its learning rate at each step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,38 +11,42 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Muon, Optimizer
 
+from packhorse.model.sharded import true_shape
 from packhorse.recipe.methods import LoraMethod
-from packhorse.recipe.schema import OptimizerSection, Recipe
+from packhorse.recipe.schema import OptimizerSection, Recipe, ScheduleSection
 from packhorse.train.engine.joint_optimizer import InBackwardOptimizer, JointOptimizer
 
 FACTOR = "learning_rate_factor"
-"""Key of a parameter group: its learning rate over the schedule's."""
+"""Key of a parameter group: its learning rate divided by the schedule's."""
 
 Group = dict[str, Any]
 
 
 @dataclass(frozen=True, order=True)
-class Kind:
-    """What the parameters of a group have in common."""
+class GroupKind:
+    """What the parameters of a group have in common.
+
+    Attributes:
+        by_adamw: Muon leaves them to AdamW.
+        factor: Learning rate divided by the schedule's.
+        no_decay: They have no weight decay.
+    """
 
     by_adamw: bool
-    """Whether Muon leaves them to AdamW."""
     factor: float
-    """Learning rate over the schedule's."""
-    plain: bool
-    """Whether they do not decay."""
+    no_decay: bool
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer over the trainable parameters of `model`.
+    """Return the recipe's optimizer over the trainable parameters of `model`.
 
     Biases and norms, which have one dimension, do not decay. LoRA's B matrices take `learning_rate_ratio` times the
     learning rate (LoRA+, arXiv 2402.12354). Muon orthogonalises the steps of the layers' matrices, scaled to the size
     of AdamW's (arXiv 2502.16982), and leaves embeddings, head, biases and norms to AdamW.
 
     Args:
-        model: As it is trained; under FSDP2 and ZeRO-3 it may be sharded already.
-        recipe: Its `optimizer` and `method`.
+        model: The model that trains; under FSDP2 and ZeRO-3 it may be sharded already.
+        recipe: The recipe, for `optimizer` and `method`.
     """
     section = recipe.optimizer
     groups = parameter_groups(model, recipe)
@@ -52,27 +57,27 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[Group]:
-    """Trainable parameters by what they have in common; the order is that of `Kind`, the same on every engine."""
+    """Return the trainable parameters by `GroupKind`, sorted by it, so that the order is equal on every engine."""
     section = recipe.optimizer
     ratio = recipe.method.learning_rate_ratio if isinstance(recipe.method, LoraMethod) else 1.0
     vocabulary = {id(parameter) for parameter in _vocabulary_parameters(model)}
-    by_kind: dict[Kind, list[Tensor]] = {}
+    by_kind: dict[GroupKind, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        num_dimensions = _num_dimensions(parameter)
-        kind = Kind(
+        num_dimensions = len(true_shape(parameter))
+        kind = GroupKind(
             by_adamw=section.name == "muon" and (num_dimensions != 2 or id(parameter) in vocabulary),
             factor=ratio if "lora_B" in name or "lora_embedding_B" in name else 1.0,
             # IA³'s factors start at 1, and decay would pull them to 0; peft stores them as matrices of width 1.
-            plain=num_dimensions <= 1 or ".ia3_l." in name,
+            no_decay=num_dimensions <= 1 or ".ia3_l." in name,
         )
         by_kind.setdefault(kind, []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": section.learning_rate * kind.factor,
-            "weight_decay": 0.0 if kind.plain else section.weight_decay,
+            "weight_decay": 0.0 if kind.no_decay else section.weight_decay,
             FACTOR: kind.factor,
             "by_adamw": kind.by_adamw,
         }
@@ -81,18 +86,47 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[Group]:
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Sets it for every group, times the group's factor; before the backward pass, in which ZeRO steps."""
+    """Set the learning rate of every group, times its factor; called before the backward pass, in which ZeRO steps."""
     for group in optimizer.param_groups:
         group["lr"] = value * group[FACTOR]
 
 
-def _num_dimensions(parameter: Tensor) -> int:
-    # ZeRO-3 keeps the true shape beside an emptied tensor.
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+def learning_rate_at(step: int, num_steps: int, peak: float, schedule: ScheduleSection) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0.
+
+    A linear warm-up whose first step is above 0, then the schedule's curve down to `final_ratio` of the peak. The
+    curves are those of `transformers.get_cosine_schedule_with_warmup`, `get_linear_…`, `get_constant_…` and of
+    `get_wsd_schedule` with a linear decay; the warm-up is shifted by one step so that no step is lost to a learning
+    rate of 0.
+    """
+    warmup = warmup_steps(num_steps, schedule)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = max(warmup, num_steps - decay_steps(num_steps, schedule)) if schedule.name == "wsd" else warmup
+    progress = max(0, step - start) / max(1, num_steps - start)
+    share = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "wsd": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[schedule.name]
+    return peak * (schedule.final_ratio + (1.0 - schedule.final_ratio) * share)
+
+
+def warmup_steps(num_steps: int, schedule: ScheduleSection) -> int:
+    """Return the number of steps over which the learning rate rises."""
+    if schedule.warmup_steps is not None:
+        return schedule.warmup_steps
+    return math.ceil(num_steps * schedule.warmup_ratio)
+
+
+def decay_steps(num_steps: int, schedule: ScheduleSection) -> int:
+    """Return the number of steps at the end over which `wsd` decays."""
+    return math.ceil(num_steps * schedule.decay_ratio)
 
 
 def _vocabulary_parameters(model: Any) -> Iterator[nn.Parameter]:  # noqa: ANN401
-    """Those of embeddings and of the output head, whatever an adapter has put around them."""
+    """Yield the parameters of embeddings and output head, also inside an adapter's wrapper."""
     for find in ("get_input_embeddings", "get_output_embeddings"):
         module = getattr(model, find)() if hasattr(model, find) else None
         if module is not None:
@@ -126,7 +160,7 @@ def _adafactor(groups: list[Group], section: OptimizerSection) -> Optimizer:
 
 def _of_bitsandbytes(name: str) -> Callable[[list[Group], OptimizerSection], Optimizer]:
     def make(groups: list[Group], section: OptimizerSection) -> Optimizer:
-        # Imported by name, because it takes 2 to 7 CPU seconds that only these optimizers are worth.
+        # Imported by name, because it takes 2 to 7 CPU seconds, which only these optimizers need.
         maker = getattr(import_module("bitsandbytes.optim"), name)
         more = {} if "Lion" in name else {"eps": section.epsilon}
         optimizer: Optimizer = maker(groups, lr=section.learning_rate, betas=section.betas, **more)

@@ -1,12 +1,14 @@
-"""Numbers that are none, and losses that jump: the step is not made, left out, or the run goes back before it."""
+"""Guards each step: one with NaN or Inf is skipped or ends the run, and a loss spike may rewind the run."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,36 +23,39 @@ from packhorse.run_folder.skipped_steps import read_skipped_steps, write_skipped
 from packhorse.track.meter import Figures
 from packhorse.train.engine.engine import Engine
 from packhorse.train.guard.diagnosis import Cause, find_cause
-from packhorse.train.guard.spikes import spike_score
-from packhorse.train.ranks.another_attempt import AnotherAttempt
+from packhorse.train.ranks.attempt import AnotherAttempt
+
+# A normal distribution's standard deviation is 1.4826 times its median absolute deviation; unlike a standard deviation,
+# the latter does not move before half of the window is spikes (Iglewicz and Hoaglin 1993).
+DEVIATIONS: Final = 1.4826
+# A smooth run's losses scatter so little that any step would be a spike: nats, and share of the median.
+MIN_SCATTER: Final = 0.01
+# Share of the window that must be filled before the first score.
+MIN_WINDOW_SHARE: Final = 0.25
 
 logger = logging.getLogger(__name__)
 
 
-def times_factor(loss_sum: Tensor, factor: float) -> Tensor:
-    """The loss that is differentiated; one that is no number makes its whole gradient none.
+def scaled_loss(loss_sum: Tensor, factor: float) -> Tensor:
+    """Return the loss to differentiate; where it is NaN or Inf, its whole gradient becomes NaN.
 
-    A loss can be infinite and its gradient finite. This way the norm of the gradient, which all ranks know before they
-    step, tells of it, and nothing has to be read or sent meanwhile.
-
-    Args:
-        loss_sum: Scalar.
-        factor: What the engine's averaging is undone by.
+    A loss can be infinite while its gradient is finite. With this, the gradient norm, which all ranks know before they
+    step, shows every bad loss, and nothing else has to be read or sent.
     """
     return loss_sum * torch.where(torch.isfinite(loss_sum.detach()), factor, math.nan)
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step as all ranks know it once it is computed.
+class StepResult:
+    """A computed step, as all ranks know it.
 
     Attributes:
-        number: Counted from 1.
-        batch: What it saw.
+        number: Step number, counted from 1.
+        batch: Packs of the step on this rank.
         losses: Sum of token losses of each micro-batch on this rank.
-        loss_sum: Of the token losses of the whole step.
-        grad_norm: Of the whole gradient, before clipping.
-        num_bad_ranks: Ranks whose gradient norm is no number.
+        loss_sum: Sum of token losses of the whole step.
+        grad_norm: Norm of the whole gradient, before clipping.
+        num_bad_ranks: Ranks whose gradient norm is not finite.
     """
 
     number: int
@@ -67,18 +72,18 @@ class Step:
 
     @property
     def is_finite(self) -> bool:
-        """The same on every rank."""
+        """Whether loss and gradients are finite; equal on every rank."""
         return math.isfinite(self.loss) and self.num_bad_ranks == 0
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What follows from a step's numbers.
+class StepDecision:
+    """What follows from a step's loss and gradient.
 
     Attributes:
-        learnt: The step changed the weights as it should.
-        figures: To be reported with the step.
-        ends: What to raise once it is reported; None to go on.
+        learnt: The step updated the weights.
+        figures: Figures to report with the step.
+        ends: Error to raise once the step is reported; None to continue.
     """
 
     learnt: bool = True
@@ -91,11 +96,11 @@ class Judgement:
         return bool(self.figures) or self.ends is not None
 
 
-class Numbers:
-    """Judges each step; every method is called by all ranks alike.
+class StepGuard:
+    """Decides about each step; every method is called by all ranks alike.
 
     Attributes:
-        left_out: Step, counted from 1, to why its update is not made.
+        skipped_steps: Step number, counted from 1, to the reason why its update is skipped.
     """
 
     def __init__(
@@ -107,143 +112,168 @@ class Numbers:
         is_main: bool,
         finish_saving: Callable[[], None],
     ) -> None:
-        """Reads what is left out; a collective.
+        """Read the steps to skip; a collective.
 
         Args:
-            plan: The run.
-            engine: Its ranks.
-            loader: Where a step's packs come from.
-            sequence: The ranks that share each pack with this one.
+            plan: Plan of the run.
+            engine: This rank's engine.
+            loader: Source of each step's packs.
+            sequence: Ranks that share each pack with this one.
             is_main: Whether this is rank 0.
             finish_saving: Waits for the checkpoint that is being written; a collective.
 
         Raises:
-            UserError: The ranks do not read the same.
+            UserError: The ranks read different steps.
         """
         self._plan, self._engine, self._loader, self._sequence = plan, engine, loader, sequence
         self._recovery, self._is_main = plan.recipe.recovery, is_main
         self._folder = Path(plan.run_folder)
         self._checkpoints = self._folder / CHECKPOINTS_FOLDER
         self._finish_saving = finish_saving
-        self.left_out = read_skipped_steps(self._folder)
-        self._assert_alike()
+        self.skipped_steps = read_skipped_steps(self._folder)
+        self._assert_equal_on_ranks()
 
     def figures(self, step: int) -> Figures:
-        """How many steps up to this one are left out; nothing while none is."""
-        count = sum(number <= step for number in self.left_out)
+        """Return the number of skipped steps up to this one; empty while there are none."""
+        count = sum(number <= step for number in self.skipped_steps)
         return {"recovery/left_out": count} if count else {}
 
-    def judge(self, step: Step, recent_losses: Iterable[float]) -> Judgement:
-        """What follows from a step whose update is made, or was refused by the engine.
+    def judge(self, step: StepResult, recent_losses: Sequence[float]) -> StepDecision:
+        """Decide about a step that was made, or that the engine refused.
 
         Args:
-            step: As all ranks know it.
-            recent_losses: Of the steps before it.
+            step: Result of the step, as all ranks know it.
+            recent_losses: Losses of the steps before it.
         """
         if not step.is_finite:
             return self._not_finite(step)
         if self._recovery.on_spike == "ignore":
-            return Judgement()
-        score = spike_score(step.loss, list(recent_losses), self._recovery.spike_window)
+            return StepDecision()
+        score = spike_score(step.loss, recent_losses, self._recovery.spike_window)
         if score is None or score < self._recovery.spike_score:
-            return Judgement()
+            return StepDecision()
         figures = {"recovery/spike_score": score}
         if self._recovery.on_spike == "rewind":
-            return Judgement(figures=figures, ends=self._rewind(step, score))
+            return StepDecision(figures=figures, ends=self._rewind(step, score))
         logger.warning("step %d: the loss is %.4g, %s", step.number, step.loss, _above(score))
-        return Judgement(figures=figures)
+        return StepDecision(figures=figures)
 
-    def _not_finite(self, step: Step) -> Judgement:
+    def _not_finite(self, step: StepResult) -> StepDecision:
         stops = self._recovery.on_nonfinite == "stop" or self._engine.steps_in_backward
         cause = find_cause(
             self._engine, self._loader, self._sequence, step.number, step.batch, step.losses, compute_again=stops
         )
-        done = self._done(step)
-        if stops or done or cause.in_weights:
+        partial_update = self._partial_update(step)
+        if stops or partial_update or cause.in_weights:
             self._finish_saving()
-            return Judgement(learnt=False, ends=_stopped(step, cause, self._checkpoints, done))
+            return StepDecision(learnt=False, ends=_not_finite_error(step, cause, self._checkpoints, partial_update))
         why = f"the loss is {step.loss} and the gradient norm {step.grad_norm}; {cause}"
-        logger.warning("step %d is left out: %s", step.number, why)
+        logger.warning("step %d is skipped: %s", step.number, why)
         too_many = self._too_many([step.number], why)
         if too_many is None:
-            self._leave_out([step.number], why)
-        return Judgement(learnt=False, figures=self.figures(step.number), ends=too_many)
+            self._skip([step.number], why)
+        return StepDecision(learnt=False, figures=self.figures(step.number), ends=too_many)
 
-    def _done(self, step: Step) -> str:
-        """What became of a bad step's update where not every rank has left it out; else empty."""
+    def _partial_update(self, step: StepResult) -> str:
+        """Describe a bad step's update where not every rank has skipped it; empty where all have."""
         world = self._plan.topology.world_size
-        if 0 < step.num_bad_ranks < world:  # of one gradient, so that something is wrong with a device
-            return f"{step.num_bad_ranks} of {world} ranks have left it out, the others have stepped"
+        if 0 < step.num_bad_ranks < world:  # they all hold the same gradient, so something is wrong with a device
+            return f"{step.num_bad_ranks} of {world} ranks have skipped it, the others have stepped"
         if self._engine.step_was_refused or self._engine.step_was_skipped:
             return ""
         return "weights were stepped in the backward pass"
 
-    def _rewind(self, step: Step, score: float) -> UserError:
-        """Takes the run back; after it every rank ends. What is done first, is done again if this is broken off."""
+    def _rewind(self, step: StepResult, score: float) -> UserError:
+        """Take the run back to before a spike, and return what then ends every rank.
+
+        The order makes an interruption harmless: checkpoints are removed before the steps are recorded, so an
+        interrupted rewind meets the same spike and is done again.
+        """
         steps = range(max(1, step.number - self._recovery.rewind_steps + 1), step.number + 1)
         fact = f"at step {step.number} the loss is {step.loss:.4g}, {_above(score)}"
         too_many = self._too_many(steps, fact)
         if too_many is not None:
             return too_many
-        self._finish_saving()  # else it would appear after those that hold these steps are removed
+        # A checkpoint still being written would appear after those that hold the same steps are removed.
+        self._finish_saving()
         if self._is_main:
+            # Newest first: an interruption must not leave a newer checkpoint that a resume would take.
             for checkpoint in reversed(checkpoints_in(self._checkpoints)):
                 if step_of(checkpoint) >= steps[0]:
                     remove_checkpoint(checkpoint)  # it holds updates that are taken back
-        self._leave_out(steps, fact)
+        self._skip(steps, fact)
         return AnotherAttempt(
             "rewind",
             f"{fact}; the run goes back before step {steps[0]}.",
-            f"recovery.on_spike is rewind: the updates of steps {steps[0]} to {step.number} are left out.",
-            f"go on with `packhorse resume {self._folder}`; `packhorse train` does so by itself.",
+            f"recovery.on_spike is rewind: the updates of steps {steps[0]} to {step.number} are skipped.",
+            f"resume with `packhorse resume {self._folder}`; `packhorse train` does so automatically.",
             EXIT_STOPPED,
         )
 
     def _too_many(self, steps: Iterable[int], why: str) -> UserError | None:
-        """The end of a run that would leave out more steps than it may; they are not recorded then."""
-        count, most = len(self.left_out.keys() | set(steps)), self._recovery.most_left_out
+        """Return the error that ends a run with too many skipped steps; the new ones are then not recorded."""
+        count, most = len(self.skipped_steps.keys() | set(steps)), self._recovery.most_left_out
         if count <= most:
             return None
         self._finish_saving()
         return UserError(
-            f"{count} steps would be left out, and recovery.most_left_out is {most}; the last: {why}.",
-            "so many bad steps are no accident: the run as it is set does not train.",
-            "train again under another name with a lower optimizer.learning_rate; or look at the rows, and go on with "
+            f"{count} steps would be skipped, and recovery.most_left_out is {most}; the last: {why}.",
+            "this many bad steps are no accident: the run does not train with these settings.",
+            "train again under another name with a lower optimizer.learning_rate; or inspect the rows, and resume with "
             f"`packhorse resume {self._folder} recovery.most_left_out={2 * count}`.",
             exit_code=EXIT_NOT_FINITE,
         )
 
-    def _leave_out(self, steps: Iterable[int], why: str) -> None:
-        """Records steps, on disk before any rank goes on."""
-        self.left_out |= {step: why for step in steps if step not in self.left_out}
+    def _skip(self, steps: Iterable[int], why: str) -> None:
+        """Record skipped steps, on disk before any rank continues."""
+        self.skipped_steps |= {step: why for step in steps if step not in self.skipped_steps}
         if self._is_main:
-            write_skipped_steps(self._folder, self.left_out)
-        self._assert_alike()
+            write_skipped_steps(self._folder, self.skipped_steps)
+        self._assert_equal_on_ranks()
 
-    def _assert_alike(self) -> None:
-        """Waits for all ranks, and proves that they leave out the same steps."""
-        mine = [float(len(self.left_out)), float(sum(self.left_out)), float(sum(step**2 for step in self.left_out))]
-        total = self._engine.sum_over_ranks(mine)
-        if total != [self._plan.topology.world_size * value for value in mine]:
+    def _assert_equal_on_ranks(self) -> None:
+        """Wait for all ranks, and check that they skip the same steps."""
+        steps = self.skipped_steps
+        own = [float(len(steps)), float(sum(steps)), float(sum(step**2 for step in steps))]
+        total = self._engine.sum_over_ranks(own)
+        if total != [self._plan.topology.world_size * value for value in own]:
             raise UserError(
-                f"this rank leaves out {len(self.left_out)} steps, all ranks together {total[0]:.0f}.",
-                "ranks that leave out other steps train other models.",
+                f"this rank skips {len(steps)} steps, all ranks together {total[0]:.0f}.",
+                "ranks that skip different steps train different models.",
                 "put the run folder where every node sees the same files (runs_folder).",
             )
+
+
+def spike_score(loss: float, before: Sequence[float], window_steps: int) -> float | None:
+    """Return the robust z-score of a loss among those before it.
+
+    Args:
+        loss: Loss of one step, nats per supervised token.
+        before: Losses of up to `window_steps` steps before it.
+        window_steps: Size of the window.
+
+    Returns:
+        Distance from the median, positive above it; None while there are too few losses.
+    """
+    if len(before) < MIN_WINDOW_SHARE * window_steps:
+        return None
+    median = statistics.median(before)
+    scatter = DEVIATIONS * statistics.median(abs(other - median) for other in before)
+    return (loss - median) / max(scatter, MIN_SCATTER, MIN_SCATTER * median)
 
 
 def _above(score: float) -> str:
     return f"{score:.1f} robust standard deviations above the median of the steps before it"
 
 
-def _stopped(step: Step, cause: Cause, checkpoints: Path, done: str) -> UserError:
-    """The end of a run; `done`: what became of the update, empty where none was made."""
+def _not_finite_error(step: StepResult, cause: Cause, checkpoints: Path, partial_update: str) -> UserError:
+    """Return the error that ends the run; `partial_update` is empty where no update was made."""
     newest = newest_complete(checkpoints)
-    stands = f"the newest checkpoint is of step {step_of(newest)}" if newest else "there is no checkpoint yet"
-    skip = "" if cause.in_weights or done else "; recovery.on_nonfinite=skip beside --resume leaves it out"
+    saved = f"the newest checkpoint is of step {step_of(newest)}" if newest else "there is no checkpoint yet"
+    skip = "" if cause.in_weights or partial_update else "; with --resume recovery.on_nonfinite=skip it is skipped"
     return UserError(
         f"at step {step.number} the loss is {step.loss} and the gradient norm {step.grad_norm}: {cause}.",
-        f"{f'{done}, and nothing of it is saved' if done else 'no update was made with it'}; {stands}.",
+        f"{f'{partial_update}; this is not saved' if partial_update else 'no update was made with it'}; {saved}.",
         "train again under another name with a lower optimizer.learning_rate or a longer schedule.warmup_ratio. "
         f"Resumed, the run meets the same step again{skip}.",
         exit_code=EXIT_NOT_FINITE,

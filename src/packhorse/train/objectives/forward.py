@@ -1,4 +1,4 @@
-"""One micro-batch through the model: from the loader's tensors to the sum of its token losses."""
+"""Runs one micro-batch through the model: from the loader's tensors to the sum of its token losses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, device, nn
+from torch import Tensor, nn
 
 from packhorse.data.packs.loader import PAD_TOKEN, MicroBatch
 from packhorse.model.attention import Documents
@@ -15,32 +15,32 @@ from packhorse.train.objectives.token_loss import loss_sum
 
 
 def micro_batch_loss(
-    model: nn.Module, micro_batch: MicroBatch, where: device, sequence: SequenceGroup | None = None
+    model: nn.Module, micro_batch: MicroBatch, device: torch.device, sequence: SequenceGroup | None = None
 ) -> Tensor:
-    """Sum of token losses over the micro-batch's supervised tokens, nats, scalar fp32.
+    """Return the sum of token losses over the micro-batch's supervised tokens, nats, scalar fp32.
 
     Args:
         model: The (wrapped) model with its loss head installed.
-        micro_batch: Of this rank, or of the whole group.
-        where: The model's device.
-        sequence: The ranks that share the micro-batch: the sum is then that of this rank's part.
+        micro_batch: Micro-batch of this rank, or of the whole group.
+        device: The model's device.
+        sequence: Ranks that share the micro-batch; the sum then covers this rank's part only.
     """
-    mine = micro_batch if sequence is None else part_of_row(micro_batch, sequence.rank, sequence.size)
-    inputs = model_inputs(mine, where, sequence)
-    predicting = mine.predicting.to(where, non_blocking=True)
-    return loss_sum(model, inputs, predicting, mine.targets.to(where, non_blocking=True))
+    own = micro_batch if sequence is None else part_of_row(micro_batch, sequence.rank, sequence.size)
+    inputs = model_inputs(own, device, sequence)
+    predicting = own.predicting.to(device, non_blocking=True)
+    return loss_sum(model, inputs, predicting, own.targets.to(device, non_blocking=True))
 
 
 def model_inputs(
-    micro_batch: MicroBatch, where: device, sequence: SequenceGroup | None = None
+    micro_batch: MicroBatch, device: torch.device, sequence: SequenceGroup | None = None
 ) -> dict[str, Tensor | Documents]:
-    """Keywords of the model's forward; never an attention mask, which would let documents see each other."""
+    """Return the keywords of the model's forward; never an attention mask, which would let documents see each other."""
     return {
-        "input_ids": micro_batch.input_ids.to(where, non_blocking=True),
-        "position_ids": micro_batch.position_ids.to(where, non_blocking=True),
+        "input_ids": micro_batch.input_ids.to(device, non_blocking=True),
+        "position_ids": micro_batch.position_ids.to(device, non_blocking=True),
         "documents": Documents(
             lengths=micro_batch.document_lengths,
-            cu_seq_lens=micro_batch.cu_seq_lens.to(where, non_blocking=True),
+            cu_seq_lens=micro_batch.cu_seq_lens.to(device, non_blocking=True),
             max_length=micro_batch.max_length,
             sequence=sequence,
         ),
@@ -48,9 +48,9 @@ def model_inputs(
 
 
 def part_of_row(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
-    """The tokens of one rank of `size`, which hold equal parts; documents stay those of the whole row.
+    """Return the tokens of one of `size` ranks, which hold equal parts; documents stay those of the whole row.
 
-    A row that cannot be cut into equal parts gets one more document, which trains nothing.
+    A row that cannot be cut into equal parts gets one more document, without supervised tokens.
     """
     missing = -micro_batch.num_tokens % size
     row = _with_null_document(micro_batch, missing) if missing else micro_batch

@@ -5,7 +5,7 @@ Shapes: T tokens of a flattened micro-batch, H hidden width, V vocabulary, S sup
     loss of a step = sum of token losses / supervised tokens of the whole step, over all ranks and micro-batches
 
 DDP, FSDP2 and DeepSpeed average gradients over ranks, and DeepSpeed also over accumulation steps; a rank's share is
-therefore multiplied by just those numbers. The denominator is known from the batch plan and costs no communication.
+therefore multiplied by exactly these numbers. The divisor is known from the batch plan and costs no communication.
 """
 
 from __future__ import annotations
@@ -21,63 +21,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 
-# Rows of logits that exist at once. Measured: 256 to 1,024 are equally fast, and 512 x 151,936 in fp32 is 311 MB.
+# Rows of logits in memory at once. Measured: 256 to 1,024 are equally fast, and 512 x 151,936 in fp32 is 311 MB.
 CHUNK_TOKENS = 512
 
 _targets: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("targets", default=None)
 
 
 def token_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Sum of the cross-entropy of each supervised token, without [S, V] logits at once.
+    """Return the sum of the cross-entropy of each supervised token, without [S, V] logits at once.
 
     Args:
-        hidden: [S, H], only the positions that are supervised.
+        hidden: [S, H], only the supervised positions.
         weight: [V, H] of the output head.
         bias: [V] or None.
         labels: [S] next-token ids.
 
     Returns:
-        Scalar in fp32. With no supervised token, a zero that still reaches every parameter: a null pack must take
+        Scalar in fp32. Without supervised tokens, a zero with a gradient to every parameter: a null pack must take
         part in the backward pass of every rank.
     """
     if labels.numel() == 0:
         reached = [hidden, weight] if bias is None else [hidden, weight, bias]
         return torch.stack([tensor.sum().float() for tensor in reached]).sum() * 0.0
     options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS)
-    # Autocast does not know this operator; it would run in fp32, the plain head's matmul in 16 bit.
+    # Autocast does not know this operator and would leave it in fp32, while the plain head's matmul runs in 16 bit.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
-    # torch gives the sum in the type of its inputs: 8 bits in bf16, and infinite from 65,504 on in fp16. Token by token
-    # costs a second pass over the logits in the backward pass (measured: 1.3 times the loss's own time).
+    # torch returns the sum in the dtype of its inputs: 8 bits in bf16, and infinite from 65,504 on in fp16. Losses by
+    # token cost a second pass over the logits in the backward pass (measured: 1.3 times the loss's own time).
     reduction = "sum" if hidden.dtype == torch.float32 else "none"
     losses = F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction=reduction, options=options)
     return losses.float().sum()
 
 
 def install_loss_head(model: nn.Module) -> None:
-    """Lets the model's output head give the loss sum in place of logits while targets are set.
+    """Make the model's output head return the loss sum instead of logits while targets are set.
 
-    The head's own forward is replaced, not the model's: ZeRO-3 and FSDP2 gather the head's weight just while the
-    head itself runs. Beside an adapter the head may be wrapped: the copy that is trained whole gets the loss too, and
-    so does the head with rows of its own for new tokens.
+    The head's own forward is replaced, not the model's: ZeRO-3 and FSDP2 gather the head's weight only while the
+    head itself runs. An adapter may wrap the head: the copy that is trained whole gets the loss too, and so does the
+    head with trained rows for new tokens.
 
     Args:
-        model: As it is trained, adapters attached, before it is sharded.
+        model: The model that trains, adapters attached, before it is sharded.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     if hasattr(head, "token_adapter"):
         head.token_adapter.forward = MethodType(_merged_forward, head.token_adapter)
         return
     copies = head.modules_to_save.values() if hasattr(head, "modules_to_save") else ()
-    for each in (getattr(head, "original_module", head), *copies):
-        each.forward = MethodType(_head_forward, each)
+    for module in (getattr(head, "original_module", head), *copies):
+        module.forward = MethodType(_head_forward, module)
 
 
 def _head_forward(self: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401
-    """hidden [1, T, H] -> logits [1, T, V], or the loss sum of the targets."""
+    """Map hidden [1, T, H] to logits [1, T, V], or to the loss sum of the targets."""
     targets = _targets.get()
     if targets is None:
         return type(self).forward(self, hidden)  # type: ignore[no-any-return]
@@ -85,7 +85,7 @@ def _head_forward(self: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401
 
 
 def _merged_forward(self: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401
-    """The same of a head some of whose rows are trained (peft's `TrainableTokensLayer`)."""
+    """Do what `_head_forward` does, for a head with some trained rows (peft's `TrainableTokensLayer`)."""
     targets = _targets.get()
     if targets is None:
         return type(self).forward(self, hidden)  # type: ignore[no-any-return]
@@ -109,19 +109,19 @@ def _targeting(positions: Tensor, labels: Tensor) -> Iterator[None]:
 
 
 def loss_sum(model: nn.Module, inputs: dict[str, Any], positions: Tensor, labels: Tensor) -> Tensor:
-    """Sum of token losses of one micro-batch.
+    """Return the sum of token losses of one micro-batch.
 
     Args:
         model: The (wrapped) model with its loss head installed.
         inputs: Keywords of its forward: `input_ids` [1, T], `position_ids` [1, T], `documents`.
         positions: [S] positions of the flattened row whose next token is supervised.
-        labels: [S] those next tokens.
+        labels: [S] next tokens at these positions.
 
     Returns:
         Scalar, fp32.
     """
     with _targeting(positions, labels):
-        # A cache makes transformers ignore restarting positions, and the documents then see each other.
+        # With a cache, transformers ignores restarting positions, and documents see each other.
         total = model(**inputs, use_cache=False).logits
     assert isinstance(total, torch.Tensor)
     return total

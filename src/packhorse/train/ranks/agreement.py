@@ -1,37 +1,42 @@
-"""What all ranks agree on between two steps: whether to stop or to save, in one small sum on the CPU.
+"""What all ranks agree on between two steps, exchanged on the CPU: stop, save, the step's loss, a failure of one rank.
 
-Asked by signals to any rank, or by hand: `touch RUN/STOP` ends the run as a signal would, `touch RUN/CHECKPOINT` saves.
+A signal to any rank stops the run; `touch RUN/STOP` does the same, and `touch RUN/CHECKPOINT` saves.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from packhorse.errors import UserError
 from packhorse.run_folder.layout import CHECKPOINT_FILE, STOP_FILE
 from packhorse.train.engine.engine import Engine
 from packhorse.train.ranks.signals import Stopped, StopRequest
 
-LOOK_SECONDS = 1.0
-"""Between two looks for these files: on a shared file system a look is a message to a server."""
+POLL_SECONDS: Final = 1.0
+"""Least time between two checks for the request files: on a shared file system each is a message to a server."""
+MAX_TEXT_BYTES: Final = 4096
+MAX_REPR: Final = 1000
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """The same on every rank.
+    """What every rank knows after the exchange; equal on all ranks.
 
     Attributes:
-        stop: Some rank was asked to stop.
-        checkpoint: A checkpoint was asked for.
-        written: Every rank has brought its part of the checkpoint that is being written to disk.
-        loss_sum: Of the token losses of the step, over all ranks; no number where one rank's is none.
-        num_bad_ranks: Ranks whose gradient norm is no number.
+        stop: Some rank was requested to stop.
+        checkpoint: A checkpoint was requested.
+        written: Every rank has written its part of the current checkpoint to disk.
+        loss_sum: Token losses of the step over all ranks; NaN or Inf where one rank's is.
+        num_bad_ranks: Ranks whose gradient norm is not finite.
     """
 
     stop: bool = False
@@ -42,63 +47,98 @@ class Agreed:
 
 
 class Agreement:
-    """Asks all ranks; every method that takes the engine is a collective."""
+    """Exchanges requests and results between ranks; every method that takes the engine is a collective."""
 
-    def __init__(
-        self, signals: StopRequest, run_folder: Path, is_main: bool, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, signals: StopRequest, run_folder: Path, is_main: bool) -> None:
         self._signals = signals
         self._files = {name: run_folder / name for name in (STOP_FILE, CHECKPOINT_FILE)}
         self._is_main = is_main
-        self._clock = clock
-        self._looked = -LOOK_SECONDS
-        self._seen: set[str] = set()
+        self._polled_at = -math.inf
+        self._present: set[str] = set()
 
     def between_steps(self, engine: Engine, written: bool = True) -> Agreed:
-        """What is asked of the run; `written`: this rank has nothing more to write."""
-        return self._sum(engine, written, 0.0, 0.0)
+        """Return what was requested of the run; `written`: this rank has nothing more to write."""
+        return self._exchange(engine, written, loss_sum=0.0, bad=False)
 
     def after_step(self, engine: Engine, losses: list[Tensor], grad_norm: float, written: bool = True) -> Agreed:
-        """The same, and what came of the step in the same sum.
+        """Return what was requested and the result of the step, with one sum over the ranks.
 
-        Args:
-            engine: Of this rank.
-            losses: Sums of this rank's token losses.
-            grad_norm: Of the whole gradient, as this rank knows it.
-            written: This rank has nothing more to write.
+        `losses` are sums of token losses, one per micro-batch; `grad_norm` is the whole norm as this rank computed it.
         """
         bad = not math.isfinite(grad_norm) and not engine.step_was_skipped
-        return self._sum(engine, written, float(torch.stack(losses).double().sum()), bad)
+        return self._exchange(engine, written, float(torch.stack(losses).double().sum()), bad)
 
-    def _sum(self, engine: Engine, written: bool, loss_sum: float, bad: float) -> Agreed:
-        self._look()
-        stop = self._signals.requested or STOP_FILE in self._seen
-        mine = [stop, CHECKPOINT_FILE in self._seen, not written, bad, loss_sum]
-        stops, saves, writing, bad_ranks, total = engine.sum_over_ranks(mine)
-        return Agreed(stops > 0, saves > 0, written=writing == 0, loss_sum=total, num_bad_ranks=round(bad_ranks))
-
-    def go_on(self, engine: Engine) -> None:
-        """Called in long loops that can be done again.
+    def raise_if_stopped(self, engine: Engine) -> None:
+        """Check for a stop request inside a long loop that can be repeated; a collective.
 
         Raises:
-            Stopped: Some rank was asked to stop.
+            Stopped: Some rank was requested to stop.
         """
         if self.between_steps(engine).stop:
             raise Stopped
 
     def saved(self) -> None:
-        """Takes CHECKPOINT away once it was acted on, so that it is not acted on again."""
-        if self._is_main and CHECKPOINT_FILE in self._seen:
+        """Remove RUN/CHECKPOINT once the checkpoint was made, so that the request counts once."""
+        if self._is_main and CHECKPOINT_FILE in self._present:
             self._files[CHECKPOINT_FILE].unlink(missing_ok=True)
-            self._seen.discard(CHECKPOINT_FILE)
+            self._present.discard(CHECKPOINT_FILE)
 
-    def _look(self) -> None:
-        now = self._clock()
-        if self._is_main and now - self._looked >= LOOK_SECONDS:
-            self._looked = now
-            self._seen = {name for name, path in self._files.items() if path.exists()}
+    def _exchange(self, engine: Engine, written: bool, loss_sum: float, bad: bool) -> Agreed:
+        self._poll_files()
+        stop = self._signals.requested or STOP_FILE in self._present
+        own = [stop, CHECKPOINT_FILE in self._present, not written, bad, loss_sum]
+        stops, saves, writing, bad_ranks, total = engine.sum_over_ranks(own)
+        return Agreed(stops > 0, saves > 0, written=writing == 0, loss_sum=total, num_bad_ranks=round(bad_ranks))
+
+    def _poll_files(self) -> None:
+        now = time.monotonic()
+        if self._is_main and now - self._polled_at >= POLL_SECONDS:
+            self._polled_at = now
+            self._present = {name for name, path in self._files.items() if path.exists()}
 
 
-def stopped(run_folder: Path) -> None:
-    """Takes STOP away when the attempt has ended by it, in whatever phase; else the next one would end too."""
+def remove_stop_request(run_folder: Path) -> None:
+    """Remove RUN/STOP after the attempt that it ended, whatever the phase; otherwise the next attempt ends too."""
     (run_folder / STOP_FILE).unlink(missing_ok=True)
+
+
+def texts_of_ranks(engine: Engine, text: str) -> list[str]:
+    """Return the text of each rank, by rank, cut to `MAX_TEXT_BYTES` of UTF-8; a collective on the CPU.
+
+    Sent as bytes, because torch's `all_gather_object` pickles.
+    """
+    if engine.control is None:
+        return [text]
+    own = torch.zeros(MAX_TEXT_BYTES, dtype=torch.uint8)
+    encoded = text.encode()[:MAX_TEXT_BYTES]
+    own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    received = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(received, own, group=engine.control)
+    return [bytes(padded.tolist()).rstrip(b"\0").decode(errors="ignore") for padded in received]
+
+
+def agreed_failure(engine: Engine, error: Exception | None) -> Exception | None:
+    """Share this rank's error with all ranks, so that all react alike; a collective.
+
+    Returns:
+        None where no rank failed. Otherwise the user error of the lowest rank that has one, on every rank; for a bug,
+        the exception itself where it happened and a RuntimeError that quotes it on the other ranks.
+    """
+    if not engine.sum_over_ranks([float(error is not None)])[0]:
+        return None
+    record = json.loads(next(filter(None, texts_of_ranks(engine, _as_json(error)))))
+    if error is not None and not isinstance(error, UserError):
+        return error  # keeps its traceback
+    if "bug" in record:
+        return RuntimeError(f"another rank failed: {record['bug']}")
+    fact, why, fix = record["mistake"]
+    return UserError(fact, why, fix, exit_code=record["exit_code"])
+
+
+def _as_json(error: Exception | None) -> str:
+    if error is None:
+        return ""
+    if not isinstance(error, UserError):
+        return json.dumps({"bug": repr(error)[:MAX_REPR]})
+    mistake = error.mistakes[0]
+    return json.dumps({"mistake": [mistake.fact, mistake.why, mistake.fix], "exit_code": error.exit_code})

@@ -1,10 +1,10 @@
-"""One rank's part in an attempt, and what it leaves in RUN/logs/attempt-N.
+"""This rank's part in one attempt, and the files that it leaves in RUN/logs/attempt-N.
 
-heartbeat-R.json   what it does, and since when
-stacks-R.txt       where its threads stand, written when SIGUSR1 asks for it
-collectives-R.json its last collectives, written when a hang is about to be ended
-rank-R.log         its standard error, where the launcher keeps that of each rank apart
-rank-R.json        how it ended
+heartbeat-R.json   current phase, and since when
+stacks-R.txt       stack of each thread, written on SIGUSR1
+collectives-R.json last collectives, written when a hang is about to be ended
+rank-R.log         standard error, where the launcher separates the ranks
+rank-R.json        how the rank ended
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
+
+from torch._C import _distributed_c10d
 
 from packhorse.durable import replace_file
+from packhorse.errors import UserError
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE
 from packhorse.run_folder.heartbeat import LAUNCHER_VARIABLE, HeartbeatWriter
 from packhorse.run_folder.layout import (
@@ -31,18 +35,34 @@ from packhorse.run_folder.layout import (
     numbered,
 )
 from packhorse.secrets import mask
-from packhorse.train.ranks.collectives import write_collectives
+from packhorse.train.ranks.hang_watch import HangWatch, end_hung
 from packhorse.train.ranks.signals import StopRequest
-from packhorse.train.ranks.standstill import Standstill, end_hung
+
+Again = Literal["rewind", "shrink"]
+
+RECORDERS = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}
+"""Backend -> the function that dumps its flight recorder as JSON; a torch built without NCCL lacks the first."""
+
+
+class AnotherAttempt(UserError):  # noqa: N818  (a request, no error)
+    """Ends every rank; RUN/logs/attempt-N/rank-R.json names in `again` what the launcher starts next.
+
+    rewind: resume from the newest complete checkpoint, with the recorded steps skipped.
+    shrink: resume from the newest complete checkpoint, with smaller micro-batches.
+    """
+
+    def __init__(self, again: Again, fact: str, why: str, fix: str, exit_code: int) -> None:
+        self.again: Again = again
+        super().__init__(fact, why, fix, exit_code=exit_code)
 
 
 class Attempt:
-    """What one process knows of the attempt that it is part of.
+    """What this process knows about its attempt.
 
     Attributes:
-        number: Counted from 1 over the run's life.
-        signals: Whether this process was asked to stop.
-        pulse: Says what it does.
+        number: Number of the attempt, counted from 1 over the run's life.
+        signals: Whether this process was requested to stop.
+        pulse: Heartbeat that names the current phase.
     """
 
     def __init__(self, number: int, rank: int, logs: Path, signals: StopRequest) -> None:
@@ -50,40 +70,40 @@ class Attempt:
         self.signals = signals
         self.pulse = HeartbeatWriter(logs, rank)
         self._rank, self._logs = rank, logs
-        # Open for the whole life of the process: a handler cannot open files.
+        # Open for the whole life of the process: a signal handler cannot open files.
         self._stacks = (logs / numbered(STACKS, rank)).open("w", encoding="utf-8")
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
         self.pulse.on_report_request(self._write_collectives)
 
     def begins_at(self, step: int) -> None:
-        """Says which step's checkpoint it goes on from; 0: none."""
+        """Record the step of the checkpoint that this attempt resumes from; 0 for none."""
         self.pulse.phase("load", step)
 
-    def loads_on(self) -> None:
-        """Called while loading.
+    def still_loading(self) -> None:
+        """Renew the heartbeat while the model is loaded.
 
         Raises:
-            Stopped: This process was asked to stop.
+            Stopped: This process was requested to stop.
         """
         self.pulse.phase("load")
         self.signals.raise_if_requested()
 
     def watch_others(self, world_size: int, hang_seconds: float) -> None:
-        """Ends this rank where the run stands still, unless a launcher of ours watches it from outside."""
+        """End this rank when the run hangs, unless Packhorse's launcher watches it from outside."""
         if os.environ.get(LAUNCHER_VARIABLE):
             return
-        self.pulse.on_report_request(self._say_last_words)
-        end = partial(end_hung, self._logs, self._say_last_words, self._record_hang)
-        self.pulse.on_each_beat(Standstill(self._logs, world_size, hang_seconds, lambda: self.pulse.last, end).beat)
+        self.pulse.on_report_request(self._write_hang_report)
+        end = partial(end_hung, self._logs, self._write_hang_report, self._record_hang)
+        self.pulse.on_each_beat(HangWatch(self._logs, world_size, hang_seconds, lambda: self.pulse.last, end).beat)
 
     def record(self, code: int, message: str, again: str | None = None, hung: int | None = None) -> None:
-        """Writes how this rank ended.
+        """Write how this rank ended.
 
         Args:
-            code: Its exit code.
-            message: What it has to say; empty where it ended in order.
-            again: Why the launcher is to start another attempt by itself.
-            hung: The rank that it has waited for too long.
+            code: Exit code.
+            message: Reason of the end; empty where the rank ended normally.
+            again: Kind of attempt that the launcher starts next.
+            hung: Rank that this one waited for too long.
         """
         self.pulse.exit_if_launcher_is_gone()
         record = {
@@ -103,16 +123,16 @@ class Attempt:
     def _record_hang(self, code: int, message: str, hung: int) -> None:
         self.record(code, message, hung=hung)
 
-    def _write_collectives(self) -> None:
-        write_collectives(self._logs / numbered(COLLECTIVES, self._rank))
-
-    def _say_last_words(self) -> None:
+    def _write_hang_report(self) -> None:
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._write_collectives()
 
+    def _write_collectives(self) -> None:
+        write_collectives(self._logs / numbered(COLLECTIVES, self._rank))
+
 
 def open_attempt(run_folder: Path, signals: StopRequest) -> Attempt:
-    """Begins this rank's part: its log, its heartbeat, and its stacks on demand."""
+    """Start this rank's log, its heartbeat and its stack dumps on SIGUSR1."""
     number = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
     rank = int(os.environ.get("RANK", "0"))
     logs = run_folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, number)
@@ -122,3 +142,16 @@ def open_attempt(run_folder: Path, signals: StopRequest) -> Attempt:
         os.dup2(log, sys.stderr.fileno())
         os.close(log)
     return Attempt(number, rank, logs, signals)
+
+
+def write_collectives(path: Path) -> None:
+    """Write the last collectives of this process by backend, the latest last, to show which one hangs.
+
+    Torch's flight recorder is on by default (TORCH_FR_BUFFER_SIZE). Only its JSON form is used: the other is a pickle.
+    """
+    dumps: dict[str, Any] = {}
+    for backend, name in RECORDERS.items():
+        dump = getattr(_distributed_c10d, name, None)
+        if dump is not None:
+            dumps[backend] = json.loads(dump(True, False))  # collectives too, and not only those in progress
+    replace_file(path, json.dumps(dumps) + "\n", on_disk=False)

@@ -1,6 +1,6 @@
-"""Requests to stop: a handler that sets a flag, and nothing else.
+"""Stop requests by signal: the handler sets a flag and does nothing else.
 
-Free of torch, so that the handler stands before the seconds that importing torch takes.
+This module imports no torch, so that the handler is installed before the seconds that importing torch takes.
 """
 
 from __future__ import annotations
@@ -8,26 +8,30 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-# SIGUSR2 is what some schedulers send some time before they end a job.
+# Some schedulers send SIGUSR2 a while before they end a job.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
+class Stopped(Exception):  # noqa: N818  (a request, no error)
+    """A stop was requested during work that a resumed run repeats."""
+
+
 class StopRequest:
-    """Whether this process was asked to stop; what follows from it is decided where all ranks agree."""
+    """Whether this process was requested to stop; the ranks agree on what follows between two steps."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def install(self) -> None:
-        """Puts the handler in place; called once, in the main thread."""
+        """Install the handler; called once, in the main thread."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
     def raise_if_requested(self) -> None:
-        """Called where nothing is trained yet, and ranks need not agree.
+        """Stop before training has begun, where ranks need not agree.
 
         Raises:
-            Stopped: This process was asked to stop.
+            Stopped: This process was requested to stop.
         """
         if self.requested:
             raise Stopped
@@ -35,7 +39,3 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # Saving here could store half a step, and raising here could leave half a file: a second signal is as safe.
         self.requested = True
-
-
-class Stopped(Exception):  # noqa: N818  (a request, no error)
-    """Asked to stop in the midst of something that is done again when the run goes on."""

@@ -1,4 +1,4 @@
-"""What runs is held against the plan: a model that is not sharded as planned does not train."""
+"""The launch is compared with the plan: a model that is not sharded as planned does not train."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ import pytest
 
 from packhorse.errors import UserError
 from packhorse.run_folder.metrics import MetricsFile, read_metrics
-from packhorse.track.sinks import Sinks
 
 
 def written(path):
@@ -82,14 +81,6 @@ def test_reading_an_absent_file_gives_nothing(tmp_path):
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == []
 
 
-def test_sinks_hand_on_to_each(tmp_path):
-    files = [MetricsFile(tmp_path / name, first_step=1) for name in ("a.jsonl", "b.jsonl")]
-    sinks = Sinks(files)
-    sinks.log(1, {"train/loss": 1.0})
-    sinks.close()
-    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text() != ""
-
-
 def test_reading_metrics_does_not_import_torch():
-    code = "import sys, packhorse.track.sinks, packhorse.track.progress; print('torch' in sys.modules)"
+    code = "import sys, packhorse.run_folder.metrics, packhorse.track.progress; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

@@ -1,4 +1,4 @@
-"""Adapters made unit by unit start as those that peft adds to a whole model: one start on every engine."""
+"""Adapters that are made unit by unit start like those that peft adds to a whole model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from packhorse.recipe.methods import (
     PromptTuningMethod,
     QloraMethod,
 )
-from packhorse.train.assembly import can_stream, place_streamed
 from packhorse.train.engine.sharding import Whole
+from packhorse.train.loading import can_stream, place_streamed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Packed 4-bit weights may read as floats that are no numbers."""
+    """4-bit weights may be stored as floats that are NaN."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
@@ -71,7 +71,7 @@ def test_streamed_start_is_that_of_a_whole_model(name: str, tied: bool, tmp_path
     weights = open_model(request, 90)
     assert can_stream(method)
     assert weights is not None
-    found = dict(place_streamed(weights, attached, Whole(), method, 1, CPU).named_parameters())
+    found = dict(place_streamed(weights, attached, Whole(), method, 1, CPU, lambda: None).named_parameters())
     assert found.keys() == expected.keys()  # a copy that is no longer tied would be one more
     for key, value in expected.items():
         assert found[key].dtype == value.dtype, key
@@ -89,6 +89,6 @@ def test_streamed_start_is_that_of_a_whole_model(name: str, tied: bool, tmp_path
     ],
     ids=["pissa", "olora", "loftq", "dora on quantised weights"],
 )
-def test_starts_that_are_made_from_weights_wait_for_them(method: Method) -> None:
+def test_starts_that_are_made_from_weights_are_not_streamed(method: Method) -> None:
     """On the meta device they would start from nothing."""
     assert not can_stream(method)

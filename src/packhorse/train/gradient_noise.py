@@ -1,8 +1,8 @@
 """Gradient noise scale: how large a batch still helps (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1).
 
-The squared norm of a gradient over b tokens is on average |G|² + tr(Σ) / b. From the norms over two numbers of tokens,
-the first pass of each process and the whole step, follow both unknowns; the noise scale is tr(Σ) / |G|². With a batch
-of that size a step learns half of what a step with endless rows would.
+The squared norm of a gradient over b tokens is on average |G|² + tr(Σ) / b. The norms over two numbers of tokens (the
+first micro-batch of each process, and the whole step) give both unknowns; the noise scale is tr(Σ) / |G|². With a batch
+of that size a step learns half as much as a step with infinitely many rows would.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ DECAY = 0.95
 
 @dataclass
 class NoiseScale:
-    """Measures the noise scale over the steps of a run; starts anew when the run is resumed.
-
-    It waits for the device twice a step.
+    """Measures the noise scale over the steps of an attempt; waits for the device twice per step.
 
     Attributes:
-        engine: One that leaves each process its own gradient until the last pass (single, ddp).
-        packs_per_step: Unit of the figure.
+        engine: An engine that leaves each process its own gradient until the last micro-batch (single, ddp).
+        packs_per_step: Packs per step, to express the result in packs.
     """
 
     engine: Engine
@@ -37,11 +35,11 @@ class NoiseScale:
     _part: list[float] = field(default_factory=list)
 
     def after_first_pass(self, micro_batch: MicroBatch, factor: float) -> None:
-        """Takes the norm of this process's gradient of the first pass.
+        """Measure the norm of this process's gradient of the first micro-batch.
 
         Args:
-            micro_batch: What the pass saw.
-            factor: What the sum of its token losses was multiplied by.
+            micro_batch: The first micro-batch.
+            factor: Factor that its sum of token losses was multiplied by.
         """
         num_tokens = micro_batch.targets.numel()
         if num_tokens == 0:  # a null pack
@@ -51,7 +49,7 @@ class NoiseScale:
         self._part = [norm**2, 1 / num_tokens, 1.0]
 
     def after_step(self, grad_norm: float, num_tokens: int) -> None:
-        """Adds a step to the averages; a collective.
+        """Add a step to the averages; a collective.
 
         Args:
             grad_norm: Norm of the whole step's gradient, before clipping.
@@ -66,7 +64,7 @@ class NoiseScale:
         self._tokens_per_step = num_tokens
 
     def figures(self) -> dict[str, float]:
-        """The noise scale in packs, infinite while the gradient is lost in its noise; nothing before a first step."""
+        """Return the noise scale in packs, infinite while noise hides the gradient; empty before the first step."""
         if self._tokens_per_step == 0:
             return {}
         tokens = self._noise / self._signal if self._signal > 0 else math.inf
@@ -74,7 +72,7 @@ class NoiseScale:
 
 
 def estimate(part_square: float, part_inverse: float, whole_square: float, whole_inverse: float) -> tuple[float, float]:
-    """Unbiased estimates of |G|² and tr(Σ), the variance of one token's gradient.
+    """Return unbiased estimates of |G|² and tr(Σ), the variance of one token's gradient.
 
     Args:
         part_square: Mean squared norm of the gradients over parts of a step.

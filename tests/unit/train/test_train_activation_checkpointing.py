@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packhorse.recipe.schema import ParallelSection
-from packhorse.train.engine.activation_checkpointing import apply_checkpointing
+from packhorse.train.setup import apply_checkpointing
 
 NUM_LAYERS, TOKENS, WIDTH = 6, 96, 32
 

@@ -1,9 +1,10 @@
-"""What follows from a step's numbers, without a launch: engines and ranks are in tests/faults/test_numbers.py."""
+"""Decisions of the step guard, without a launch: engines and ranks are in tests/faults/test_numbers.py."""
 
 from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.skipped_steps import read_skipped_steps, write_skipped_steps
 from packhorse.train.engine.engine import Engine
-from packhorse.train.guard.step_guard import Judgement, Numbers, Step, times_factor
-from packhorse.train.ranks.another_attempt import AnotherAttempt
+from packhorse.train.guard.step_guard import StepDecision, StepGuard, StepResult, scaled_loss, spike_score
+from packhorse.train.ranks.attempt import AnotherAttempt
 from prepared import write_prepared
 from tiny import TINY
+
+WINDOW = 64
 
 
 @pytest.fixture
@@ -57,13 +60,13 @@ def planned(folder: Path, **recovery: Any) -> RunPlan:
     return plan.model_copy(update={"run_folder": str(folder)})
 
 
-def watch(folder: Path, engine: Engine, loader: PackLoader, **recovery: Any) -> Numbers:
-    return Numbers(planned(folder, **recovery), engine, loader, None, True, lambda: None)
+def watch(folder: Path, engine: Engine, loader: PackLoader, **recovery: Any) -> StepGuard:
+    return StepGuard(planned(folder, **recovery), engine, loader, None, True, lambda: None)
 
 
-def step(loader: PackLoader, number: int, loss: float, norm: float = 1.0, bad_ranks: int = 0) -> Step:
+def step(loader: PackLoader, number: int, loss: float, norm: float = 1.0, bad_ranks: int = 0) -> StepResult:
     batch = loader.step(0)
-    return Step(number, batch, [torch.tensor(loss)], loss * batch.num_supervised_tokens, norm, bad_ranks)
+    return StepResult(number, batch, [torch.tensor(loss)], loss * batch.num_supervised_tokens, norm, bad_ranks)
 
 
 def weights(engine: Engine) -> Tensor:
@@ -85,7 +88,7 @@ def test_an_infinite_loss_with_a_finite_gradient_is_not_stepped(engine: Engine) 
     engine.optimizer.zero_grad()
 
     with engine.micro_step(is_last=True):
-        engine.backward(times_factor(loss(), 0.5))
+        engine.backward(scaled_loss(loss(), 0.5))
     assert math.isnan(engine.step())
     assert engine.step_was_refused
     assert torch.equal(weights(engine), before)
@@ -93,29 +96,29 @@ def test_an_infinite_loss_with_a_finite_gradient_is_not_stepped(engine: Engine) 
     assert not engine.optimizer.state
 
 
-def test_a_finite_loss_is_what_it_was(engine: Engine) -> None:
+def test_a_finite_loss_is_unchanged(engine: Engine) -> None:
     before = weights(engine)
     loss = engine.model(torch.randn(3, 4)).pow(2).sum()
-    (ours,) = torch.autograd.grad(times_factor(loss, 1 / 3), [engine.model.weight], retain_graph=True)
+    (ours,) = torch.autograd.grad(scaled_loss(loss, 1 / 3), [engine.model.weight], retain_graph=True)
     (plain,) = torch.autograd.grad(loss * (1 / 3), [engine.model.weight])
     assert torch.equal(ours, plain)
-    engine.backward(times_factor(engine.model(torch.randn(3, 4)).pow(2).sum(), 1 / 3))
+    engine.backward(scaled_loss(engine.model(torch.randn(3, 4)).pow(2).sum(), 1 / 3))
     assert math.isfinite(engine.step())
     assert not engine.step_was_refused
     assert not torch.equal(weights(engine), before)
 
 
-def test_a_spike_is_told_with_its_score_and_training_goes_on(
+def test_a_spike_is_reported_with_its_score_and_training_continues(
     tmp_path: Path, engine: Engine, loader: PackLoader, caplog: pytest.LogCaptureFixture
 ) -> None:
-    numbers = watch(tmp_path, engine, loader, on_spike="warn")
+    guard = watch(tmp_path, engine, loader, on_spike="warn")
     recent = [2.0, 2.1] * 16
-    assert numbers.judge(step(loader, 33, 2.3), recent) == Judgement()
+    assert guard.judge(step(loader, 33, 2.3), recent) == StepDecision()
     with caplog.at_level(logging.WARNING):
-        judged = numbers.judge(step(loader, 34, 5.0), recent)
-    assert judged.learnt
-    assert judged.ends is None
-    assert judged.figures["recovery/spike_score"] > 8
+        decision = guard.judge(step(loader, 34, 5.0), recent)
+    assert decision.learnt
+    assert decision.ends is None
+    assert decision.figures["recovery/spike_score"] > 8
     assert "step 34: the loss is 5, " in caplog.text
 
 
@@ -124,10 +127,10 @@ def test_a_rewind_takes_back_every_checkpoint_that_holds_its_steps(
 ) -> None:
     for number in (25, 28, 29, 30, 33):
         (tmp_path / "checkpoints" / f"step-{number:06d}").mkdir(parents=True)
-    numbers = watch(tmp_path, engine, loader, on_spike="rewind")
-    judged = numbers.judge(step(loader, 33, 5.0), [2.0, 2.1] * 16)
-    assert isinstance(judged.ends, AnotherAttempt)
-    assert (judged.ends.again, judged.ends.exit_code) == ("rewind", EXIT_STOPPED)
+    guard = watch(tmp_path, engine, loader, on_spike="rewind")
+    decision = guard.judge(step(loader, 33, 5.0), [2.0, 2.1] * 16)
+    assert isinstance(decision.ends, AnotherAttempt)
+    assert (decision.ends.again, decision.ends.exit_code) == ("rewind", EXIT_STOPPED)
     assert list(read_skipped_steps(tmp_path)) == [29, 30, 31, 32, 33]
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000025", "step-000028"]
 
@@ -135,29 +138,77 @@ def test_a_rewind_takes_back_every_checkpoint_that_holds_its_steps(
 def test_a_rewind_too_many_takes_nothing_back(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
     write_skipped_steps(tmp_path, dict.fromkeys(range(1, 7), "a spike"))
     (tmp_path / "checkpoints" / "step-000030").mkdir(parents=True)
-    numbers = watch(tmp_path, engine, loader, on_spike="rewind")
-    judged = numbers.judge(step(loader, 33, 5.0), [2.0, 2.1] * 16)
-    assert isinstance(judged.ends, UserError)
-    assert not isinstance(judged.ends, AnotherAttempt)
-    assert judged.ends.exit_code == EXIT_NOT_FINITE
-    assert "11 steps would be left out, and recovery.most_left_out is 10" in str(judged.ends)
+    guard = watch(tmp_path, engine, loader, on_spike="rewind")
+    decision = guard.judge(step(loader, 33, 5.0), [2.0, 2.1] * 16)
+    assert isinstance(decision.ends, UserError)
+    assert not isinstance(decision.ends, AnotherAttempt)
+    assert decision.ends.exit_code == EXIT_NOT_FINITE
+    assert "11 steps would be skipped, and recovery.most_left_out is 10" in str(decision.ends)
     assert len(read_skipped_steps(tmp_path)) == 6
     assert (tmp_path / "checkpoints" / "step-000030").is_dir()
 
 
 def test_ranks_that_do_not_agree_on_a_gradient_end_the_run(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
-    """Some have stepped, others not: leaving the step out would leave them with other weights."""
+    """Some have stepped, others not: skipping the step would give them different weights."""
     engine.step_was_refused = True
     plan = planned(tmp_path, on_nonfinite="skip")
     two = plan.topology.model_copy(update={"processes_per_node": 2})
-    numbers = Numbers(plan, engine, loader, None, True, lambda: None)
-    numbers._plan = plan.model_copy(update={"topology": two})
-    judged = numbers.judge(step(loader, 3, 2.0, math.nan, bad_ranks=1), [])
-    assert "1 of 2 ranks have left it out, the others have stepped" in str(judged.ends)
+    guard = StepGuard(plan, engine, loader, None, True, lambda: None)
+    guard._plan = plan.model_copy(update={"topology": two})
+    decision = guard.judge(step(loader, 3, 2.0, math.nan, bad_ranks=1), [])
+    assert "1 of 2 ranks have skipped it, the others have stepped" in str(decision.ends)
     assert read_skipped_steps(tmp_path) == {}
 
 
-def test_what_is_left_out_is_counted_up_to_a_step(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
+def test_skipped_steps_are_counted_up_to_a_step(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
     write_skipped_steps(tmp_path, {3: "a", 5: "b"})
-    numbers = watch(tmp_path, engine, loader)
-    assert [numbers.figures(number).get("recovery/left_out") for number in (2, 3, 4, 5, 6)] == [None, 1, 1, 2, 2]
+    guard = watch(tmp_path, engine, loader)
+    assert [guard.figures(number).get("recovery/left_out") for number in (2, 3, 4, 5, 6)] == [None, 1, 1, 2, 2]
+
+
+def losses(level: float, scatter: float, count: int = WINDOW) -> list[float]:
+    source = random.Random(0)
+    return [source.gauss(level, scatter) for _ in range(count)]
+
+
+def test_the_score_is_that_of_torch() -> None:
+    before = losses(2.0, 0.1)
+    window = torch.tensor(before, dtype=torch.float64)
+    median = window.quantile(0.5)
+    expected = (2.9 - median) / (1.4826 * (window - median).abs().quantile(0.5))
+    assert spike_score(2.9, before, WINDOW) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_noise_has_no_spike_and_a_jump_has_one_until_it_fills_the_window() -> None:
+    before = losses(2.0, 0.1, 400)
+    scores = [spike_score(before[step], before[step - WINDOW : step], WINDOW) for step in range(WINDOW, 400)]
+    assert max(scores) < 5
+    window, jumped = before[-WINDOW:], []
+    for _ in range(WINDOW):
+        score = spike_score(3.5, window, WINDOW)
+        assert score is not None
+        jumped.append(score > 8)
+        window = [*window[1:], 3.5]
+    # Half of the window may be spikes before the median moves.
+    assert jumped[: WINDOW // 4] == [True] * (WINDOW // 4)
+    assert not jumped[-1]
+
+
+def test_a_falling_loss_is_no_spike() -> None:
+    falling = [10 * 0.97**step for step in range(200)]
+    scores = [spike_score(falling[step], falling[step - WINDOW : step], WINDOW) for step in range(WINDOW, 200)]
+    assert max(scores) < 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "level", "spike"), [(1e-4, 1e-5, False), (0.2, 1e-5, True), (4.2, 4.0, False), (4.4, 4.0, True)]
+)
+def test_a_smooth_loss_needs_more_than_its_own_scatter(loss: float, level: float, spike: bool) -> None:
+    score = spike_score(loss, [level] * WINDOW, WINDOW)
+    assert score is not None
+    assert (score > 8) == spike
+
+
+def test_there_is_no_score_before_a_quarter_of_the_window() -> None:
+    assert spike_score(9.0, [1.0] * 15, WINDOW) is None
+    assert spike_score(9.0, [1.0] * 16, WINDOW) is not None

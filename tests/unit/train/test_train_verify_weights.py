@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from packhorse.errors import UserError
-from packhorse.train.checkpoint.check_written import check_written
+from packhorse.train.checkpoint.verify_weights import verify_weights
 from packhorse.train.checkpoint.weights import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
@@ -75,25 +75,25 @@ def broken_type(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "fact"),
+    ("damage", "fact"),
     [
         (broken_missing, "tensors, and the model has 11; model.norm.weight is missing"),
         (broken_empty, "model.norm.weight in .* has 0 elements"),
         (broken_shape, r"has shape \(16,\), and \(32,\) in the model"),
         (broken_number, "has 1 of 32 numbers that are not finite"),
-        (broken_type, "bytes of weights in place of"),
+        (broken_type, "bytes of weights instead of"),
     ],
     ids=["missing", "empty", "cut", "not a number", "another type"],
 )
-def test_a_spoilt_file_is_refused(spoil: Callable[[dict[str, Tensor]], None], fact: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(damage: Callable[[dict[str, Tensor]], None], fact: str, tmp_path: Path) -> None:
     model = tied_llama()
     save_weights(model, held(model), tmp_path, None)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    spoil(tensors)
+    damage(tensors)
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match=fact):
-        check_written(tmp_path, held(model), model, None)
+        verify_weights(tmp_path, held(model), model, None)
 
 
 def test_an_adapter_that_lost_a_matrix_is_refused(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_an_adapter_that_lost_a_matrix_is_refused(tmp_path: Path) -> None:
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match="bytes of weights, and .* were trained"):
-        check_written(tmp_path, trained, model, None)
+        verify_weights(tmp_path, trained, model, None)
 
 
 def test_an_adapter_whose_b_matrices_never_left_zero_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Adapters on disk, in peft's form: written from whole tensors, loaded to train on or to be evaluated."""
+"""Adapters on disk, in peft's form: writes them from whole tensors, loads them for training or evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from packhorse.errors import UserError
 from packhorse.model.methods.prompts import answer_with_prompt
-from packhorse.model.placed import assign
+from packhorse.model.sharded import assign
 
 ADAPTER: Final = "default"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -33,7 +33,7 @@ def adapter_writer(model: Any, weights: dict[str, Tensor], for_base: bool) -> Ca
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Copies: a file has no room for two names of one tensor.
+        # Copies, because safetensors refuses two names of one tensor.
         tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in named.items()}
         save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
         model.create_or_update_model_card(str(folder))
@@ -45,24 +45,24 @@ def adapter_writer(model: Any, weights: dict[str, Tensor], for_base: bool) -> Ca
 def load_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401
     """See `attach.load_adapter`."""
     for parameter, value in stored_adapter(model, folder):
-        assign(parameter, value)  # wherever the engine has put it
+        assign(parameter, value)
 
 
 def stored_adapter(model: Any, folder: Path) -> list[tuple[nn.Parameter, Tensor]]:  # noqa: ANN401
     """See `attach.stored_adapter`."""
     _require_safetensors(folder)
     stored = load_peft_weights(str(folder), device="cpu")
-    held = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    named = _peft_form(model, held)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    named = _peft_form(model, trained)
     if stored.keys() != named.keys():
         odd = sorted(stored.keys() ^ named.keys())
         raise UserError(
             f"{folder} holds {len(stored)} tensors, and the method trains {len(named)}; they differ in {odd[0]}.",
-            "training can only go on from what the same method wrote.",
+            "training can only resume from what the same method wrote.",
             "resume with the recipe that the run began with, or train under another name.",
         )
-    own = {id(parameter): parameter for parameter in held.values()}
-    return [(own[id(parameter)], stored[name]) for name, parameter in named.items()]
+    by_id = {id(parameter): parameter for parameter in trained.values()}
+    return [(by_id[id(parameter)], stored[name]) for name, parameter in named.items()]
 
 
 def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
@@ -75,34 +75,34 @@ def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _require_safetensors(folder: Path) -> None:
-    # peft would go on to adapter_model.bin, a pickle.
+    # peft would try adapter_model.bin next, a pickle.
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(
             f"{folder} holds no {WEIGHTS_FILE}.",
             "only safetensors are read: a pickle runs code when it is opened.",
-            "put the file back; `packhorse verify RUN` says what else is missing.",
+            "put the file back; `packhorse verify RUN` shows what else is missing.",
         )
 
 
 def _peft_form(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ANN401
-    """Under the names that peft's files use."""
+    """Return the weights by the names in peft's files."""
     if model.peft_config[ADAPTER].is_prompt_learning:
-        # peft would take it from the module, which may hold a shard of it.
+        # peft would read it from the module, which may hold only a shard.
         return {"prompt_embeddings": weights[PROMPT]}
-    # peft asks for tied modules by each of their names.
+    # peft looks up tied modules by each of their names.
     first = {id(value): name for name, value in model.named_parameters() if name in weights}
     tied = {
         name: weights[first[id(value)]]
         for name, value in model.named_parameters(remove_duplicate=False)
         if name not in weights and id(value) in first
     }
-    # Whole embeddings beside the adapter are never wanted: rows of new tokens are saved by themselves.
+    # Never save whole embeddings with the adapter: rows of new tokens are saved separately.
     named: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=weights | tied, save_embedding_layers=False)
     return named
 
 
 def _minus_initial(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
-    """[A; A0] and [B, −B0]: what training added to the base as it was.
+    """Return [A; A0] and [B, −B0]: the change of training relative to the unchanged base.
 
     The base was changed to W − s B0 A0 when training began, so that W − s B0 A0 + s B A = W + s (B A − B0 A0); peft's
     `LoraModel.subtract_mutated_init` computes the same from a second adapter in the model.
@@ -115,7 +115,7 @@ def _minus_initial(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> di
 
 
 def _double_rank(config: PeftConfig) -> None:
-    """Twice the rank at the same scale."""
+    """Double the rank at the same scale."""
     config.r *= 2
     config.lora_alpha *= 2**0.5 if config.use_rslora else 2
     config.init_lora_weights = True

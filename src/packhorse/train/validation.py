@@ -18,39 +18,37 @@ from packhorse.train.objectives.forward import micro_batch_loss
 
 def validation_loss(
     engine: Engine,
-    model: nn.Module,
     store: PackStore,
     micro_packs: int,
-    rank: int,
-    world: int,
+    data_rank: int,
+    data_ranks: int,
     sequence: SequenceGroup | None,
-    go_on: Callable[[], None] = lambda: None,
+    before_pass: Callable[[], None],
 ) -> float:
-    """Nats per supervised token over the whole store.
+    """Return nats per supervised token over the whole store.
 
-    Packs are dealt to the ranks in turn; ranks that run out take empty micro-batches, because a sharded model needs
-    all ranks in every forward pass.
+    Ranks take packs in turn; ranks that run out take empty micro-batches, because a sharded model needs all ranks in
+    every forward pass.
 
     Args:
-        engine: Adds up over all processes.
-        model: The wrapped model.
+        engine: The engine with the wrapped model; sums over all processes.
         store: Validation packs.
         micro_packs: Packs in one forward pass.
-        rank: This process's number among those that take other packs than it does.
-        world: How many such there are.
-        sequence: The processes that share its packs.
-        go_on: Called before each pass, on every rank as often; what it raises ends the evaluation.
+        data_rank: Number of this process among those that take different packs.
+        data_ranks: How many such processes there are.
+        sequence: Processes that share each pack with this one.
+        before_pass: Called before each pass, equally often on every rank; an exception from it ends the evaluation.
     """
-    per_pass = world * micro_packs
+    per_pass = data_ranks * micro_packs
     total = 0.0
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), _evaluating(engine.model):
         for first in range(0, store.num_packs, per_pass):
-            go_on()
-            mine = np.arange(first + rank * micro_packs, first + (rank + 1) * micro_packs)
-            packs = mine[mine < store.num_packs]
+            before_pass()
+            own = np.arange(first + data_rank * micro_packs, first + (data_rank + 1) * micro_packs)
+            packs = own[own < store.num_packs]
             store.fetch(packs)
             micro_batch = make_micro_batch(store, packs)
-            total += float(micro_batch_loss(model, micro_batch, engine.device, sequence))
+            total += float(micro_batch_loss(engine.model, micro_batch, engine.device, sequence))
     (summed,) = engine.sum_over_ranks([total])
     return summed / int(store.pack_labels.sum())
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from packhorse.train.noise import NoiseScale, estimate
+from packhorse.train.gradient_noise import NoiseScale, estimate
 
 TOKENS, PARTS = 64, 8
 

@@ -1,0 +1,63 @@
+"""Parameters as an engine holds them: whole, in FSDP2's shards (DTensor), or partitioned by ZeRO-3.
+
+ZeRO-3 leaves an empty tensor on each rank and keeps id, shape and size beside it, as `ds_…` attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Return whether ZeRO-3 has partitioned the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def true_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of the whole parameter."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+@contextmanager
+def gathered(parameter: Any, changed: bool = False) -> Iterator[None]:  # noqa: ANN401
+    """Make a ZeRO-3 parameter whole on every rank, as `deepspeed.zero.GatheredParameters` does; a collective.
+
+    Args:
+        parameter: Any parameter; one that is not partitioned stays unchanged.
+        changed: The parameter is changed meanwhile, alike on every rank, and must be partitioned from its new values.
+    """
+    if not is_partitioned(parameter):
+        yield
+        return
+    parameter.all_gather()
+    try:
+        yield
+    finally:
+        parameter.partition(has_been_updated=changed)
+
+
+def shard_like(value: Tensor, parameter: DTensor) -> DTensor:
+    """Return a whole tensor sharded as `parameter` is; every rank has the same value, so nothing is sent."""
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def assign(parameter: Any, value: Tensor) -> None:  # noqa: ANN401
+    """Overwrite a parameter with a whole tensor; under ZeRO-3 a collective.
+
+    Args:
+        parameter: A plain parameter, one that FSDP2 has sharded, or one that ZeRO-3 has partitioned.
+        value: The whole tensor, equal on every rank.
+    """
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            parameter.to_local().copy_(shard_like(value.to(parameter.device, parameter.dtype), parameter).to_local())
+            return
+        with gathered(parameter, changed=True):
+            parameter.data.copy_(value)

@@ -1,0 +1,62 @@
+"""Loads the float32 master weights that DeepSpeed steps under bf16 and fp16 from a checkpoint.
+
+DeepSpeed makes them from the model's 16-bit weights at the start, so a resumed run would begin from rounded ones.
+Checkpoints store the master weights as the weights themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from packhorse.model.load import ModelRequest, load_model, open_model
+from packhorse.model.methods.attach import is_adapted, stored_adapter
+from packhorse.train.checkpoint.zero_state import has_master_weight, set_master_weight
+
+
+def load_master_weights(model: nn.Module, folder: Path, trust_remote_code: bool) -> None:
+    """Set the master weights of a model whose 16-bit weights were loaded from the same folder."""
+    missing = {name: parameter for name, parameter in model.named_parameters() if has_master_weight(parameter)}
+    if not missing:
+        return
+    if is_adapted(model):
+        pairs: Iterator[tuple[nn.Parameter, Tensor]] = iter(stored_adapter(model, folder))
+    else:
+        stored = _stored_model(folder, trust_remote_code)
+        pairs = ((missing.pop(name), value) for name, value in stored if name in missing)
+    for parameter, value in pairs:
+        set_master_weight(parameter, value)
+    assert is_adapted(model) or not missing, "the model was loaded from the same folder"
+
+
+def _stored_model(folder: Path, trust_remote_code: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights by the model's names, float32, on the CPU, with one unit of the model in memory at a time."""
+    request = ModelRequest(
+        source=str(folder),
+        revision=None,
+        config=None,
+        seed=0,
+        dtype=torch.float32,
+        attention="eager",  # nothing is computed
+        quantization=None,
+        trust_remote_code=trust_remote_code,
+        device=torch.device("cpu"),
+    )
+    weights = open_model(request, vocab_size=0)
+    if weights is None:
+        yield from load_model(request, vocab_size=0).named_parameters()
+        return
+    for unit in weights.units:
+        weights.fill(unit)
+        yield from _loaded(weights.model)
+        for name in unit.names:
+            weights.model.get_submodule(name).to_empty(device="meta")
+    weights.fill_rest()
+    yield from _loaded(weights.model)
+
+
+def _loaded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value) for name, value in model.named_parameters() if not value.is_meta)
