@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tokenizers import Tokenizer
 
 from packhorse.data.resolve import BUILTIN
-from packhorse.quickstart.tokenizer import VOCABULARY_SIZE
+from packhorse.quickstart.files import VOCABULARY_SIZE
 from packhorse.recipe.locate import locate, path_of
 from packhorse.recipe.schema import Recipe
 
