@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli import PACKHORSE, Typed, environment, packhorse
-from packhorse.data.manifest import read_manifest
+from packhorse.data.data_manifest import read_data_manifest
 from packhorse.plan.run_plan import read_plan
 from secrets_made_up import SECRETS
 from tiny import write_tiny
@@ -143,7 +143,7 @@ def test_prepared_data_that_was_changed_is_found(folder: Path) -> None:
     facts = read_plan(run).data
     assert facts is not None
     data = Path(facts.folder)
-    manifest = read_manifest(data)
+    manifest = read_data_manifest(data)
     assert manifest is not None
     tokens = data / "train" / "tokens.bin"
     content = tokens.read_bytes()

@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import check_serving, load_tokenizer, make_renderer, render_examples
 from packhorse.data.render.serving import saved_form
 from packhorse.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from packhorse.data.manifest import read_manifest
+from packhorse.data.data_manifest import read_data_manifest
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.status import State, Status, write_status
 from packhorse.track.meter import Figures
@@ -71,7 +71,7 @@ def tell(plan: RunPlan, what: State, state: TrainState, attempt: int, message: s
 
 def _data_facts(run_folder: Path) -> dict[str, Any]:
     """What W&B shows of the data: what became of every row, and what was found in them."""
-    manifest = read_manifest(run_folder)
+    manifest = read_data_manifest(run_folder)
     if manifest is None:
         return {}
     return {"data_ledger": manifest.ledger.model_dump(), "data_findings": manifest.findings}

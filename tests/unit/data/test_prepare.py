@@ -13,7 +13,7 @@ from data_cases import MakeRecipe, chat, save_tiny_tokenizer, write_lines
 
 from packhorse.data import prepare as prepare_module
 from packhorse.data.audit import audit
-from packhorse.data.identity import content_key, find_prepared
+from packhorse.data.content_key import content_key, find_prepared
 from packhorse.data.ledger import Ledger
 from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import prepare
@@ -352,7 +352,7 @@ def test_warm_start_needs_no_torch(make_recipe: MakeRecipe, rows: Path, tmp_path
     file = tmp_path / "recipe.json"
     file.write_text(recipe.model_dump_json())
     program = (
-        "import sys; from packhorse.data.identity import find_prepared; from packhorse.recipe.schema import Recipe;"
+        "import sys; from packhorse.data.content_key import find_prepared; from packhorse.recipe.schema import Recipe;"
         f"print(find_prepared(Recipe.model_validate_json(open({str(file)!r}).read())).content_hash);"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.data.manifest import DataManifest, SplitCounts, read_manifest
+from packhorse.data.data_manifest import (
+    DataManifest,
+    SplitCounts,
+    content_faults,
+    read_data_manifest,
+    recorded_files,
+    require_sizes,
+    size_faults,
+)
 from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import prepare
-from packhorse.data.stored import content_faults, recorded_files, require_sizes, size_faults
 from packhorse.errors import UserError
 from packhorse.recipe.load import load_recipe
 from prepared import Document, write_prepared
@@ -24,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def manifest_of(folder: Path) -> DataManifest:
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     assert manifest is not None
     return manifest
 

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from packhorse.data.audit_report import AuditReport
-from packhorse.data.manifest import SplitCounts
+from packhorse.data.data_manifest import SplitCounts
 from packhorse.report.terminal import figure_lines, finding_lines, ledger_table, row_text, split_table
 from report_cases import empty_report, hostile_report, real_report
 

@@ -1,4 +1,4 @@
-"""Rows that hold what an evaluation asks: runs of words that stand in both (Brown et al. 2020, app. C)."""
+"""Find rows that contain text of an evaluation, by runs of words that both have (Brown et al. 2020, app. C)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ASCII_WORDS: Final = bytes(byte if chr(byte).isalnum() and byte < 128 else 32 f
 
 
 class EvaluationIndex:
-    """What an evaluation asks, to look rows up in.
+    """Index of an evaluation's texts, to look rows up in.
 
-    Case, punctuation and white space do not count. A text of fewer than `ngram` words is found where it is a whole row,
-    or a whole line of one; so few words within other text say nothing.
+    Case, punctuation and white space do not count. A text of fewer than `ngram` words matches only a whole row or a
+    whole line of one; inside other text, so few words mean nothing.
     """
 
     def __init__(self, texts: Sequence[str], ngram: int) -> None:
@@ -29,12 +29,12 @@ class EvaluationIndex:
         self._known = np.unique(runs(hashes, offsets, ngram)[0])
 
     def hits(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[bool]:
-        """Return for each row whether it shares `ngram` words in a row with one of the evaluation's.
+        """Return for each row whether it shares a run of `ngram` words with the evaluation.
 
         Args:
-            texts: What each row says.
-            prompts: What each row asks; only there are shorter questions looked for, as a label may well be the words
-                of a short question. None: in the whole text.
+            texts: Text of each row.
+            prompts: Prompt of each row; short evaluation texts are searched only there, as a label may equal a short
+                question by chance. None: in the whole text.
         """
         found = self._found([_words(text) for text in texts])
         if self._has_short:
@@ -44,7 +44,7 @@ class EvaluationIndex:
         return list(found.tolist())
 
     def _found(self, words: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Return bool [texts]: whether one of its runs of words is known."""
+        """Return bool [texts]: whether one of the text's runs of words is in the index."""
         found = np.zeros(len(words), np.bool_)
         if not len(self._known):
             return found

@@ -1,7 +1,7 @@
-"""MinHash signatures over word shingles: the share of equal slots estimates how much two texts have in common.
+"""MinHash signatures over word shingles: the share of equal slots estimates the similarity of two texts.
 
-The minima are rensa's (fast similarity sketching, Dahlgaard et al. 2017, arXiv 1704.04370), whose 64 slots err by .043
-where as many independent ones err by .056.
+The minima are rensa's (fast similarity sketching, Dahlgaard et al. 2017, arXiv 1704.04370), whose 64 slots have an
+error of .043; 64 independent slots would have .056.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ NUM_SLOTS: Final = 64
 SHINGLE_WORDS: Final = 3
 SEED: Final = 42
 SPACED_BYTES: Final = 32
-"""Bytes a word from which on a text in no Latin script is taken for one without spaces."""
+"""Bytes per word above which a text in a non-Latin script is treated as one without spaces."""
 
 
 def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
-    """Return uint32 [rows, 64]: the MinHash signature of each text's set of 3-word shingles.
+    """Return uint32 [rows, 64], the MinHash signature of each text's set of 3-word shingles.
 
-    Words are lower-cased and stand between white space; a text of fewer than three words is one shingle. Chinese,
-    Japanese, Thai and others that put no spaces between words are taken by their characters instead.
+    Words are lower-cased and separated by white space; a text of fewer than three words is one shingle. Chinese,
+    Japanese, Thai and other scripts without spaces between words are split into characters.
     """
     if not texts:
         return np.empty((0, NUM_SLOTS), np.uint32)
@@ -42,19 +42,19 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
 
 
 def _lowered(text: str) -> bytes:
-    # `word_hashes` lower-cases the whole batch as ASCII, which is many times faster than text by text.
+    # `word_hashes` lower-cases the whole batch as ASCII, many times faster than one text at a time.
     return text.encode() if text.isascii() else text.lower().encode("utf-8", "surrogatepass")
 
 
 def _unspaced(texts: Sequence[str], encoded: Sequence[bytes], num_words: Offsets) -> list[int]:
     num_bytes = np.fromiter(map(len, encoded), np.int64, len(encoded))
     long_words = np.flatnonzero(num_bytes > SPACED_BYTES * num_words).tolist()
-    # A character of these scripts takes three bytes; long words of one-byte characters are addresses or data.
+    # A character of these scripts has three bytes; long words of one-byte characters are addresses or data.
     return [row for row in long_words if len(encoded[row]) >= 2 * len(texts[row])]
 
 
 def _minima(shingles: Hashes, offsets: Offsets) -> NDArray[np.uint32]:
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets.astype(np.uint64), NUM_SLOTS, SEED)
-    # Lists of ints are the only way out of rensa's matrix; array reads them twice as fast as numpy does.
+    # rensa returns its matrix only as lists of ints; array converts them twice as fast as numpy.
     joined = bytearray().join([array("I", row) for row in matrix.to_rows()])
     return np.frombuffer(joined, np.uint32).reshape(-1, NUM_SLOTS)

@@ -1,4 +1,4 @@
-"""Best-fit decreasing on the histogram of lengths: documents of one length, and packs of one room, move together.
+"""Best-fit decreasing on the histogram of lengths: equal documents, and packs with equal free space, move together.
 
 Shapes: D documents, P packs.
 """
@@ -18,7 +18,7 @@ Int64 = NDArray[np.int64]
 
 
 class Move(NamedTuple):
-    """Documents of one length that go into packs of one room, `each` into a pack, fewer into the last."""
+    """Documents of one length that go into packs with equal free space, `each` per pack, fewer into the last."""
 
     length: int
     room: int
@@ -29,12 +29,12 @@ class Move(NamedTuple):
 
 
 def moves(histogram: Int64, capacity: int, rooms: dict[int, int]) -> Iterator[Move]:
-    """Yield what best-fit decreasing does: the longest documents first, into the fullest packs that have room.
+    """Yield the steps of best-fit decreasing: the longest documents first, into the fullest packs with enough space.
 
     Args:
         histogram: int64 [capacity + 1], documents of each length.
         capacity: Tokens in a pack (T).
-        rooms: Packs that are open, by the room that they have left.
+        rooms: Number of open packs by their free space.
     """
     counts = {room: count for room, count in rooms.items() if room}
     by_room = sorted(counts)
@@ -63,7 +63,7 @@ def moves(histogram: Int64, capacity: int, rooms: dict[int, int]) -> Iterator[Mo
 
 
 def fewest_packs(histogram: Int64, capacity: int) -> int:
-    """Return how many packs best-fit decreasing needs; documents are only counted."""
+    """Return the number of packs that best-fit decreasing needs; documents are only counted."""
     return sum(move.num_packs for move in moves(histogram, capacity, {}) if move.opens)
 
 
@@ -73,10 +73,10 @@ def best_fit(lengths: Int64, capacity: int, rooms: Int64) -> Int64:
     Args:
         lengths: int64 [D], each from 1 to `capacity`.
         capacity: Tokens in a pack (T).
-        rooms: int64 [P], room left in packs 0 to P - 1; further ones are opened after them.
+        rooms: int64 [P], free space in packs 0 to P - 1; new packs are numbered after them.
 
     Returns:
-        int64 [D], the pack of each document.
+        int64 [D], pack of each document.
     """
     by_length = order_by(capacity - lengths)
     pack_of = np.empty(len(lengths), np.int64)
@@ -98,7 +98,7 @@ def best_fit(lengths: Int64, capacity: int, rooms: Int64) -> Int64:
 
 
 class _Packs:
-    """Packs by the room that they have left, oldest first."""
+    """Open packs by their free space, oldest first."""
 
     def __init__(self, rooms: Int64) -> None:
         self._packs: dict[int, list[Int64]] = {}
@@ -107,16 +107,16 @@ class _Packs:
             self.put(room, packs)
 
     def counts(self) -> dict[int, int]:
-        """Packs of each room."""
+        """Return the number of packs by free space."""
         return {room: sum(map(len, held)) for room, held in self._packs.items()}
 
     def put(self, room: int, packs: Int64) -> None:
-        """Add packs that have `room` left; full packs are forgotten."""
+        """Add packs with `room` tokens free; full packs are dropped."""
         if room and len(packs):
             self._packs.setdefault(room, []).append(packs)
 
     def take(self, room: int, most: int) -> Int64:
-        """Remove and return the `most` oldest packs of this room."""
+        """Remove and return the `most` oldest packs with this free space."""
         held = self._packs.pop(room)
         packs = held[0] if len(held) == 1 else np.concatenate(held)
         self.put(room, packs[most:])

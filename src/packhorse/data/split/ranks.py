@@ -1,6 +1,6 @@
-"""Pseudo-random order by content: a hash of a row's key and a seed, so the order of a file does not matter.
+"""Pseudo-random order by content: a hash of a row's key and a seed, so that the order of a file does not matter.
 
-Shapes: R rows. A change of any result here would move rows between training and test of data prepared before.
+Shapes: R rows. Changing any result here would move rows between training and test of data prepared before.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ MASK: Final = 2**64 - 1
 
 
 def mix(values: UInt64) -> UInt64:
-    """Return the first output of SplitMix64 for each state: a bijection in which every bit hangs on every bit.
+    """Return the first output of SplitMix64 for each state, uint64 of any shape: a bijection that mixes all bits.
 
     Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with the constants of Vigna's
     splitmix64.c.
-
-    Args:
-        values: Of any shape.
     """
     mixed = values + np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(30)
@@ -34,21 +31,21 @@ def mix(values: UInt64) -> UInt64:
 
 
 def mixed_seed(seed: int, purpose: int = 0) -> UInt64:
-    """Return uint64 [1] from a seed of any size and sign; orders of different purposes know nothing of each other."""
+    """Return uint64 [1] from a seed of any size and sign; different purposes give independent orders."""
     return mix(mix(np.array([seed & MASK], np.uint64)) + np.uint64(purpose))
 
 
 def ranks(keys: UInt64, seed: int, purpose: int = 0) -> UInt64:
-    """Return what rows are ordered by.
+    """Return uint64 [R], the sort key of each row.
 
     Args:
-        keys: [R, 2] hash of each row's content.
-        seed: Another seed gives another order.
-        purpose: What the order is for.
+        keys: uint64 [R, 2] hash of each row's content.
+        seed: Seed of the order.
+        purpose: Number of the purpose of the order.
 
     Returns:
-        uint64 [R]. Rows of equal rank have equal keys if their second halves are equal: one more key to sort by
-        makes the order strict.
+        uint64 [R]. Rows of equal rank have equal keys if their second halves are equal, so the second half as an
+        additional sort key makes the order strict.
     """
     mixed = mix(keys[:, 1] ^ mixed_seed(seed, purpose))
     mixed ^= keys[:, 0]

@@ -6,8 +6,7 @@ import pytest
 from formats_cases import BOT, USER, convert, said
 
 from packhorse.data.formats.rows import convert_rows, resolve_format
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.sources import Row
+from packhorse.data.read.row import Row, RowMistakes
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 

@@ -8,7 +8,7 @@ from rendering_cases import byte_tokenizer, chat_of, data_section, loaded, piece
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Message
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import load_tokenizer, make_renderer, render_examples
 from shared_folder import shared
 

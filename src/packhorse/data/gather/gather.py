@@ -1,4 +1,4 @@
-"""The one pass over all sources: rows are read, rendered, proven and hashed, and wait in the spool."""
+"""Read, render, prove and hash the rows of all sources in one pass, and store them in the spool."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from packhorse.data.checks.contamination import EvaluationIndex
 from packhorse.data.checks.texts import prompt_text
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.gather.source_pass import UNTRAINABLE, BatchCallback, GatheredSource, SourcePass, SourceUse, Strata
+from packhorse.data.gather.spool import Spool, SpoolWriter
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.read.sources import read_rows
 from packhorse.data.render.render import Renderer, make_renderer
 from packhorse.data.render.serving import saved_form
 from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.data.resolve import resolve_tokenizer, runs_folder_of, source_name
-from packhorse.data.source_pass import UNTRAINABLE, SourceGathered, SourcePass, Strata, Use, Watch
-from packhorse.data.spool import Spool, SpoolWriter
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.schema import DataSection, Recipe, Source
 
-Opened = tuple[SourceGathered, Iterator[Example]]
+Opened = tuple[GatheredSource, Iterator[Example]]
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered:
-    """All rows that can be trained on, and what they were rendered with.
+class GatheredRows:
+    """All rows that can be trained on, and the renderer that made them.
 
     Attributes:
-        sources: In the order train, validation, retain.
-        renderer: The proven tokenizer.
-        spool: The rows.
-        strata: Name of each stratum; a row's code is its place here.
-        fields: Plain fields that every row of a source has, for each source.
+        sources: Sources in the order train, validation, retain.
+        renderer: Renderer with the proven tokenizer.
+        spool: Rows on disk.
+        strata: Name of each stratum; a row's code is an index into it.
+        fields: For each source, the plain fields that all its rows have.
     """
 
-    sources: tuple[SourceGathered, ...]
+    sources: tuple[GatheredSource, ...]
     renderer: Renderer
     spool: Spool
     strata: tuple[str, ...]
@@ -51,7 +51,7 @@ class Gathered:
 
     @property
     def measured_fields(self) -> tuple[str, ...]:
-        """Fields that every row has which may be held out, so that figures can be told apart by them."""
+        """Names of the fields that all rows have which may be held out; metrics can be grouped by them."""
         uses = {found.use for found in self.sources}
         held_out = {"validation", "retain"} if "validation" in uses else {"train", "retain"}
         shared = [fields for found, fields in zip(self.sources, self.fields) if found.use in held_out]
@@ -59,27 +59,29 @@ class Gathered:
 
     @property
     def is_chat(self) -> NDArray[np.bool_]:
-        """bool [R], whether a row is a chat."""
+        """bool [R], whether each row is a chat."""
         chats = np.array([found.row_format != "text" for found in self.sources])
         return np.asarray(chats[self.spool.columns.source])
 
     @property
     def num_bad(self) -> int:
-        """Rows that could not be read or rendered as they were meant."""
+        """Number of rows that could not be read or rendered."""
         return sum(found.mistakes.num_rows for found in self.sources)
 
 
-def gather(recipe: Recipe, folder: Path, watch: Watch | None = None, with_prompts: bool = False) -> Gathered:
+def gather(
+    recipe: Recipe, folder: Path, watch: BatchCallback | None = None, with_prompts: bool = False
+) -> GatheredRows:
     """Read every row of every source once, into a spool in `folder`.
 
     Args:
-        recipe: Names the sources, the tokenizer and what is done with rows.
-        folder: Made here.
-        watch: Sees each batch of rows that can be trained on.
-        with_prompts: Hash prompts and answers too, so that contradictions can be found.
+        recipe: Recipe with the sources, the tokenizer and the `data` section.
+        folder: Folder of the spool, created here.
+        watch: Called with each batch of rows that can be trained on.
+        with_prompts: Whether to hash prompts and answers too, to find contradictions.
 
     Raises:
-        UserError: All rows that are not as they should be; under `data.on_bad_row: drop`, too many of them.
+        UserError: All bad rows; under `data.on_bad_row: drop`, only if there are too many.
     """
     with _collector_paused():
         return _gather(recipe, folder, watch, with_prompts)
@@ -87,9 +89,9 @@ def gather(recipe: Recipe, folder: Path, watch: Watch | None = None, with_prompt
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Let no pass of Python's cycle collector go over a tokenizer's vocabulary again and again: it took a third of all.
+    """Pause Python's cycle collector: its scans of the tokenizer's vocabulary would take a third of the time.
 
-    The pass over the sources collects after each batch what that batch left.
+    The pass over the sources collects the youngest generation after each batch.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -101,7 +103,7 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _gather(recipe: Recipe, folder: Path, watch: Watch | None, with_prompts: bool) -> Gathered:
+def _gather(recipe: Recipe, folder: Path, watch: BatchCallback | None, with_prompts: bool) -> GatheredRows:
     tokenizer_folder = resolve_tokenizer(recipe)
     opened = _open_all(recipe)
     tokenizer = tokenizer_of(recipe, tokenizer_folder)
@@ -112,14 +114,14 @@ def _gather(recipe: Recipe, folder: Path, watch: Watch | None, with_prompts: boo
     strata = Strata()
     fields: list[frozenset[str]] = []
     mistakes: list[Mistake] = []
-    # The vocabularies are not looked at again.
+    # The vocabularies live until the end, so the collector need not scan them.
     gc.freeze()
     with SpoolWriter(folder, renderer.vocab_size) as spool:
         for number, (found, examples) in enumerate(opened):
             one = SourcePass(recipe.data, found, number, renderer, served, evaluated, strata, with_prompts)
             shared, num_rows = one.run(examples, spool, watch)
             fields.append(shared)
-            mistakes += _not_taken(found, recipe.data, num_rows)
+            mistakes += _bad_row_mistakes(found, recipe.data, num_rows)
             if found.row_format in UNTRAINABLE and not mistakes:
                 mistakes.append(_untrainable(found, num_rows))
         if mistakes:
@@ -127,13 +129,13 @@ def _gather(recipe: Recipe, folder: Path, watch: Watch | None, with_prompts: boo
         done = spool.finish()
     columns = replace(done.columns, stratum=strata.sorted_codes(done.columns.stratum))
     sources = tuple(found for found, _ in opened)
-    return Gathered(sources, renderer, replace(done, columns=columns), strata.names(), tuple(fields))
+    return GatheredRows(sources, renderer, replace(done, columns=columns), strata.names(), tuple(fields))
 
 
 def _open_all(recipe: Recipe) -> list[Opened]:
-    """Find the format of every source by its first row, and raise what is wrong with any of them at once."""
+    """Detect the format of each source from its first row, and raise the mistakes of all sources together."""
     runs_folder = runs_folder_of(recipe)
-    uses: list[tuple[Use, Sequence[Source]]] = [
+    uses: list[tuple[SourceUse, Sequence[Source]]] = [
         ("train", recipe.data.sources),
         ("validation", recipe.data.validation),
         ("retain", recipe.data.retain),
@@ -151,22 +153,22 @@ def _open_all(recipe: Recipe) -> list[Opened]:
     return opened
 
 
-def _open(source: Source, use: Use, runs_folder: Path) -> Opened:
+def _open(source: Source, use: SourceUse, runs_folder: Path) -> Opened:
     mistakes = RowMistakes(source_name(source))
     rows = read_rows(source, runs_folder, mistakes)
     first = next(rows, None)
     if first is None:
-        raise UserError.of(mistakes.told())
+        raise UserError.of(mistakes.to_show())
     row_format = resolve_format(source.format, first, source)
-    found = SourceGathered(source, use, row_format, mistakes)
+    found = GatheredSource(source, use, row_format, mistakes)
     return found, convert_rows(chain([first], rows), row_format, mistakes, source)
 
 
 def read_examples(source: Source, runs_folder: Path) -> Iterator[Example]:
-    """Yield the rows of a source alone; what is wrong with any is raised at its end.
+    """Yield the rows of one source; raise all its bad rows together at the end.
 
     Raises:
-        UserError: All rows that are not as they should be.
+        UserError: All rows that cannot be read.
     """
     found, examples = _open(source, "train", runs_folder)
     yield from examples
@@ -174,34 +176,34 @@ def read_examples(source: Source, runs_folder: Path) -> Iterator[Example]:
 
 
 def _evaluation_index(recipe: Recipe) -> EvaluationIndex | None:
-    asked = recipe.data.decontaminate
-    if asked is None:
+    decontaminate = recipe.data.decontaminate
+    if decontaminate is None:
         return None
     runs_folder = runs_folder_of(recipe)
-    texts = [prompt_text(row) for source in asked.against for row in read_examples(source, runs_folder)]
-    return EvaluationIndex(texts, asked.ngram)
+    texts = [prompt_text(row) for source in decontaminate.against for row in read_examples(source, runs_folder)]
+    return EvaluationIndex(texts, decontaminate.ngram)
 
 
-def _not_taken(found: SourceGathered, data: DataSection, num_good: int) -> list[Mistake]:
-    """Return what is raised of a source's bad rows: all, or, where they may be dropped, that they are too many."""
+def _bad_row_mistakes(found: GatheredSource, data: DataSection, num_good: int) -> list[Mistake]:
+    """Return the mistakes to raise for a source: all, or, under `on_bad_row: drop`, that there are too many."""
     num_bad = found.mistakes.num_rows
     if data.on_bad_row == "raise" or num_good == 0:
-        return found.mistakes.told()
+        return found.mistakes.to_show()
     share = num_bad / (num_bad + num_good)
     if share <= data.most_bad_rows:
         return []
     too_many = Mistake(
         f"{found.name} has {num_bad} bad rows of {num_bad + num_good}, {share:.1%}; data.most_bad_rows is "
         f"{data.most_bad_rows:.1%}.",
-        "so many bad rows are seldom an accident: the format may be another than it seems.",
-        f"mend them, or set data.most_bad_rows to {math.ceil(share * 1000) / 1000:g}.",
+        "so many bad rows are seldom an accident: the source may have another format than declared or detected.",
+        f"fix them, or set data.most_bad_rows to {math.ceil(share * 1000) / 1000:g}.",
     )
-    return [*found.mistakes.told(), too_many]
+    return [*found.mistakes.to_show(), too_many]
 
 
-def _untrainable(found: SourceGathered, num_rows: int) -> Mistake:
+def _untrainable(found: GatheredSource, num_rows: int) -> Mistake:
     return Mistake(
-        f"{found.name} has {num_rows} rows of {UNTRAINABLE[found.row_format]}, all of them sound.",
+        f"{found.name} has {num_rows} rows of {UNTRAINABLE[found.row_format]}, all of them valid.",
         "this version trains on answers, not yet on verdicts about them.",
         "name a source of another format for training.",
     )
