@@ -154,11 +154,7 @@ def content_faults(folder: Path, manifest: DataManifest) -> dict[str, str]:
 
 
 def require_sizes(folder: Path, manifest: DataManifest) -> None:
-    """Refuse prepared data that is not complete, before a device is used.
-
-    Raises:
-        UserError: A file is missing or has another size.
-    """
+    """Raise UserError for prepared data that is not complete, before a device is used."""
     faults = size_faults(folder, manifest)
     if not faults:
         return

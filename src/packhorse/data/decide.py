@@ -91,7 +91,7 @@ class _Pending:
         self._notes: list[str] = []
         self._shares: Shares = (1.0, 0.0, 0.0)
         self._shares_reason = ""
-        uses = np.array([found.use for found in gathered.sources])
+        uses = np.array([source.use for source in gathered.sources])
         # Sources are in the order of their uses, so the rows of a use are contiguous.
         self._stretches = {use: _stretch(np.isin(self._columns.source, np.flatnonzero(uses == use))) for use in USES}
 
@@ -118,7 +118,7 @@ class _Pending:
 
     def draw_rows(self) -> None:
         """Drop the rows that `rows` and `weight` of the sources exclude."""
-        sources = [found.source for found in self._gathered.sources]
+        sources = [source.declared for source in self._gathered.sources]
         if any(source.rows is not None or source.weight is not None for source in sources):
             drawn = draw(self._columns.keys, self._columns.source, sources, self._recipe.data.split.seed)
             self._lose(~drawn, "not_drawn")
@@ -230,14 +230,14 @@ class _Pending:
         """
         self._sides[rows[sides == VALIDATION]] = RETAIN
         of_source = self._columns.source[rows]
-        for number, found in enumerate(self._gathered.sources):
-            if not isinstance(found.source, RetainSource):
+        for number, source in enumerate(self._gathered.sources):
+            if not isinstance(source.declared, RetainSource):
                 continue
             trained = rows[(sides == TRAIN) & (of_source == number)]
-            again = replayed(self._columns.keys[trained], found.source.replay_rows, self._recipe.data.split.seed)
+            again = replayed(self._columns.keys[trained], source.declared.replay_rows, self._recipe.data.split.seed)
             if again is None:
                 raise UserError(
-                    f"data.retain has {found.source.replay_rows} replay_rows for {found.name}, and its train share "
+                    f"data.retain has {source.declared.replay_rows} replay_rows for {source.name}, and its train share "
                     f"has {len(trained)} rows.",
                     "only rows of the train share can be trained on again; the others are held out.",
                     f"set replay_rows to {len(trained)} or less.",

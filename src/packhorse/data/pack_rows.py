@@ -175,11 +175,7 @@ def _split_chat(lengths: Int64, most: int) -> UserError:
 
 
 def _check_lengths(lengths: Int64, recipe: Recipe) -> None:
-    """Refuse a T that no row fits, and, under `raise`, one that some row does not fit.
-
-    Raises:
-        UserError: With the lengths that fit 99 % of the rows and all rows.
-    """
+    """Raise UserError for a T that no row fits, and, under `raise`, one that some row does not fit."""
     most = recipe.batch.length
     num_over = int(np.count_nonzero(lengths > most))
     shortest, longest = int(lengths.min()), int(lengths.max())

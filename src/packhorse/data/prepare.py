@@ -198,7 +198,7 @@ def _source_record(packed: PackedRows, number: int, recipe: Recipe) -> SourceRec
     num_bad = source.mistakes.num_rows
     return SourceRecord(
         path=source.name,
-        sha256=source_hash(source.source, recipe),
+        sha256=source_hash(source.declared, recipe),
         rows=int(np.count_nonzero(here)) + num_bad,
         format=source.row_format,
         use=source.use,

@@ -47,10 +47,10 @@ def test_every_file_is_watched_whatever_is_done_to_it(folder: Path) -> None:
         content = (folder / name).read_bytes()
         for at in range(0, len(content), max(1, len(content) // 10)):
             (folder / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-            assert content_faults(folder, manifest) == {name: f"{name} has another content than was written (sha256)."}
+            assert content_faults(folder, manifest) == {name: f"{name} has other content than was written (sha256)."}
             assert size_faults(folder, manifest) == {}
         (folder / name).write_bytes(content[:-1])
-        said = f"{name} has {len(content) - 1:,} bytes, and {len(content):,} were written."
+        said = f"{name} has {len(content) - 1:,} bytes instead of {len(content):,}."
         assert size_faults(folder, manifest) == content_faults(folder, manifest) == {name: said}
         with pytest.raises(UserError, match="is damaged"):
             require_sizes(folder, manifest)
@@ -86,5 +86,5 @@ def test_prepare_records_every_file_that_it_leaves(tmp_path: Path, monkeypatch: 
 def test_what_is_no_array_is_refused_by_name(folder: Path) -> None:
     file = folder / "train" / "documents.npy"
     file.write_bytes(b"\x80\x04N.".ljust(file.stat().st_size, b"\0"))
-    with pytest.raises(UserError, match=r"documents.npy is no array of numbers"):
+    with pytest.raises(UserError, match=r"documents.npy is not an array of numbers"):
         open_store(folder, "train")

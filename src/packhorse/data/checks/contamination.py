@@ -36,23 +36,23 @@ class EvaluationIndex:
             prompts: Prompt of each row; short evaluation texts are searched only there, as a label may equal a short
                 question by chance. None: in the whole text.
         """
-        found = self._found([_words(text) for text in texts])
+        hits = self._has_known([_words(text) for text in texts])
         if self._has_short:
             lines = [(row, _words(line)) for row, text in enumerate(prompts or texts) for line in text.split("\n")]
-            hits = np.flatnonzero(self._found([line for _, line in lines])).tolist()
-            found[[lines[hit][0] for hit in hits]] = True
-        return list(found.tolist())
+            known = np.flatnonzero(self._has_known([line for _, line in lines])).tolist()
+            hits[[lines[at][0] for at in known]] = True
+        return list(hits.tolist())
 
-    def _found(self, words: Sequence[bytes]) -> NDArray[np.bool_]:
+    def _has_known(self, words: Sequence[bytes]) -> NDArray[np.bool_]:
         """Return bool [texts]: whether one of the text's runs of words is in the index."""
-        found = np.zeros(len(words), np.bool_)
+        has_known = np.zeros(len(words), np.bool_)
         if not len(self._known):
-            return found
+            return has_known
         grams, begin = runs(*word_hashes(words), self._ngram)
         places = np.minimum(np.searchsorted(self._known, grams), len(self._known) - 1)
         hits = np.flatnonzero(self._known[places] == grams)
-        found[np.searchsorted(begin, hits, side="right") - 1] = True
-        return found
+        has_known[np.searchsorted(begin, hits, side="right") - 1] = True
+        return has_known
 
 
 def _words(text: str) -> bytes:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
-Found = tuple[str, int, int]
+Finding = tuple[str, int, int]
 """Kind, first character, character after the last."""
 
 # Every secret below has a run of twenty such characters: searching for a run costs a tenth of searching for the form.
@@ -73,19 +73,19 @@ _ANNOUNCED: Final = re.compile(
 )
 
 
-def find_personal(text: str) -> list[Found]:
+def find_personal(text: str) -> list[Finding]:
     """Return personal data and secrets in a text as (kind, start, end), in order and without overlaps.
 
     Kinds are private_key, json_web_token, api_key, email, iban, credit_card, social_security_number, ip_address, phone.
     """
-    found: list[Found] = []
+    findings: list[Finding] = []
     taken = bytearray()
     for kind, start, end in _all(text):
         taken = taken or bytearray(len(text))
         if not any(taken[start:end]):
             taken[start:end] = b"\1" * (end - start)
-            found.append((kind, start, end))
-    return sorted(found, key=lambda one: one[1])
+            findings.append((kind, start, end))
+    return sorted(findings, key=lambda finding: finding[1])
 
 
 def masked(text: str) -> str:
@@ -97,7 +97,7 @@ def masked(text: str) -> str:
     return "".join(pieces) + text[done:]
 
 
-def _all(text: str) -> Iterator[Found]:
+def _all(text: str) -> Iterator[Finding]:
     """Yield all matches, kinds that may contain others first; usual text costs only three cheap searches."""
     encoded = text.encode("utf-8", "surrogatepass")
     if _LONG_RUN in encoded.translate(_IN_KEYS):
@@ -121,7 +121,7 @@ Check = Callable[[re.Match[str]], bool]
 
 def _matches(
     text: str, kind: str, pattern: re.Pattern[str], check: Check | None = None, group: str | int = 0
-) -> Iterator[Found]:
+) -> Iterator[Finding]:
     for match in pattern.finditer(text):
         if check is None or check(match):
             yield kind, match.start(group), match.end(group)

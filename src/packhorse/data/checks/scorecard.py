@@ -140,12 +140,12 @@ class ScoreKeeper:
         short = () if self._answers_are_labels() else (self._short,)
         samples = {
             "contradictions": list(contradicting),
-            "short_answers": [sample for found in (self._empty, *short) for sample in found.samples],
+            "short_answers": [sample for finding in (self._empty, *short) for sample in finding.samples],
             "length_outliers": longest,
-            **{f"personal:{kind}": found.samples for kind, found in self._personal.items()},
+            **{f"personal:{kind}": finding.samples for kind, finding in self._personal.items()},
             "broken_encoding": self._broken.samples,
         }
-        personal = {kind: found.count for kind, found in self._personal.items()}
+        personal = {kind: finding.count for kind, finding in self._personal.items()}
         return ScoreCard(
             source=self._source,
             num_rows=len(self._tokens),
@@ -154,7 +154,7 @@ class ScoreKeeper:
             exact_duplicates=exact_duplicates,
             near_duplicates=near_duplicates,
             contradictions=contradictions,
-            short_answers=self._empty.count + sum(found.count for found in short),
+            short_answers=self._empty.count + sum(finding.count for finding in short),
             length_outliers=outliers,
             personal=dict(sorted(personal.items(), key=lambda item: (-item[1], item[0]))),
             broken_encoding=self._broken.count,

@@ -60,11 +60,7 @@ def with_system(values: dict[str, Any], messages: list[Message]) -> list[Message
 
 
 def check_chat(messages: list[Message], tools: tuple[dict[str, Any], ...]) -> None:
-    """Refuse a chat that has nothing to train on, or an order of turns that no template knows.
-
-    Raises:
-        BadRowError: No assistant turn or none trained on, an empty answer, a late system turn, or wrong tool use.
-    """
+    """Raise BadRowError for a chat that has nothing to train on, or an order of turns that no template knows."""
     has_answer = has_trained = uses_tools = False
     for number, message in enumerate(messages, 1):
         role = message.role

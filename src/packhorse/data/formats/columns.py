@@ -104,11 +104,7 @@ def renaming_of(source: Source | None) -> Renaming | None:
 
 
 def check_columns(renaming: Renaming, first: Sequence[Row]) -> None:
-    """Refuse a mapping from a key that none of the first rows has.
-
-    Raises:
-        UserError: One error for all absent keys, with the existing keys.
-    """
+    """Raise UserError for a mapping from a key that none of the first rows has."""
     rows = [row.values for row in first]
     renaming = renaming.spread(rows[0])[0][1]
     absent = [item for item in renaming.row_keys.items() if all(_at(values, item[1]) is ABSENT for values in rows)]

@@ -36,11 +36,7 @@ def text_of(value: object, name: str) -> str:
 
 
 def check_characters(text: str, name: str) -> None:
-    """Refuse text with half a surrogate pair.
-
-    Raises:
-        BadRowError: The text has one.
-    """
+    """Raise BadRowError for text with half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

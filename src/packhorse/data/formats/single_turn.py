@@ -88,11 +88,7 @@ def turns_of(value: object, key: str) -> list[Message]:
 
 
 def check_speaker(turns: list[Message], key: str) -> None:
-    """Refuse an answer that does not begin and end with the assistant.
-
-    Raises:
-        BadRowError: It begins or ends with another role.
-    """
+    """Raise BadRowError for an answer that does not begin and end with the assistant."""
     for word, turn in (("begins", turns[0]), ("ends", turns[-1])):
         if turn.role != "assistant":
             raise BadRowError(

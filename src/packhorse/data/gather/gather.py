@@ -52,21 +52,21 @@ class GatheredRows:
     @property
     def measured_fields(self) -> tuple[str, ...]:
         """Names of the fields that all rows have which may be held out; metrics can be grouped by them."""
-        uses = {found.use for found in self.sources}
+        uses = {source.use for source in self.sources}
         held_out = {"validation", "retain"} if "validation" in uses else {"train", "retain"}
-        shared = [fields for found, fields in zip(self.sources, self.fields) if found.use in held_out]
+        shared = [fields for source, fields in zip(self.sources, self.fields) if source.use in held_out]
         return tuple(sorted(frozenset.intersection(*shared)))
 
     @property
     def is_chat(self) -> NDArray[np.bool_]:
         """bool [R], whether each row is a chat."""
-        chats = np.array([found.row_format != "text" for found in self.sources])
+        chats = np.array([source.row_format != "text" for source in self.sources])
         return np.asarray(chats[self.spool.columns.source])
 
     @property
     def num_bad(self) -> int:
         """Number of rows that could not be read or rendered."""
-        return sum(found.mistakes.num_rows for found in self.sources)
+        return sum(source.mistakes.num_rows for source in self.sources)
 
 
 def gather(
@@ -107,7 +107,7 @@ def _gather(recipe: Recipe, folder: Path, watch: BatchCallback | None, with_prom
     tokenizer_folder = resolve_tokenizer(recipe)
     opened = _open_all(recipe)
     tokenizer = tokenizer_of(recipe, tokenizer_folder)
-    has_chats = any(found.row_format != "text" for found, _ in opened)
+    has_chats = any(source.row_format != "text" for source, _ in opened)
     renderer = make_renderer(tokenizer, tokenizer_folder, recipe.data, has_chats)
     served = saved_form(tokenizer, recipe.model.trust_remote_code)
     evaluated = _evaluation_index(recipe)
@@ -117,18 +117,18 @@ def _gather(recipe: Recipe, folder: Path, watch: BatchCallback | None, with_prom
     # The vocabularies live until the end, so the collector need not scan them.
     gc.freeze()
     with SpoolWriter(folder, renderer.vocab_size) as spool:
-        for number, (found, examples) in enumerate(opened):
-            one = SourcePass(recipe.data, found, number, renderer, served, evaluated, strata, with_prompts)
-            shared, num_rows = one.run(examples, spool, watch)
+        for number, (source, examples) in enumerate(opened):
+            source_pass = SourcePass(recipe.data, source, number, renderer, served, evaluated, strata, with_prompts)
+            shared, num_rows = source_pass.run(examples, spool, watch)
             fields.append(shared)
-            mistakes += _bad_row_mistakes(found, recipe.data, num_rows)
-            if found.row_format in UNTRAINABLE and not mistakes:
-                mistakes.append(_untrainable(found, num_rows))
+            mistakes += _bad_row_mistakes(source, recipe.data, num_rows)
+            if source.row_format in UNTRAINABLE and not mistakes:
+                mistakes.append(_untrainable(source, num_rows))
         if mistakes:
             raise UserError.of(mistakes)
         done = spool.finish()
     columns = replace(done.columns, stratum=strata.sorted_codes(done.columns.stratum))
-    sources = tuple(found for found, _ in opened)
+    sources = tuple(source for source, _ in opened)
     return GatheredRows(sources, renderer, replace(done, columns=columns), strata.names(), tuple(fields))
 
 
@@ -160,8 +160,9 @@ def _open(source: Source, use: SourceUse, runs_folder: Path) -> Opened:
     if first is None:
         raise UserError.of(mistakes.to_show())
     row_format = resolve_format(source.format, first, source)
-    found = GatheredSource(source, use, row_format, mistakes)
-    return found, convert_rows(chain([first], rows), row_format, mistakes, source)
+    return GatheredSource(source, use, row_format, mistakes), convert_rows(
+        chain([first], rows), row_format, mistakes, source
+    )
 
 
 def read_examples(source: Source, runs_folder: Path) -> Iterator[Example]:
@@ -170,9 +171,9 @@ def read_examples(source: Source, runs_folder: Path) -> Iterator[Example]:
     Raises:
         UserError: All rows that cannot be read.
     """
-    found, examples = _open(source, "train", runs_folder)
+    opened, examples = _open(source, "train", runs_folder)
     yield from examples
-    found.mistakes.raise_if_any()
+    opened.mistakes.raise_if_any()
 
 
 def _evaluation_index(recipe: Recipe) -> EvaluationIndex | None:
@@ -184,26 +185,26 @@ def _evaluation_index(recipe: Recipe) -> EvaluationIndex | None:
     return EvaluationIndex(texts, decontaminate.ngram)
 
 
-def _bad_row_mistakes(found: GatheredSource, data: DataSection, num_good: int) -> list[Mistake]:
+def _bad_row_mistakes(source: GatheredSource, data: DataSection, num_good: int) -> list[Mistake]:
     """Return the mistakes to raise for a source: all, or, under `on_bad_row: drop`, that there are too many."""
-    num_bad = found.mistakes.num_rows
+    num_bad = source.mistakes.num_rows
     if data.on_bad_row == "raise" or num_good == 0:
-        return found.mistakes.to_show()
+        return source.mistakes.to_show()
     share = num_bad / (num_bad + num_good)
     if share <= data.most_bad_rows:
         return []
     too_many = Mistake(
-        f"{found.name} has {num_bad} bad rows of {num_bad + num_good}, {share:.1%}; data.most_bad_rows is "
+        f"{source.name} has {num_bad} bad rows of {num_bad + num_good}, {share:.1%}; data.most_bad_rows is "
         f"{data.most_bad_rows:.1%}.",
         "so many bad rows are seldom an accident: the source may have another format than declared or detected.",
         f"fix them, or set data.most_bad_rows to {math.ceil(share * 1000) / 1000:g}.",
     )
-    return [*found.mistakes.to_show(), too_many]
+    return [*source.mistakes.to_show(), too_many]
 
 
-def _untrainable(found: GatheredSource, num_rows: int) -> Mistake:
+def _untrainable(source: GatheredSource, num_rows: int) -> Mistake:
     return Mistake(
-        f"{found.name} has {num_rows} rows of {UNTRAINABLE[found.row_format]}, all of them valid.",
+        f"{source.name} has {num_rows} rows of {UNTRAINABLE[source.row_format]}, all of them valid.",
         "this version trains on answers, not yet on verdicts about them.",
         "name a source of another format for training.",
     )

@@ -49,13 +49,13 @@ class GatheredSource:
     """One source of the recipe.
 
     Attributes:
-        source: Source as in the recipe.
+        declared: Source as in the recipe.
         use: Purpose of its rows.
         row_format: Format of its rows, detected or declared.
         mistakes: Bad rows of the source.
     """
 
-    source: Source
+    declared: Source
     use: SourceUse
     row_format: RowFormat
     mistakes: RowMistakes
@@ -63,7 +63,7 @@ class GatheredSource:
     @property
     def name(self) -> str:
         """Name of the source in messages."""
-        return source_name(self.source)
+        return source_name(self.declared)
 
 
 @dataclass
@@ -91,7 +91,7 @@ class SourcePass:
     """Pass over the rows of one source."""
 
     data: DataSection
-    found: GatheredSource
+    source: GatheredSource
     number: int
     renderer: Renderer
     served: PreTrainedTokenizerBase
@@ -107,7 +107,7 @@ class SourcePass:
         num_rows = 0
         for number, batch in enumerate(_batches(examples)):
             kept, rendered = self._render(batch, is_first=number == 0)
-            num_rows += len(batch) if self.found.row_format in UNTRAINABLE else len(kept)
+            num_rows += len(batch) if self.source.row_format in UNTRAINABLE else len(kept)
             if not kept:
                 continue
             texts = [row_text(example) for example in kept]
@@ -115,18 +115,18 @@ class SourcePass:
             for example in kept:
                 shared = set(example.fields) if shared is None else shared & example.fields.keys()
             if watch is not None:
-                watch(self.found, kept, rendered)
+                watch(self.source, kept, rendered)
             gc.collect(0)
         return frozenset(shared or ()), num_rows
 
     def _render(self, batch: list[Example], is_first: bool) -> tuple[list[Example], list[Rendered]]:
-        if self.found.row_format in UNTRAINABLE:
+        if self.source.row_format in UNTRAINABLE:
             return [], []
         if self.needed:
             batch = [example for example in batch if self._has_fields(example)]
         if self.data.fix_encoding:
             batch = [_with_fixed_encoding(example) for example in batch]
-        rendered = render_examples(self.renderer, batch, self.found.mistakes)
+        rendered = render_examples(self.renderer, batch, self.source.mistakes)
         pairs = [(example, row) for example, row in zip(batch, rendered) if row is not None]
         if is_first:
             check_serving(self.renderer, pairs[:SERVED_ROWS], self.served)
@@ -142,7 +142,7 @@ class SourcePass:
     def _has_fields(self, example: Example) -> bool:
         missing = [name for name in self.needed if name not in example.fields]
         if missing:
-            self.found.mistakes.add(
+            self.source.mistakes.add(
                 Mistake(
                     f"the row has no {' and no '.join(missing)}; its other fields are "
                     f"{', '.join(example.fields) or 'none'}.",
@@ -184,7 +184,7 @@ class SourcePass:
     def _values(self, name: str, examples: list[Example], texts: list[str]) -> list[str]:
         if name == "source":
             # The number comes first, so that the name of a file does not decide on which side a row is.
-            return [f"{self.number:03}{ORDER_END}{self.found.name}"] * len(examples)
+            return [f"{self.number:03}{ORDER_END}{self.source.name}"] * len(examples)
         if name == "language" and not all(name in example.fields for example in examples):
             return [str(example.fields.get(name) or code) for example, code in zip(examples, languages(texts))]
         return [str(example.fields[name]) for example in examples]

@@ -108,8 +108,8 @@ def _saved(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _readable(found: Iterable[Path], origin: str) -> list[Path]:
-    paths = sorted(set(found), key=_natural)
+def _readable(files: Iterable[Path], origin: str) -> list[Path]:
+    paths = sorted(set(files), key=_natural)
     visible = [path for path in paths if not path.name.startswith(".")]
     if known := [path for path in visible if form_of(path)[0] and not path.is_dir()]:
         return known

@@ -93,11 +93,7 @@ def _check_prompt(template: ChatTemplate, turns: list[Turn], text: str, span: Tu
 
 
 def refuse_double_start(ids: list[int], start: int | None, text: str) -> None:
-    """Refuse a row that begins with the start token twice.
-
-    Raises:
-        BadRowError: The first two tokens are the start token.
-    """
+    """Raise BadRowError for a row that begins with the start token twice."""
     if start is not None and ids[0:1] == ids[1:2] == [start]:
         raise BadRowError(
             f"the row begins with the start token twice (id {start}): {excerpt(text)}",

@@ -119,11 +119,7 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str], f
 
 
 def require_stop_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuse a tokenizer that has no stop token.
-
-    Raises:
-        UserError: The tokenizer has no eos_token.
-    """
+    """Raise UserError for a tokenizer that has no stop token."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {folder} has no eos_token.",
@@ -143,11 +139,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int]
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuse a tokenizer that has no chat template.
-
-    Raises:
-        UserError: The tokenizer has none.
-    """
+    """Raise UserError for a tokenizer that has no chat template."""
     if tokenizer.chat_template:
         return
     known = [f"{name}, whose tokens this tokenizer has" for name in fitting_templates(tokenizer)]

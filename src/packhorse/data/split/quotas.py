@@ -92,9 +92,9 @@ class _Rounding:
         num_rows = sum(size * number for size, number, _ in classes)
         here = _Sides([num_rows * part for part in self._parts], [0] * len(self._parts))
         counts = []
-        for found in classes:
-            counts.append(self._groups(found, here) if found.size > 1 else self._rows(found.number, here))
-            here.placed = [done + n * found.size * PARTS for done, n in zip(here.placed, counts[-1])]
+        for one in classes:
+            counts.append(self._groups(one, here) if one.size > 1 else self._rows(one.number, here))
+            here.placed = [done + n * one.size * PARTS for done, n in zip(here.placed, counts[-1])]
         self._owed = [owed + e - p for owed, e, p in zip(self._owed, here.exact, here.placed)]
         return counts
 
@@ -109,17 +109,17 @@ class _Rounding:
             counts[max(below, key=lambda side: wanted[side] + self._owed[side])] += 1
         return counts
 
-    def _groups(self, found: GroupClass, here: _Sides) -> list[int]:
+    def _groups(self, groups: GroupClass, here: _Sides) -> list[int]:
         """Place groups in proportion to the rows that each side still lacks; the rest by chance, where they fit."""
-        size = found.size * PARTS
+        size = groups.size * PARTS
         room = [self._room(side, size, here) for side in range(len(self._parts))]
         if not any(room):
             room = list(self._parts)
         whole = sum(room)
-        counts = [found.number * here_room // whole for here_room in room]
-        over = [found.number * here_room % whole for here_room in room]
-        chance = found.chance
-        for _ in range(found.number - sum(counts)):
+        counts = [groups.number * here_room // whole for here_room in room]
+        over = [groups.number * here_room % whole for here_room in room]
+        chance = groups.chance
+        for _ in range(groups.number - sum(counts)):
             chance = (chance * LCG[0] + LCG[1]) & LCG_MASK
             # Half a row too much does not exclude a side: single rows are rounded up too.
             fits = [over[side] if (counts[side] + 1) * size < room[side] + PARTS else 0 for side in range(len(room))]

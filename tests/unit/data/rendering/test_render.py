@@ -178,7 +178,7 @@ def test_real_tokenizer_without_a_template() -> None:
     folder = shared("tokenizers/gpt2-50k")
     message = refusal(folder, chat_of(*THREE_TURNS))
     assert "gpt2-50k has no chat template." in message
-    assert "fix: set data.template to alpaca, whose tokens this tokenizer has; or to a Jinja file" in message
+    assert "fix: set data.template to alpaca, whose tokens this tokenizer has; or to your own Jinja file" in message
     assert "after:  {% generation %}{{ message['content'] + eos_token }}{% endgeneration %}" in message
     assert "no token <|im_start|> and no <|im_end|>" in refusal(folder, chat_of(*THREE_TURNS), template="chatml")
     (row,) = render(folder, text_of("Hello world"))
