@@ -20,7 +20,7 @@ from packhorse.data.checks.duplicates import equal_groups, near_groups
 from packhorse.data.checks.encoding import broken_encoding, fix_encoding_errors
 from packhorse.data.checks.language import languages
 from packhorse.data.checks.personal import find_personal
-from packhorse.data.checks.signatures import signatures
+from packhorse.data.checks.words import signatures
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

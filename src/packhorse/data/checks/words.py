@@ -1,16 +1,21 @@
-"""Hash the words of a whole batch as 64-bit numbers, and runs of words as one number.
+"""Hash the words of a batch of texts as 64-bit numbers, and compute MinHash signatures over runs of words.
 
-As Python strings, shingles would cost more than all that is done with them; here a batch is one buffer of bytes.
+As Python strings, shingles would cost more than all that is done with them; here a batch is one buffer of bytes. The
+minima are rensa's (fast similarity sketching, Dahlgaard et al. 2017, arXiv 1704.04370), whose 64 slots have an error of
+.043; 64 independent slots would have .056.
+
 Shapes: B rows, W words of the batch.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from rensa import RMinHash
 
 Hashes = NDArray[np.uint64]
 Offsets = NDArray[np.int64]
@@ -90,3 +95,47 @@ def _hashed(eights: Hashes, starts: Offsets, lengths: Offsets) -> Hashes:
         longer = longer[lengths[longer] > done]
     hashes[longer] += lengths[longer].astype(np.uint64) * _PRIMES[2]
     return mixed(hashes)
+
+
+NUM_SLOTS: Final = 64
+SHINGLE_WORDS: Final = 3
+SEED: Final = 42
+SPACED_BYTES: Final = 32
+"""Bytes per word above which a text in a non-Latin script is treated as one without spaces."""
+
+
+def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
+    """Return uint32 [rows, 64], the MinHash signature of each text's set of 3-word shingles.
+
+    Words are lower-cased and separated by white space; a text of fewer than three words is one shingle. Chinese,
+    Japanese, Thai and other scripts without spaces between words are split into characters.
+    """
+    if not texts:
+        return np.empty((0, NUM_SLOTS), np.uint32)
+    encoded = [_lowered(text) for text in texts]
+    hashes, offsets = word_hashes(encoded)
+    out = _minima(*runs(hashes, offsets, SHINGLE_WORDS))
+    unspaced = _unspaced(texts, encoded, np.diff(offsets))
+    if unspaced:
+        characters = character_hashes([texts[row] for row in unspaced])
+        out[unspaced] = _minima(*runs(*characters, SHINGLE_WORDS))
+    return out
+
+
+def _lowered(text: str) -> bytes:
+    # `word_hashes` lower-cases the whole batch as ASCII, many times faster than one text at a time.
+    return text.encode() if text.isascii() else text.lower().encode("utf-8", "surrogatepass")
+
+
+def _unspaced(texts: Sequence[str], encoded: Sequence[bytes], num_words: Offsets) -> list[int]:
+    num_bytes = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    long_words = np.flatnonzero(num_bytes > SPACED_BYTES * num_words).tolist()
+    # A character of these scripts has three bytes; long words of one-byte characters are addresses or data.
+    return [row for row in long_words if len(encoded[row]) >= 2 * len(texts[row])]
+
+
+def _minima(shingles: Hashes, offsets: Offsets) -> NDArray[np.uint32]:
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets.astype(np.uint64), NUM_SLOTS, SEED)
+    # rensa returns its matrix only as lists of ints; array converts them twice as fast as numpy.
+    joined = bytearray().join([array("I", row) for row in matrix.to_rows()])
+    return np.frombuffer(joined, np.uint32).reshape(-1, NUM_SLOTS)

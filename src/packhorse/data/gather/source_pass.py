@@ -18,8 +18,8 @@ from packhorse.data.checks.contamination import EvaluationIndex
 from packhorse.data.checks.encoding import fix_encoding_errors
 from packhorse.data.checks.keys import answer_keys, content_keys, prompt_keys
 from packhorse.data.checks.language import languages
-from packhorse.data.checks.signatures import signatures
 from packhorse.data.checks.texts import answer_text, prompt_text, row_text
+from packhorse.data.checks.words import signatures
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import RowFormat
 from packhorse.data.gather.spool import SpoolWriter

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.resolve import source_name
-from packhorse.data.split.ranks import UInt64
-from packhorse.data.split.split import lowest
+from packhorse.data.split.split import UInt64, lowest
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.schema import Source
 

@@ -1,5 +1,7 @@
 """Divide rows between the sides by their content: neither the order of the file nor copies change a row's side.
 
+Changing any result here would move rows between training and test of data prepared before.
+
 Shapes: R rows, G groups of rows that stay together, K sides.
 """
 
@@ -12,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.split.quotas import GroupClass, class_counts, share_parts
-from packhorse.data.split.ranks import UInt64, mix, mixed_seed, ranks
 
 Sides = NDArray[np.int8]
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]
+UInt64 = NDArray[np.uint64]
+
+MASK: Final = 2**64 - 1
 
 SIDE_NAMES: Final = ("train", "validation", "test")
 STRATUM_ORDER: Final = 1
@@ -223,3 +227,40 @@ def _counts(classes: _Classes, parts: Sequence[int], seed: int) -> Int64:
     for visit, of_stratum in zip(visits.tolist(), class_counts((listed[spans[at]] for at in visits.tolist()), parts)):
         counts[spans[visit]] = of_stratum
     return counts
+
+
+def mix(values: UInt64) -> UInt64:
+    """Return the first output of SplitMix64 for each state, uint64 of any shape: a bijection that mixes all bits.
+
+    Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with the constants of Vigna's
+    splitmix64.c.
+    """
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def mixed_seed(seed: int, purpose: int = 0) -> UInt64:
+    """Return uint64 [1] from a seed of any size and sign; different purposes give independent orders."""
+    return mix(mix(np.array([seed & MASK], np.uint64)) + np.uint64(purpose))
+
+
+def ranks(keys: UInt64, seed: int, purpose: int = 0) -> UInt64:
+    """Return uint64 [R], the sort key of each row.
+
+    Args:
+        keys: uint64 [R, 2] hash of each row's content.
+        seed: Seed of the order.
+        purpose: Number of the purpose of the order.
+
+    Returns:
+        uint64 [R]. Rows of equal rank have equal keys if their second halves are equal, so the second half as an
+        additional sort key makes the order strict.
+    """
+    mixed = mix(keys[:, 1] ^ mixed_seed(seed, purpose))
+    mixed ^= keys[:, 0]
+    return mix(mixed)

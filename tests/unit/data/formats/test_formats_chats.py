@@ -140,7 +140,7 @@ def test_the_keys_show_the_format(values: dict[str, Any], expected: str | None) 
         pytest.param({"question": "a", "answer": "b"}, "messages", "it looks like question_answer", "set", id="other"),
         pytest.param({"key": 1, "prompt": "a"}, "auto", "key, prompt, which is no", "columns", id="prompt alone"),
         pytest.param({"text": "a"}, "text_label", "no label or category or class or", "set the", id="no label"),
-        pytest.param({"instuction": "a", "output": "b"}, "alpaca", "instuction is close to instruction", "fix", id="typo"),
+        pytest.param({"instuction": "a", "output": "b"}, "alpaca", "instuction is close to", "fix the row", id="typo"),
         pytest.param({"messages": [{**USER, "role": "asistant"}]}, "auto", "'asistant'", "write assistant", id="role"),
         pytest.param({"messages": [{**USER, "role": 5}]}, "auto", "the role 5", "one of these", id="role type"),
         pytest.param({"messages": [{**USER, "role": ["x"]}]}, "auto", "the role list", "one of", id="role as list"),

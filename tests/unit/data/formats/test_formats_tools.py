@@ -109,7 +109,7 @@ DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
         pytest.param({"messages": [USER, openai(TEXT), BOT, RAIN, BOT]}, "turn 4 is a tool's", "", id="call too early"),
         pytest.param({"conversations": [HUMAN, OBSERVED, GPT]}, "turn 2 is a tool's answer", "", id="sharegpt no call"),
         pytest.param(
-            {"conversations": [HUMAN, {"from": "function_call", "value": "call weather"}]}, "call of turn 2 is not JSON",
+            {"conversations": [HUMAN, {"from": "function_call", "value": "call weather"}]}, "call of turn 2 is not",
             '{"name"', id="sharegpt no json",
         ),
         pytest.param(
@@ -123,7 +123,7 @@ DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
             {"messages": [USER, openai(TEXT)], "tools": [{"name": "wether"}]},
             "turn 2 calls weather; the row's tools are wether", "write wether, or add", id="unknown tool",
         ),
-        pytest.param({"messages": [USER, BOT], "tools": "weather"}, "tools is not JSON", "function", id="tools no json"),
+        pytest.param({"messages": [USER, BOT], "tools": "weather"}, "tools is not JSON", "func", id="tools no json"),
         pytest.param({"messages": [USER, BOT], "tools": {"name": "a"}}, "tools is dict, not a list", "list", id="dict"),
         pytest.param({"messages": [USER, BOT], "tools": [{}]}, "tool 1 of tools has no name", "name", id="no name"),
         pytest.param({"messages": [USER, BOT], "tools": ["x"]}, "tool 1 of tools has no name", "name", id="text"),

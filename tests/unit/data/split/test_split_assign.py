@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from packhorse.data.split import split
 from packhorse.data.split.quotas import GroupClass, class_counts, largest_remainder, share_parts
-from packhorse.data.split.ranks import ranks
-from packhorse.data.split.split import assign, replayed, too_small
+from packhorse.data.split.split import assign, ranks, replayed, too_small
 
 SHARES = (0.7, 0.15, 0.15)
 PINNED = ("201000002010", "012000000021")
