@@ -90,8 +90,8 @@ def _common_beginning(chosen: list[Message], rejected: list[Message], prompt: Se
     same = next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
     # The last turn is an answer, even if both chats have the same one.
     common = chosen[: min(same, len(chosen) - 1, len(rejected) - 1)]
-    said = {(turn.role, turn.content) for turn in common}
-    apart = [turn for turn in prompt if turn.role != "system" and (turn.role, turn.content) not in said]
+    contents = {(turn.role, turn.content) for turn in common}
+    apart = [turn for turn in prompt if turn.role != "system" and (turn.role, turn.content) not in contents]
     if not common or apart:
         what = f"the prompt's turn {shown(apart[0].content)} is not among" if apart else "there is no turn in"
         raise BadRowError(
@@ -124,10 +124,10 @@ def _judged_chat(values: dict[str, Any]) -> list[Message]:
             "end it with the assistant's answer.",
         )
     # Tool calls and their results are part of the answer.
-    asked = max((at for at, turn in enumerate(turns) if turn.role in ("user", "system")), default=-1)
+    last_prompt = max((at for at, turn in enumerate(turns) if turn.role in ("user", "system")), default=-1)
     if is_blank(turns[-1].content) and not turns[-1].tool_calls:
         raise empty_answer()
-    return [turn if at > asked else replace(turn, trained=False) for at, turn in enumerate(turns)]
+    return [turn if at > last_prompt else replace(turn, trained=False) for at, turn in enumerate(turns)]
 
 
 def _verdict(values: dict[str, Any]) -> bool:

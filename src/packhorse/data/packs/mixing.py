@@ -79,12 +79,12 @@ def _deal(lengths: Int64, capacity: int, num_packs: int, longest_held_back: int,
     order = split_keys(words, len(lengths))
     starts = np.searchsorted(words, np.arange(len(limits) + 1, dtype=np.uint64) << CLASS_SHIFT).tolist()
     in_order = lengths[order]
-    rooms = np.full(num_packs, capacity)
+    spaces = np.full(num_packs, capacity)
     packs = np.full(len(lengths), UNPLACED)
     for start, end in pairwise(starts):
-        _deal_class(in_order[start:end], rooms, packs[start:end])
+        _deal_class(in_order[start:end], spaces, packs[start:end])
     rest = np.flatnonzero(packs == UNPLACED)
-    packs[rest] = best_fit(in_order[rest], capacity, rooms)
+    packs[rest] = best_fit(in_order[rest], capacity, spaces)
     pack_of = np.empty_like(packs)
     pack_of[order] = packs
     return pack_of
@@ -98,21 +98,21 @@ def _class_limits(capacity: int) -> Int64:
     return np.array(limits)
 
 
-def _deal_class(lengths: Int64, rooms: Int64, packs: Int64) -> None:
+def _deal_class(lengths: Int64, spaces: Int64, packs: Int64) -> None:
     """Deal documents of similar length, one per round to each pack that fits the longest, until none does; in place."""
     longest = lengths.max(initial=0)
     dealt = 0
     while dealt < len(lengths):
-        open_packs = np.flatnonzero(rooms >= longest)
+        open_packs = np.flatnonzero(spaces >= longest)
         if len(open_packs) == 0:
             return
         left = len(lengths) - dealt
         if left < len(open_packs):
             # The packs with the most free space, so that held back documents find similar space everywhere.
-            open_packs = open_packs[order_by(rooms.max() - rooms[open_packs])[:left]]
+            open_packs = open_packs[order_by(spaces.max() - spaces[open_packs])[:left]]
         here = slice(dealt, dealt + len(open_packs))
         packs[here] = open_packs
-        rooms[open_packs] -= lengths[here]
+        spaces[open_packs] -= lengths[here]
         dealt += len(open_packs)
 
 

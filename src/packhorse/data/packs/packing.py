@@ -76,7 +76,7 @@ def pack_lengths(lengths: Int64, capacity: int) -> Packing:
 
     Six documents of lengths 5 4 3 3 2 1, capacity 6, one letter per token::
 
-        by length        opened for a    b finds no room    c opens,          e fits b exactly,
+        by length        opened for a    b finds no space   c opens,           e fits b exactly,
                                          in a               d fits c          f fits a exactly
         a a a a a        a a a a a .     a a a a a .        a a a a a .       a a a a a f
         b b b b                          b b b b . .        b b b b . .       b b b b e e

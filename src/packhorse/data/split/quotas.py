@@ -112,26 +112,28 @@ class _Rounding:
     def _groups(self, groups: GroupClass, here: _Sides) -> list[int]:
         """Place groups in proportion to the rows that each side still lacks; the rest by chance, where they fit."""
         size = groups.size * PARTS
-        room = [self._room(side, size, here) for side in range(len(self._parts))]
-        if not any(room):
-            room = list(self._parts)
-        whole = sum(room)
-        counts = [groups.number * here_room // whole for here_room in room]
-        over = [groups.number * here_room % whole for here_room in room]
+        lacking = [self._lacking(side, size, here) for side in range(len(self._parts))]
+        if not any(lacking):
+            lacking = list(self._parts)
+        whole = sum(lacking)
+        counts = [groups.number * wanted // whole for wanted in lacking]
+        over = [groups.number * wanted % whole for wanted in lacking]
         chance = groups.chance
         for _ in range(groups.number - sum(counts)):
             chance = (chance * LCG[0] + LCG[1]) & LCG_MASK
             # Half a row too much does not exclude a side: single rows are rounded up too.
-            fits = [over[side] if (counts[side] + 1) * size < room[side] + PARTS else 0 for side in range(len(room))]
+            fits = [
+                over[side] if (counts[side] + 1) * size < lacking[side] + PARTS else 0 for side in range(len(lacking))
+            ]
             if any(fits):
                 side = _drawn(fits, chance)
             else:
-                side = max(self._sides, key=lambda side: room[side] - counts[side] * size)
+                side = max(self._sides, key=lambda side: lacking[side] - counts[side] * size)
             counts[side] += 1
             over[side] = 0
         return counts
 
-    def _room(self, side: int, size: int, here: _Sides) -> int:
+    def _lacking(self, side: int, size: int, here: _Sides) -> int:
         # Errors of other strata may move one group, but not disturb the shares of this stratum.
         owed = min(max(self._owed[side], -size), size)
         return max(0, here.exact[side] - here.placed[side] + owed)
