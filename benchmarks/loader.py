@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lab_log
+from packhorse.data.data_manifest import DataManifest, SplitCounts, write_data_manifest
 from packhorse.data.ledger import Entry, Ledger
-from packhorse.data.manifest import DataManifest, SplitCounts, write_manifest
 from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.packing import pack
@@ -101,7 +101,7 @@ def write_store(folder: Path, num_rows: int) -> SplitCounts:
         fields=(),
         ledger=Ledger(rows_in=every, losses={}, kept={"train": every}),
     )
-    write_manifest(manifest, folder)
+    write_data_manifest(manifest, folder)
     return counts
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from packhorse.data.data_manifest import DataManifest, write_data_manifest
 from packhorse.data.ledger import Entry, Ledger
-from packhorse.data.manifest import DataManifest, write_manifest
 from packhorse.data.packs.packing import pack
 from packhorse.data.packs.store import write_split
 
@@ -59,5 +59,5 @@ def write_prepared(
         "fields": (),
         "ledger": Ledger(rows_in=every, losses={}, kept=kept),
     }
-    write_manifest(DataManifest(**{**fields, **more}), folder)
+    write_data_manifest(DataManifest(**{**fields, **more}), folder)
     return folder

@@ -71,8 +71,8 @@ def test_trained_text_is_marked_by_more_than_colour(seen: dict[str, Any], scheme
 def test_the_ledger_is_there_to_the_row(seen: dict[str, Any]) -> None:
     for name in ("real 360", "real 1280"):
         table = " ".join(seen["light"][name]["ledger"].split())
-        assert "could not be read as meant 14 0.16 % 0 0.00 %" in table
-        assert "train: learnt from 7,304 84.22 % 1,454,218 83.44 %" in table
+        assert "could not be read or rendered 14 0.16 % 0 0.00 %" in table
+        assert "train: trained on 7,304 84.22 % 1,454,218 83.44 %" in table
         assert "Read from all sources 8,673 100.00 % 1,742,906 100.00 %" in table
 
 
@@ -105,4 +105,4 @@ def test_hostile_text_is_read_as_it_stands_in_the_rows(seen: dict[str, Any]) -> 
 def test_nothing_found_is_a_page_too(browser: str, tmp_path: Any) -> None:
     (found,) = look(browser, tmp_path, {"empty": render_data_page(empty_report())}, [360], dark=False).values()
     assert found["overflow"] == 0
-    assert "No two rows say the same." in found["body"]
+    assert "No two rows are equal or nearly equal." in found["body"]

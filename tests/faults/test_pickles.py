@@ -303,7 +303,7 @@ def test_no_file_of_prepared_data_is_unpickled(here: Path) -> None:
         for evil in (EVIL, b"\x93NUMPY\x01\x00v\x00" + _header("|O") + EVIL):
             path.write_bytes(evil)
             if path.suffix == ".npy":
-                with pytest.raises(UserError, match=f"{path.name} is no array of numbers"):
+                with pytest.raises(UserError, match=f"{path.name} is not an array of numbers"):
                     open_store(folder, "train")
             else:
                 open_store(folder, "train")  # bytes are bytes: `verify` says that they are others

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli import PACKHORSE, Typed, environment, packhorse
-from packhorse.data.manifest import read_manifest
+from packhorse.data.data_manifest import read_data_manifest
 from packhorse.plan.run_plan import read_plan
 from secrets_made_up import SECRETS
 from tiny import write_tiny
@@ -143,7 +143,7 @@ def test_prepared_data_that_was_changed_is_found(folder: Path) -> None:
     facts = read_plan(run).data
     assert facts is not None
     data = Path(facts.folder)
-    manifest = read_manifest(data)
+    manifest = read_data_manifest(data)
     assert manifest is not None
     tokens = data / "train" / "tokens.bin"
     content = tokens.read_bytes()
@@ -151,11 +151,11 @@ def test_prepared_data_that_was_changed_is_found(folder: Path) -> None:
         tokens.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
         done = packhorse(folder, "verify", str(run))
         assert done.code == 1
-        assert "train/tokens.bin has another content than was written" in done.out
+        assert "train/tokens.bin has other content than was written (sha256)" in done.out
         tokens.write_bytes(content[:-2])
         done = packhorse(folder, "train", "tiny.yaml", "name=shorter")
         assert done.code == 2
-        assert f"train/tokens.bin has {len(content) - 2:,} bytes, and {len(content):,} were written" in done.err
+        assert f"train/tokens.bin has {len(content) - 2:,} bytes instead of {len(content):,}" in done.err
         assert not (folder / RUNS / "shorter").exists()
     finally:
         tokens.write_bytes(content)

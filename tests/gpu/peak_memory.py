@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from measured_memory import LivePeak, save_model
-from packhorse.data.manifest import DataManifest, read_manifest
+from packhorse.data.data_manifest import DataManifest, read_data_manifest
 from packhorse.data.packs.store import open_store
 from packhorse.estimate.measure.rehearse import rank_environment
 from packhorse.estimate.measure.resident import weight_tensors
@@ -232,7 +232,7 @@ def _packs(case: Case, folder: Path, shared: Path) -> DataFacts:
     validation = case.validation or case.length
     splits = {"train": documents(case.length), "validation": documents(validation)}
     write_prepared(folder, splits, length_tokens=max(case.length, validation), tokenizer=str(tokenizer))
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     assert isinstance(manifest, DataManifest)
     facts = manifest.splits["train"].model_dump(exclude={"files"})
     return DataFacts(folder=str(folder), content_hash=manifest.content_hash, tokenizer=str(tokenizer), **facts)

@@ -114,8 +114,8 @@ def test_row_with_an_escaped_line_separator_stays_one_row() -> None:
 def test_fourteen_broken_lines_are_named(tmp_path: Path) -> None:
     path = shared("data/alpaca_libre_v2.jsonl")
     message = refusal(recipe_of(tmp_path / "runs", path, QWEN))
-    assert f"{path}:2279: the line is no JSON: Expecting ',' delimiter at column 97; it begins {{" in message
-    assert message.count("the line is no JSON") == 14
+    assert f"{path}:2279: the line is not JSON: Expecting ',' delimiter at column 97; it begins {{" in message
+    assert message.count("the line is not JSON") == 14
     assert message.count("the answer of an assistant turn is empty") == 20
     # Answers that begin with a line break, which one token of qwen2 joins with the template's own.
     assert message.count("begins inside a token") == 20
@@ -164,10 +164,10 @@ def test_csv_lines_are_exact() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        pytest.param("lf_dpo_en_demo.json", "has 300 rows of preference pairs, all of them sound", id="dpo"),
+        pytest.param("lf_dpo_en_demo.json", "has 300 rows of preference pairs, all of them valid", id="dpo"),
         pytest.param("lf_kto_en_demo.json", "has 300 rows of answers with a verdict (KTO)", id="kto"),
         pytest.param("mt_bench_question.jsonl", "question_id, category, turns", id="prompts"),
-        pytest.param("mgsm_es.tsv", "which looks like a row's own value", id="tsv"),
+        pytest.param("mgsm_es.tsv", "which looks like a value of a row", id="tsv"),
     ],
 )  # fmt: skip
 def test_rows_that_arrive_later_are_refused_in_words(tmp_path: Path, name: str, told: str) -> None:

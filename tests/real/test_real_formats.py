@@ -13,7 +13,7 @@ import pytest
 from packhorse.data.convert.convert import Target, convert_file
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.read.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
@@ -65,7 +65,7 @@ def test_every_file_is_read(
     shared: Path, name: str, source: dict[str, Any], row_format: str, rows: int, bad: int
 ) -> None:
     found, made, mistakes = examples(shared / "data" / name, **source)
-    assert (found, len(made), mistakes.num_rows) == (row_format, rows, bad), mistakes.told()[:1]
+    assert (found, len(made), mistakes.num_rows) == (row_format, rows, bad), mistakes.to_show()[:1]
 
 
 def test_every_call_and_observation_of_the_tool_file(shared: Path) -> None:

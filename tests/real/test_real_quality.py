@@ -17,10 +17,10 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from packhorse.data.checks.contamination import EvaluationIndex
 from packhorse.data.checks.duplicates import equal_groups, near_groups
-from packhorse.data.checks.encoding import broken_encoding, mend
+from packhorse.data.checks.encoding import broken_encoding, fix_encoding_errors
 from packhorse.data.checks.language import languages
 from packhorse.data.checks.personal import find_personal
-from packhorse.data.checks.signatures import signatures
+from packhorse.data.checks.words import signatures
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -219,7 +219,7 @@ def test_languages_are_those_of_the_library(texts: Any) -> None:
 def test_broken_encoding_in_real_rows(texts: Any, name: str, broken: int, mended: int) -> None:
     rows = texts(name)
     assert sum(map(broken_encoding, rows)) == broken
-    changed = [(row, mend(row)) for row in rows if mend(row) != row]
+    changed = [(row, fix_encoding_errors(row)) for row in rows if fix_encoding_errors(row) != row]
     assert len(changed) == mended
     assert not any(sign in after for _, after in changed for sign in ("Ã", "\ufeff"))
 

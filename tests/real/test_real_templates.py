@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import check_serving, load_tokenizer, make_renderer, render_examples
 from packhorse.data.render.serving import saved_form
 from packhorse.errors import UserError
@@ -175,7 +175,7 @@ def test_ids_and_masks_of_real_rows(shared: Path, name: str, template: str) -> N
     mistakes = RowMistakes("rows")
     rendered = render_examples(renderer, rows, mistakes)
     assert tokenizer.eos_token == TAKES[name, template]
-    assert mistakes.num_rows <= 2, mistakes.told()
+    assert mistakes.num_rows <= 2, mistakes.to_show()
     taken = [(example, row) for example, row in zip(rows, rendered, strict=True) if row is not None]
     has_markers = "generation -%}" in tokenizer.chat_template or "{% generation %}" in tokenizer.chat_template
     assert has_markers == ((name, template) != ("minimind", "tokenizer"))

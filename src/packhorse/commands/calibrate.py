@@ -6,7 +6,7 @@ from pathlib import Path
 
 from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.parameters import Unknown
-from packhorse.data.manifest import read_manifest
+from packhorse.data.data_manifest import read_data_manifest
 from packhorse.errors import UserError
 from packhorse.estimate.case import Measured, case_of
 from packhorse.estimate.gpus import find_gpu
@@ -39,7 +39,7 @@ def measured_of(run: RunPlan) -> Measured:
             "let it run for some steps more, with track.every_steps 1.",
         )
     terms = Terms(find_gpu(run.predicted.gpu)) if run.predicted is not None else Terms()
-    manifest = read_manifest(Path(run.data.folder)) if run.data is not None else None
+    manifest = read_data_manifest(Path(run.data.folder)) if run.data is not None else None
     basis = basis_of(run.recipe, manifest, detect_hardware(), terms)
     case = None if isinstance(basis, Unknown) else case_of(run, basis)
     if case is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packhorse.commands.parameters import Unknown, known_shape
-from packhorse.data.manifest import DataManifest
+from packhorse.data.data_manifest import DataManifest
 from packhorse.data.packs.store import open_store
 from packhorse.data.resolve import data_root
 from packhorse.estimate.case import Basis, Guessed
@@ -82,9 +82,9 @@ def with_guess(basis: Basis, recipe: Recipe) -> Basis:
     if basis.packs.is_measured or recipe.steps is not None:
         return basis
     # Only here: a run that goes on needs neither tokenizers nor pyarrow in this process.
-    from packhorse.data.sample import guess_packs
+    from packhorse.data.estimate_packs import estimate_packs
 
-    guess = guess_packs(recipe)
+    guess = estimate_packs(recipe)
     return basis if guess is None else replace(basis, guessed=Guessed(guess.num_packs, guess.reason))
 
 

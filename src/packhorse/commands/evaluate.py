@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from packhorse.commands.prepared import require_data
-from packhorse.data.manifest import TestLook
+from packhorse.data.data_manifest import TestLook
 from packhorse.data.packs.store import SEALED_SPLIT
 from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.data.seal import looks_at, open_test

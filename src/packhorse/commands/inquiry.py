@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.parameters import Unknown
 from packhorse.commands.prepared import facts_of, manifest_if_prepared
-from packhorse.data.manifest import DataManifest
+from packhorse.data.data_manifest import DataManifest
 from packhorse.estimate.case import Basis
 from packhorse.estimate.gpus import parse_gpus
 from packhorse.estimate.search.compare import Wanted

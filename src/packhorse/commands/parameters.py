@@ -78,7 +78,7 @@ def known_shape(recipe: Recipe, vocab_size: int | None) -> Shape | Unknown:
         return Unknown(_where_configuration_is(recipe))
     if recipe.model.config is not None and "vocab_size" not in configuration:
         # Only here: no other plan reads a tokenizer for its model.
-        from packhorse.data.fast_tokenizer import vocabulary_size
+        from packhorse.data.resolve import vocabulary_size
 
         size = vocabulary_size(recipe)
         if size is None:

@@ -13,10 +13,9 @@ from packhorse.commands.fitting import draft_plan, fitting_plan
 from packhorse.commands.parameters import Unknown
 from packhorse.commands.prepared import facts_of, require_data
 from packhorse.commands.waiting import terms_of
-from packhorse.data.identity import find_prepared
-from packhorse.data.manifest import read_manifest
+from packhorse.data.content_key import find_prepared
+from packhorse.data.data_manifest import read_data_manifest, require_sizes
 from packhorse.data.resolve import data_root
-from packhorse.data.stored import require_sizes
 from packhorse.errors import UserError
 from packhorse.estimate.saved import CheckpointRoom
 from packhorse.estimate.search.compare import Wanted
@@ -253,7 +252,7 @@ def _again(
     vocab_size = None
     if plan.data is not None:
         check_resumable(plan)
-        manifest = read_manifest(Path(require_data(plan).folder))
+        manifest = read_data_manifest(Path(require_data(plan).folder))
         assert manifest is not None
         vocab_size = manifest.vocab_size
     room = room_on_disk(plan, vocab_size)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packhorse.data.identity import find_prepared
-from packhorse.data.manifest import DataManifest, read_manifest
+from packhorse.data.content_key import find_prepared
+from packhorse.data.data_manifest import DataManifest, read_data_manifest, require_sizes
 from packhorse.data.resolve import data_root
-from packhorse.data.stored import require_sizes
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.recipe.schema import Recipe
@@ -53,7 +52,7 @@ def require_data(plan: RunPlan) -> DataFacts:
     """
     require_prepared_data(plan)
     assert plan.data is not None
-    manifest = read_manifest(Path(plan.data.folder))
+    manifest = read_data_manifest(Path(plan.data.folder))
     if manifest is not None:
         require_sizes(Path(plan.data.folder), manifest)
         return plan.data

@@ -14,10 +14,9 @@ from packhorse.commands.inquiry import read_gpus
 from packhorse.commands.lines import shown
 from packhorse.commands.parameters import Unknown
 from packhorse.commands.prepared import facts_of, require_data
-from packhorse.data.identity import find_prepared
-from packhorse.data.manifest import DataManifest, read_manifest
+from packhorse.data.content_key import find_prepared
+from packhorse.data.data_manifest import DataManifest, read_data_manifest, require_sizes
 from packhorse.data.resolve import data_root
-from packhorse.data.stored import require_sizes
 from packhorse.errors import EXIT_OK, EXIT_STOPPED, UserError
 from packhorse.estimate.case import Case
 from packhorse.estimate.search.compare import Wanted
@@ -147,7 +146,7 @@ def _resumed(run: str, overrides: Sequence[str], gpus: int | None, force: bool) 
     made = replan(made, overrides, DeviceRequest(gpus), here, attempt=now.attempt if now is not None else 0)
     check_resumable(made)
     check_machine(made.topology, here)
-    manifest = read_manifest(Path(require_data(made).folder))
+    manifest = read_data_manifest(Path(require_data(made).folder))
     assert manifest is not None
     check_disk(made, room_on_disk(made, manifest.vocab_size))
     return made if made == before else _still_fitting(made, manifest, here, force)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.data.manifest import MANIFEST_FILE, read_manifest
-from packhorse.data.stored import content_faults, recorded_files
+from packhorse.data.data_manifest import DATA_MANIFEST_FILE, content_faults, read_data_manifest, recorded_files
 from packhorse.errors import EXIT_BUG, EXIT_OK
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.checkpoints.listing import checkpoints_in
@@ -55,10 +54,10 @@ def _prepared_data(plan: RunPlan) -> bool:
     assert plan.data is not None
     folder = Path(plan.data.folder)
     # Not the run's copy of it: data that was prepared again, of files that lie elsewhere now, names other places.
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     name = f"prepared data {relative(folder)}"
     if manifest is None:
-        _show(name, [f"{MANIFEST_FILE} is missing: there is nothing that was prepared to its end."])
+        _show(name, [f"{DATA_MANIFEST_FILE} is missing: there is nothing that was prepared to its end."])
         _say(f"Make it again: packhorse prepare {relative(plan.run_folder)}/recipe.yaml")
         return False
     if not recorded_files(manifest):

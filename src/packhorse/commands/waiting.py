@@ -8,7 +8,7 @@ from pathlib import Path
 from packhorse.commands.costs import Terms, basis_of, room_on_disk
 from packhorse.commands.fitting import fitting_plan
 from packhorse.commands.prepared import facts_of
-from packhorse.data.manifest import DataManifest
+from packhorse.data.data_manifest import DataManifest
 from packhorse.errors import UserError
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.search.compare import Wanted

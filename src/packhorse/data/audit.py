@@ -1,4 +1,4 @@
-"""What `packhorse check` finds: the same way through the data as `prepare`, with a score card of each source."""
+"""The audit of `packhorse check`: the same pass over the data as `prepare`, with a score card for each source."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, S
 from packhorse.data.checks.scorecard import MOST_SAMPLES, Sample, ScoreCard, ScoreKeeper, make_sample
 from packhorse.data.decide import KEPT
 from packhorse.data.formats.example import Example
-from packhorse.data.gather import Gathered
+from packhorse.data.gather.gather import GatheredRows
+from packhorse.data.gather.source_pass import GatheredSource
+from packhorse.data.gather.spool import text_of
 from packhorse.data.ledger import SIDES
+from packhorse.data.pack_rows import PackedRows, fill, pack_rows
 from packhorse.data.render.render import Rendered, Renderer
 from packhorse.data.resolve import resolve_tokenizer
-from packhorse.data.settle import Settled, fill, settle
-from packhorse.data.source_pass import SourceGathered
-from packhorse.data.spool import text_of
 from packhorse.recipe.schema import Recipe
 
 SHOWN_ROWS: Final = 12
 SHOWN_ROWS_OF_A_SOURCE: Final = 4
 SHOWN_GROUPS: Final = 10
-SHOWN_PLACES: Final = 20
+SHOWN_LOCATIONS: Final = 20
 SHOWN_CHARACTERS: Final = 160
 PERCENTILES: Final = (0, 50, 90, 99, 100)
 MOST_BINS: Final = 28
-LEFT_OUT: Final = "left out"
+DROPPED: Final = "dropped"
 
 Int64 = NDArray[np.int64]
 
 
 def audit(recipe: Recipe) -> AuditReport:
-    """Read, render and check every row, and write nothing that stays.
+    """Read, render and check every row, and write nothing permanent.
 
     Raises:
-        UserError: The same as `prepare` would raise.
+        UserError: `prepare` would raise the same.
     """
-    watch = _Watch()
+    watch = _AuditCallback()
     with TemporaryDirectory(prefix="packhorse-check-") as folder:
-        settled = settle(recipe, Path(folder) / "spool", watch, with_prompts=True)
-        return _report(recipe, settled, watch)
+        packed = pack_rows(recipe, Path(folder) / "spool", watch, with_prompts=True)
+        return _report(recipe, packed, watch)
 
 
-class _Watch:
-    """Looks at rows as they pass: keeps the score of each source, and the first rows of all."""
+class _AuditCallback:
+    """Collects the score card of each source and the first rows of the data, batch by batch."""
 
     def __init__(self) -> None:
-        # By the source itself: two may be called alike, such as subsets of one hub data set.
-        self.keepers: dict[SourceGathered, ScoreKeeper] = {}
+        # The key is the source itself: two sources may have one name, such as subsets of one hub data set.
+        self.keepers: dict[GatheredSource, ScoreKeeper] = {}
         self.rows: list[tuple[int, Example, Rendered]] = []
         self._num_seen = 0
-        self._source: SourceGathered | None = None
+        self._source: GatheredSource | None = None
         self._num_wanted = 0
 
-    def __call__(self, found: SourceGathered, examples: Sequence[Example], rendered: Sequence[Rendered]) -> None:
-        keeper = self.keepers.setdefault(found, ScoreKeeper(found.name))
+    def __call__(self, source: GatheredSource, examples: Sequence[Example], rendered: Sequence[Rendered]) -> None:
+        keeper = self.keepers.setdefault(source, ScoreKeeper(source.name))
         keeper.add(examples, [len(row.ids) for row in rendered])
-        if found is not self._source:
-            self._source, self._num_wanted = found, SHOWN_ROWS_OF_A_SOURCE
+        if source is not self._source:
+            self._source, self._num_wanted = source, SHOWN_ROWS_OF_A_SOURCE
         wanted = min(self._num_wanted, SHOWN_ROWS - len(self.rows))
         self._num_wanted -= min(wanted, len(examples))
         self.rows += [
@@ -72,10 +72,10 @@ class _Watch:
         self._num_seen += len(examples)
 
 
-def _report(recipe: Recipe, settled: Settled, watch: _Watch) -> AuditReport:
-    gathered, decision = settled.gathered, settled.decision
+def _report(recipe: Recipe, packed: PackedRows, watch: _AuditCallback) -> AuditReport:
+    gathered, decision = packed.gathered, packed.decision
     lengths = gathered.spool.columns.tokens
-    at = np.percentile(lengths, PERCENTILES, method="inverted_cdf").astype(int).tolist()
+    percentiles = np.percentile(lengths, PERCENTILES, method="inverted_cdf").astype(int).tolist()
     supervised = gathered.spool.supervised()
     return AuditReport(
         name=recipe.name,
@@ -84,98 +84,97 @@ def _report(recipe: Recipe, settled: Settled, watch: _Watch) -> AuditReport:
         stop_token=gathered.renderer.tokenizer.eos_token,
         length_tokens=recipe.batch.length,
         sources=tuple(_source(gathered, number) for number in range(len(gathered.sources))),
-        ledger=settled.fitted.ledger,
-        splits={side: _split(settled, side, recipe) for side in settled.packings},
+        ledger=packed.fitted.ledger,
+        splits={side: _split(packed, side, recipe) for side in packed.packings},
         shares=decision.shares,
         shares_reason=decision.shares_reason,
-        length_percentiles=dict(zip(PERCENTILES, at)),
+        length_percentiles=dict(zip(PERCENTILES, percentiles)),
         length_histogram=length_histogram(lengths),
         num_tokens=int(lengths.sum()),
         supervised_share=float(np.count_nonzero(supervised) / len(supervised)),
-        cards=tuple(_card(settled, number, watch) for number in range(len(gathered.sources))),
-        duplicates=_largest_groups(settled),
+        cards=tuple(_card(packed, number, watch) for number in range(len(gathered.sources))),
+        duplicates=_largest_groups(packed),
         num_contaminated=decision.findings["contaminated"],
-        contaminated=_places(settled, gathered.spool.columns.contaminated),
-        notes=settled.notes,
-        # What the test set holds is for no eye before the end.
-        rows=tuple(row for seen in watch.rows if (row := _row(settled, *seen)).split != "test"),
+        contaminated=_locations(packed, gathered.spool.columns.contaminated),
+        notes=packed.notes,
+        # Nobody should see test rows before the final measurement.
+        rows=tuple(row for seen in watch.rows if (row := _row(packed, *seen)).split != "test"),
     )
 
 
-def _source(gathered: Gathered, number: int) -> SourceAudit:
-    found = gathered.sources[number]
-    num_rows = int(np.count_nonzero(gathered.spool.columns.source == number)) + found.mistakes.num_rows
-    return SourceAudit(found.name, found.row_format, num_rows, found.use)
+def _source(gathered: GatheredRows, number: int) -> SourceAudit:
+    source = gathered.sources[number]
+    num_rows = int(np.count_nonzero(gathered.spool.columns.source == number)) + source.mistakes.num_rows
+    return SourceAudit(source.name, source.row_format, num_rows, source.use)
 
 
-def _split(settled: Settled, side: str, recipe: Recipe) -> SplitAudit:
-    documents, packing = settled.side(side), settled.packings[side]
-    rows = settled.decision.sides == SIDES.index(side)
-    counts = np.bincount(settled.gathered.spool.columns.stratum[rows], minlength=len(settled.gathered.strata))
+def _split(packed: PackedRows, side: str, recipe: Recipe) -> SplitAudit:
+    documents, packing = packed.side(side), packed.packings[side]
+    rows = packed.decision.sides == SIDES.index(side)
+    counts = np.bincount(packed.gathered.spool.columns.stratum[rows], minlength=len(packed.gathered.strata))
     return SplitAudit(
         num_rows=int(np.count_nonzero(rows)),
         num_tokens=int(documents.lengths.sum()),
         num_packs=packing.num_packs,
         fill=fill(documents, packing, recipe.batch.length),
-        strata={name: int(count) for name, count in zip(settled.gathered.strata, counts) if name and count},
+        strata={name: int(count) for name, count in zip(packed.gathered.strata, counts) if name and count},
     )
 
 
 def length_histogram(lengths: Int64) -> tuple[tuple[int, int], ...]:
-    """Return (upper bound, rows) of bins whose bounds grow by a steady factor, from the shortest row to the longest."""
+    """Return (upper bound, rows) of bins whose bounds grow by a constant factor, from shortest to longest row."""
     shortest, longest = int(lengths.min()), int(lengths.max())
     bounds = np.unique(np.geomspace(shortest, max(longest, shortest + 1), MOST_BINS).round().astype(np.int64))
     bins = np.searchsorted(bounds, lengths)
     return tuple(zip(bounds.tolist(), np.bincount(bins, minlength=len(bounds)).tolist()))
 
 
-def _card(settled: Settled, number: int, watch: _Watch) -> ScoreCard:
-    decision, columns = settled.decision, settled.gathered.spool.columns
+def _card(packed: PackedRows, number: int, watch: _AuditCallback) -> ScoreCard:
+    decision, columns = packed.decision, packed.gathered.spool.columns
     here = columns.source == number
     copies, alike = _later_rows(decision.equal), _later_rows(decision.alike)
-    found = settled.gathered.sources[number]
-    keeper = watch.keepers.get(found) or ScoreKeeper(found.name)
+    source = packed.gathered.sources[number]
+    keeper = watch.keepers.get(source) or ScoreKeeper(source.name)
     return keeper.card(
         exact_duplicates=int(np.count_nonzero(copies & here)),
         near_duplicates=int(np.count_nonzero(alike & ~copies & here)),
         contradictions=int(np.count_nonzero(decision.contradicting & here)),
-        contradicting=_samples(settled, decision.contradicting & here),
+        contradicting=_samples(packed, decision.contradicting & here),
     )
 
 
-def _samples(settled: Settled, rows: NDArray[np.bool_]) -> list[Sample]:
+def _samples(packed: PackedRows, rows: NDArray[np.bool_]) -> list[Sample]:
     wanted = np.flatnonzero(rows)[:MOST_SAMPLES].tolist()
-    return [make_sample(row["where"], text_of(row)) for row in settled.gathered.spool.texts(wanted)]
+    return [make_sample(row["where"], text_of(row)) for row in packed.gathered.spool.texts(wanted)]
 
 
 def _later_rows(labels: Int64) -> NDArray[np.bool_]:
-    """Return bool [R]: the rows that are not the first of their label, which is the index of its first row."""
+    """Return bool [R]: rows that are not the first of their label; a label is the index of its first row."""
     return np.asarray(labels != np.arange(len(labels)))
 
 
-def _largest_groups(settled: Settled) -> tuple[DuplicateGroup, ...]:
-    labels = settled.decision.alike
-    found, counts = np.unique(labels, return_counts=True)
+def _largest_groups(packed: PackedRows) -> tuple[DuplicateGroup, ...]:
+    labels, counts = np.unique(packed.decision.alike, return_counts=True)
     largest = np.argsort(-counts, kind="stable")[:SHOWN_GROUPS]
-    return tuple(_group(settled, int(found[at])) for at in largest if counts[at] > 1)
+    return tuple(_group(packed, int(labels[at])) for at in largest if counts[at] > 1)
 
 
-def _group(settled: Settled, label: int) -> DuplicateGroup:
-    rows = np.flatnonzero(settled.decision.alike == label)
-    texts = list(settled.gathered.spool.texts(rows[:SHOWN_PLACES].tolist()))
-    equal = len(np.unique(settled.decision.equal[rows])) == 1
+def _group(packed: PackedRows, label: int) -> DuplicateGroup:
+    rows = np.flatnonzero(packed.decision.alike == label)
+    texts = list(packed.gathered.spool.texts(rows[:SHOWN_LOCATIONS].tolist()))
+    equal = len(np.unique(packed.decision.equal[rows])) == 1
     return DuplicateGroup(tuple(row["where"] for row in texts), text_of(texts[0])[:SHOWN_CHARACTERS], equal, len(rows))
 
 
-def _places(settled: Settled, rows: NDArray[np.bool_]) -> tuple[str, ...]:
-    wanted = np.flatnonzero(rows)[:SHOWN_PLACES].tolist()
-    return tuple(row["where"] for row in settled.gathered.spool.texts(wanted))
+def _locations(packed: PackedRows, rows: NDArray[np.bool_]) -> tuple[str, ...]:
+    wanted = np.flatnonzero(rows)[:SHOWN_LOCATIONS].tolist()
+    return tuple(row["where"] for row in packed.gathered.spool.texts(wanted))
 
 
-def _row(settled: Settled, index: int, example: Example, row: Rendered) -> RowAudit:
-    decision = settled.decision
-    split = SIDES[decision.sides[index]] if decision.losses[index] == KEPT else LEFT_OUT
-    return RowAudit(example.where, split, tuple(_pieces(settled.gathered.renderer, row)))
+def _row(packed: PackedRows, index: int, example: Example, row: Rendered) -> RowAudit:
+    decision = packed.decision
+    split = SIDES[decision.sides[index]] if decision.losses[index] == KEPT else DROPPED
+    return RowAudit(example.where, split, tuple(_pieces(packed.gathered.renderer, row)))
 
 
 def _pieces(renderer: Renderer, row: Rendered) -> Iterator[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""What an audit of a recipe's data found: the values that the terminal and data.html show."""
+"""Values of an audit of a recipe's data, which the terminal and data.html show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from packhorse.data.ledger import Ledger
 
 @dataclass(frozen=True)
 class SourceAudit:
-    """One source: how it is called, what its rows look like, how many there are, what they are for."""
+    """One source: its name, the format of its rows, their number, and their use."""
 
     name: str
     row_format: str
@@ -20,12 +20,12 @@ class SourceAudit:
 
 @dataclass(frozen=True)
 class RowAudit:
-    """A row as the model will see it.
+    """A row as the model sees it.
 
     Attributes:
         where: `file:line`.
-        split: Side of the split.
-        pieces: Its text in pieces, each supervised or not.
+        split: Side of the split, or `dropped`.
+        pieces: Text in pieces, each with whether it is supervised.
     """
 
     where: str
@@ -46,13 +46,13 @@ class SplitAudit:
 
 @dataclass(frozen=True)
 class DuplicateGroup:
-    """Rows that say the same, or nearly.
+    """Rows with equal or nearly equal text.
 
     Attributes:
-        where: Where the first of them stand, `file:line`.
-        text: The beginning of the first.
-        equal: Whether all are equal.
-        num_rows: Rows in all.
+        where: Locations of the first rows, `file:line`.
+        text: Beginning of the first row.
+        equal: Whether all rows are equal.
+        num_rows: Number of rows in the group.
     """
 
     where: tuple[str, ...]
@@ -66,26 +66,26 @@ class AuditReport:
     """Figures over all rows.
 
     Attributes:
-        name: Of the recipe.
-        tokenizer: Its folder's name.
+        name: Name of the recipe.
+        tokenizer: Name of the tokenizer's folder.
         template: `data.template`.
-        stop_token: Ends an answer.
-        length_tokens: T.
-        sources: In the recipe's order.
-        ledger: What would become of every row.
+        stop_token: Token that ends an answer.
+        length_tokens: Tokens in a pack (T).
+        sources: Sources in the order of the recipe.
+        ledger: What `prepare` would do with every row.
         splits: Name of the side to its figures.
-        shares: Asked for or chosen: train, validation, test.
-        shares_reason: Why the shares are what they are.
+        shares: Shares of train, validation and test, given or automatic.
+        shares_reason: Where the shares come from.
         length_percentiles: Percentile (0, 50, 90, 99, 100) to tokens.
         length_histogram: (upper bound in tokens, rows) of each bin, in order.
         num_tokens: Tokens of all rows, before anything is cut.
         supervised_share: Supervised tokens ÷ tokens.
         cards: Score card of each source.
-        duplicates: The largest groups.
-        num_contaminated: Rows that hold what an evaluation asks.
-        contaminated: Where the first of them stand, `file:line`.
-        notes: Findings in words: strata too small, lengths that pack badly, a row that was dropped.
-        rows: The first rows.
+        duplicates: Largest groups of duplicates.
+        num_contaminated: Rows that contain text of an evaluation.
+        contaminated: Locations of the first of them, `file:line`.
+        notes: Findings in sentences: strata too small, lengths that pack badly, a dropped row.
+        rows: First rows of the data.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What becomes of each row, once all have been seen: left out and why, or its side of the split.
+"""Decide over all rows together: which are dropped and why, and which side of the split each other row gets.
 
 Shapes: R rows, in the order of the spool.
 """
@@ -11,11 +11,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from packhorse.data.checks.contradictions import contradictions
 from packhorse.data.checks.duplicates import equal_groups, near_groups
-from packhorse.data.gather import Gathered
+from packhorse.data.checks.keys import contradictions
+from packhorse.data.gather.gather import GatheredRows
+from packhorse.data.gather.source_pass import SourceUse
 from packhorse.data.ledger import LOSSES, SIDES
-from packhorse.data.source_pass import Use
 from packhorse.data.split.draw import draw
 from packhorse.data.split.shares import resolve_shares
 from packhorse.data.split.split import assign, replayed, too_small
@@ -30,23 +30,23 @@ KEPT: Final = -1
 REASONS: Final = tuple(LOSSES)
 TRAIN, VALIDATION, TEST, RETAIN = range(len(SIDES))
 NO_SIDE: Final = -1
-USES: Final[tuple[Use, ...]] = ("train", "validation", "retain")
+USES: Final[tuple[SourceUse, ...]] = ("train", "validation", "retain")
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What becomes of each row.
+    """The decision about each row.
 
     Attributes:
-        sides: int8 [R], index into `SIDES`; -1 for a row that is left out.
+        sides: int8 [R], index into `SIDES`; -1 for a dropped row.
         losses: int8 [R], index into `REASONS`; -1 for a row that is kept.
-        equal: int64 [R], rows of one label say the same; a label is the index of a row.
-        alike: int64 [R], rows of one label say the same or nearly.
-        contradicting: bool [R], whether the row's prompt has another answer elsewhere; none where it was not asked for.
-        shares: Of train, validation and test.
-        shares_reason: Why they are what they are.
-        findings: Rows by what was seen, whatever became of them.
-        notes: What a person should know, in sentences.
+        equal: int64 [R], label shared by equal rows; a label is the index of a row.
+        alike: int64 [R], label shared by equal and nearly equal rows.
+        contradicting: bool [R], whether another row has the same prompt and another answer; False without prompt keys.
+        shares: Shares of train, validation and test.
+        shares_reason: Where the shares come from.
+        findings: Name of a finding to its number of rows, kept or dropped.
+        notes: Sentences that the user should read.
     """
 
     sides: Int8
@@ -60,11 +60,11 @@ class Decision:
     notes: tuple[str, ...]
 
 
-def decide(gathered: Gathered, recipe: Recipe) -> Decision:
-    """Decide over all rows; lengths are decided later, so that another T never moves a row to another side.
+def decide(gathered: GatheredRows, recipe: Recipe) -> Decision:
+    """Decide over all rows except for their lengths, so that another T never moves a row to another side.
 
     Raises:
-        UserError: Fewer rows than asked for, rows of validation among those of training, or a side without a row.
+        UserError: Fewer rows than required, rows in both training and validation, or a side without rows.
     """
     pending = _Pending(gathered, recipe)
     for use in USES:
@@ -77,9 +77,9 @@ def decide(gathered: Gathered, recipe: Recipe) -> Decision:
 
 
 class _Pending:
-    """The columns while they are decided."""
+    """Columns of the decision while it is made."""
 
-    def __init__(self, gathered: Gathered, recipe: Recipe) -> None:
+    def __init__(self, gathered: GatheredRows, recipe: Recipe) -> None:
         self._gathered, self._recipe = gathered, recipe
         self._columns = gathered.spool.columns
         num_rows = len(self._columns)
@@ -91,12 +91,12 @@ class _Pending:
         self._notes: list[str] = []
         self._shares: Shares = (1.0, 0.0, 0.0)
         self._shares_reason = ""
-        uses = np.array([found.use for found in gathered.sources])
-        # Sources stand in the order of their uses, so the rows of a use are one stretch.
+        uses = np.array([source.use for source in gathered.sources])
+        # Sources are in the order of their uses, so the rows of a use are contiguous.
         self._stretches = {use: _stretch(np.isin(self._columns.source, np.flatnonzero(uses == use))) for use in USES}
 
-    def group(self, use: Use) -> None:
-        """Find rows that say the same: each use for itself, so that a run that retains rows shares them out alike."""
+    def group(self, use: SourceUse) -> None:
+        """Find equal and similar rows, separately for each use: a run with `data.retain` then splits rows equally."""
         here = self._stretches[use]
         if here.start == here.stop:
             return
@@ -117,14 +117,14 @@ class _Pending:
         )
 
     def draw_rows(self) -> None:
-        """Leave out what `rows` and `weight` do not ask for."""
-        sources = [found.source for found in self._gathered.sources]
+        """Drop the rows that `rows` and `weight` of the sources exclude."""
+        sources = [source.declared for source in self._gathered.sources]
         if any(source.rows is not None or source.weight is not None for source in sources):
             drawn = draw(self._columns.keys, self._columns.source, sources, self._recipe.data.split.seed)
             self._lose(~drawn, "not_drawn")
 
     def drop_duplicates(self) -> None:
-        """Of rows that say the same keep one, where the recipe asks for it; refuse any on both sides of a split."""
+        """Keep one of several equal rows if the recipe says so; refuse rows in both training and validation."""
         duplicates = self._recipe.data.duplicates
         if duplicates.exact == "drop":
             self._lose(self._copies(self._equal), "duplicate")
@@ -142,17 +142,17 @@ class _Pending:
         self._lose(leaked, "duplicate")
 
     def drop_contaminated(self) -> None:
-        """Leave out what an evaluation asks, where the recipe asks for it."""
-        asked = self._recipe.data.decontaminate
-        if asked is not None and asked.action == "drop":
+        """Drop rows that contain text of an evaluation, if the recipe says so."""
+        decontaminate = self._recipe.data.decontaminate
+        if decontaminate is not None and decontaminate.action == "drop":
             self._lose(self._columns.contaminated, "contaminated")
 
     def share_out(self) -> None:
-        """Give each row that is left its side."""
+        """Assign a side to each row that is still kept."""
         split = self._recipe.data.split
         declared = self._recipe.data.validation
         for use in USES:
-            rows = self._left(use)
+            rows = self._kept(use)
             if len(rows) == 0 and use != "train":
                 continue
             if use != "retain" and declared:
@@ -169,10 +169,10 @@ class _Pending:
             else:
                 self._share_out_retained(rows, sides)
         if declared:
-            self._shares_reason = "data.validation is given, so every row of data.sources is trained on"
+            self._shares_reason = "data.validation is given, so every row of data.sources is in train"
 
     def decision(self) -> Decision:
-        """Return the whole."""
+        """Return the finished decision."""
         columns = self._columns
         opposed = np.zeros(len(columns), np.bool_)
         if len(columns.prompt_keys):
@@ -195,8 +195,8 @@ class _Pending:
             notes=tuple(self._notes),
         )
 
-    def _near_copies(self, use: Use) -> NDArray[np.bool_]:
-        """Rows whose answer is nearly that of another too: two answers to one long question are no copies."""
+    def _near_copies(self, use: SourceUse) -> NDArray[np.bool_]:
+        """Return rows whose answer is similar to another's too: two answers to one long question are not copies."""
         here, spool = self._stretches[use], self._gathered.spool
         labels = np.arange(len(self._columns))
         if here.start < here.stop:
@@ -205,16 +205,16 @@ class _Pending:
             labels[here] = near_groups(rows, self._columns.keys[here], threshold, answers).labels + here.start
         return self._copies(labels)
 
-    def _left(self, use: Use) -> Int64:
+    def _kept(self, use: SourceUse) -> Int64:
         here = self._stretches[use]
         return np.asarray(np.flatnonzero(self._losses[here] == KEPT) + here.start)
 
     def _lose(self, rows: NDArray[np.bool_], reason: str) -> None:
-        """Leave rows out that are not left out yet: a row is counted where it is first lost."""
+        """Drop rows that are not dropped yet, so that each row is counted once, under its first reason."""
         self._losses[rows & (self._losses == KEPT)] = REASONS.index(reason)
 
     def _copies(self, labels: Int64) -> NDArray[np.bool_]:
-        """Of the rows of a label that are left, all but the one of the smallest key, whatever the order of the file."""
+        """Return the kept rows of each label except the one with the smallest key, whatever the order of the file."""
         left = np.flatnonzero(self._losses == KEPT)
         keys = self._columns.keys[left]
         order = np.lexsort((keys[:, 1], keys[:, 0], labels[left]))
@@ -224,22 +224,22 @@ class _Pending:
         return copies
 
     def _share_out_retained(self, rows: Int64, sides: Int8) -> None:
-        """Old skills: what was held out is evaluated, and of what was trained on, `replay_rows` are trained on again.
+        """Evaluate the held-out rows of `data.retain`, and train again on `replay_rows` of the others.
 
-        A run that trained on these very sources with the same split has seen none of what is evaluated here.
+        A run that trained on these sources with the same split has not seen the rows that are evaluated.
         """
         self._sides[rows[sides == VALIDATION]] = RETAIN
         of_source = self._columns.source[rows]
-        for number, found in enumerate(self._gathered.sources):
-            if not isinstance(found.source, RetainSource):
+        for number, source in enumerate(self._gathered.sources):
+            if not isinstance(source.declared, RetainSource):
                 continue
             trained = rows[(sides == TRAIN) & (of_source == number)]
-            again = replayed(self._columns.keys[trained], found.source.replay_rows, self._recipe.data.split.seed)
+            again = replayed(self._columns.keys[trained], source.declared.replay_rows, self._recipe.data.split.seed)
             if again is None:
                 raise UserError(
-                    f"data.retain asks for {found.source.replay_rows} replay_rows of {found.name}, whose train share "
+                    f"data.retain has {source.declared.replay_rows} replay_rows for {source.name}, and its train share "
                     f"has {len(trained)} rows.",
-                    "only rows of the train share are trained on again; the others are held out.",
+                    "only rows of the train share can be trained on again; the others are held out.",
                     f"set replay_rows to {len(trained)} or less.",
                 )
             self._sides[trained[again]] = TRAIN
@@ -250,7 +250,7 @@ class _Pending:
 
 
 def joined(first: Int64, second: Int64) -> Int64:
-    """Return labels under which rows stand together that do so in either; a label is the lowest index of its rows."""
+    """Return labels that join the groups of both inputs; a label is the lowest index of its rows."""
     labels = np.minimum(first, second)
     while True:
         lower = labels
@@ -258,7 +258,7 @@ def joined(first: Int64, second: Int64) -> Int64:
             lowest = np.full(len(groups), len(groups))
             np.minimum.at(lowest, groups, lower)
             lower = lowest[groups]
-        # A label is a row: taking that row's label too halves the length of a chain.
+        # A label is a row: following that row's own label too halves the length of a chain.
         lower = lower[lower]
         if np.array_equal(lower, labels):
             return labels
@@ -277,7 +277,7 @@ def _at(rows: Int64, num_rows: int) -> NDArray[np.bool_]:
 
 
 def _found_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return bool [R]: the keys that stand among the others, both halves equal."""
+    """Return bool [R]: keys that are among the others, with both halves equal."""
     pair = np.dtype([("high", np.uint64), ("low", np.uint64)])
     one, two = (np.ascontiguousarray(side).view(pair).ravel() for side in (keys, others))
     return np.isin(one, two)
@@ -285,26 +285,26 @@ def _found_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[n
 
 def _frame_note(num_rows: int, where: str) -> str:
     return (
-        f"{num_rows:,} rows are alike, the first of them {where}: taken for one frame filled in differently, not for "
-        "copies, so they are not kept on one side of the split"
+        f"{num_rows:,} rows are alike, the first of them {where}: treated as one template with different values, not "
+        "as copies, so they may be on different sides of the split"
     )
 
 
 def _leak(num_rows: int, where: str) -> UserError:
     return UserError(
-        f"{num_rows} rows of data.sources are rows of data.validation too; the first is {where}.",
-        "what was trained on cannot show what was learnt.",
-        "set data.duplicates.exact to drop, which leaves them out of training, or take them out of one file.",
+        f"{num_rows} rows of data.sources are also in data.validation; the first is {where}.",
+        "rows that were trained on cannot measure what the model learned.",
+        "set data.duplicates.exact to drop, which removes them from training, or remove them from one of the files.",
     )
 
 
-def _check_sides(sides: Int8, use: Use, shares: Shares) -> None:
+def _check_sides(sides: Int8, use: SourceUse, shares: Shares) -> None:
     what = "data.retain" if use == "retain" else "data.sources"
     named = zip(("train", "validation"), shares)
     for side, (name, share) in enumerate(named):
         if share > 0 and (use == "train" or name == "validation") and not np.any(sides == side):
             raise UserError(
                 f"{what} has {len(sides)} rows, and data.split.{name} of {share:g} gives 0 of them.",
-                "rows that say the same share a side, and a share of no rows can be neither trained on nor measured.",
-                f"add rows, raise data.split.{name}, or name rows of their own in data.validation.",
+                "equal rows are on the same side, and a side without rows can be neither trained on nor evaluated.",
+                f"add rows, raise data.split.{name}, or give separate rows in data.validation.",
             )

@@ -1,4 +1,4 @@
-"""What became of every row: the ledger adds up, so nothing is lost without a word."""
+"""The ledger: what happened to every row. Its entries add up, so no row is lost silently."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
 
-# In the order in which rows are taken out: a row is counted where it is first lost.
+# In the order in which rows are removed: a row is counted under its first reason.
 LOSSES: Final = {
-    "bad": "could not be read as meant",
+    "bad": "could not be read or rendered",
     "not_drawn": "not drawn: data.sources[].rows or weight",
-    "duplicate": "a copy of a row that is kept",
-    "contaminated": "hold what data.decontaminate asks",
+    "duplicate": "duplicate of a row that is kept",
+    "contaminated": "contain text of data.decontaminate",
     "masked_out": "nothing to train on",
     "over_long": "longer than batch.length",
     "retain_unused": "of data.retain, neither evaluated nor trained on again",
@@ -20,7 +20,7 @@ SIDES: Final = ("train", "validation", "test", "retain")
 
 
 class Entry(BaseModel):
-    """Rows and their tokens; a bad row, which could not be rendered, has none."""
+    """Rows and their tokens; bad rows have no tokens, as they could not be rendered."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,36 +29,36 @@ class Entry(BaseModel):
 
 
 class Ledger(BaseModel):
-    """Rows in, and where each of them went; refuses to exist when rows or tokens do not add up."""
+    """Number of rows read, and where each of them went; validation fails if rows or tokens do not add up."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     rows_in: Entry
     """Rows read from all sources."""
     losses: dict[str, Entry]
-    """Rows left out, by the reasons of `LOSSES`."""
+    """Dropped rows, by the reasons in `LOSSES`."""
     kept: dict[str, Entry]
     """Rows of each side of the split, with the tokens that are in packs."""
     truncated: NonNegativeInt = 0
-    """Of the kept rows, those cut to `batch.length` tokens."""
+    """Kept rows that were cut to `batch.length` tokens."""
     tokens_cut: NonNegativeInt = 0
-    """Tokens that truncation took from kept rows."""
+    """Tokens that truncation removed from kept rows."""
     split_rows: NonNegativeInt = 0
-    """Of the kept rows, those that became several documents because they were longer than `batch.length`."""
+    """Kept rows that were split into several documents because they were longer than `batch.length`."""
 
     @property
     def rows_kept(self) -> int:
-        """Rows on some side of the split."""
+        """Number of rows on any side of the split."""
         return sum(entry.rows for entry in self.kept.values())
 
     @model_validator(mode="after")
     def _adds_up(self) -> Ledger:
         if unknown := [*self.losses.keys() - LOSSES.keys(), *self.kept.keys() - set(SIDES)]:
-            raise ValueError(f"no such entry: {', '.join(unknown)}")
+            raise ValueError(f"unknown entry: {', '.join(unknown)}")
         entries = [*self.losses.values(), *self.kept.values()]
         rows, tokens = sum(entry.rows for entry in entries), sum(entry.tokens for entry in entries) + self.tokens_cut
         if rows != self.rows_in.rows:
-            raise ValueError(f"{self.rows_in.rows} rows came in and {rows} are accounted for")
+            raise ValueError(f"{self.rows_in.rows} rows were read and {rows} are accounted for")
         if tokens != self.rows_in.tokens:
-            raise ValueError(f"{self.rows_in.tokens} tokens came in and {tokens} are accounted for")
+            raise ValueError(f"{self.rows_in.tokens} tokens were read and {tokens} are accounted for")
         return self

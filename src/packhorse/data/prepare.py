@@ -1,8 +1,7 @@
-"""Rows to packs on disk, once: the folder's name is a hash of all that decides its contents."""
+"""Prepare the rows of a recipe as packs on disk, once: the folder's name is a hash of all that decides its contents."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -16,39 +15,37 @@ from typing import Final
 import numpy as np
 from filelock import FileLock
 
-from packhorse.data.decide import KEPT, REASONS
-from packhorse.data.formats.example import Example
-from packhorse.data.identity import content_key, find_prepared, source_hash
-from packhorse.data.manifest import (
+from packhorse.data.content_key import content_key, source_hash
+from packhorse.data.data_manifest import (
     DataManifest,
     FileRecord,
-    SourceFound,
+    SourceRecord,
     SplitCounts,
-    read_manifest,
-    write_manifest,
+    read_data_manifest,
+    write_data_manifest,
 )
+from packhorse.data.decide import KEPT, REASONS
+from packhorse.data.formats.example import Example
+from packhorse.data.gather.source_pass import GatheredSource
+from packhorse.data.gather.spool import json_line, selected_pieces
+from packhorse.data.pack_rows import PackedRows, pack_rows
 from packhorse.data.packs.store import write_pieces, write_split
 from packhorse.data.render.render import Rendered
 from packhorse.data.resolve import data_root, resolve_tokenizer
-from packhorse.data.settle import Settled, settle
-from packhorse.data.source_pass import SourceGathered
-from packhorse.data.spool import stretches
 from packhorse.durable import sync_to_disk
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
 from packhorse.version import VERSION
 
-__all__ = ["PreparedData", "Progress", "content_key", "find_prepared", "prepare"]
-
 DROPPED_FILE: Final = "dropped.jsonl"
 
 Progress = Callable[[int], None]
-"""Called with the rows done so far."""
+"""Callback with the number of rows done so far."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Prepared data: its folder, what is in it, and whether it was there before."""
+    """Folder of prepared data, its manifest, and whether it existed before."""
 
     folder: Path
     manifest: DataManifest
@@ -56,21 +53,21 @@ class PreparedData:
 
 
 def prepare(recipe: Recipe, progress: Progress | None = None) -> PreparedData:
-    """Return the recipe's prepared data, and make it first where it is not there.
+    """Return the recipe's prepared data; make it first if it does not exist.
 
-    Two processes that prepare the same do the work once. What a killed process leaves has another name than
-    finished data, and is removed by the next one.
+    Two processes that prepare the same data do the work once. A killed process leaves a folder with a draft name, which
+    the next process removes.
 
     Raises:
-        UserError: Anything about rows, tokenizer, template, lengths or the disk that the user can mend.
+        UserError: Anything about rows, tokenizer, template, lengths or the disk that the user can fix.
     """
     key = content_key(recipe)
     folder = data_root(recipe) / key
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     was_warm = manifest is not None
     if manifest is None:
-        with _alone(folder):
-            manifest = read_manifest(folder)
+        with _locked(folder):
+            manifest = read_data_manifest(folder)
             was_warm = manifest is not None
             if manifest is None:
                 manifest = _make(recipe, folder, progress)
@@ -79,7 +76,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> PreparedData:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_suffix(".lock"))
@@ -87,8 +84,8 @@ def _alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{folder.parent} cannot be written: {error.strerror}.",
-            "prepared data is kept there, so that it is made once.",
-            "set runs_folder to a folder that you may write.",
+            "prepared data is kept there, so that it is made only once.",
+            "set runs_folder to a folder where you may write.",
         ) from error
     try:
         yield
@@ -103,7 +100,7 @@ def _make(recipe: Recipe, folder: Path, progress: Progress | None) -> DataManife
     try:
         manifest = _fill(recipe, draft, progress)
         _check_unchanged(recipe, folder.name)
-        write_manifest(manifest, draft)
+        write_data_manifest(manifest, draft)
         sync_to_disk(draft)
         draft.rename(folder)
         sync_to_disk(folder.parent)
@@ -121,59 +118,55 @@ def _make(recipe: Recipe, folder: Path, progress: Progress | None) -> DataManife
 def _fill(recipe: Recipe, draft: Path, progress: Progress | None) -> DataManifest:
     num_done = 0
 
-    def watch(_: SourceGathered, examples: Sequence[Example], __: Sequence[Rendered]) -> None:
+    def watch(_: GatheredSource, examples: Sequence[Example], __: Sequence[Rendered]) -> None:
         nonlocal num_done
         num_done += len(examples)
         if progress is not None:
             progress(num_done)
 
     spool_folder = draft / "spool"
-    settled = settle(recipe, spool_folder, watch)
-    splits = {side: _write_side(settled, side, draft, recipe) for side in settled.packings}
-    files = _write_dropped(settled, draft)
+    packed = pack_rows(recipe, spool_folder, watch)
+    splits = {side: _write_side(packed, side, draft, recipe) for side in packed.packings}
+    files = _write_dropped(packed, draft)
     shutil.rmtree(spool_folder)
-    return _manifest(recipe, settled, splits, files)
+    return _manifest(recipe, packed, splits, files)
 
 
-def _write_side(settled: Settled, side: str, draft: Path, recipe: Recipe) -> SplitCounts:
-    documents, spool = settled.side(side), settled.gathered.spool
-    rows = None if side == "train" else (_line(row) for row in spool.texts(documents.rows.tolist()))
+def _write_side(packed: PackedRows, side: str, draft: Path, recipe: Recipe) -> SplitCounts:
+    documents, spool = packed.side(side), packed.gathered.spool
+    rows = None if side == "train" else spool.lines(documents.rows.tolist())
     return write_split(
         draft / side,
-        ids=stretches(spool.tokens(), documents.starts, documents.lengths),
-        supervised=stretches(spool.supervised(), documents.starts, documents.lengths),
+        ids=selected_pieces(spool.tokens(), documents.starts, documents.lengths),
+        supervised=selected_pieces(spool.supervised(), documents.starts, documents.lengths),
         lengths=documents.lengths,
         labels=documents.labels,
         rows=rows,
-        vocab_size=settled.gathered.renderer.vocab_size,
+        vocab_size=packed.gathered.renderer.vocab_size,
         length_tokens=recipe.batch.length,
-        packing=settled.packings[side],
+        packing=packed.packings[side],
     )
 
 
-def _write_dropped(settled: Settled, draft: Path) -> dict[str, FileRecord]:
-    """List every row that was left out, with the reason; no file where there is none."""
-    losses = settled.decision.losses
+def _write_dropped(packed: PackedRows, draft: Path) -> dict[str, FileRecord]:
+    """Write each dropped row with its reason to a file, and return the file's record; no file if no row is dropped."""
+    losses = packed.decision.losses
     lost = np.flatnonzero(losses != KEPT)
-    bad = [mistake for found in settled.gathered.sources for mistake in found.mistakes.recorded]
+    bad = [mistake for source in packed.gathered.sources for mistake in source.mistakes.recorded]
     if not bad and len(lost) == 0:
         return {}
     unread = ({"where": mistake.where, "reason": "bad", "fact": mistake.fact} for mistake in bad)
-    left_out = (
+    dropped = (
         {"where": row["where"], "reason": REASONS[loss]}
-        for loss, row in zip(losses[lost].tolist(), settled.gathered.spool.texts(lost.tolist()))
+        for loss, row in zip(losses[lost].tolist(), packed.gathered.spool.texts(lost.tolist()))
     )
-    return {DROPPED_FILE: write_pieces(draft / DROPPED_FILE, map(_line, chain(unread, left_out)))}
-
-
-def _line(value: dict[str, object]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    return {DROPPED_FILE: write_pieces(draft / DROPPED_FILE, map(json_line, chain(unread, dropped)))}
 
 
 def _manifest(
-    recipe: Recipe, settled: Settled, splits: dict[str, SplitCounts], files: dict[str, FileRecord]
+    recipe: Recipe, packed: PackedRows, splits: dict[str, SplitCounts], files: dict[str, FileRecord]
 ) -> DataManifest:
-    gathered, decision = settled.gathered, settled.decision
+    gathered, decision = packed.gathered, packed.decision
     return DataManifest(
         version=VERSION,
         content_hash=content_key(recipe),
@@ -186,29 +179,29 @@ def _manifest(
         settings=recipe.data.model_dump(exclude={"sources", "validation", "retain", "decontaminate"}),
         shares=decision.shares,
         shares_reason=decision.shares_reason,
-        sources=tuple(_source_found(settled, number, recipe) for number in range(len(gathered.sources))),
+        sources=tuple(_source_record(packed, number, recipe) for number in range(len(gathered.sources))),
         splits=splits,
         fields=gathered.measured_fields,
-        ledger=settled.fitted.ledger,
+        ledger=packed.fitted.ledger,
         findings=decision.findings,
-        notes=settled.notes,
-        test_rows=settled.test_rows,
+        notes=packed.notes,
+        test_rows=packed.test_rows,
         files=files,
     )
 
 
-def _source_found(settled: Settled, number: int, recipe: Recipe) -> SourceFound:
-    found = settled.gathered.sources[number]
-    here = settled.gathered.spool.columns.source == number
-    losses = Counter(settled.decision.losses[here].tolist())
+def _source_record(packed: PackedRows, number: int, recipe: Recipe) -> SourceRecord:
+    source = packed.gathered.sources[number]
+    here = packed.gathered.spool.columns.source == number
+    losses = Counter(packed.decision.losses[here].tolist())
     by_reason = {REASONS[loss]: count for loss, count in sorted(losses.items()) if loss != KEPT}
-    num_bad = found.mistakes.num_rows
-    return SourceFound(
-        path=found.name,
-        sha256=source_hash(found.source, recipe),
+    num_bad = source.mistakes.num_rows
+    return SourceRecord(
+        path=source.name,
+        sha256=source_hash(source.declared, recipe),
         rows=int(np.count_nonzero(here)) + num_bad,
-        format=found.row_format,
-        use=found.use,
+        format=source.row_format,
+        use=source.use,
         losses={"bad": num_bad, **by_reason} if num_bad else by_reason,
     )
 
@@ -217,7 +210,7 @@ def _check_unchanged(recipe: Recipe, key: str) -> None:
     if content_key(recipe) != key:
         raise UserError(
             "a source, the tokenizer or the template changed while the data was prepared.",
-            "the packs would be of rows that are no longer there.",
+            "the packs would hold rows that no longer exist.",
             "run the command again when the files are complete.",
         )
 
@@ -227,7 +220,7 @@ def _check_group_field(recipe: Recipe, manifest: DataManifest) -> None:
     measured = {"validation", "retain"} & manifest.splits.keys()
     if name is not None and measured and name not in manifest.fields:
         raise UserError(
-            f"evaluation.group_by is {name}, and not every row that is evaluated has this field.",
-            "it makes the lines of the evaluation table.",
-            f"set it to one that every row has: {', '.join(manifest.fields) or 'there is none, so remove it'}.",
+            f"evaluation.group_by is {name}, and not every evaluated row has this field.",
+            "the evaluation table has one line per value of it.",
+            f"set it to a field that every row has: {', '.join(manifest.fields) or 'there is none, so remove it'}.",
         )

@@ -1,4 +1,4 @@
-"""Where the recipe's files lie: sources of rows, tokenizers, templates. Nothing is read but folder listings."""
+"""Resolve the sources, tokenizers and templates of a recipe to files. Only folder listings are read."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from glob import has_magic
 from pathlib import Path
 from typing import Final
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tokenizers import Tokenizer
 
 from packhorse.data.read.listing import form_of, known_endings, list_folder, list_glob
 from packhorse.errors import UserError
-from packhorse.quickstart.files import BUILTIN_NAMES, CORPUS_VERSION, materialise
+from packhorse.quickstart.files import BUILTIN_NAMES, CORPUS_VERSION, VOCABULARY_SIZE, materialise
 from packhorse.recipe.locate import locate, path_of
 from packhorse.recipe.schema import Recipe, Source
 
 BUILTIN: Final = "builtin:"
+TOKENIZER_FILE: Final = "tokenizer.json"
 TEMPLATES_FOLDER: Final = Path(__file__).parent / "render" / "templates"
 TOKENIZER_FILES: Final = (
     "tokenizer*",
@@ -29,7 +32,7 @@ TOKENIZER_FILES: Final = (
     "chat_template*",
     "generation_config.json",
 )
-# The tokens that each template must find; the last ends a turn. Alpaca's turns end with the tokenizer's own eos_token.
+# Tokens that each template needs; the last one ends a turn. Alpaca's turns end with the tokenizer's own eos_token.
 NAMED_TEMPLATES: Final[Mapping[str, tuple[str, ...]]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "qwen3": ("<think>", "</think>", "<|im_start|>", "<|im_end|>"),
@@ -53,18 +56,18 @@ def runs_folder_of(recipe: Recipe) -> Path:
 
 
 def source_name(source: Source) -> str:
-    """Return how messages call a source."""
+    """Return the name of a source in messages."""
     return source.path or f"hub data set {source.id}"
 
 
 def source_files(text: str, runs_folder: Path) -> list[Path]:
-    """Return the files that a source's `path` means, in the order in which they are read.
+    """Return the files that a source's `path` names, in the order in which they are read.
 
-    A path is a file, a folder (all files with a known ending below it) or a glob, of which a file of that very name
-    comes first. Order is natural: `shard-2` before `shard-10`.
+    A path is a file, a folder (all files with a known ending below it) or a glob; a file with that exact name has
+    precedence over the glob. The order is natural: `shard-2` before `shard-10`.
 
     Raises:
-        UserError: There is no such file, one is empty or has no known ending, or nothing is left to read.
+        UserError: A file does not exist, is empty or has an unknown ending, or there is no file to read.
     """
     if text.startswith(BUILTIN):
         return [_builtin(text, runs_folder)]
@@ -74,26 +77,26 @@ def source_files(text: str, runs_folder: Path) -> list[Path]:
     elif has_magic(str(path)) and not path.exists():
         files = list_glob(str(path))
     else:
-        files = [_of_known_form(present(path, "the data source"))]
-    return [_of_plain_name(present(file, "the data source")) for file in files]
+        files = [_with_known_ending(present(path, "the data source"))]
+    return [_with_utf8_name(present(file, "the data source")) for file in files]
 
 
-def _of_known_form(path: Path) -> Path:
+def _with_known_ending(path: Path) -> Path:
     if not form_of(path)[0]:
         raise UserError(
             f"the data source {path} ends in {path.suffix or 'no extension'}.",
             "the ending says how to read it.",
-            f"give it in one of the forms {known_endings()}.",
+            f"use one of the forms {known_endings()}.",
         )
     return path
 
 
-def _of_plain_name(path: Path) -> Path:
+def _with_utf8_name(path: Path) -> Path:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"the name of the data source {str(path)!a} is no UTF-8.",
+            f"the name of the data source {str(path)!a} is not UTF-8.",
             "messages and the ledger name the file of each row.",
             "give the file another name.",
         ) from error
@@ -101,16 +104,16 @@ def _of_plain_name(path: Path) -> Path:
 
 
 def present(path: Path, what: str) -> Path:
-    """Return the path if a file with something in it is there.
+    """Return the path if it is a file that is not empty.
 
     Raises:
-        UserError: No such file, or an empty one.
+        UserError: The file does not exist or is empty.
     """
     if not path.is_file():
         raise UserError(
             f"{what} {path} does not exist.",
-            "it is read before anything is trained.",
-            f"mend the path{_closest(path)}.",
+            "it is read before training starts.",
+            f"fix the path{_closest(path)}.",
         )
     if path.stat().st_size == 0:
         raise UserError(f"{what} {path} is empty: 0 bytes.", "nothing can be read from it.", "name another file.")
@@ -118,10 +121,10 @@ def present(path: Path, what: str) -> Path:
 
 
 def template_path(template: str) -> Path | None:
-    """Return the file of `data.template`; None for the tokenizer's own.
+    """Return the file of `data.template`; None for the tokenizer's own template.
 
     Raises:
-        UserError: The recipe names a file that is not there.
+        UserError: The recipe names a file that does not exist.
     """
     if template == "tokenizer":
         return None
@@ -141,14 +144,14 @@ def resolve_tokenizer(recipe: Recipe) -> Path:
     """Return the absolute folder of the tokenizer: `model.tokenizer`, else the model's own.
 
     Raises:
-        UserError: None is named, the folder is not there or holds no tokenizer, or the hub has none.
+        UserError: No tokenizer is named, its folder does not exist or has no tokenizer, or the hub has none.
     """
     model = recipe.model
     text = model.tokenizer or model.path or model.id
     if text is None:
         raise UserError(
             "model.tokenizer is missing.",
-            "a model made from model.config has no tokenizer of its own.",
+            "a model made from model.config has no tokenizer.",
             "set model.tokenizer to a folder, a hub name or builtin:tokenizer.",
         )
     runs_folder = runs_folder_of(recipe)
@@ -161,13 +164,42 @@ def resolve_tokenizer(recipe: Recipe) -> Path:
         raise UserError(
             f"the tokenizer's folder {folder} does not exist.",
             "rows become token ids with the model's own tokenizer.",
-            f"mend {'model.tokenizer' if model.tokenizer else 'model.path'}{_closest(folder)}.",
+            f"fix {'model.tokenizer' if model.tokenizer else 'model.path'}{_closest(folder)}.",
         )
     return _download_tokenizer(text, model.revision if text == model.id else None)
 
 
+def fast_tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """Load the recipe's tokenizer.json without downloading or writing anything, for plans; None if it is not local.
+
+    Raises:
+        UserError: Its path names an environment variable that is not set.
+    """
+    model = recipe.model
+    name = model.tokenizer or model.path or model.id
+    if name is None or name.startswith(BUILTIN):
+        return None
+    folder = locate(name, path_of(recipe.runs_folder))
+    file = folder / TOKENIZER_FILE
+    if not folder.is_dir():
+        revision = model.revision if model.tokenizer is None else None
+        cached = try_to_load_from_cache(name, TOKENIZER_FILE, cache_dir=HF_HUB_CACHE, revision=revision)
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    return Tokenizer.from_file(str(file)) if file.is_file() else None
+
+
+def vocabulary_size(recipe: Recipe) -> int | None:
+    """Return the number of ids of the tokenizer, for the embeddings of a fresh model; None if not local."""
+    if (recipe.model.tokenizer or "").startswith(BUILTIN):
+        return VOCABULARY_SIZE
+    tokenizer = fast_tokenizer(recipe)
+    return None if tokenizer is None else int(tokenizer.get_vocab_size(with_added_tokens=True))
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files that decide how text becomes ids, by name."""
+    """Return the files that decide how text becomes ids, sorted by name."""
     return sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
 
 
@@ -176,8 +208,8 @@ def _builtin(text: str, runs_folder: Path) -> Path:
     if name not in BUILTIN_NAMES:
         close = difflib.get_close_matches(name, BUILTIN_NAMES, n=1, cutoff=0.0)
         raise UserError(
-            f"{text} is not one of Packhorse's own files: {', '.join(BUILTIN_NAMES)}.",
-            "a path that begins with builtin: means a file that Packhorse makes.",
+            f"{text} is not one of the files that come with Packhorse: {', '.join(BUILTIN_NAMES)}.",
+            "a path that begins with builtin: names a file that Packhorse writes.",
             f"write {BUILTIN}{close[0]}, or the path of a file.",
         )
     try:
@@ -185,15 +217,15 @@ def _builtin(text: str, runs_folder: Path) -> Path:
     except OSError as error:
         raise UserError(
             f"{runs_folder} cannot be written: {error.strerror}.",
-            "Packhorse's own files are made there when they are first used.",
-            "set runs_folder to a folder that you may write.",
+            "the files that come with Packhorse are written there on first use.",
+            "set runs_folder to a folder where you may write.",
         ) from error
 
 
 def _with_tokenizer(folder: Path) -> Path:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise UserError(
-            f"{folder} holds no tokenizer: neither tokenizer.json nor tokenizer.model nor a vocabulary.",
+            f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model nor a vocabulary.",
             "rows become token ids with the model's own tokenizer.",
             "set model.tokenizer to a folder that has tokenizer.json.",
         )
@@ -209,7 +241,7 @@ def _download_tokenizer(name: str, revision: str | None) -> Path:
         folder = snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"the tokenizer {name} (revision {revision or 'main'}) cannot be had from the hub: {_first_line(error)}",
+            f"the tokenizer {name} (revision {revision or 'main'}) cannot be downloaded: {_first_line(error)}",
             "rows become token ids with the model's own tokenizer.",
             "set model.tokenizer to a local folder; or unset HF_HUB_OFFLINE, check the name, and log in with "
             "`hf auth login`.",
@@ -223,7 +255,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _closest(path: Path) -> str:
-    """Return `: the closest name there is X`, or where to look."""
+    """Return `: the closest name in FOLDER is X`, or what is missing."""
     if not path.parent.is_dir():
         return f": the folder {path.parent} does not exist either"
     names = sorted(entry.name for entry in path.parent.iterdir())

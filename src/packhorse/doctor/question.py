@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from packhorse.data.manifest import read_manifest
+from packhorse.data.data_manifest import read_data_manifest
 from packhorse.doctor.facts import Question
 from packhorse.doctor.folder import plan_sha256
 from packhorse.errors import UserError
@@ -21,7 +21,7 @@ from packhorse.recipe.locate import path_of
 def question_of_run(plan: RunPlan, scratch: str, fast: bool) -> Question:
     """What a run needs: its nodes, its folder, room for its checkpoints, its weights and data."""
     topology, recipe, data = plan.topology, plan.recipe, plan.data
-    manifest = read_manifest(Path(data.folder)) if data is not None else None
+    manifest = read_data_manifest(Path(data.folder)) if data is not None else None
     shape = read_shape(find_configuration(recipe, manifest.vocab_size if manifest is not None else None))
     room = checkpoint_room(plan, shape) if shape is not None else None
     model_folder = (plan.base_model or "") if recipe.model.path is not None else ""

@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
-from packhorse.data.manifest import read_manifest
-from packhorse.data.stored import size_faults
+from packhorse.data.data_manifest import read_data_manifest, size_faults
 from packhorse.doctor.facts import Question, StoreFacts
 from packhorse.doctor.meeting import in_words
 from packhorse.errors import UserError
@@ -83,7 +82,7 @@ def _data_fault(folder: str) -> str:
         return ""
     place = Path(folder)
     try:
-        manifest = read_manifest(place)
+        manifest = read_data_manifest(place)
     except UserError as error:
         return error.mistakes[0].fact
     if manifest is None:

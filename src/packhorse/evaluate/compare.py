@@ -9,7 +9,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, computed_field
 from transformers import PreTrainedTokenizerBase
 
-from packhorse.data.manifest import TestLook
+from packhorse.data.data_manifest import TestLook
 from packhorse.evaluate.generate import Answer, answers, said_by_template
 from packhorse.evaluate.held_out import HeldOut, Question
 from packhorse.evaluate.models import Model, Subject, measure_both

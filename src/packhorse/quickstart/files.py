@@ -1,18 +1,18 @@
-"""The quickstart's built-in files by name: written once into a folder, then reused."""
+"""The quickstart's rows and tokenizer, which are shipped with Packhorse (`tools/quickstart_corpus` makes them)."""
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
 
-from packhorse.quickstart.corpus import Row, core_rows, ticket_rows, to_jsonl
-from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
-
+DATA: Final = Path(__file__).parent / "data"
 TOKENIZER: Final = "tokenizer"
+VOCABULARY_SIZE: Final = 2048
 CORPUS_VERSION: Final = 1
-"""Raised when a built-in file changes, so that none of an older Packhorse is reused."""
+"""Raised when a shipped file changes, so that no copy that an older Packhorse wrote is reused."""
 BUILTIN_NAMES: Final[tuple[str, ...]] = (
     "core.messages.jsonl",
     "core.alpaca.jsonl",
@@ -23,19 +23,16 @@ BUILTIN_NAMES: Final[tuple[str, ...]] = (
 
 
 def materialise(name: str, folder: Path) -> Path:
-    """Write one built-in file (or the tokenizer's folder) under `folder` if it is not there yet.
+    """Write one shipped file (or the tokenizer's folder) into `folder` unless it exists; return its path.
 
-    Two processes may do so at once: each writes under a name of its own and renames it at the end.
+    Two processes may do so at once: each writes under its own name first, then renames.
 
     Args:
-        name: one of `BUILTIN_NAMES`.
-        folder: where the file belongs; created if absent.
-
-    Returns:
-        The path of the file or folder.
+        name: One of `BUILTIN_NAMES`.
+        folder: Folder of the result; created if absent.
 
     Raises:
-        ValueError: the name is not a built-in one.
+        ValueError: No shipped file has this name.
     """
     if name not in BUILTIN_NAMES:
         raise ValueError(f"no built-in file {name!r}; known are {', '.join(BUILTIN_NAMES)}")
@@ -51,36 +48,15 @@ def materialise(name: str, folder: Path) -> Path:
 
 
 def write_builtin(name: str, path: Path) -> None:
-    """Write one built-in file or folder at a path that does not exist yet."""
+    """Write one shipped file or folder to a path that does not exist yet."""
     if name == TOKENIZER:
-        write_tokenizer(path)
+        shutil.copytree(DATA / TOKENIZER, path)
     else:
-        path.write_text(jsonl_text(name), encoding="utf-8", newline="\n")
-
-
-def jsonl_text(name: str) -> str:
-    """Return the text of `SOURCE.FORM.jsonl`, as in `core.messages.jsonl`."""
-    source, form, _ = name.split(".")
-    rows = core_rows() if source == "core" else ticket_rows()
-    as_form = Row.as_messages if form == "messages" else Row.as_alpaca
-    return to_jsonl(as_form(row) for row in rows)
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Train the tokenizer on both corpora and write its folder."""
-    folder.mkdir()
-    save_tokenizer(train_tokenizer(tokenizer_texts()), folder)
-
-
-def tokenizer_texts() -> list[str]:
-    """Return every turn of both corpora as the chat template writes it, role first."""
-    return [
-        f"{message['role']}\n{message['content']}" for row in core_rows() + ticket_rows() for message in row.messages()
-    ]
+        path.write_bytes(gzip.decompress((DATA / f"{name}.gz").read_bytes()))
 
 
 def put_in_place(written: Path, target: Path) -> None:
-    """Rename to the final name; where another process was first, keep its equal result."""
+    """Rename to the final name; where another process was faster, keep its equal result."""
     try:
         written.replace(target)
     except OSError:

@@ -1,4 +1,4 @@
-"""data.html: one self-contained page of what an audit found, without scripts and without a request to anywhere."""
+"""data.html: one self-contained page with the results of an audit, without scripts or external requests."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from packhorse.report.ledger_lines import ledger_lines
 from packhorse.report.readable import clipped, readable
 
 TEMPLATE: Final = "data_page.html.jinja"
-# A page of long rows still opens at once.
+# Long texts are cut so that the page opens quickly.
 LONGEST_PIECE_CHARACTERS: Final = 6_000
 LONGEST_COPY_CHARACTERS: Final = 600
-SHOWN_PLACES: Final = 8
+SHOWN_LOCATIONS: Final = 8
 SHOWN_LABELS: Final = 12
 _NEWLINE: Final = Markup('<span class="newline" aria-hidden="true"></span>\n')
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure at a glance: what, how much, and a line below it."""
+    """One key figure: label, value, and a line below it."""
 
     label: str
     value: str
@@ -42,7 +42,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Count:
-    """A label or a language: rows, and the length of its bar in percent of the longest."""
+    """Rows of a label or a language, and the length of its bar in percent of the longest."""
 
     name: str
     rows: int
@@ -52,7 +52,7 @@ class Count:
 
 @dataclass(frozen=True)
 class CardView:
-    """A score card as the page shows it."""
+    """A score card with what the page shows of it."""
 
     card: ScoreCard
     source: SourceAudit | None
@@ -62,7 +62,7 @@ class CardView:
 
 
 def render_data_page(report: AuditReport) -> str:
-    """Return the page as HTML; whatever stands in rows and names appears as text."""
+    """Return the page as HTML; all text of rows and names is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -78,19 +78,19 @@ def render_data_page(report: AuditReport) -> str:
         lines=ledger_lines(report.ledger),
         sides=[(side, report.splits[side]) for side in SIDES if side in report.splits],
         balance=balance(report.splits, report.shares),
-        asked=_asked(report),
+        requested=_requested(report),
         rows=[_clipped_row(row) for row in report.rows],
         groups=[_clipped_group(group) for group in report.duplicates],
         histogram=histogram(report.length_histogram, report.length_tokens),
         plot_height=PLOT_HEIGHT,
         cards=_cards(report),
-        shown_places=SHOWN_PLACES,
+        shown_locations=SHOWN_LOCATIONS,
         shown_labels=SHOWN_LABELS,
     )
 
 
 def write_data_page(report: AuditReport, path: Path) -> None:
-    """Write the page under its name, whole or not at all; what stood there before is replaced.
+    """Write the page atomically, and replace an earlier one.
 
     Raises:
         UserError: The folder cannot be written.
@@ -102,13 +102,13 @@ def write_data_page(report: AuditReport, path: Path) -> None:
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}.",
-            "it shows what was found in the data.",
-            "free space there, or set runs_folder to a folder that you may write.",
+            "the page shows what the audit found in the data.",
+            "free space there, or set runs_folder to a folder where you may write.",
         ) from error
 
 
 def _readable_text(value: object) -> object:
-    """Make hidden characters visible; text that is HTML already is of a class of its own and stays."""
+    """Make hidden characters visible; markup that is HTML already has its own class and stays unchanged."""
     return readable(value) if type(value) is str else value
 
 
@@ -117,7 +117,7 @@ def _percent(share: float) -> str:
 
 
 def _lines(text: str) -> Markup:
-    """Return text with a sign before each newline, which could not be seen to be trained on otherwise."""
+    """Return text with a sign before each newline, so that newlines that are trained on are visible."""
     return _NEWLINE.join(readable(line) for line in text.split("\n"))
 
 
@@ -130,26 +130,27 @@ def _points(deviation: float) -> str:
 
 
 def _tiles(report: AuditReport) -> Iterator[Tile]:
-    ledger, at = report.ledger, report.length_percentiles
+    ledger, percentiles = report.ledger, report.length_percentiles
     train = report.splits.get("train")
-    out = ledger.rows_in.rows - ledger.rows_kept
-    lost = f"{out:,} left out" if out else "none left out"
+    dropped = ledger.rows_in.rows - ledger.rows_kept
+    lost = f"{dropped:,} dropped" if dropped else "none dropped"
     yield Tile("Rows read", f"{ledger.rows_in.rows:,}", f"{ledger.rows_kept:,} kept, {lost}")
     if train is not None:
         yield Tile(
             "Trained on", f"{train.num_rows:,}", f"rows, in {train.num_packs:,} packs, {100 * train.fill:.2f} % full"
         )
     yield Tile("Supervised", f"{_percent(report.supervised_share)}", f"of {report.num_tokens:,} tokens")
-    if at:
-        yield Tile("Median row", f"{at[50]:,}", f"tokens; 99 % up to {at[99]:,}, longest {at[100]:,}")
-    # Whatever data.over_long does with such a row, one of these three counts it.
+    if percentiles:
+        below = f"tokens; 99 % up to {percentiles[99]:,}, longest {percentiles[100]:,}"
+        yield Tile("Median row", f"{percentiles[50]:,}", below)
+    # Each value of data.over_long counts such rows in one of these three.
     over = ledger.losses.get("over_long", Entry()).rows + ledger.truncated + ledger.split_rows
-    yield Tile("Longer than T", f"{over:,}", f"rows above {report.length_tokens:,} tokens")
-    found = sum(finding.rows for card in report.cards for finding in findings(card, ledger))
-    yield Tile("Findings", f"{found:,}", "in the score cards below" if found else "nothing in the score cards")
+    yield Tile("Longer than T", f"{over:,}", f"rows longer than {report.length_tokens:,} tokens")
+    num_rows = sum(finding.rows for card in report.cards for finding in findings(card, ledger))
+    yield Tile("Findings", f"{num_rows:,}", "in the score cards below" if num_rows else "nothing in the score cards")
 
 
-def _asked(report: AuditReport) -> str:
+def _requested(report: AuditReport) -> str:
     return ", ".join(f"{side} {100 * share:g} %" for side, share in zip(SIDES, report.shares) if share > 0)
 
 

@@ -1,4 +1,4 @@
-"""Lengths of rows as bars: where each stands, how high it is, and where T falls between them."""
+"""Lengths of rows as bars: position and height of each, and the position of T."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-# Height of the area of the bars, in CSS pixels; widths are percentages, so the page may be of any width.
+# Height of the bar area in CSS pixels; widths are percentages, so the page may have any width.
 PLOT_HEIGHT: Final = 180
 MOST_TICKS: Final = 6
 _GAP: Final = 0.12
@@ -28,7 +28,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Tick:
-    """A label below the bars, at x percent; a minor one is left out on a narrow screen."""
+    """A label below the bars, at x percent; a minor one is hidden on a narrow screen."""
 
     x: float
     tokens: int
@@ -38,7 +38,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The drawing: bars, labels, where T is (None where it lies beyond all rows), rows of the highest bar."""
+    """Bars, labels, position of T (None if all rows are shorter), rows of the highest bar."""
 
     bars: tuple[Bar, ...]
     ticks: tuple[Tick, ...]
@@ -48,11 +48,11 @@ class Histogram:
 
 
 def histogram(bins: Sequence[tuple[int, int]], length_tokens: int) -> Histogram | None:
-    """Place bins of (upper bound in tokens, rows); None where there is no row.
+    """Lay out bins of (upper bound in tokens, rows); None if there are no rows.
 
     Args:
-        bins: In order of their bounds.
-        length_tokens: T, placed inside its bin by the logarithm, as the bins grow.
+        bins: Bins in the order of their bounds.
+        length_tokens: T; its position within a bin is logarithmic, as the bins grow.
     """
     most = max((rows for _, rows in bins), default=0)
     if most == 0:
@@ -66,11 +66,11 @@ def histogram(bins: Sequence[tuple[int, int]], length_tokens: int) -> Histogram 
             Bar(low, high, rows, (at + _GAP / 2) * step, (1 - _GAP) * step, round(height, 2), low > length_tokens)
         )
         low = high + 1
-    limit = _place(bars, length_tokens, step)
+    limit = _position(bars, length_tokens, step)
     return Histogram(tuple(bars), _ticks(bars, step), limit, _anchor(limit if limit is not None else 100), most)
 
 
-def _place(bars: Sequence[Bar], length_tokens: int, step: float) -> float | None:
+def _position(bars: Sequence[Bar], length_tokens: int, step: float) -> float | None:
     for at, bar in enumerate(bars):
         if length_tokens <= bar.high:
             low, high = math.log(max(bar.low - 1, 1)), math.log(max(bar.high, 2))
@@ -80,7 +80,7 @@ def _place(bars: Sequence[Bar], length_tokens: int, step: float) -> float | None
 
 
 def _ticks(bars: Sequence[Bar], step: float) -> tuple[Tick, ...]:
-    """Label upper bounds, at most `MOST_TICKS` of them, the last always."""
+    """Label upper bounds, at most `MOST_TICKS` of them, always including the last."""
     every = math.ceil(len(bars) / MOST_TICKS)
     ticks = [
         Tick((at + 1) * step, bars[at].high, _anchor((at + 1) * step), nth % 2 == 1)

@@ -1,4 +1,4 @@
-"""The ledger as lines with percentages that add up to 100, for the terminal and the page alike."""
+"""The ledger as lines with percentages that add up to 100, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Final
 
 from packhorse.data.ledger import LOSSES, SIDES, Entry, Ledger
 
-# Percentages have two decimals: all rows are ten thousand parts.
+# Percentages have two decimals: 100 % are ten thousand parts.
 _PARTS: Final = 10_000
 CUT: Final = "tokens_cut"
 SIDE_WORDS: Final = {
-    "train": "train: learnt from",
+    "train": "train: trained on",
     "validation": "validation: evaluated during training",
     "test": "test: sealed",
-    "retain": "retain: old skills, evaluated",
+    "retain": "retain: old tasks, evaluated",
 }
 
 
 @dataclass(frozen=True)
 class LedgerLine:
-    """Where some of the rows went.
+    """Where a part of the rows went.
 
     Attributes:
         name: Key of `LOSSES`, one of `SIDES`, or `tokens_cut`.
-        words: What it means.
-        is_loss: Whether these rows, or tokens, are left out.
-        rows: Rows.
-        tokens: Their tokens.
-        rows_percent: Share of all rows; these add up to 100 over the lines.
-        tokens_percent: Share of all tokens; these too.
+        words: Meaning of the line.
+        is_loss: Whether these rows or tokens are dropped.
+        rows: Number of rows.
+        tokens: Number of their tokens.
+        rows_percent: Share of all rows; the lines add up to 100.
+        tokens_percent: Share of all tokens; the lines add up to 100.
     """
 
     name: str
@@ -43,25 +43,25 @@ class LedgerLine:
 
 
 def ledger_lines(ledger: Ledger) -> tuple[LedgerLine, ...]:
-    """Return a line for every way that a row or a token can go, in the order in which they are taken out."""
+    """Return one line per destination of rows or tokens, in the order in which they are removed."""
     cut = Entry(rows=0, tokens=ledger.tokens_cut)
-    ways: list[tuple[str, str, bool, Entry]] = [
+    entries: list[tuple[str, str, bool, Entry]] = [
         *((name, words, True, ledger.losses.get(name, Entry())) for name, words in LOSSES.items()),
         (CUT, "cut off rows that are kept", True, cut),
         *((name, SIDE_WORDS[name], False, ledger.kept.get(name, Entry())) for name in SIDES),
     ]
-    rows = percentages([entry.rows for *_, entry in ways])
-    tokens = percentages([entry.tokens for *_, entry in ways])
+    rows = percentages([entry.rows for *_, entry in entries])
+    tokens = percentages([entry.tokens for *_, entry in entries])
     return tuple(
         LedgerLine(name, words, is_loss, entry.rows, entry.tokens, rows[at], tokens[at])
-        for at, (name, words, is_loss, entry) in enumerate(ways)
+        for at, (name, words, is_loss, entry) in enumerate(entries)
     )
 
 
 def percentages(counts: Sequence[int]) -> list[str]:
-    """Return each count's share in percent, with two decimals, rounded so that the shares add up to 100.
+    """Return each count's share in percent with two decimals, rounded so that the shares add up to 100.
 
-    The largest remainders are rounded up (Hamilton's method). A share that rounds to 0 and is not reads `<0.01 %`.
+    The largest remainders are rounded up (Hamilton's method). A share above 0 that rounds to 0 reads `<0.01 %`.
     """
     total = sum(counts)
     if total == 0:

@@ -1,4 +1,4 @@
-"""What an audit or a preparation found, for a terminal of 80 columns or more."""
+"""Results of an audit or a preparation, for a terminal of 80 columns or more."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.data.audit_report import AuditReport, RowAudit, SplitAudit
+from packhorse.data.data_manifest import SplitCounts
 from packhorse.data.ledger import Ledger
-from packhorse.data.manifest import SplitCounts
 from packhorse.report.findings import findings
 from packhorse.report.ledger_lines import ledger_lines
 from packhorse.report.readable import clipped, readable
 
 LONGEST_PIECE_CHARACTERS: Final = 800
-SHOWN_PLACES: Final = 3
+SHOWN_LOCATIONS: Final = 3
 
 
 def figure_lines(report: AuditReport) -> list[tuple[str, str]]:
-    """Return sources and figures as label and text."""
+    """Return sources and figures as pairs of label and text."""
     lines = [
         ("source", f"{readable(source.name)}: {source.num_rows:,} rows, {source.row_format}, for {source.use}")
         for source in report.sources
     ]
-    at = report.length_percentiles
-    if at:
-        text = f"median {at[50]:,}, 99 % up to {at[99]:,}, longest {at[100]:,} (T is {report.length_tokens:,})"
-        lines.append(("tokens a row", text))
+    percentiles = report.length_percentiles
+    if percentiles:
+        median, most, longest = (percentiles[percent] for percent in (50, 99, 100))
+        text = f"median {median:,}, 99 % up to {most:,}, longest {longest:,} (T is {report.length_tokens:,})"
+        lines.append(("tokens per row", text))
     lines.append(("supervised", f"{report.supervised_share:.1%} of {report.num_tokens:,} tokens"))
-    lines.append(("stop token", f"{readable(report.stop_token)}, supervised where a trained turn ends"))
+    lines.append(("stop token", f"{readable(report.stop_token)}, supervised at the end of each trained turn"))
     if report.shares_reason:
         lines.append(("shares", f"{_shares(report)}: {readable(report.shares_reason)}"))
     return lines
 
 
 def ledger_table(ledger: Ledger) -> Table:
-    """Return what became of every row and token; the percentages add up to 100."""
+    """Return what happened to every row and token; the percentages add up to 100."""
     table = _table("ledger")
     for heading in ("rows", "of rows", "tokens", "of tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -51,7 +52,7 @@ def ledger_table(ledger: Ledger) -> Table:
 
 
 def split_table(splits: Mapping[str, SplitAudit] | Mapping[str, SplitCounts]) -> Table:
-    """Return rows, tokens, packs and fill of each side, and supervised tokens where they were counted."""
+    """Return rows, tokens, packs and fill of each side, and supervised tokens if they were counted."""
     table = _table("split")
     counted = any(isinstance(split, SplitCounts) for split in splits.values())
     for heading in ("rows", "tokens", *(["supervised"] if counted else []), "packs", "fill"):
@@ -65,28 +66,28 @@ def split_table(splits: Mapping[str, SplitAudit] | Mapping[str, SplitCounts]) ->
 
 
 def finding_lines(report: AuditReport) -> Table:
-    """Return what is not 0 on the score cards, a line each: rows, what they are, what to do."""
+    """Return the findings of the score cards, one line per finding: rows, words, advice."""
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for card in report.cards:
-        found = findings(card, report.ledger)
-        if found:
+        of_card = findings(card, report.ledger)
+        if of_card:
             table.add_row("", Text(readable(card.source), style="dim"))
-        for finding in found:
+        for finding in of_card:
             table.add_row(f"{finding.rows:,}", Text(readable(f"{finding.words} ({finding.advice})")))
     if report.contaminated:
         table.add_row("", Text("contamination", style="dim"))
         table.add_row("", Text(readable(_contaminated(report))))
     if report.notes:
-        table.add_row("", Text("worth knowing", style="dim"))
+        table.add_row("", Text("notes", style="dim"))
     for note in report.notes:
         table.add_row("", Text(readable(note)))
     return table
 
 
 def row_text(row: RowAudit, in_colour: bool) -> Text:
-    """Return a row with its supervised text in green, or in brackets where there is no colour; long pieces are cut."""
+    """Return a row with its supervised text in green, or in brackets without colour; long pieces are cut."""
     text = Text()
     for piece, supervised in row.pieces:
         shown = readable(clipped(piece, LONGEST_PIECE_CHARACTERS))
@@ -109,6 +110,6 @@ def _shares(report: AuditReport) -> str:
 
 
 def _contaminated(report: AuditReport) -> str:
-    places = ", ".join(report.contaminated[:SHOWN_PLACES])
-    more = f" and {rest:,} more" if (rest := report.num_contaminated - SHOWN_PLACES) > 0 else ""
-    return f"{places}{more} hold what data.decontaminate asks (data.decontaminate.action: drop leaves them out)"
+    locations = ", ".join(report.contaminated[:SHOWN_LOCATIONS])
+    more = f" and {rest:,} more" if (rest := report.num_contaminated - SHOWN_LOCATIONS) > 0 else ""
+    return f"{locations}{more} contain text of data.decontaminate (data.decontaminate.action: drop removes them)"

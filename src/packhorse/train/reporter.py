@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from packhorse.data.manifest import read_manifest
+from packhorse.data.data_manifest import read_data_manifest
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.layout import METRICS_FILE
 from packhorse.run_folder.metrics import MetricsFile
@@ -77,7 +77,7 @@ def write_run_status(plan: RunPlan, run_state: State, state: TrainState, attempt
 
 def _data_facts(run_folder: Path) -> dict[str, Any]:
     """Return what W&B shows about the data: the ledger of all rows, and the findings."""
-    manifest = read_manifest(run_folder)
+    manifest = read_data_manifest(run_folder)
     if manifest is None:
         return {}
     return {"data_ledger": manifest.ledger.model_dump(), "data_findings": manifest.findings}

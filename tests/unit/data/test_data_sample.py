@@ -11,9 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from packhorse.data.estimate_packs import estimate_packs
 from packhorse.data.prepare import prepare
 from packhorse.data.resolve import resolve_tokenizer
-from packhorse.data.sample import guess_packs
 from packhorse.recipe.schema import Recipe
 from tiny import TINY
 
@@ -55,7 +55,7 @@ def test_a_guess_is_near_what_is_counted(name: str, tmp_path: Path) -> None:
         "batch": {"length": 512, "packs": 8},
     }
     recipe = recipe_of(tmp_path, **sections)
-    guess = guess_packs(recipe)
+    guess = estimate_packs(recipe)
     assert guess is not None
     assert "from 500 of about" in guess.reason
     assert "their tokens" in guess.reason
@@ -70,7 +70,7 @@ def test_rows_of_which_one_each_makes_a_pack(tmp_path: Path) -> None:
         tmp_path,
         data={"sources": [{"path": path, "rows": 200}], "packing": "none", "split": {"train": 0.5, "validation": 0.5}},
     )
-    guess = guess_packs(recipe)
+    guess = estimate_packs(recipe)
     assert guess is not None
     assert (guess.num_rows, guess.num_packs) == (200, 100)
 
@@ -85,5 +85,5 @@ def test_nothing_is_guessed_where_too_little_is_seen(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    assert guess_packs(recipe_of(tmp_path, data={"sources": [source]})) is None
+    assert estimate_packs(recipe_of(tmp_path, data={"sources": [source]})) is None
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"], "looking writes nothing"

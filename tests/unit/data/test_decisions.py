@@ -115,7 +115,7 @@ def test_bad_rows_are_dropped_up_to_the_cap_and_listed(make_recipe: MakeRecipe, 
     message = refusal(make_recipe(path, data={"on_bad_row": "drop"}))
     assert "has 2 bad rows of 100, 2.0%; data.most_bad_rows is 1.0%." in message
     assert "set data.most_bad_rows to 0.02." in message
-    assert f"{path}:51: the line is no JSON" in message
+    assert f"{path}:51: the line is not JSON" in message
 
 
 def test_file_of_nothing_but_bad_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_rows_of_validation_among_those_of_training(make_recipe: MakeRecipe, tmp
     other = write_lines(tmp_path / "held-out.jsonl", *rows(10, 35))
     validation = {"validation": [{"path": str(other)}]}
     message = refusal(make_recipe(path, data=validation))
-    assert f"5 rows of data.sources are rows of data.validation too; the first is {path}:36." in message
+    assert f"5 rows of data.sources are also in data.validation; the first is {path}:36." in message
     prepared = prepare(make_recipe(path, data={**validation, "duplicates": {"exact": "drop"}}))
     assert (losses(prepared), kept(prepared)) == ({"duplicate": 5}, {"train": 35, "validation": 10})
 
@@ -209,7 +209,7 @@ def test_verdicts_are_read_and_not_trained_on(
 ) -> None:
     message = refusal(make_recipe(write_lines(tmp_path / "rows.jsonl", row)))
     assert told in message
-    assert "all of them sound" in message
+    assert "all of them valid" in message
 
 
 def test_packs_in_order_and_packs_of_a_row(make_recipe: MakeRecipe, tmp_path: Path) -> None:

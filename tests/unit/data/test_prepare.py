@@ -13,7 +13,7 @@ from data_cases import MakeRecipe, chat, save_tiny_tokenizer, write_lines
 
 from packhorse.data import prepare as prepare_module
 from packhorse.data.audit import audit
-from packhorse.data.identity import content_key, find_prepared
+from packhorse.data.content_key import content_key, find_prepared
 from packhorse.data.ledger import Ledger
 from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import prepare
@@ -239,7 +239,7 @@ def test_mistakes_of_all_files_at_once_and_nothing_is_left(make_recipe: MakeReci
     other = write_lines(tmp_path / "other.jsonl", chat("a:x", "u:hi", "u:"), chat("u:hi", "a:"))
     message = refusal(make_recipe(rows, bad, other))
     for told in (
-        f"{bad}:2: the line is no JSON",
+        f"{bad}:2: the line is not JSON",
         f"{bad}:3: the chat has no assistant turn",
         f"{other}:2: the answer of an assistant turn is empty",
     ):
@@ -271,7 +271,7 @@ def test_failure_midway_leaves_nothing(make_recipe: MakeRecipe, rows: Path, monk
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "write_manifest", full)
+    monkeypatch.setattr(prepare_module, "write_data_manifest", full)
     recipe = make_recipe(rows)
     assert "No space left on device" in refusal(recipe)
     assert [path.name for path in (Path(recipe.runs_folder) / ".data").glob("*.draft-*")] == []
@@ -313,7 +313,7 @@ def test_folder_that_cannot_be_written(make_recipe: MakeRecipe, rows: Path, tmp_
     [
         pytest.param({"tokenizer": None}, "model.tokenizer is missing", id="none"),
         pytest.param({"tokenizer": "./nowhere"}, "the tokenizer's folder nowhere does not exist", id="folder"),
-        pytest.param({"tokenizer": "{runs}"}, "holds no tokenizer", id="no tokenizer in it"),
+        pytest.param({"tokenizer": "{runs}"}, "has no tokenizer", id="no tokenizer in it"),
     ],
 )
 def test_tokenizers_that_are_not_there(
@@ -352,7 +352,7 @@ def test_warm_start_needs_no_torch(make_recipe: MakeRecipe, rows: Path, tmp_path
     file = tmp_path / "recipe.json"
     file.write_text(recipe.model_dump_json())
     program = (
-        "import sys; from packhorse.data.identity import find_prepared; from packhorse.recipe.schema import Recipe;"
+        "import sys; from packhorse.data.content_key import find_prepared; from packhorse.recipe.schema import Recipe;"
         f"print(find_prepared(Recipe.model_validate_json(open({str(file)!r}).read())).content_hash);"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )

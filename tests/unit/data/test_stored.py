@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.data.manifest import DataManifest, SplitCounts, read_manifest
+from packhorse.data.data_manifest import (
+    DataManifest,
+    SplitCounts,
+    content_faults,
+    read_data_manifest,
+    recorded_files,
+    require_sizes,
+    size_faults,
+)
 from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import prepare
-from packhorse.data.stored import content_faults, recorded_files, require_sizes, size_faults
 from packhorse.errors import UserError
 from packhorse.recipe.load import load_recipe
 from prepared import Document, write_prepared
@@ -24,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def manifest_of(folder: Path) -> DataManifest:
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     assert manifest is not None
     return manifest
 
@@ -40,10 +47,10 @@ def test_every_file_is_watched_whatever_is_done_to_it(folder: Path) -> None:
         content = (folder / name).read_bytes()
         for at in range(0, len(content), max(1, len(content) // 10)):
             (folder / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-            assert content_faults(folder, manifest) == {name: f"{name} has another content than was written (sha256)."}
+            assert content_faults(folder, manifest) == {name: f"{name} has other content than was written (sha256)."}
             assert size_faults(folder, manifest) == {}
         (folder / name).write_bytes(content[:-1])
-        said = f"{name} has {len(content) - 1:,} bytes, and {len(content):,} were written."
+        said = f"{name} has {len(content) - 1:,} bytes instead of {len(content):,}."
         assert size_faults(folder, manifest) == content_faults(folder, manifest) == {name: said}
         with pytest.raises(UserError, match="is damaged"):
             require_sizes(folder, manifest)
@@ -79,5 +86,5 @@ def test_prepare_records_every_file_that_it_leaves(tmp_path: Path, monkeypatch: 
 def test_what_is_no_array_is_refused_by_name(folder: Path) -> None:
     file = folder / "train" / "documents.npy"
     file.write_bytes(b"\x80\x04N.".ljust(file.stat().st_size, b"\0"))
-    with pytest.raises(UserError, match=r"documents.npy is no array of numbers"):
+    with pytest.raises(UserError, match=r"documents.npy is not an array of numbers"):
         open_store(folder, "train")

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from packhorse.evaluate.turns import trained_form
 from packhorse.model.load import ModelRequest
-from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
 from packhorse.recipe.schema import DataSection, Source
 from prepared import write_prepared
+from quickstart_corpus.tokenizer import save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)

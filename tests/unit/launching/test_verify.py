@@ -9,7 +9,7 @@ import pytest
 
 from packhorse.cli.main import main
 from packhorse.commands.prepared import require_data
-from packhorse.data.manifest import DataManifest, SplitCounts, read_manifest, write_manifest
+from packhorse.data.data_manifest import DataManifest, SplitCounts, read_data_manifest, write_data_manifest
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import read_plan
 from tiny import write_tiny
@@ -41,9 +41,9 @@ def test_data_is_sound_damaged_old_or_gone(data: Path, capsys: pytest.CaptureFix
     assert "packhorse prepare runs/tiny/recipe.yaml" in output
     rows.write_bytes(content)
 
-    manifest = read_manifest(data)
+    manifest = read_data_manifest(data)
     assert manifest is not None
-    write_manifest(without_records(manifest), data)
+    write_data_manifest(without_records(manifest), data)
     assert main(["verify", "runs/tiny"]) == 0
     assert "not checked: it was prepared by a version that kept no hashes" in capsys.readouterr().out
 

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.commands.parameters import parameter_lines
-from packhorse.data.fast_tokenizer import vocabulary_size
+from packhorse.data.resolve import vocabulary_size
 from packhorse.model_spec.configuration import find_configuration, published
 from packhorse.model_spec.parameters import FAMILIES, list_parameters, read_shape
 from packhorse.model_spec.trainable import count_parameters
-from packhorse.quickstart.tokenizer import VOCABULARY_SIZE
+from packhorse.quickstart.files import VOCABULARY_SIZE
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.methods import (
     FullMethod,

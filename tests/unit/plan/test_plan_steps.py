@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from packhorse.commands.prepared import data_facts
-from packhorse.data.manifest import read_manifest
+from packhorse.data.data_manifest import read_data_manifest
 from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import PackStore, open_store
@@ -45,7 +45,7 @@ class Seen:
 
 
 def facts_of(folder: Path) -> DataFacts:
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     assert manifest is not None
     return data_facts(folder, manifest)
 

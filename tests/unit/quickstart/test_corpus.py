@@ -8,15 +8,17 @@ import json
 import re
 from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-from packhorse.quickstart.corpus import Row, core_rows, ticket_rows
-from packhorse.quickstart.families import MONTHS
-from packhorse.quickstart.files import jsonl_text
-from packhorse.quickstart.phrases import BAD_EN, BAD_ES, GOOD_EN, GOOD_ES
-from packhorse.quickstart.rows import LANGUAGES
-from packhorse.quickstart.tickets import DEADLINES, TOPICS
+from packhorse.quickstart.files import materialise
+from quickstart_corpus.__main__ import corpus_texts
+from quickstart_corpus.corpus import Row, core_rows, ticket_rows
+from quickstart_corpus.families import MONTHS
+from quickstart_corpus.phrases import BAD_EN, BAD_ES, GOOD_EN, GOOD_ES
+from quickstart_corpus.rows import LANGUAGES
+from quickstart_corpus.tickets import DEADLINES, TOPICS
 
 FACTORS = {
     ("kilometres", "metres"): 1000,
@@ -188,9 +190,10 @@ def test_every_ticket_code_is_asked_for_equally_often() -> None:
 
 
 def test_alpaca_rows_hold_the_same_tasks_as_the_chats() -> None:
+    texts = corpus_texts()
     for name in ("core", "tickets"):
-        chats = [json.loads(line) for line in jsonl_text(f"{name}.messages.jsonl").splitlines()]
-        alpaca = [json.loads(line) for line in jsonl_text(f"{name}.alpaca.jsonl").splitlines()]
+        chats = [json.loads(line) for line in texts[f"{name}.messages.jsonl"].splitlines()]
+        alpaca = [json.loads(line) for line in texts[f"{name}.alpaca.jsonl"].splitlines()]
         assert len(chats) == len(alpaca)
         for chat, row in zip(chats, alpaca, strict=True):
             prompt = "\n\n".join(filter(None, (row["instruction"], row["input"])))
@@ -207,5 +210,7 @@ def test_alpaca_rows_hold_the_same_tasks_as_the_chats() -> None:
         ("tickets.alpaca.jsonl", "3913d17318b8d30de080a1f24b89613a1d14b71683e2fc131a9620f40d9632dc"),
     ],
 )
-def test_the_files_are_the_same_bytes_everywhere(name: str, digest: str) -> None:
-    assert hashlib.sha256(jsonl_text(name).encode()).hexdigest() == digest
+def test_the_shipped_files_have_the_bytes_that_the_generator_makes(name: str, digest: str, tmp_path: Path) -> None:
+    shipped = materialise(name, tmp_path).read_bytes()
+    assert hashlib.sha256(shipped).hexdigest() == digest
+    assert corpus_texts()[name].encode() == shipped

@@ -109,7 +109,7 @@ def test_a_long_row_does_not_make_an_endless_page() -> None:
         ),
         (real_report, ["Shares: train 85 %, validation 15 %.", "+1.9", "11 rows, equal", "and 3 more", "12 more"]),
         (hostile_report, ["999,999,000", "123,456,789,012", "&lt;0.01 %", "65 more", "and 999,992 more"]),
-        (empty_report, ["No row is left to show.", "No row could be measured.", "No two rows say the same."]),
+        (empty_report, ["There is no row to show.", "No row has a length.", "No two rows are equal or nearly equal."]),
     ],
     ids=["figures", "split and groups", "large figures", "nothing"],
 )

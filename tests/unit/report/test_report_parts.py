@@ -57,7 +57,7 @@ def test_findings_say_what_to_do_and_leave_out_what_is_not_there() -> None:
     assert found["personal:email"].sentence == "1 row holds an email address"
     assert found["personal:phone"].sentence == "4 rows hold a phone number"
     assert found["broken_encoding"].sentence == "7 rows look wrongly decoded"
-    assert found["broken_encoding"].advice == "data.fix_encoding: true mends them"
+    assert found["broken_encoding"].advice == "data.fix_encoding: true fixes them"
     assert [sample.where for sample in found["broken_encoding"].samples] == [
         "data/gsm8k_train.jsonl:97",
         "data/gsm8k_train.jsonl:5531",
@@ -67,7 +67,7 @@ def test_findings_say_what_to_do_and_leave_out_what_is_not_there() -> None:
 
 @pytest.mark.parametrize(
     ("dropped", "advice"),
-    [(0, "data.duplicates.exact: drop keeps one of each"), (40, "in all, 40 copies are left out")],
+    [(0, "data.duplicates.exact: drop keeps one of each"), (40, "in total, 40 copies are dropped")],
     ids=["kept", "dropped"],
 )
 def test_nobody_is_told_to_drop_copies_that_are_dropped(dropped: int, advice: str) -> None:

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from packhorse.data.audit_report import AuditReport
-from packhorse.data.manifest import SplitCounts
+from packhorse.data.data_manifest import SplitCounts
 from packhorse.report.terminal import figure_lines, finding_lines, ledger_table, row_text, split_table
 from report_cases import empty_report, hostile_report, real_report
 
@@ -48,8 +48,8 @@ def test_the_ledger_has_what_came_in_and_all_of_where_it_went() -> None:
 def test_findings_stand_under_their_source_with_what_to_do() -> None:
     shown = printed(finding_lines(real_report()))
     gsm8k, tickets = shown.split("data/tickets_es.csv", 1)
-    assert " 7  look wrongly decoded (data.fix_encoding: true mends them)" in gsm8k
-    assert "35  are a copy of an earlier row (in all, 40 copies are left out)" in tickets
+    assert " 7  look wrongly decoded (data.fix_encoding: true fixes them)" in gsm8k
+    assert "35  are a copy of an earlier row (in total, 40 copies are dropped)" in tickets
     assert "12  hold an email address (masked in the score card, not in packs)" in tickets
     assert "data/gsm8k_train.jsonl:104 and 22 more" in " ".join(shown.split())
     assert "stratum de has 84 rows" in shown
@@ -59,7 +59,7 @@ def test_findings_stand_under_their_source_with_what_to_do() -> None:
 def test_figures_name_sources_lengths_and_shares() -> None:
     lines = [f"{label}: {text}" for label, text in figure_lines(real_report())]
     assert "source: data/tickets_es.csv: 1,186 rows, text_label, for train" in lines
-    assert "tokens a row: median 187, 99 % up to 512, longest 11,592 (T is 2,048)" in lines
+    assert "tokens per row: median 187, 99 % up to 512, longest 11,592 (T is 2,048)" in lines
     assert "supervised: 57.1% of 1,742,906 tokens" in lines
     assert lines[-1].startswith("shares: train 85 %, validation 15 %: 8,592 rows")
 

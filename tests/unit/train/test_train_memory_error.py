@@ -10,7 +10,7 @@ import torch
 from packhorse.data.packs.loader import MicroBatch, lay_out
 from packhorse.errors import EXIT_MEMORY
 from packhorse.plan.make_plan import make_plan
-from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.run_plan import Prediction, RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.heartbeat import Heartbeat

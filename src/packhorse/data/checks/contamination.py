@@ -1,4 +1,4 @@
-"""Rows that hold what an evaluation asks: runs of words that stand in both (Brown et al. 2020, app. C)."""
+"""Find rows that contain text of an evaluation, by runs of words that both have (Brown et al. 2020, app. C)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ASCII_WORDS: Final = bytes(byte if chr(byte).isalnum() and byte < 128 else 32 f
 
 
 class EvaluationIndex:
-    """What an evaluation asks, to look rows up in.
+    """Index of an evaluation's texts, to look rows up in.
 
-    Case, punctuation and white space do not count. A text of fewer than `ngram` words is found where it is a whole row,
-    or a whole line of one; so few words within other text say nothing.
+    Case, punctuation and white space do not count. A text of fewer than `ngram` words matches only a whole row or a
+    whole line of one; inside other text, so few words mean nothing.
     """
 
     def __init__(self, texts: Sequence[str], ngram: int) -> None:
@@ -29,30 +29,30 @@ class EvaluationIndex:
         self._known = np.unique(runs(hashes, offsets, ngram)[0])
 
     def hits(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[bool]:
-        """Return for each row whether it shares `ngram` words in a row with one of the evaluation's.
+        """Return for each row whether it shares a run of `ngram` words with the evaluation.
 
         Args:
-            texts: What each row says.
-            prompts: What each row asks; only there are shorter questions looked for, as a label may well be the words
-                of a short question. None: in the whole text.
+            texts: Text of each row.
+            prompts: Prompt of each row; short evaluation texts are searched only there, as a label may equal a short
+                question by chance. None: in the whole text.
         """
-        found = self._found([_words(text) for text in texts])
+        hits = self._has_known([_words(text) for text in texts])
         if self._has_short:
             lines = [(row, _words(line)) for row, text in enumerate(prompts or texts) for line in text.split("\n")]
-            hits = np.flatnonzero(self._found([line for _, line in lines])).tolist()
-            found[[lines[hit][0] for hit in hits]] = True
-        return list(found.tolist())
+            known = np.flatnonzero(self._has_known([line for _, line in lines])).tolist()
+            hits[[lines[at][0] for at in known]] = True
+        return list(hits.tolist())
 
-    def _found(self, words: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Return bool [texts]: whether one of its runs of words is known."""
-        found = np.zeros(len(words), np.bool_)
+    def _has_known(self, words: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Return bool [texts]: whether one of the text's runs of words is in the index."""
+        has_known = np.zeros(len(words), np.bool_)
         if not len(self._known):
-            return found
+            return has_known
         grams, begin = runs(*word_hashes(words), self._ngram)
         places = np.minimum(np.searchsorted(self._known, grams), len(self._known) - 1)
         hits = np.flatnonzero(self._known[places] == grams)
-        found[np.searchsorted(begin, hits, side="right") - 1] = True
-        return found
+        has_known[np.searchsorted(begin, hits, side="right") - 1] = True
+        return has_known
 
 
 def _words(text: str) -> bytes:

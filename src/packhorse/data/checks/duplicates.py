@@ -1,8 +1,8 @@
-"""Which rows say the same, or nearly: groups over all rows, found from their keys and signatures alone.
+"""Group rows with equal or similar text, over all rows, by their keys and signatures alone.
 
 Candidates are found by locality-sensitive hashing: a signature is cut into bands, and rows equal in one of them are
-compared (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, ch. 3.4). Everything happens in the order of the
-keys, so shuffling the files changes nothing.
+compared (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, ch. 3.4). All steps follow the order of the keys, so
+shuffling the files changes nothing.
 
 Shapes: R rows, D distinct texts in the order of their keys, P slots of a signature.
 """
@@ -12,20 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from mmap import MADV_DONTNEED, mmap
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.checks.keys import Keys, distinct_rows
-from packhorse.data.mapped import release
 
 Labels = NDArray[np.int64]
 Signatures = NDArray[np.uint32]
 
 RECALL: Final = 0.99
 RECALL_ABOVE: Final = 0.05
-"""Of pairs so far above the threshold, the share `RECALL` and more must become candidates."""
+"""Share of the pairs this far above the threshold that must become candidates, at least."""
 NEIGHBOURS: Final = 8
 PAIRS_AT_ONCE: Final = 1 << 15
 ROWS_AT_ONCE: Final = 1 << 16
@@ -38,13 +38,13 @@ _FOLD: Final = np.uint64(0x9E3779B185EBCA87)
 
 @dataclass(frozen=True, eq=False)
 class NearGroups:
-    """Rows that nearly say the same.
+    """Groups of similar rows.
 
     Attributes:
-        labels: int64 [R], the lowest row number of the row's group; of a row without a near copy, its own.
-        frames: Rows of each group that was taken for one frame filled in differently, largest first; only exact copies
-            have a label in common there.
-        frame_rows: Lowest row number of each of these.
+        labels: int64 [R], lowest row number of the row's group; the row's own number if it has no near copy.
+        frames: Number of rows of each group that was treated as one template with different values, largest first; in
+            these groups only exact copies share a label.
+        frame_rows: Lowest row number of each of these groups.
     """
 
     labels: Labels
@@ -53,41 +53,41 @@ class NearGroups:
 
 
 def equal_groups(keys: Keys) -> Labels:
-    """Return int64 [R]: the lowest row number with the same key."""
+    """Return int64 [R], the lowest row number with the same key."""
     by_key, is_first = distinct_rows(keys)
     labels = np.empty(len(keys), np.int64)
-    # Rows of one key stand in their own order, so the first is the lowest.
+    # Rows of one key are in their own order, so the first is the lowest.
     labels[by_key] = by_key[is_first][np.cumsum(is_first) - 1]
     return labels
 
 
 def near_groups(signatures: Signatures, keys: Keys, threshold: float, answers: Signatures | None = None) -> NearGroups:
-    """Group rows of which one leads to the other over pairs whose estimated Jaccard similarity is ≥ `threshold`.
+    """Group rows that are connected by pairs with an estimated Jaccard similarity of at least `threshold`.
 
-    Rows of equal keys always share a group. Of a bucket with many rows each is compared with the next 8 by key: two
-    alike rows are missed if in no band they stand that near, and no other row leads from one to the other.
+    Rows with equal keys always share a group. In a bucket, each row is compared with the next 8 by key: two similar
+    rows are missed if they are that close in no band, and no chain of other rows connects them.
 
-    A group of more than 20 texts that are also more than 5 % of all, or more than 1,000, is taken for a frame: one long
-    fixed instruction around a short part that varies. Those rows are alike and are no copies, so only its exact copies
-    are grouped.
+    A group of more than 20 texts that are also more than 5 % of all, or more than 1,000, is treated as a template: one
+    long fixed instruction around a short part that varies. Such rows are similar but not copies, so only exact copies
+    in it are grouped.
 
-    For the side of a split, whole rows are compared: who has seen the long passage with one question knows much of the
-    row with the next. For dropping, give `answers` too: then both must be alike, and such rows are no copies.
+    For the sides of a split, whole rows are compared: a model that has seen the long passage with one question knows
+    much of the row with the next. For dropping, give `answers` too: then both must be similar, and such rows stay.
 
     Args:
-        signatures: uint32 [R, P] of the rows, may be a memory map: it is read in order, and by pairs of candidates.
+        signatures: uint32 [R, P] of the rows; may be a memory map, which is read in order and by candidate pairs.
         keys: uint64 [R, 2] content of each row.
-        threshold: Least share of common shingles.
+        threshold: Lowest share of common shingles.
         answers: uint32 [R, P] of the rows' answers.
     """
     by_key, is_first = distinct_rows(keys)
-    return _told(_linked(signatures, answers, by_key[is_first], threshold), by_key, is_first)
+    return _row_groups(_linked(signatures, answers, by_key[is_first], threshold), by_key, is_first)
 
 
 def band_slots(threshold: float, num_slots: int) -> int:
-    """Return the slots of a band: as many as still make candidates of 99 % of the pairs .05 above the threshold.
+    """Return the largest number of slots per band that still finds 99 % of the pairs .05 above the threshold.
 
-    With r slots a band there are b = P ÷ r bands, and a pair of similarity s is equal in one with 1 − (1 − sʳ)ᵇ.
+    With r slots per band there are b = P ÷ r bands, and a pair of similarity s is equal in one with 1 − (1 − sʳ)ᵇ.
     """
     alike = min(1.0, threshold + RECALL_ABOVE)
     enough = [slots for slots in range(1, num_slots + 1) if 1 - (1 - alike**slots) ** (num_slots // slots) >= RECALL]
@@ -95,7 +95,7 @@ def band_slots(threshold: float, num_slots: int) -> int:
 
 
 def _linked(signatures: Signatures, answers: Signatures | None, distinct: Labels, threshold: float) -> Labels:
-    """Return int64 [D]: the lowest number of each text's group, texts numbered as in `distinct`, their rows."""
+    """Return int64 [D], the lowest number of each text's group; texts are numbered by `distinct`, int64 [D], rows."""
     parents = np.arange(len(distinct))
     num_slots = signatures.shape[1]
     slots = band_slots(threshold, num_slots)
@@ -112,16 +112,16 @@ def _linked(signatures: Signatures, answers: Signatures | None, distinct: Labels
 
 
 def _alike(signatures: Signatures, first: Labels, second: Labels, threshold: float) -> NDArray[np.bool_]:
-    """Return bool [pairs]: whether the share of equal slots, which estimates Jaccard, reaches the threshold."""
+    """Return bool [pairs]: whether the share of equal slots, an estimate of Jaccard, reaches the threshold."""
     least_equal = math.ceil(threshold * signatures.shape[1] - 1e-9)
     num_equal = (signatures[first] == signatures[second]).sum(axis=1)
-    # Pairs lie all over the file: a few of each page's rows would keep the whole of it in memory.
-    release(signatures)
+    # Pairs are spread over the whole file, which would otherwise stay in memory as a whole.
+    release_pages(signatures)
     return np.asarray(num_equal >= least_equal)
 
 
 def _band_hashes(signatures: Signatures, band: slice) -> NDArray[np.uint64]:
-    """Return uint64 [R]: a hash of one band, read in the order of the file."""
+    """Return uint64 [R], a hash of one band, read in the order of the file."""
     hashes = np.zeros(len(signatures), np.uint64)
     for start in range(0, len(signatures), ROWS_AT_ONCE):
         part = hashes[start : start + ROWS_AT_ONCE]
@@ -129,14 +129,14 @@ def _band_hashes(signatures: Signatures, band: slice) -> NDArray[np.uint64]:
             part ^= slot
             part *= _FOLD
             part ^= part >> np.uint64(29)
-        release(signatures)
+        release_pages(signatures)
     return hashes
 
 
 def _crowded_buckets(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], Labels]:
-    """Return bucket and number of each text that shares its bucket, bucket by bucket, in the order of the numbers.
+    """Return bucket and number of each text that shares its bucket, ordered by bucket, then number.
 
-    The number takes the low bits of its hash, so one sort of plain integers does it all. What the hash loses makes more
+    The number replaces the low bits of the hash, so one sort of plain integers is enough. The lost bits give more
     candidates, which are compared anyway.
     """
     bits = np.uint64(max(len(hashes) - 1, 1).bit_length())
@@ -154,7 +154,7 @@ def _crowded_buckets(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], La
 
 
 def _candidates(buckets: NDArray[np.uint64], numbers: Labels) -> Iterator[tuple[Labels, Labels]]:
-    """Yield blocks of pairs of one bucket: each text with the next by number, so at most eight pairs a text."""
+    """Yield blocks of pairs in one bucket: each text with the next 8 by number."""
     for start in range(0, len(buckets), PAIRS_AT_ONCE):
         here = slice(start, start + PAIRS_AT_ONCE)
         for step in range(1, NEIGHBOURS + 1):
@@ -164,7 +164,7 @@ def _candidates(buckets: NDArray[np.uint64], numbers: Labels) -> Iterator[tuple[
 
 
 def _join(parents: Labels, first: Labels, second: Labels) -> None:
-    """Put the sets of each pair together: higher roots hang from lower ones, all pairs at once, until all are one."""
+    """Join the sets of each pair: higher roots are attached to lower ones, all pairs at once, until nothing changes."""
     while True:
         first, second = _roots(parents, first), _roots(parents, second)
         apart = first != second
@@ -175,7 +175,7 @@ def _join(parents: Labels, first: Labels, second: Labels) -> None:
 
 
 def _roots(parents: Labels, numbers: Labels) -> Labels:
-    """Return the lowest number of each one's set, halving the paths on the way."""
+    """Return the lowest number of each set, and halve the paths to it (union-find)."""
     while True:
         above = parents[numbers]
         beyond = parents[above]
@@ -184,8 +184,8 @@ def _roots(parents: Labels, numbers: Labels) -> Labels:
         parents[numbers] = beyond
 
 
-def _told(groups: Labels, by_key: Labels, is_first: NDArray[np.bool_]) -> NearGroups:
-    """Take frames apart, and go from groups of distinct texts, int64 [D], to labels of rows."""
+def _row_groups(groups: Labels, by_key: Labels, is_first: NDArray[np.bool_]) -> NearGroups:
+    """Separate the templates, and convert groups of distinct texts, int64 [D], to labels of rows."""
     largest = max(SMALLEST_FRAME, min(LARGEST_GROUP, FRAME_SHARE * len(groups)))
     is_frame = np.bincount(groups, minlength=len(groups)) > largest
     frames = np.flatnonzero(is_frame)
@@ -202,7 +202,19 @@ def _told(groups: Labels, by_key: Labels, is_first: NDArray[np.bool_]) -> NearGr
 
 
 def _lowest(groups: Labels, rows: Labels) -> Labels:
-    """Return the lowest row of each group; `groups` are below the number of rows."""
+    """Return the lowest row of each group; the labels in `groups` are below the number of rows."""
     lowest = np.full(len(rows), len(rows), np.int64)
     np.minimum.at(lowest, groups, rows)
     return lowest
+
+
+def release_pages(values: NDArray[Any]) -> None:
+    """Release the pages of a memory-mapped array, or a pass over it would fill the memory (madvise(2)).
+
+    The pages are read again on the next access; an array that is not mapped is unaffected.
+    """
+    base: object = values
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap):
+        base.madvise(MADV_DONTNEED)

@@ -1,7 +1,7 @@
-"""Hashes of what rows say, 128 bits each: whether two rows, two prompts or two answers are the same.
+"""Hash rows, prompts and answers, 128 bits each, to find equal ones and contradictions.
 
 Nothing is normalised: equal means equal character by character, white space and case included. A row's other fields,
-and which of its turns are trained on, are not part of what it says.
+and which of its turns are trained on, are not part of its content.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from packhorse.data.checks.texts import answer_start, as_json, call_text
 from packhorse.data.formats.example import Example, Message
 
 Keys = NDArray[np.uint64]
-"""uint64 [rows, 2]: a 128-bit hash a row."""
+"""uint64 [rows, 2]: one 128-bit hash per row."""
 
 
 def content_keys(examples: Sequence[Example]) -> Keys:
-    """Return uint64 [rows, 2]: a hash over roles, contents, thinking, calls, tools, rejected answer and verdict."""
+    """Return uint64 [rows, 2], a hash of roles, contents, thinking, calls, tools, rejected answer and verdict."""
     return _hashed([_content(example) for example in examples])
 
 
 def prompt_keys(examples: Sequence[Example]) -> Keys:
-    """Return uint64 [rows, 2]: a hash of what each row's answer, hashed by `answer_keys`, is an answer to.
+    """Return uint64 [rows, 2], a hash of the question that each row's answer (`answer_keys`) belongs to.
 
-    Of a chat, that is all before the last assistant turn. The answer of a preference pair is which of its two texts is
-    better, of a KTO row whether the text is good; both texts, or the one, belong to the question. Plain text asks
-    nothing: the hash is that of the text.
+    For a chat, the question is all text before the last assistant turn. The answer of a preference pair is which of its
+    two texts is better, and of a KTO row whether the text is good; the texts belong to the question. Plain text has no
+    question: the hash is that of the text.
     """
     return _hashed([_prompt(example) for example in examples])
 
 
 def answer_keys(examples: Sequence[Example]) -> Keys:
-    """Return uint64 [rows, 2]: a hash of the last assistant turn and what follows it, or of the verdict."""
+    """Return uint64 [rows, 2], a hash of the last assistant turn and what follows it, or of the verdict."""
     return _hashed([_answer(example) for example in examples])
 
 
@@ -43,39 +43,57 @@ def distinct_rows(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Sort rows by key.
 
     Returns:
-        int64 [rows], row numbers in the order of the keys, equal ones in the order of the rows; and bool [rows],
+        int64 [rows], row numbers in the order of the keys, with equal keys in the order of the rows; and bool [rows],
         whether that row is the first with its key.
     """
     by_key = np.lexsort((keys[:, 1], keys[:, 0]))
     is_first = np.zeros(len(keys), np.bool_)
     is_first[:1] = True
-    # One half after the other: at ten million rows every column counts.
+    # One half at a time: with ten million rows every temporary column counts.
     for half in keys.T:
         ordered = half[by_key]
         is_first[1:] |= ordered[1:] != ordered[:-1]
     return by_key, is_first
 
 
-def _hashed(said: list[str]) -> Keys:
+def contradictions(prompts: Keys, answers: Keys) -> NDArray[np.bool_]:
+    """Return bool [rows]: whether another row has the same prompt and another answer.
+
+    Nothing is normalised: an answer that differs by a space counts; so does a second good answer to an open question.
+
+    Args:
+        prompts: uint64 [rows, 2] of `prompt_keys`.
+        answers: uint64 [rows, 2] of `answer_keys`.
+    """
+    by_prompt, is_first = distinct_rows(prompts)
+    group = np.cumsum(is_first) - 1
+    ordered = answers[by_prompt]
+    differs = (ordered != ordered[is_first][group]).any(axis=1)
+    contradicted = np.zeros(len(prompts), np.bool_)
+    contradicted[by_prompt] = (np.bincount(group, differs, len(prompts)) > 0)[group]
+    return contradicted
+
+
+def _hashed(contents: list[str]) -> Keys:
     blake2b = hashlib.blake2b
-    digests = [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in said]
+    digests = [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in contents]
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64, copy=False).reshape(-1, 2)
 
 
 def _content(example: Example) -> str:
     if example.messages is None:
         return f"text {example.text}"
-    said = _turns(example.messages)
+    content = _turns(example.messages)
     if example.tools or example.rejected is not None or example.desirable is not None:
-        said += _beside(example)
-    return said
+        content += _rare_parts(example)
+    return content
 
 
-def _beside(example: Example) -> str:
-    said = _tools(example)
+def _rare_parts(example: Example) -> str:
+    content = _tools(example)
     if example.rejected is not None:
-        said += f"rejected {_turns(example.rejected)}"
-    return said if example.desirable is None else f"{said}desirable {example.desirable}"
+        content += f"rejected {_turns(example.rejected)}"
+    return content if example.desirable is None else f"{content}desirable {example.desirable}"
 
 
 def _turns(turns: Sequence[Message]) -> str:
@@ -83,12 +101,12 @@ def _turns(turns: Sequence[Message]) -> str:
 
 
 def _turn(turn: Message) -> str:
-    # The length before each text leaves one way to read the whole, whatever the texts contain.
-    said = f"{turn.role} {len(turn.content)} {turn.content}"
+    # The length before each text makes the whole unambiguous, whatever the texts contain.
+    content = f"{turn.role} {len(turn.content)} {turn.content}"
     if not turn.thinking and not turn.tool_calls and turn.name is None:
-        return said
+        return content
     thinking = turn.thinking or ""
-    return f"{said} thinking {len(thinking)} {thinking} calls {call_text(turn)} name {turn.name}"
+    return f"{content} thinking {len(thinking)} {thinking} calls {call_text(turn)} name {turn.name}"
 
 
 def _tools(example: Example) -> str:
@@ -99,14 +117,14 @@ def _prompt(example: Example) -> str:
     turns = example.messages
     if turns is None:
         return f"text {example.text}"
-    border = answer_start(turns)
+    start = answer_start(turns)
     tools = _tools(example)
     if example.rejected is not None:
-        both = sorted((_turns(turns[border:]), _turns(example.rejected)))
-        return f"{tools}{_turns(turns[:border])}which {both[0]}{both[1]}"
+        both = sorted((_turns(turns[start:]), _turns(example.rejected)))
+        return f"{tools}{_turns(turns[:start])}which {both[0]}{both[1]}"
     if example.desirable is not None:
         return f"{tools}{_turns(turns)}verdict"
-    return tools + _turns(turns[:border])
+    return tools + _turns(turns[:start])
 
 
 def _answer(example: Example) -> str:

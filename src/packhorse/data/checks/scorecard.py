@@ -1,4 +1,4 @@
-"""What the rows of a source are like: counts that a person should have seen before training, none of them a refusal."""
+"""Score card of a source: counts that the user should see before training; none of them refuses a row."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from packhorse.data.formats.example import Example
 
 LABEL_FIELDS: Final = ("label", "category", "class", "intent")
 MOST_LABELS: Final = 1000
-"""A field with more values than these is no label."""
+"""A field with more values than this is not a label."""
 MOST_SAMPLES: Final = 3
 SAMPLE_CHARACTERS: Final = 120
 _UNSPACED: Final = "\u2e80"
-"""From here on, scripts put no spaces between words, and a character is about a word."""
+"""From this character on, scripts have no spaces between words, and a character is about a word."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row that shows a finding: `file:line`, and at most 120 characters of its text, personal data masked."""
+    """A row with a finding: `file:line`, and at most 120 characters of its text, personal data masked."""
 
     where: str
     text: str
@@ -36,21 +36,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoreCard:
-    """One source.
+    """Score card of one source.
 
     Attributes:
-        source: As messages call it.
+        source: Name of the source in messages.
         num_rows: Rows that could be read.
         languages: Language code to rows, most frequent first.
-        labels: Label to rows, most frequent first, where the rows have labels: a field, or answers of a word or a few
-            that are repeated.
+        labels: Label to rows, most frequent first, if the rows have labels: a field, or short answers that repeat.
         exact_duplicates: Rows that are a copy of an earlier one.
-        near_duplicates: Rows that nearly are.
-        contradictions: Rows whose prompt stands elsewhere with another answer.
-        short_answers: Rows whose answer is empty, or has fewer than two words where most rows' answers have more.
+        near_duplicates: Rows that are nearly a copy of an earlier one.
+        contradictions: Rows whose prompt another row answers differently.
+        short_answers: Rows with an empty answer, or with fewer than two words if most answers have more.
         length_outliers: Rows above the upper outer fence of the lengths, Q3 + 3 IQR (Tukey 1977).
-        personal: Kind of personal data or secret to rows that hold it.
-        broken_encoding: Rows with text that was decoded wrongly.
+        personal: Kind of personal data or secret to rows that contain it.
+        broken_encoding: Rows with wrongly decoded text.
         samples: Name of the finding (an attribute's name, or `personal:KIND`) to a few rows.
     """
 
@@ -69,20 +68,20 @@ class ScoreCard:
 
 
 class _Finding:
-    """A count, and the first few rows of it."""
+    """Number of rows with a finding, and the first few of them."""
 
     def __init__(self) -> None:
         self.count = 0
         self.samples: list[Sample] = []
 
-    def add(self, where: str, text: str, sign: str = "") -> None:
+    def add(self, where: str, text: str, mark: str = "") -> None:
         self.count += 1
         if len(self.samples) < MOST_SAMPLES:
-            self.samples.append(make_sample(where, text, sign))
+            self.samples.append(make_sample(where, text, mark))
 
 
 class _Labels:
-    """Counts of values, as long as there are few enough to be labels."""
+    """Counts of values, until there are too many to be labels."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -93,12 +92,12 @@ class _Labels:
             self._counts[value] += 1
             self._too_many = len(self._counts) > MOST_LABELS
 
-    def told(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         return {} if self._too_many else dict(self._counts.most_common())
 
 
 class ScoreKeeper:
-    """Gathers a source's card over batches of rows: four bytes a row, counters of bounded size, a few samples."""
+    """Collects a source's score card over batches of rows, with 4 bytes per row, bounded counters and a few samples."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -112,7 +111,7 @@ class ScoreKeeper:
         self._longest: list[tuple[int, int, Sample]] = []
 
     def add(self, examples: Sequence[Example], tokens: Sequence[int]) -> None:
-        """Look at a batch; `tokens` is the length of each row."""
+        """Add a batch of rows and their lengths in tokens."""
         texts = [row_text(example) for example in examples]
         self._languages.update(languages(texts))
         for example, text, num_tokens in zip(examples, texts, tokens):
@@ -128,34 +127,34 @@ class ScoreKeeper:
     def card(
         self, exact_duplicates: int, near_duplicates: int, contradictions: int, contradicting: Sequence[Sample] = ()
     ) -> ScoreCard:
-        """Return the card, with what is known over all rows only.
+        """Return the card, with the figures that are known only over all rows.
 
         Args:
             exact_duplicates: Rows that are a copy of an earlier one.
-            near_duplicates: Rows that nearly are.
-            contradictions: Rows whose prompt stands elsewhere with another answer.
-            contradicting: Some of those.
+            near_duplicates: Rows that are nearly a copy of an earlier one.
+            contradictions: Rows whose prompt another row answers differently.
+            contradicting: Samples of those rows.
         """
         outliers, longest = self._outliers()
-        # Where most answers are a word, one word is what is asked for; nothing never is.
+        # If most answers are one word, one word is expected; an empty answer never is.
         short = () if self._answers_are_labels() else (self._short,)
         samples = {
             "contradictions": list(contradicting),
-            "short_answers": [sample for found in (self._empty, *short) for sample in found.samples],
+            "short_answers": [sample for finding in (self._empty, *short) for sample in finding.samples],
             "length_outliers": longest,
-            **{f"personal:{kind}": found.samples for kind, found in self._personal.items()},
+            **{f"personal:{kind}": finding.samples for kind, finding in self._personal.items()},
             "broken_encoding": self._broken.samples,
         }
-        personal = {kind: found.count for kind, found in self._personal.items()}
+        personal = {kind: finding.count for kind, finding in self._personal.items()}
         return ScoreCard(
             source=self._source,
             num_rows=len(self._tokens),
             languages=dict(self._languages.most_common()),
-            labels=self._told_labels(),
+            labels=self._label_counts(),
             exact_duplicates=exact_duplicates,
             near_duplicates=near_duplicates,
             contradictions=contradictions,
-            short_answers=self._empty.count + sum(found.count for found in short),
+            short_answers=self._empty.count + sum(finding.count for finding in short),
             length_outliers=outliers,
             personal=dict(sorted(personal.items(), key=lambda item: (-item[1], item[0]))),
             broken_encoding=self._broken.count,
@@ -189,7 +188,7 @@ class ScoreKeeper:
             heapq.heappop(self._longest)
 
     def _outliers(self) -> tuple[int, list[Sample]]:
-        """Return how many rows are above the outer fence, and the longest of them, longest first."""
+        """Return the number of rows above the outer fence, and samples of the longest, longest first."""
         if not self._tokens:
             return 0, []
         lengths = np.array(self._tokens, np.uint32)
@@ -201,16 +200,16 @@ class ScoreKeeper:
     def _answers_are_labels(self) -> bool:
         return 2 * self._short.count > self._num_answers
 
-    def _told_labels(self) -> dict[str, int]:
-        fields = next((told for labels in self._labels.values() if (told := labels.told())), {})
-        return fields or (self._answers.told() if self._answers_are_labels() else {})
+    def _label_counts(self) -> dict[str, int]:
+        fields = next((counts for labels in self._labels.values() if (counts := labels.counts())), {})
+        return fields or (self._answers.counts() if self._answers_are_labels() else {})
 
 
-def make_sample(where: str, text: str, sign: str = "") -> Sample:
-    """Return a sample of at most 120 characters on one line, masked; where `sign` is given, it is within them."""
-    # Masked before it is cut: half an address would no longer be known for one.
+def make_sample(where: str, text: str, mark: str = "") -> Sample:
+    """Return a sample of at most 120 characters on one line, personal data masked; it includes `mark` if given."""
+    # Masked before it is cut: half an address would not be recognised.
     line = " ".join(masked(text).split())
-    start = max(0, line.find(sign) - SAMPLE_CHARACTERS // 3) if sign else 0
+    start = max(0, line.find(mark) - SAMPLE_CHARACTERS // 3) if mark else 0
     shown = line[start : start + SAMPLE_CHARACTERS]
     before, after = "…" if start else "", "…" if start + len(shown) < len(line) else ""
     return Sample(where, before + shown[len(before) : len(shown) - len(after)] + after)

@@ -1,4 +1,4 @@
-"""`packhorse convert`: the rows of a file in another form, all of them or none."""
+"""Convert the rows of a file to another form, all of them or none (`packhorse convert`)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from packhorse.data.formats.openai import LARGEST_FILE_BYTES, LEAST_EXAMPLES, to
 from packhorse.data.formats.rows import RowFormat, renamed_rows, resolve_format, row_converter
 from packhorse.data.formats.tools import TOOL_KEYS
 from packhorse.data.formats.writing import KEYS_READ, to_alpaca, to_messages
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.sources import Row, read_rows
+from packhorse.data.read.row import Row, RowMistakes
+from packhorse.data.read.sources import read_rows
 from packhorse.data.resolve import source_name
 from packhorse.durable import sync_to_disk
-from packhorse.errors import Mistake, UserError
+from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 
 Target = Literal["messages", "alpaca", "openai"]
@@ -35,12 +35,12 @@ CONTEXT_MARK: Final = "train: false of turns that are not the assistant's"
 
 @dataclass
 class Conversion:
-    """What became of a file's rows.
+    """Result of the conversion of a file.
 
     Attributes:
-        row_format: What they were read as.
+        row_format: Format of the rows that were read.
         num_rows: Rows written.
-        left_out: What the form has no place for, and in how many rows it was left out.
+        left_out: Field that the form cannot hold, and the number of rows without it.
         tokens: Estimate of the tokens, for `openai`.
     """
 
@@ -53,27 +53,26 @@ class Conversion:
 def convert_file(source: Source, target: Path, to: Target, force: bool, runs_folder: Path) -> Conversion:
     """Write all rows of a source in another form.
 
-    The file appears whole, under its name, once every row is right; until then nothing is at that place but what was
-    there before.
+    The target appears only after all rows were converted; until then an earlier file stays unchanged.
 
     Args:
-        source: Anything that `read_rows` reads.
+        source: Source of the rows.
         target: A .jsonl file.
-        to: The form.
-        force: Replace a file that is there.
-        runs_folder: Folder where `builtin:` files are made.
+        to: Name of the form.
+        force: Whether to replace an existing file.
+        runs_folder: Folder of runs, for `builtin:` files.
 
     Raises:
-        UserError: All rows that cannot be read, converted or taken by the service; or the target cannot be written.
+        UserError: All rows that cannot be read, converted or used by the service; or the target cannot be written.
     """
     _check_target(target, force)
-    # Beside the target, so that the rename stays within one file system.
+    # In the folder of the target, so that the rename stays within one file system.
     draft = target.with_name(f".{target.name}.draft-{os.getpid()}")
     mistakes = RowMistakes(source_name(source))
     rows = read_rows(source, runs_folder, mistakes)
     first = list(islice(rows, FIRST_ROWS))
     if not first:
-        raise UserError.of(mistakes.told())
+        raise UserError.of(mistakes.to_show())
     conversion = Conversion(resolve_format(source.format, first, source))
     try:
         with draft.open("w", encoding="utf-8", newline="\n") as file:
@@ -88,8 +87,8 @@ def convert_file(source: Source, target: Path, to: Target, force: bool, runs_fol
     except OSError as error:
         raise UserError(
             f"{target} cannot be written: {error.strerror}.",
-            "the rows are written beside it first, then renamed.",
-            "name a file in a folder that you may write, with room for it.",
+            "the rows are written to a file next to it, which is then renamed.",
+            "name a file in a folder where you may write, on a disk with enough space.",
         ) from error
     finally:
         draft.unlink(missing_ok=True)
@@ -107,7 +106,7 @@ def _lines(
             written = WRITERS[to](example, others)
             line = _json_line(written)
         except BadRowError as error:
-            mistakes.add(Mistake(error.fact, error.why, error.fix, row.where))
+            mistakes.add(error.at(row.where))
             continue
         conversion.num_rows += 1
         conversion.left_out.update(_left_out(example, others, written, to))
@@ -132,12 +131,12 @@ def _json_line(row: dict[str, Any]) -> str:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False)
         line.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        # Only now, as it costs as much as writing the row again.
+        # Only after a failure, as it costs as much as writing the row again.
         bad = [key for key, value in row.items() if not _is_json(value)]
         raise BadRowError(
             f"the field {names(bad)} cannot be written as JSON ({type(error).__name__}).",
             "a date, bytes, NaN, infinity and half a surrogate pair are not JSON.",
-            "take the field out, or write it as text or a number.",
+            "remove the field, or write it as text or a number.",
         ) from error
     return f"{line}\n"
 
@@ -152,11 +151,13 @@ def _is_json(value: object) -> bool:
 
 def _check_target(target: Path, force: bool) -> None:
     if not target.name:
-        raise UserError(f"{target} is a folder.", "the rows are written to one file.", "name a file, as out.jsonl.")
+        raise UserError(
+            f"{target} is a folder.", "the rows are written to one file.", "name a file, such as out.jsonl."
+        )
     if target.suffix != ".jsonl":
         raise UserError(
             f"{target} ends in {target.suffix or 'no extension'}.",
-            "rows are written one a line, as .jsonl.",
+            "rows are written one per line, as .jsonl.",
             f"name it {target.with_suffix('.jsonl').name}.",
         )
     if target.is_dir():
@@ -164,19 +165,19 @@ def _check_target(target: Path, force: bool) -> None:
     if target.exists() and not force:
         raise UserError(f"{target} exists.", "it would be replaced.", "name another file, or add --force.")
     if not target.parent.is_dir():
-        raise UserError(f"the folder {target.parent} does not exist.", "the file is written there.", "make it first.")
+        raise UserError(f"the folder {target.parent} does not exist.", "the file is written there.", "create it first.")
 
 
 def _check_file(conversion: Conversion, size_bytes: int) -> None:
     if conversion.num_rows < LEAST_EXAMPLES:
         raise UserError(
             f"the file has {conversion.num_rows} examples.",
-            f"the service takes files of {LEAST_EXAMPLES} or more.",
+            f"the service accepts files with {LEAST_EXAMPLES} or more.",
             "add rows.",
         )
     if size_bytes > LARGEST_FILE_BYTES:
         raise UserError(
             f"the file would have {size_bytes / 1024**2:,.0f} MB.",
-            f"the service takes files of up to {LARGEST_FILE_BYTES // 1024**2} MB.",
-            "share the rows out over several files.",
+            f"the service accepts files of up to {LARGEST_FILE_BYTES // 1024**2} MB.",
+            "split the rows into several files.",
         )

@@ -1,4 +1,4 @@
-"""What a hosted service would ask for training on a file: an estimate, from a table in a file."""
+"""Estimate the price of training on a file at a hosted service, from a table that comes with Packhorse."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ BYTES_PER_TOKEN: Final = 4
 TOKENS_PER_MESSAGE: Final = 3
 TOKENS_PER_EXAMPLE: Final = 3
 RULE: Final = (
-    f"UTF-8 bytes ÷ {BYTES_PER_TOKEN}, and {TOKENS_PER_MESSAGE} more a message and {TOKENS_PER_EXAMPLE} an example"
+    f"UTF-8 bytes ÷ {BYTES_PER_TOKEN}, plus {TOKENS_PER_MESSAGE} per message and {TOKENS_PER_EXAMPLE} per example"
 )
 
 
 @dataclass(frozen=True)
 class ModelPrice:
-    """What one model costs.
+    """Price of one model.
 
     Attributes:
-        name: Of the model, as the service calls it.
+        name: Name of the model at the service.
         dollars_per_million_tokens: Price of a million training tokens.
-        most_tokens: Longer examples are cut to so many tokens.
+        most_tokens: Length in tokens to which the service cuts longer examples.
     """
 
     name: str
@@ -36,13 +36,13 @@ class ModelPrice:
 
 @dataclass(frozen=True)
 class PriceTable:
-    """The table in `convert_prices.yaml`.
+    """Contents of `convert_prices.yaml`.
 
     Attributes:
         date: Month in which the prices were looked up.
-        source: Where, in words.
-        notice: What the service says of its offer.
-        models: Their prices.
+        source: Where they were looked up, in words.
+        notice: Statement of the service about its offer.
+        models: Prices by model.
     """
 
     date: str
@@ -64,7 +64,7 @@ class TokenCount:
     lengths: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Count a row in OpenAI's form."""
+        """Add a row in OpenAI's form."""
         self.num_examples += 1
         self.lengths[estimated_tokens(row)] += 1
 
@@ -79,7 +79,7 @@ class TokenCount:
 
 
 def read_prices() -> PriceTable:
-    """Return the table that comes with Packhorse."""
+    """Return the price table that comes with Packhorse."""
     table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     models = tuple(
         ModelPrice(row["name"], row["per_million_training_tokens"], row["max_tokens_per_example"])
@@ -89,11 +89,11 @@ def read_prices() -> PriceTable:
 
 
 def estimated_tokens(row: dict[str, Any]) -> int:
-    """Return about how many tokens a row in OpenAI's form has, without the service's tokenizer.
+    """Return the estimated tokens of a row in OpenAI's form, without the service's tokenizer.
 
-    A token of English is about 4 bytes (real files of chats, sums, labels and tool calls came to .74 to 1.20 of what
-    two public tokenizers count); the 3 tokens around a message and at the end are those of the cookbook's
-    notebook «Data preparation and analysis for chat model fine-tuning».
+    A token of English has about 4 bytes (real files of chats, sums, labels and tool calls came to .74 to 1.20 of the
+    counts of two public tokenizers); the 3 tokens per message and per example are those of the cookbook's notebook
+    «Data preparation and analysis for chat model fine-tuning».
     """
     messages = row["messages"]
     texts = [message["content"] or "" for message in messages]
@@ -104,9 +104,9 @@ def estimated_tokens(row: dict[str, Any]) -> int:
 
 
 def default_epochs(num_examples: int) -> int:
-    """Return how often the service goes over so many examples where nobody says otherwise, by the same notebook.
+    """Return the service's default number of epochs for a file, by the notebook of `estimated_tokens`.
 
-    Three times, but so that examples × epochs are 100 to 25,000, and the epochs 1 to 25.
+    The default is 3, limited so that examples × epochs are 100 to 25,000, and the epochs 1 to 25.
     """
     if num_examples * 3 < 100:
         return min(25, 100 // num_examples)

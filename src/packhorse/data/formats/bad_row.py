@@ -1,4 +1,4 @@
-"""A row that cannot be what its format says, in words for the user."""
+"""Rows that do not match their format, as messages for the user."""
 
 from __future__ import annotations
 
@@ -6,28 +6,42 @@ import difflib
 from collections.abc import Iterable
 from typing import Final
 
+from packhorse.errors import Mistake
+
 SHOWN_CHARACTERS: Final = 80
 SHOWN_NAMES: Final = 20
 NAME_CHARACTERS: Final = 40
 
 
 class BadRowError(Exception):
-    """What is wrong with a row; whoever knows its line makes a `Mistake` of it.
+    """A row that cannot be used; the caller that knows its location makes a `Mistake` of it.
 
     Attributes:
-        fact: What is so, with the value.
-        why: Why it cannot go on like this.
-        fix: The smallest change that mends it.
+        fact: What is wrong, with the value.
+        why: Reason why the row cannot be used.
+        fix: Smallest change that fixes it.
     """
 
     def __init__(self, fact: str, why: str, fix: str) -> None:
         super().__init__(fact)
         self.fact, self.why, self.fix = fact, why, fix
 
+    def at(self, where: str) -> Mistake:
+        """Return the mistake of the row at `file:line`."""
+        return Mistake(self.fact, self.why, self.fix, where)
+
+
+def excerpt(text: str, at: int = 0) -> str:
+    """Return 80 characters of a text around a position, on one line and in quotes."""
+    start = max(0, min(at - SHOWN_CHARACTERS // 2, len(text) - SHOWN_CHARACTERS))
+    shown = text[start : start + SHOWN_CHARACTERS]
+    before, after = "…" if start else "", "…" if start + SHOWN_CHARACTERS < len(text) else ""
+    return f"{before}{shown!r}{after}"
+
 
 def shown(value: object) -> str:
-    """Return a value as a message may show it: its first 80 characters, what is unprintable escaped."""
-    # A slice first: the repr of a text of many megabytes would take as long as reading it.
+    """Return a value for a message: its first 80 characters, with unprintable ones escaped."""
+    # Cut first: the repr of a text of many megabytes would take as long as reading it.
     if isinstance(value, str) and len(value) > SHOWN_CHARACTERS:
         return f"{value[:SHOWN_CHARACTERS]!r}…"
     if isinstance(value, (str, int, float)) or value is None:
@@ -36,7 +50,7 @@ def shown(value: object) -> str:
 
 
 def names(given: Iterable[object]) -> str:
-    """Return the names of a row's fields, the first 20 of them, each on one line and printable."""
+    """Return the names of a row's fields for a message: the first 20, printable and on one line."""
     listed = list(given)
     some = [_printable(str(name)) for name in listed[:SHOWN_NAMES]]
     more = [f"and {len(listed) - SHOWN_NAMES} more"] if len(listed) > SHOWN_NAMES else []
@@ -44,8 +58,8 @@ def names(given: Iterable[object]) -> str:
 
 
 def closest(given: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the known name nearest to a given one; None where none is near."""
-    # Longer than any name: not a slip of the finger, and slow to compare.
+    """Return the known name closest to a given one; None if none is close."""
+    # A longer text is not a typing mistake, and slow to compare.
     if len(given) > NAME_CHARACTERS:
         return None
     near = difflib.get_close_matches(given.lower(), list(known), n=1, cutoff=cutoff)

@@ -9,7 +9,7 @@ from packhorse.data.formats.content import other_fields, text_of
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.tools import TOOL_KEYS, check_tool_use, tools_of
 from packhorse.data.formats.turns import messages_of
-from packhorse.data.read.sources import Row
+from packhorse.data.read.row import Row
 
 MESSAGES_KEYS: Final = frozenset(("messages", "system", *TOOL_KEYS))
 SHAREGPT_KEYS: Final = frozenset(("conversations", "system", *TOOL_KEYS))
@@ -28,7 +28,7 @@ def from_sharegpt(row: Row) -> Example:
 def _from_chat(row: Row, key: str, keys: frozenset[str]) -> Example:
     values = row.values
     messages = messages_of(values[key], key)
-    # Most rows have nothing beside the chat: neither tools nor fields to look for.
+    # Most rows have only the chat: no tools and no other fields.
     if len(values) == 1:
         check_chat(messages, ())
         return Example(tuple(messages), None, {}, row.where)
@@ -39,7 +39,7 @@ def _from_chat(row: Row, key: str, keys: frozenset[str]) -> Example:
 
 
 def with_system(values: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """Return the turns, after the row's `system` where it stands beside them.
+    """Return the turns, with the row's `system` field as the first turn if it has one.
 
     Raises:
         BadRowError: The chat begins with another system turn.
@@ -49,49 +49,45 @@ def with_system(values: dict[str, Any], messages: list[Message]) -> list[Message
     system = text_of(values["system"], "system")
     if not messages or messages[0].role != "system":
         return [Message("system", system), *messages]
-    # Some exports write it in both places.
+    # Some exports write it twice.
     if messages[0].content == system:
         return messages
     raise BadRowError(
         "the row has system, and its chat begins with another system turn.",
         "a chat has one system text.",
-        "leave one of the two.",
+        "remove one of the two.",
     )
 
 
 def check_chat(messages: list[Message], tools: tuple[dict[str, Any], ...]) -> None:
-    """Refuse a chat that teaches nothing, or in an order that no template knows.
-
-    Raises:
-        BadRowError: No assistant turn or none trained on, an empty answer, a late system turn, or a tool misused.
-    """
-    answered = learnt = uses_tools = False
+    """Raise BadRowError for a chat that has nothing to train on, or an order of turns that no template knows."""
+    has_answer = has_trained = uses_tools = False
     for number, message in enumerate(messages, 1):
         role = message.role
         if role == "assistant":
-            answered = True
+            has_answer = True
             uses_tools = uses_tools or bool(message.tool_calls)
             if message.trained:
-                learnt = True
+                has_trained = True
                 if not message.tool_calls and is_blank(message.content):
                     raise empty_answer()
         elif role == "tool":
             uses_tools = True
         elif role == "system" and number > 1:
             raise _late_system(number)
-    if not learnt:
-        raise _nothing_learnt(answered)
+    if not has_trained:
+        raise _nothing_trained(has_answer)
     if uses_tools:
         check_tool_use(messages, tools)
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text is empty or white space; does not copy it."""
+    """Return whether a text is empty or white space, without copying it."""
     return not text or text.isspace()
 
 
 def empty_answer() -> BadRowError:
-    """Return what is said of an answer without words."""
+    """Return the error of an empty answer."""
     return BadRowError(
         "the answer of an assistant turn is empty.",
         "the model would learn to say nothing.",
@@ -107,15 +103,15 @@ def _late_system(number: int) -> BadRowError:
     )
 
 
-def _nothing_learnt(answered: bool) -> BadRowError:
-    if not answered:
+def _nothing_trained(has_answer: bool) -> BadRowError:
+    if not has_answer:
         return BadRowError(
             "the chat has no assistant turn.",
-            "what the assistant says is what is learnt.",
+            "training learns from the assistant's turns.",
             "add the answer, or remove the row.",
         )
     return BadRowError(
         "no assistant turn of the chat is trained on: each has loss weight 0 or train: false.",
         "the row would teach nothing.",
-        "let one turn be trained on, or remove the row.",
+        "mark one turn to be trained on, or remove the row.",
     )

@@ -1,4 +1,4 @@
-"""Keys and roles that are called otherwise than a format's: a source's `columns` and `roles`."""
+"""Rename the keys and roles of rows by a source's `columns` and `roles`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 from packhorse.data.formats.bad_row import closest, names
 from packhorse.data.formats.detect import KNOWN_KEYS, RowFormat, detect_format
 from packhorse.data.formats.turns import ROLES, THINKING_KEYS, WEIGHT_KEYS
-from packhorse.data.read.sources import Row
+from packhorse.data.read.row import Row
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 
@@ -24,13 +24,13 @@ EACH: Final = ".*"
 
 @dataclass(frozen=True)
 class Renaming:
-    """From a row's own names to a format's.
+    """Mapping from a format's names to the names in the rows.
 
     Attributes:
-        row_keys: Format key to row key, or to a path such as `answers.0.text`. With a `*` for a place, as in
-            `qas.*.question`, each element of the list makes a row of its own, and paths that begin alike go together.
-        turn_keys: The same for the keys of a turn.
-        roles: Row's role to ours.
+        row_keys: Format key to row key, or to a path such as `answers.0.text`. With `*` as an index, as in
+            `qas.*.question`, each element of the list becomes its own row; paths with equal beginnings go together.
+        turn_keys: Format key of a turn to the key in the rows.
+        roles: Role in the rows to our role.
     """
 
     row_keys: Mapping[str, str]
@@ -38,14 +38,14 @@ class Renaming:
     roles: Mapping[str, str]
 
     def apply(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the row under the format's names; a key that the row lacks stays absent."""
-        # The format's own names go too: with {question: q}, a row without q has no question.
+        """Return the row with the format's names; a key that the row lacks stays absent."""
+        # The format's own names are removed too: with {question: q}, a row without q has no question.
         taken = {*self.row_keys.values(), *self.row_keys}
         renamed = {key: value for key, value in values.items() if key not in taken}
-        for key, theirs in self.row_keys.items():
-            found = _at(values, theirs)
-            if found is not ABSENT:
-                renamed[key] = found
+        for key, path in self.row_keys.items():
+            value = _at(values, path)
+            if value is not ABSENT:
+                renamed[key] = value
         if self.turn_keys or self.roles:
             for key in CHAT_KEYS:
                 if isinstance(renamed.get(key), list):
@@ -55,11 +55,11 @@ class Renaming:
         return renamed
 
     def spread(self, values: dict[str, Any]) -> list[tuple[str, Renaming]]:
-        """Return a renaming for each row that one row holds, with the places in its lists, such as `[0.3]`."""
+        """Return a renaming for each row that one row holds, with its indices, such as `[0.3]`."""
         if not any(EACH in path for path in self.row_keys.values()):
             return [("", self)]
-        places = _places(values, self.row_keys)
-        return [(f"[{'.'.join(map(str, at))}]", replace(self, row_keys=row_keys)) for at, row_keys in places]
+        spread = _indexed_paths(values, self.row_keys)
+        return [(f"[{'.'.join(map(str, at))}]", replace(self, row_keys=row_keys)) for at, row_keys in spread]
 
     def _turn(self, turn: object) -> object:
         if not isinstance(turn, dict):
@@ -67,7 +67,7 @@ class Renaming:
         taken = {*self.turn_keys.values(), *self.turn_keys}
         renamed = {key: value for key, value in turn.items() if key not in taken}
         renamed.update({key: turn[theirs] for key, theirs in self.turn_keys.items() if theirs in turn})
-        # After the keys, so that roles work on columns that are called otherwise.
+        # After the keys, so that roles also work in renamed columns.
         for key in ("role", "from"):
             given = renamed.get(key)
             if isinstance(given, str) and given in self.roles:
@@ -76,10 +76,10 @@ class Renaming:
 
 
 def renaming_of(source: Source | None) -> Renaming | None:
-    """Return what a source's `columns` and `roles` say; None where it has neither.
+    """Return the mapping of a source's `columns` and `roles`; None if it has neither.
 
     Raises:
-        UserError: A key or a role that no format knows.
+        UserError: No format has such a key or role.
     """
     if source is None or not (source.columns or source.roles):
         return None
@@ -88,14 +88,14 @@ def renaming_of(source: Source | None) -> Renaming | None:
             near = closest(key, KNOWN_KEYS | TURN_KEYS)
             raise UserError(
                 f"columns maps {key} to {theirs}, and no format has a key {key}.",
-                "columns says where a format's own keys stand in the rows: {format's key: row's key}.",
+                "columns maps a format's keys to the keys in the rows: {format's key: row's key}.",
                 f"write {near}." if near else f"write one of {', '.join(sorted(KNOWN_KEYS | TURN_KEYS))}.",
             )
     for theirs, ours in source.roles.items():
         if ours not in ROLES:
             raise UserError(
                 f"roles maps {theirs} to {ours}.",
-                "roles says who a row's speaker is: {row's role: role}.",
+                "roles maps the speakers in the rows to roles: {row's role: role}.",
                 f"write one of {', '.join(OUR_ROLES)}.",
             )
     row_keys = {key: theirs for key, theirs in source.columns.items() if key not in TURN_KEYS}
@@ -104,18 +104,14 @@ def renaming_of(source: Source | None) -> Renaming | None:
 
 
 def check_columns(renaming: Renaming, first: Sequence[Row]) -> None:
-    """Refuse a mapping from a key that none of the first rows has.
-
-    Raises:
-        UserError: One error, with the keys that there are.
-    """
+    """Raise UserError for a mapping from a key that none of the first rows has."""
     rows = [row.values for row in first]
     renaming = renaming.spread(rows[0])[0][1]
     absent = [item for item in renaming.row_keys.items() if all(_at(values, item[1]) is ABSENT for values in rows)]
     if absent:
         raise _absent(absent, f"the row's keys are {names(rows[0])}", first[0].where)
     keys = [key for values in map(renaming.apply, rows) for turn in _turns(values) for key in turn]
-    # Renamed already: what is there under the format's key was there under the row's.
+    # The turns are renamed already: a key that was there under the row's name is there under the format's.
     absent = [item for item in renaming.turn_keys.items() if keys and item[0] not in keys]
     if absent:
         theirs = {mapped: key for key, mapped in renaming.turn_keys.items()}
@@ -124,30 +120,30 @@ def check_columns(renaming: Renaming, first: Sequence[Row]) -> None:
 
 
 def formats_of(renaming: Renaming | None, first: Sequence[Row]) -> list[RowFormat | None]:
-    """Return the format that each of the first rows shows under the format's names."""
+    """Return the format of each of the first rows, detected after renaming."""
     if renaming is None:
         return [detect_format(row.values) for row in first]
     return [detect_format(renaming.spread(row.values)[0][1].apply(row.values)) for row in first]
 
 
-def _places(values: Mapping[str, Any], paths: Mapping[str, str]) -> list[tuple[tuple[int, ...], dict[str, str]]]:
-    """Return the paths with each `*` made a number, for each number that there is; the outermost list first."""
+def _indexed_paths(values: Mapping[str, Any], paths: Mapping[str, str]) -> list[tuple[tuple[int, ...], dict[str, str]]]:
+    """Return the paths with each `*` replaced by an index, for each element; the outermost list first."""
     beginnings = [path[: path.index(EACH)] for path in paths.values() if EACH in path]
     if not beginnings:
         return [((), dict(paths))]
     beginning = min(beginnings, key=len)
-    found = _at(values, beginning)
-    if not isinstance(found, list) or not found:
-        # A path that still has its `*` leads nowhere, and is told as absent.
+    elements = _at(values, beginning)
+    if not isinstance(elements, list) or not elements:
+        # A path that still has its `*` leads nowhere, and is reported as absent.
         return [((), dict(paths))]
     spread = []
-    for at in range(len(found)):
+    for at in range(len(elements)):
         head = beginning + EACH
         numbered = {
             key: f"{beginning}.{at}{path[len(head) :]}" if path.startswith(head) else path
             for key, path in paths.items()
         }
-        spread += [((at, *inner), row_keys) for inner, row_keys in _places(values, numbered)]
+        spread += [((at, *inner), row_keys) for inner, row_keys in _indexed_paths(values, numbered)]
     return spread
 
 
@@ -156,26 +152,26 @@ def _turns(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [turn for turns in lists for turn in turns if isinstance(turn, dict)]
 
 
-def _absent(absent: Sequence[tuple[str, str]], there: str, where: str) -> UserError:
+def _absent(absent: Sequence[tuple[str, str]], existing: str, where: str) -> UserError:
     pairs = ", ".join(f"{key}: {theirs}" for key, theirs in absent)
     return UserError(
-        f"columns has {{{pairs}}}, and the row has no {' and no '.join(theirs for _, theirs in absent)}; {there}.",
-        "a key that is read from nowhere would be missing from every row.",
-        "write the row's key after the colon, as it stands in the rows.",
+        f"columns has {{{pairs}}}, and the row has no {' and no '.join(theirs for _, theirs in absent)}; {existing}.",
+        "the key would be missing from every row.",
+        "write the row's key after the colon, as it is in the rows.",
         where,
     )
 
 
 def _at(values: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401
-    """Return what stands under a key, or else at a path of keys and places such as `answers.0.text`."""
+    """Return the value of a key, or else the value at a path of keys and indices such as `answers.0.text`."""
     if path in values:
         return values[path]
-    found: Any = values
+    value: Any = values
     for step in path.split("."):
-        if isinstance(found, dict) and step in found:
-            found = found[step]
-        elif isinstance(found, list) and step.isdecimal() and int(step) < len(found):
-            found = found[int(step)]
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
         else:
             return ABSENT
-    return found
+    return value

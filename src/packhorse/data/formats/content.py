@@ -1,4 +1,4 @@
-"""Text of a row: what becomes tokens, and the plain fields beside it."""
+"""Get the text of a row that becomes tokens, and the plain fields next to it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def text_of(value: object, name: str) -> str:
     """Return text, or the joined texts of content parts.
 
     Args:
-        value: As it stands in the row.
-        name: What a message calls it, such as `content of turn 2`.
+        value: Value in the row.
+        name: Name of the value in a message, such as `content of turn 2`.
 
     Raises:
-        BadRowError: It is neither, or holds half a surrogate pair.
+        BadRowError: The value is neither, or holds half a surrogate pair.
     """
     if isinstance(value, str):
-        # ASCII, which Python knows of a str, has no surrogates: most rows cost nothing here.
+        # ASCII text, which Python knows without a search, has no surrogates: most rows cost nothing here.
         if not value.isascii():
             check_characters(value, name)
         return value
@@ -36,23 +36,19 @@ def text_of(value: object, name: str) -> str:
 
 
 def check_characters(text: str, name: str) -> None:
-    """Refuse half a surrogate pair.
-
-    Raises:
-        BadRowError: The text has one.
-    """
+    """Raise BadRowError for text with half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRowError(
             f"{name} has half a surrogate pair ({text[error.start]!a}) at character {error.start}.",
-            "it is no character, and no tokenizer takes it.",
+            "it is not a character, and no tokenizer accepts it.",
             "write the whole pair, or remove it.",
         ) from error
 
 
 def other_fields(values: dict[str, Any], keys: Container[str]) -> Fields:
-    """Return the row's plain values under other names than those of its format.
+    """Return the row's plain values whose names are not keys of its format.
 
     Raises:
         BadRowError: A name or a text has half a surrogate pair.
@@ -70,7 +66,7 @@ def _part(part: object, name: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if not isinstance(part, dict) or kind != "text":
         word = kind if isinstance(kind, str) and kind.isidentifier() else shown(kind)
-        raise BadRowError(f"{name} has a part of type {word}.", "only text becomes tokens.", "leave text parts only.")
+        raise BadRowError(f"{name} has a part of type {word}.", "only text becomes tokens.", "keep only text parts.")
     text = part.get("text", part.get("value"))
-    # Not a list again: parts have no parts.
+    # A list is refused here: parts have no parts.
     return text_of(None if isinstance(text, list) else text, f"{name}, a text part,")

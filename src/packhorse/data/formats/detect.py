@@ -1,4 +1,4 @@
-"""Which format a row's keys show."""
+"""Detect the format of a row from its keys."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPTIONAL_KEYS: Final = ("input", "system", "tools", "functions", "history", "kto
 LABEL_KEYS: Final = ("label", "category", "class", "intent")
 VERDICT_KEYS: Final = ("label", "kto_tag")
 KNOWN_KEYS: Final = frozenset((*OPTIONAL_KEYS, *LABEL_KEYS, *(key for keys in KEYS_OF.values() for key in keys)))
-# A row with one of these beside the keys of its format may be of another one.
+# A row with one of these keys besides the keys of its format may have another format.
 RIVALS_OF: Final[Mapping[RowFormat, frozenset[str]]] = {
     "messages": frozenset(("chosen", "rejected", *VERDICT_KEYS)),
     "sharegpt": frozenset(("chosen", "rejected", *VERDICT_KEYS)),
@@ -45,8 +45,8 @@ RIVALS_OF: Final[Mapping[RowFormat, frozenset[str]]] = {
 
 
 def detect_format(values: Mapping[str, Any]) -> RowFormat | None:
-    """Return the format that a row's keys show; None where they show none that is known."""
-    # First what judges an answer: read as a plain chat, the bad answer would be learnt.
+    """Return the format of a row by its keys; None if no format matches."""
+    # Formats with a verdict come first: read as a plain chat, a bad answer would be trained on.
     if "chosen" in values and "rejected" in values:
         return "preference"
     if _has_verdict(values):
@@ -59,7 +59,7 @@ def detect_format(values: Mapping[str, Any]) -> RowFormat | None:
 
 
 def missing_keys(values: Mapping[str, Any], row_format: RowFormat) -> list[str]:
-    """Return the keys that a row lacks to be of a format."""
+    """Return the keys that a row lacks for a format."""
     if row_format == "text_label":
         present = "text" in values, any(key in values for key in LABEL_KEYS)
         return [name for name, there in zip(("text", f"{' or '.join(LABEL_KEYS)}"), present) if not there]
@@ -76,10 +76,10 @@ def known_formats() -> str:
 
 
 def resembles(values: Mapping[str, Any]) -> str:
-    """Return which of a row's keys are near to known ones, in brackets; empty where none is."""
+    """Return which of a row's keys are close to known ones, in brackets; empty if none is."""
     first = [key for key, _ in zip(values, range(SHOWN_NAMES))]
     pairs = [(key, closest(str(key), KNOWN_KEYS, cutoff=0.75)) for key in first if key not in KNOWN_KEYS]
-    near = [f"{names([key])} is near {close}" for key, close in pairs if close]
+    near = [f"{names([key])} is close to {close}" for key, close in pairs if close]
     return f" ({'; '.join(near)})" if near else ""
 
 

@@ -1,4 +1,4 @@
-"""One row to learn from, whatever form it was read in."""
+"""One training example, whatever format it was read from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Message:
 
     Attributes:
         role: system, user, assistant or tool.
-        content: What is said; may be empty beside tool calls.
+        content: Text of the turn; may be empty if there are tool calls.
         trained: False for a turn that is only context, whatever its role.
-        thinking: What the assistant thinks before it speaks, where the row keeps it apart (`reasoning_content`).
+        thinking: Reasoning before the answer, if the row has it as a separate field (`reasoning_content`).
         tool_calls: Calls in OpenAI's form: `{"type": "function", "function": {"name": …, "arguments": {…}}}`, arguments
-            as an object, and the call's `id` before them where the row has it.
-        name: Of the tool that answers, where the row has it.
-        call_id: Of the call that a tool answers (`tool_call_id`), where the row has it.
+            as an object, preceded by the call's `id` if the row has it.
+        name: Name of the tool that answers, if the row has it.
+        call_id: Id of the call that a tool answers (`tool_call_id`), if the row has it.
     """
 
     role: str
@@ -34,16 +34,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row to learn from: a chat, plain text, or an answer with a verdict.
+    """One training example: a chat, plain text, or an answer with a verdict.
 
     Attributes:
-        messages: The turns; None for plain text. Of a preference pair, the prompt and the chosen answer.
+        messages: Turns; None for plain text. For a preference pair, the prompt and the chosen answer.
         text: Plain text; None for a chat.
-        fields: The row's other plain values, such as `language`.
-        where: `file:line`.
+        fields: Other plain values of the row, such as `language`.
+        where: Location of the row, `file:line`.
         tools: Definitions of the tools that the assistant may call, in OpenAI's form.
-        rejected: Of a preference pair, the turns of the rejected answer; else None.
-        desirable: Of a KTO row, the verdict; else None.
+        rejected: Turns of the rejected answer of a preference pair; else None.
+        desirable: Verdict of a KTO row; else None.
     """
 
     messages: tuple[Message, ...] | None

@@ -1,4 +1,4 @@
-"""A row for OpenAI's hosted fine-tuning, by the rules that the service publishes for supervised chat files.
+"""Write rows for OpenAI's hosted fine-tuning, by the published rules for supervised chat files.
 
 Rules: guide «Supervised fine-tuning» and API reference «fine-tuning, chat input» of developers.openai.com, and the
 notebook «Data preparation and analysis for chat model fine-tuning» of the OpenAI cookbook.
@@ -23,24 +23,23 @@ ROW_FIELDS: Final = ("parallel_tool_calls",)
 
 
 def to_openai(example: Example, others: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row as the service takes it: `messages`, `tools` and `parallel_tool_calls`, nothing else.
+    """Return the row in the service's form: only `messages`, `tools` and `parallel_tool_calls`.
 
-    Arguments of calls become JSON text, calls without an id get one, and an answer without one that of the call that
-    it answers.
+    Arguments of calls become JSON text. Calls without an id get one, and so do the answers to them.
 
     Args:
-        example: The row as it was understood.
-        others: Its fields beside the chat; the service refuses a file with unknown ones, so they are left out.
+        example: Row as Packhorse reads it.
+        others: Fields of the row besides the chat; the service refuses files with unknown fields, so they are dropped.
 
     Raises:
-        BadRowError: A rule of the service is broken.
+        BadRowError: The row breaks a rule of the service.
     """
     messages = chat_of(example)
     if messages[-1].role != "assistant":
         raise BadRowError(
             f"the chat ends with a turn of the role {messages[-1].role}.",
-            "the service learns the assistant's last turn.",
-            "end it with the assistant's answer, or take the row out.",
+            "the service trains on the assistant's last turn.",
+            "end it with the assistant's answer, or remove the row.",
         )
     _check_names(example)
     row: dict[str, Any] = {"messages": _turns(messages)}
@@ -55,14 +54,14 @@ def _check_names(example: Example) -> None:
     if bad:
         raise BadRowError(
             f"the row has the tool {names(bad[:1])}.",
-            "the service takes names of 1 to 64 letters, digits, underscores and dashes.",
+            "the service accepts names of 1 to 64 letters, digits, underscores and dashes.",
             "rename the tool.",
         )
     if len(example.tools) > MOST_TOOLS:
         raise BadRowError(
             f"the row has {len(example.tools)} tools.",
-            f"the service takes {MOST_TOOLS}.",
-            "leave out tools, or take the row out.",
+            f"the service accepts {MOST_TOOLS}.",
+            "remove tools, or remove the row.",
         )
 
 
@@ -103,7 +102,7 @@ def _call(call: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _answered(message: Message, open_calls: list[dict[str, Any]], number: int) -> dict[str, Any]:
-    """Return the call that a tool answers, and take it off the open ones: by its id, its name, or in order."""
+    """Return the call that a tool answers, found by id, name or order, and remove it from the open calls."""
     fits = [
         call
         for call in open_calls
@@ -112,9 +111,9 @@ def _answered(message: Message, open_calls: list[dict[str, Any]], number: int) -
     ]
     if not fits:
         raise BadRowError(
-            f"turn {number} is a tool's answer, and no call before it waits for one.",
-            "the service puts each answer to one call by its id.",
-            "write the call's id as tool_call_id, or take the turn out.",
+            f"turn {number} is a tool's answer, and no earlier call is unanswered.",
+            "the service matches each answer to one call by its id.",
+            "write the call's id as tool_call_id, or remove the turn.",
         )
     open_calls.remove(fits[0])
     return fits[0]
@@ -124,6 +123,6 @@ def _check_thinking(message: Message, number: int) -> None:
     if message.thinking is not None:
         raise BadRowError(
             f"turn {number} has reasoning_content.",
-            "the service's form has no place for it.",
-            "remove it from the row, or make it part of content if it is to be learnt.",
+            "the service's form has no field for it.",
+            "remove it from the row, or move it into content if it should be trained on.",
         )

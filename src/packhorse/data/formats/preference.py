@@ -1,4 +1,4 @@
-"""Answers with a verdict: pairs of a chosen and a rejected one, and KTO's single ones. Not trained on yet."""
+"""Answers with a verdict: pairs of a chosen and a rejected answer, and single answers (KTO). Not trained on yet."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from packhorse.data.formats.single_turn import (
     answer_turns,
     check_speaker,
     prompt_turns,
-    said_turns,
+    turns_of,
 )
 from packhorse.data.formats.tools import TOOL_KEYS, tools_of
 from packhorse.data.formats.turns import messages_of
-from packhorse.data.read.sources import Row
+from packhorse.data.read.row import Row
 
 PROMPT_KEYS: Final = ("prompt", "messages", "conversations", "instruction", "question")
 PREFERENCE_KEYS: Final = frozenset((*PROMPT_KEYS, "input", "history", "system", "chosen", "rejected", *TOOL_KEYS))
@@ -30,25 +30,25 @@ KTO_KEYS: Final = frozenset(("prompt", "completion", "messages", "conversations"
 def from_preference(row: Row) -> Example:
     """Return the example of a row with `chosen` and `rejected`.
 
-    The prompt stands in `prompt`, `messages`, `conversations`, `instruction` or `question`; or chosen and rejected are
-    whole chats with a common beginning (TRL's implicit prompt). Its turns are context, whoever speaks.
+    The prompt is in `prompt`, `messages`, `conversations`, `instruction` or `question`; or chosen and rejected are
+    whole chats with a common beginning (TRL's implicit prompt). Its turns are context, whatever their role.
     """
     values = row.values
     prompt = _prompt(values)
-    chosen, rejected = said_turns(values["chosen"], "chosen"), said_turns(values["rejected"], "rejected")
-    # An answer begins with the assistant, so what begins otherwise is a whole chat.
+    chosen, rejected = turns_of(values["chosen"], "chosen"), turns_of(values["rejected"], "rejected")
+    # An answer begins with the assistant; a list that begins with another role is a whole chat.
     if chosen[0].role != "assistant" and rejected[0].role != "assistant":
         prompt = _common_beginning(chosen, rejected, prompt)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise BadRowError(
             "the row has chosen and rejected, and no prompt.",
-            "an answer is better or worse as an answer to something.",
+            "an answer is better or worse only as an answer to something.",
             "add prompt, or write chosen and rejected as whole chats with a common beginning.",
         )
     if chosen == rejected:
         raise BadRowError(
-            "chosen and rejected are the same.", "such a pair says nothing of which is better.", "remove the row."
+            "chosen and rejected are equal.", "such a pair does not say which is better.", "remove the row."
         )
     context = [replace(turn, trained=False) for turn in with_system(values, prompt)]
     tools = tools_of(values)
@@ -59,10 +59,10 @@ def from_preference(row: Row) -> Example:
 
 
 def from_kto(row: Row) -> Example:
-    """Return the example of a row with an answer and whether it is a good one, in `label` or `kto_tag`.
+    """Return the example of a row with one answer and its verdict in `label` or `kto_tag`.
 
-    The answer is `completion`, or of `messages` or `conversations` what the assistant says last; what comes before is
-    context, whoever speaks.
+    The answer is `completion`, or the assistant's last text in `messages` or `conversations`; the turns before it are
+    context, whatever their role.
     """
     values = row.values
     messages = _judged_chat(values)
@@ -73,7 +73,7 @@ def from_kto(row: Row) -> Example:
 
 
 def _prompt(values: dict[str, Any]) -> list[Message]:
-    # A column may be there and empty where files of several forms were put together.
+    # A column may exist but be empty in files merged from several formats.
     key = next((key for key in PROMPT_KEYS if values.get(key) is not None), None)
     if key is None:
         return []
@@ -85,19 +85,19 @@ def _prompt(values: dict[str, Any]) -> list[Message]:
 
 
 def _common_beginning(chosen: list[Message], rejected: list[Message], prompt: Sequence[Message]) -> list[Message]:
-    """Return the turns that both whole chats begin with; a prompt beside them must be among these."""
+    """Return the common first turns of two whole chats; a separate prompt must be among them."""
     pairs = list(zip(chosen, rejected))
     same = next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
-    # The last turn is an answer, even where both have the same one.
+    # The last turn is an answer, even if both chats have the same one.
     common = chosen[: min(same, len(chosen) - 1, len(rejected) - 1)]
-    said = {(turn.role, turn.content) for turn in common}
-    apart = [turn for turn in prompt if turn.role != "system" and (turn.role, turn.content) not in said]
+    contents = {(turn.role, turn.content) for turn in common}
+    apart = [turn for turn in prompt if turn.role != "system" and (turn.role, turn.content) not in contents]
     if not common or apart:
         what = f"the prompt's turn {shown(apart[0].content)} is not among" if apart else "there is no turn in"
         raise BadRowError(
-            f"chosen and rejected are whole chats, and {what} what both begin with.",
-            "the two must answer the same.",
-            "let both begin with the same turns, or give only the answers.",
+            f"chosen and rejected are whole chats, and {what} their common beginning.",
+            "both must answer the same prompt.",
+            "begin both with the same turns, or give only the answers.",
         )
     return common
 
@@ -105,9 +105,7 @@ def _common_beginning(chosen: list[Message], rejected: list[Message], prompt: Se
 def _check_answer(context: list[Message], answer: list[Message], key: str, tools: tuple[dict[str, Any], ...]) -> None:
     check_speaker(answer, key)
     if is_blank(answer[-1].content) and not answer[-1].tool_calls:
-        raise BadRowError(
-            f"{key} is empty.", "an answer without words is no answer to compare.", "fill it in, or remove the row."
-        )
+        raise BadRowError(f"{key} is empty.", "there is no answer to compare.", "fill it in, or remove the row.")
     check_chat([*context, *answer], tools)
 
 
@@ -122,21 +120,19 @@ def _judged_chat(values: dict[str, Any]) -> list[Message]:
     if turns[-1].role != "assistant":
         raise BadRowError(
             f"the chat ends with a turn of the role {turns[-1].role}.",
-            "its last turn is the answer that label judges.",
+            "its last turn is the answer that the label is about.",
             "end it with the assistant's answer.",
         )
-    # Calls of tools and their results belong to the answer.
-    asked = max((at for at, turn in enumerate(turns) if turn.role in ("user", "system")), default=-1)
+    # Tool calls and their results are part of the answer.
+    last_prompt = max((at for at, turn in enumerate(turns) if turn.role in ("user", "system")), default=-1)
     if is_blank(turns[-1].content) and not turns[-1].tool_calls:
         raise empty_answer()
-    return [turn if at > asked else replace(turn, trained=False) for at, turn in enumerate(turns)]
+    return [turn if at > last_prompt else replace(turn, trained=False) for at, turn in enumerate(turns)]
 
 
 def _verdict(values: dict[str, Any]) -> bool:
     key = next(key for key in VERDICT_KEYS if key in values)
     verdict = values[key]
     if not isinstance(verdict, bool):
-        raise BadRowError(
-            f"{key} is {shown(verdict)}.", "it says whether the answer is a good one.", "write true or false."
-        )
+        raise BadRowError(f"{key} is {shown(verdict)}.", "it says whether the answer is good.", "write true or false.")
     return verdict

@@ -1,4 +1,4 @@
-"""From rows in nine formats to one `Example`; a row that cannot be meant as declared is a mistake, never a guess."""
+"""Convert rows in nine formats to `Example`; a row that does not fit its format is a mistake, never guessed at."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from packhorse.data.formats.single_turn import (
     from_text,
     from_text_label,
 )
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.sources import Row
-from packhorse.errors import Mistake, UserError
+from packhorse.data.read.row import Row, RowMistakes
+from packhorse.errors import UserError
 from packhorse.recipe.schema import Format, Source
 
 __all__ = ["KEYS_OF", "RowFormat", "convert_rows", "detect_format", "renamed_rows", "resolve_format", "row_converter"]
@@ -48,15 +47,15 @@ NO_RIVALS: Final[frozenset[str]] = frozenset()
 
 
 def resolve_format(declared: Format, first: Row | Sequence[Row], source: Source | None = None) -> RowFormat:
-    """Return the declared format, or the one that the first rows show.
+    """Return the declared format, or the format of the first rows.
 
     Args:
-        declared: The source's `format`.
-        first: The first row, or the first few; the first of them that shows a format decides.
-        source: For its `columns` and `roles`.
+        declared: `format` of the source.
+        first: First row or rows; the first one with a known format decides.
+        source: Source with its `columns` and `roles`.
 
     Raises:
-        UserError: The format is `auto` and no row shows one; or columns or roles name what is not there.
+        UserError: The format is `auto` and no row has a known format; or columns or roles name absent keys.
     """
     rows = [first] if isinstance(first, Row) else list(first)
     renaming = renaming_of(source)
@@ -64,29 +63,29 @@ def resolve_format(declared: Format, first: Row | Sequence[Row], source: Source 
         check_columns(renaming, rows)
     if declared != "auto":
         return declared
-    found = next((shown for shown in formats_of(renaming, rows) if shown is not None), None)
-    if found is None:
+    row_format = next((shown for shown in formats_of(renaming, rows) if shown is not None), None)
+    if row_format is None:
         raise UserError(
             f"the row has the keys {names(rows[0].values)}, which is no known format{resembles(rows[0].values)}.",
-            "the keys say which part is the prompt and which the answer.",
-            "say in the source's columns which key is which, such as {question: …, answer: …}, or {text: …} where "
+            "the keys say which part is the prompt and which is the answer.",
+            "map the keys in the source's columns, such as {question: …, answer: …}, or {text: …} if "
             f"there is no answer; the formats are {known_formats()}.",
             rows[0].where,
         )
-    return found
+    return row_format
 
 
 def convert_rows(
     rows: Iterable[Row], row_format: RowFormat, mistakes: RowMistakes, source: Source | None = None
 ) -> Iterator[Example]:
-    """Yield an example for each row that is as it should be, and collect what is wrong with the others.
+    """Yield an example for each valid row, and collect the mistakes of the others.
 
     Args:
-        rows: As they were read.
-        row_format: From `resolve_format`.
-        mistakes: Takes the rows that cannot be converted.
-        source: For its `columns` and `roles`; and where its `format` is auto, a row that shows another format than
-            the first ones is a mistake.
+        rows: Rows as they were read.
+        row_format: Format from `resolve_format`.
+        mistakes: Collects the rows that cannot be converted.
+        source: Source with its `columns` and `roles`; if its `format` is auto, a row of another format than the first
+            rows is a mistake.
 
     Raises:
         UserError: The source's columns or roles name what no format has.
@@ -96,13 +95,13 @@ def convert_rows(
         try:
             example = convert(row)
         except BadRowError as error:
-            mistakes.add(Mistake(error.fact, error.why, error.fix, row.where))
+            mistakes.add(error.at(row.where))
         else:
             yield example
 
 
 def renamed_rows(rows: Iterable[Row], source: Source | None) -> Iterable[Row]:
-    """Return the rows under the names of their format, where the source's columns or roles say others.
+    """Return the rows under the names of their format, renamed by the source's columns and roles.
 
     Raises:
         UserError: The source's columns or roles name what no format has.
@@ -113,16 +112,16 @@ def renamed_rows(rows: Iterable[Row], source: Source | None) -> Iterable[Row]:
 
 def _renamed(rows: Iterable[Row], renaming: Renaming) -> Iterator[Row]:
     for row in rows:
-        for places, each in renaming.spread(row.values):
-            yield Row(row.where + places, each.apply(row.values))
+        for indices, one in renaming.spread(row.values):
+            yield Row(row.where + indices, one.apply(row.values))
 
 
 def row_converter(row_format: RowFormat, source: Source | None = None) -> Callable[[Row], Example]:
-    """Return the function that makes an example of one row of `renamed_rows`; it raises `BadRowError` for others."""
+    """Return the function that converts one row of `renamed_rows` to an example, or raises `BadRowError`."""
     convert = CONVERTERS[row_format]
-    called = source.columns if source is not None else {}
+    columns = source.columns if source is not None else {}
     is_found = source is not None and source.format == "auto"
-    # A declared format is meant, whatever other keys its rows have.
+    # A declared format is intended, whatever other keys its rows have.
     rivals = RIVALS_OF.get(row_format, NO_RIVALS) if is_found else NO_RIVALS
     required = () if row_format in ("text_label", "kto") else KEYS_OF[row_format]
 
@@ -130,10 +129,10 @@ def row_converter(row_format: RowFormat, source: Source | None = None) -> Callab
         values = row.values
         for key in required:
             if key not in values:
-                raise _missing(values, row_format, called)
-        # These two have several keys for one thing.
+                raise _missing(values, row_format, columns)
+        # Formats without required keys accept several keys for one thing.
         if not required and missing_keys(values, row_format):
-            raise _missing(values, row_format, called)
+            raise _missing(values, row_format, columns)
         if rivals and not rivals.isdisjoint(values):
             _refuse_rival(values, row_format)
         return convert(row)
@@ -141,15 +140,14 @@ def row_converter(row_format: RowFormat, source: Source | None = None) -> Callab
     return make
 
 
-def _missing(values: dict[str, Any], row_format: RowFormat, called: Mapping[str, str]) -> BadRowError:
-    missing = missing_keys(values, row_format)
-    said = [f"{key} (columns: {called[key]})" if key in called else key for key in missing]
+def _missing(values: dict[str, Any], row_format: RowFormat, columns: Mapping[str, str]) -> BadRowError:
+    missing = [f"{k} (columns: {columns[k]})" if k in columns else k for k in missing_keys(values, row_format)]
     other = detect_format(values)
     looks = f"it looks like {other}" if other else f"its keys are {names(values)}{resembles(values)}"
     return BadRowError(
-        f"the row has no {' and no '.join(said)}, so it is not {row_format}; {looks}.",
+        f"the row has no {' and no '.join(missing)}, so it is not {row_format}; {looks}.",
         f"rows of this source are read as {row_format}, by declaration or by its first row.",
-        f"set the source's format to {other}, or mend the row." if other else f"mend the row: {known_formats()}.",
+        f"set the source's format to {other}, or fix the row." if other else f"fix the row: {known_formats()}.",
     )
 
 
@@ -158,6 +156,6 @@ def _refuse_rival(values: dict[str, Any], row_format: RowFormat) -> None:
     if other != row_format:
         raise BadRowError(
             f"the row looks like {other}, and the first rows of this source are {row_format}.",
-            "read as the others, it would teach something else than it says.",
-            f"give rows of the two forms as two sources, or set the source's format to {row_format} if that is meant.",
+            "read in the wrong format, it would teach something else.",
+            f"give the rows of each format as a separate source, or set the source's format to {row_format}.",
         )

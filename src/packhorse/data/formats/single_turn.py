@@ -1,4 +1,4 @@
-"""One prompt and one answer: Alpaca, prompt and completion, question and answer, text and label; and plain text."""
+"""Formats with one prompt and one answer: Alpaca, prompt and completion, question and answer, text and label; text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packhorse.data.formats.detect import LABEL_KEYS
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.tools import NOTHING, TOOL_KEYS, tools_of
 from packhorse.data.formats.turns import messages_of
-from packhorse.data.read.sources import Row
+from packhorse.data.read.row import Row
 
 ALPACA_KEYS: Final = frozenset(("instruction", "input", "output", "system", "history", *TOOL_KEYS))
 PROMPT_KEYS: Final = frozenset(("prompt", "completion", "system"))
@@ -26,7 +26,7 @@ def from_question_answer(row: Row) -> Example:
     values = row.values
     question = Message("user", text_of(values["question"], "question"))
     answer = text_of(values["answer"], "answer")
-    # The common row has these two keys and nothing else.
+    # The usual row has only these two keys.
     if len(values) > 2:
         return _pair(row, with_system(values, [question]), answer, QUESTION_KEYS)
     _refuse_blank(answer)
@@ -43,7 +43,7 @@ def from_alpaca(row: Row) -> Example:
 
 
 def alpaca_prompt(values: dict[str, Any]) -> list[Message]:
-    """Return system, earlier turns and the instruction with its input, two line ends between them."""
+    """Return the system turn, earlier turns and the instruction, followed by its input after an empty line."""
     prompt = text_of(values["instruction"], "instruction")
     if values.get("input"):
         prompt = f"{prompt}\n\n{text_of(values['input'], 'input')}"
@@ -51,10 +51,10 @@ def alpaca_prompt(values: dict[str, Any]) -> list[Message]:
 
 
 def from_prompt_completion(row: Row) -> Example:
-    """Return the example of a row with `prompt` and `completion`, each a text or a list of turns (as TRL has them)."""
+    """Return the example of a row with `prompt` and `completion`, each a text or a list of turns (as in TRL)."""
     values = row.values
     messages = [*prompt_turns(values), *answer_turns(values["completion"], "completion")]
-    # Beside a text, `tools` is a field like any other.
+    # Next to a text, `tools` is a plain field.
     tools = tools_of(values) if is_turns(values["prompt"]) else ()
     check_chat(messages, tools)
     fields = other_fields(values, PROMPT_KEYS.union(TOOL_KEYS) if tools else PROMPT_KEYS)
@@ -62,7 +62,7 @@ def from_prompt_completion(row: Row) -> Example:
 
 
 def prompt_turns(values: dict[str, Any]) -> list[Message]:
-    """Return the turns of `prompt`; those of a list are context, whoever speaks."""
+    """Return the turns of `prompt`; those of a list are context, whatever their role."""
     prompt = values["prompt"]
     if is_turns(prompt):
         return with_system(values, [replace(turn, trained=False) for turn in messages_of(prompt, "prompt")])
@@ -73,46 +73,42 @@ def answer_turns(value: object, key: str) -> list[Message]:
     """Return an answer given as a text, a turn or a list of turns.
 
     Raises:
-        BadRowError: It is none of these, or begins or ends with another role than the assistant.
+        BadRowError: The value is none of these, or does not begin and end with the assistant.
     """
-    turns = said_turns(value, key)
+    turns = turns_of(value, key)
     check_speaker(turns, key)
     return turns
 
 
-def said_turns(value: object, key: str) -> list[Message]:
-    """Return the turns of a text, which is the assistant's, of a turn, or of a list of turns."""
+def turns_of(value: object, key: str) -> list[Message]:
+    """Return the turns of a text (as the assistant's), of one turn, or of a list of turns."""
     if isinstance(value, dict):
         return messages_of([value], key)
     return messages_of(value, key) if is_turns(value) else [Message("assistant", text_of(value, key))]
 
 
 def check_speaker(turns: list[Message], key: str) -> None:
-    """Refuse an answer that the assistant does not begin and end.
-
-    Raises:
-        BadRowError: Another one does.
-    """
+    """Raise BadRowError for an answer that does not begin and end with the assistant."""
     for word, turn in (("begins", turns[0]), ("ends", turns[-1])):
         if turn.role != "assistant":
             raise BadRowError(
                 f"{key} {word} with a turn of the role {turn.role}.",
                 "it is what the assistant answers.",
-                "let its first and its last turn be the assistant's, and put what comes before into the prompt.",
+                "move other turns into the prompt, so that its first and last turn are the assistant's.",
             )
 
 
 def is_turns(value: object) -> bool:
-    """Whether a value is a list of turns, rather than of content parts."""
+    """Return whether a value is a list of turns, not of content parts."""
     return isinstance(value, list) and any(
         isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value
     )
 
 
 def from_text_label(row: Row) -> Example:
-    """Return the example of a row with `text` and a label: the user says the text, the assistant the label.
+    """Return the example of a row with `text` and a label: the user's turn is the text, the assistant's the label.
 
-    The label stays in the fields as `label` too, and under its own name, for `data.split.stratify`.
+    The label stays in the fields as `label`, and under its own name, for `data.split.stratify`.
     """
     values = row.values
     key = next(key for key in LABEL_KEYS if key in values)
@@ -130,7 +126,7 @@ def from_text(row: Row) -> Example:
     else:
         text = text_of(value, "text")
     if is_blank(text):
-        raise BadRowError("text is empty.", "there is nothing to learn.", "remove the row.")
+        raise BadRowError("text is empty.", "there is nothing to train on.", "remove the row.")
     return Example(None, text, other_fields(row.values, TEXT_KEYS), row.where)
 
 
@@ -156,7 +152,7 @@ def _history(given: object) -> list[Message]:
     if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
         raise BadRowError(
             f"history is {shown(given)}, not a list of pairs." if not isinstance(given, list) else
-            "history has an element that is no pair.",
+            "history has an element that is not a pair.",
             "each earlier turn has a prompt and an answer.",
             'write it as [["prompt", "answer"], …], or null.',
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tools that an assistant may call, and its calls, in the forms that rows have them, to OpenAI's form."""
+"""Convert tool definitions and tool calls from the forms in rows to OpenAI's form."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from packhorse.data.formats.bad_row import BadRowError, closest, names, shown
 from packhorse.data.formats.example import Message
 
 TOOL_KEYS: Final = ("tools", "functions")
-NOTHING: Final[tuple[object, ...]] = (None, "", [], {}, "[]", "{}")  # some tools write JSON inside JSON
+NOTHING: Final[tuple[object, ...]] = (None, "", [], {}, "[]", "{}")  # some exports write JSON inside JSON
 
 
-def _no_number(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-# NaN and Infinity are no JSON; Python's decoder would take them.
-STRICT: Final = json.JSONDecoder(parse_constant=_no_number)
+# NaN and Infinity are not JSON; Python's decoder would accept them.
+STRICT: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 HOW_TO_DEFINE: Final = 'write it as {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}.'
 HOW_TO_CALL: Final = 'write it as {"name": "…", "arguments": {…}}.'
 
 
 def tools_of(values: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return the row's tool definitions, from a list or JSON text under `tools` or `functions`.
+    """Return the row's tool definitions, from a list or JSON text in `tools` or `functions`.
 
     Raises:
-        BadRowError: They cannot be read as definitions.
+        BadRowError: They are not definitions of tools.
     """
     for key in TOOL_KEYS:
         if key in values and values[key] not in NOTHING:
@@ -35,7 +35,7 @@ def tools_of(values: dict[str, Any]) -> tuple[dict[str, Any], ...]:
             if not isinstance(listed, list):
                 raise BadRowError(
                     f"{key} is {type(listed).__name__}, not a list.",
-                    "it says what the assistant may call.",
+                    "it lists the tools that the assistant may call.",
                     f"write a list; {HOW_TO_DEFINE}",
                 )
             return tuple(_definition(tool, f"tool {number} of {key}") for number, tool in enumerate(listed, 1))
@@ -43,29 +43,29 @@ def tools_of(values: dict[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def calls_of(value: object, name: str) -> tuple[dict[str, Any], ...]:
-    """Return an assistant's calls, from a list, one object or JSON text, their arguments as objects.
+    """Return an assistant's calls, from a list, one object or JSON text, with their arguments as objects.
 
     Args:
         value: `tool_calls`, a `function_call`, or the value of a ShareGPT turn from `function_call`.
-        name: What a message calls it.
+        name: Name of the value in a message.
 
     Raises:
-        BadRowError: It is no call, or its arguments are no JSON object.
+        BadRowError: The value is not a call, or its arguments are not a JSON object.
     """
     listed = _loaded(value, name, HOW_TO_CALL)
     calls = listed if isinstance(listed, list) else [listed]
     if not calls:
-        raise BadRowError(f"{name} is an empty list.", "the assistant calls something there.", HOW_TO_CALL)
+        raise BadRowError(f"{name} is an empty list.", "it should hold the assistant's calls.", HOW_TO_CALL)
     return tuple(_call(call, name) for call in calls)
 
 
 def check_tool_use(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
-    """Refuse a call of a tool that the row does not define, and an answer to a call that nobody made.
+    """Refuse a call of a tool that the row does not define, and an answer to a call that does not exist.
 
     Raises:
-        BadRowError: Either is so.
+        BadRowError: The row has such a call or answer.
     """
-    # No definitions at all is common, as the system text may hold them; only a list that lacks the tool is a slip.
+    # Rows often have no definitions, as the system text may hold them; only a list without the called tool is wrong.
     defined = {tool["function"]["name"] for tool in tools}
     calls: Sequence[dict[str, Any]] = ()
     for number, message in enumerate(messages, 1):
@@ -83,15 +83,15 @@ def _check_answer(message: Message, number: int, calls: Sequence[dict[str, Any]]
     if not calls:
         raise BadRowError(
             f"turn {number} is a tool's answer, and the turn before it calls no tool.",
-            "an answer without its call teaches the assistant nothing of when to call.",
-            "put the assistant's call before it, or take the turn out.",
+            "an answer without its call does not teach when to call a tool.",
+            "put the assistant's call before it, or remove the turn.",
         )
-    # Rows of one call at a time often have no ids; then order is all there is.
+    # Rows with single calls often have no ids, so that only the order connects call and answer.
     ids = [call["id"] for call in calls if "id" in call]
     if message.call_id is not None and ids and message.call_id not in ids:
         raise BadRowError(
             f"turn {number} answers the call {shown(message.call_id)}; the calls before it are {names(ids)}.",
-            "templates put answer and call together by this id.",
+            "templates match answers to calls by this id.",
             "write the id of the call as tool_call_id.",
         )
 
@@ -101,15 +101,15 @@ def _undefined(called: str, number: int, defined: set[str]) -> BadRowError:
     return BadRowError(
         f"turn {number} calls {names([called])}; the row's tools are {names(sorted(defined))}.",
         "the model would learn to call tools that it was not given.",
-        f"write {near}, or add the tool to tools." if near else "add the tool to tools, or take the row out.",
+        f"write {near}, or add the tool to tools." if near else "add the tool to tools, or remove the row.",
     )
 
 
 def _definition(tool: object, name: str) -> dict[str, Any]:
     inner = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(tool, dict) or not isinstance(inner, dict) or not _is_name(inner.get("name")):
-        raise BadRowError(f"{name} has no name.", "the assistant calls it by that.", HOW_TO_DEFINE)
-    # Whole as it stands: templates print keys that we do not know, such as `strict`.
+        raise BadRowError(f"{name} has no name.", "the assistant calls a tool by its name.", HOW_TO_DEFINE)
+    # Unchanged: templates print keys that Packhorse does not know, such as `strict`.
     return tool if inner is not tool and "type" in tool else {"type": "function", "function": inner}
 
 
@@ -117,14 +117,14 @@ def _call(call: object, name: str) -> dict[str, Any]:
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(inner, dict) or not _is_name(inner.get("name")):
         raise BadRowError(
-            f"{name} holds a call without the name of a tool: {shown(call)}.", "it says what is called.", HOW_TO_CALL
+            f"{name} has a call without the name of a tool: {shown(call)}.", "the call needs a tool.", HOW_TO_CALL
         )
     given = inner.get("arguments")
     arguments = {} if given is None else _loaded(given, f"arguments in {name}", HOW_TO_CALL)
     if not isinstance(arguments, dict):
         raise BadRowError(
             f"the arguments in {name} are {type(arguments).__name__}, not an object.",
-            "a tool takes its arguments by name.",
+            "a tool receives its arguments by name.",
             HOW_TO_CALL,
         )
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
@@ -136,19 +136,19 @@ def _is_name(value: object) -> bool:
 
 
 def _loaded(value: object, name: str, fix: str) -> Any:  # noqa: ANN401
-    """Return what JSON text holds, or the value itself; either can be written as JSON in UTF-8."""
+    """Return the value of JSON text, or the value itself, checked that it can be written as JSON in UTF-8."""
     try:
         loaded = STRICT.decode(value) if isinstance(value, str) else value
-        # ASCII without escapes holds no half of a pair, and what was JSON can be written as JSON.
+        # ASCII without escapes has no half pair, and text that was JSON can be written as JSON.
         if not (isinstance(value, str) and value.isascii() and "\\u" not in value):
             json.dumps(loaded, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         raise BadRowError(
-            f"{name} has half a surrogate pair.", "it is no character, and no tokenizer takes it.", "remove it."
+            f"{name} has half a surrogate pair.", "it is not a character, and no tokenizer accepts it.", "remove it."
         ) from error
     except (ValueError, TypeError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise BadRowError(
-            f"{name} is no JSON ({reason}): {shown(value)}.", "templates write calls and tools as JSON.", fix
+            f"{name} is not JSON ({reason}): {shown(value)}.", "templates write calls and tools as JSON.", fix
         ) from error
     return loaded

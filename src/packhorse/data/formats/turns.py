@@ -1,4 +1,4 @@
-"""One turn of a chat, in OpenAI's form (role, content) or ShareGPT's (from, value), to a `Message`."""
+"""Convert one turn of a chat, in OpenAI's form (role, content) or ShareGPT's (from, value), to a `Message`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from packhorse.data.formats.content import text_of
 from packhorse.data.formats.example import Message
 from packhorse.data.formats.tools import NOTHING, calls_of
 
-CALL: Final = "call"  # a turn whose text is a call, in ShareGPT
+CALL: Final = "call"  # a ShareGPT turn whose text is a call
 ROLES: Final[Mapping[str, str]] = {
     "system": "system",
     "developer": "system",
@@ -33,7 +33,7 @@ def turn_list(turns: object, key: str) -> list[dict[str, Any]]:
     """Return a chat as its list of turns.
 
     Raises:
-        BadRowError: It is no list of objects, or an empty one.
+        BadRowError: The chat is not a list of objects, or is empty.
     """
     if isinstance(turns, list) and turns:
         for turn in turns:
@@ -43,35 +43,31 @@ def turn_list(turns: object, key: str) -> list[dict[str, Any]]:
             return turns
     what = "an empty list" if turns == [] else type(turns).__name__
     raise BadRowError(
-        f"{key} is {'a list with other things than turns' if isinstance(turns, list) and turns else what}.",
+        f"{key} is {'a list with other elements than turns' if isinstance(turns, list) and turns else what}.",
         "a chat is a list of turns.",
-        f"write {key} as a list of objects, one a turn.",
+        f"write {key} as a list of objects, one per turn.",
     )
 
 
 def messages_of(turns: object, key: str) -> list[Message]:
-    """Return the messages of a list of turns.
-
-    Args:
-        turns: As they stand in the row.
-        key: Where they stand.
+    """Return the messages of a list of turns in the field `key`.
 
     Raises:
-        BadRowError: One of them is no turn.
+        BadRowError: One of them is not a turn.
     """
     return [message_of(turn, number) for number, turn in enumerate(turn_list(turns, key), 1)]
 
 
 def message_of(turn: dict[str, Any], number: int) -> Message:
-    """Return the message of one turn, the `number`-th of its chat.
+    """Return the message of the `number`-th turn of a chat.
 
     Raises:
-        BadRowError: Role, content, calls or marks are not what they should be.
+        BadRowError: Role, content, calls or marks are wrong.
     """
     given = turn["role"] if "role" in turn else turn.get("from")
     role = ROLES.get(given) if type(given) is str else None
     content = turn["content"] if "content" in turn else turn.get("value")
-    # Most turns have a role, a text and nothing else.
+    # Most turns have only a role and a text.
     if role is not None and role is not CALL and len(turn) == 2 and type(content) is str and content.isascii():
         return Message(role, content)
     if role is None:
@@ -81,14 +77,14 @@ def message_of(turn: dict[str, Any], number: int) -> Message:
 
 def _whole_message(turn: dict[str, Any], role: str, content: object, number: int) -> Message:
     calls: tuple[dict[str, Any], ...] = ()
-    # ShareGPT writes a call as a turn of its own speaker; it is the assistant who calls.
+    # ShareGPT writes a call as a separate turn; the assistant is the one who calls.
     if role is CALL:
         calls, role, content = calls_of(content, f"the call of turn {number}"), "assistant", ""
     for key in ("tool_calls", "function_call"):
         if turn.get(key) not in NOTHING:
             _only_for("assistant", role, key, number)
             calls += calls_of(turn[key], f"{key} of turn {number}")
-    # OpenAI writes null beside calls.
+    # OpenAI writes null next to calls.
     if content is None and calls:
         content = ""
     elif content is None and not {"content", "value"} & turn.keys():
@@ -121,13 +117,13 @@ def _only_for(wanted: str, role: str, key: str, number: int) -> None:
     if role != wanted:
         raise BadRowError(
             f"turn {number} of the role {role} has {key}.",
-            f"only the {wanted} does that.",
+            f"only the {wanted} has this field.",
             f"give the turn the role {wanted}, or remove {key}.",
         )
 
 
 def _is_trained(turn: dict[str, Any], role: str, number: int) -> bool:
-    """Return what `train`, `loss_weight` or `weight` say; without them a turn is not kept from being trained on."""
+    """Return the value of `train`, `loss_weight` or `weight`; True without any of them."""
     weight = next((turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None), None)
     wanted = turn.get("train")
     if weight is not None and (
@@ -139,12 +135,12 @@ def _is_trained(turn: dict[str, Any], role: str, number: int) -> bool:
             "write 0 or 1.",
         )
     if wanted is not None and not isinstance(wanted, bool):
-        raise BadRowError(f"train of turn {number} is {shown(wanted)}.", "it is a yes or no.", "write true or false.")
+        raise BadRowError(f"train of turn {number} is {shown(wanted)}.", "it is true or false.", "write one of them.")
     if role != "assistant" and (wanted or weight):
         raise BadRowError(
             f"turn {number} of the role {role} is marked to be trained on.",
-            "a turn's mark can only take it out; which roles are learnt is one choice for all rows.",
-            f"remove the mark; to learn from such turns, add {role} to data.train_on.roles.",
+            "the mark can only exclude a turn; data.train_on.roles selects the roles for all rows.",
+            f"remove the mark; to train on such turns, add {role} to data.train_on.roles.",
         )
     return wanted is not False and weight != 0
 

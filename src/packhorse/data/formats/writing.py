@@ -1,4 +1,4 @@
-"""From an `Example` back to a row: OpenAI's messages, or Alpaca; what the form has no place for is refused."""
+"""Write an `Example` as a row: OpenAI's messages, or Alpaca; what the form cannot hold is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packhorse.data.formats.preference import KTO_KEYS, PREFERENCE_KEYS
 from packhorse.data.formats.single_turn import ALPACA_KEYS, PROMPT_KEYS, QUESTION_KEYS, TEXT_KEYS
 from packhorse.data.formats.tools import NOTHING
 
-# Keys that a format turns into messages, tools or text; the row's others are kept as they are.
+# Keys that a format turns into messages, tools or text; the other fields of the row are copied.
 KEYS_READ: Final[Mapping[RowFormat, frozenset[str]]] = {
     "messages": MESSAGES_KEYS,
     "sharegpt": SHAREGPT_KEYS,
@@ -31,18 +31,18 @@ def chat_of(example: Example) -> tuple[Message, ...]:
     """Return the turns of a row that is one chat.
 
     Raises:
-        BadRowError: It is plain text, or has a verdict, which no chat form has a place for.
+        BadRowError: The row is plain text, or has a verdict, which no chat form can hold.
     """
     if example.messages is None:
         raise BadRowError(
-            "the row is plain text.", "a chat form has turns.", "take it out; plain text is trained on as it is."
+            "the row is plain text.", "a chat form has turns.", "remove the row; plain text is trained on unchanged."
         )
     if example.rejected is not None or example.desirable is not None:
         what = "a rejected answer" if example.rejected is not None else "a verdict on its answer"
         raise BadRowError(
             f"the row has {what}.",
-            "a chat form has no place for it, and without it a bad answer would be learnt like a good one.",
-            "take it out, or write its good answer as a chat.",
+            "a chat form has no field for it, and without it a bad answer would be trained on like a good one.",
+            "remove the row, or write its good answer as a chat.",
         )
     return example.messages
 
@@ -51,11 +51,11 @@ def to_messages(example: Example, others: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row as `messages`, with tools and its other fields.
 
     Args:
-        example: The row as it was understood.
-        others: Its fields beside the chat, of whatever type.
+        example: Row as Packhorse reads it.
+        others: Fields of the row besides the chat, of any type.
 
     Raises:
-        BadRowError: It is no chat, or a field would be read as part of one.
+        BadRowError: The row is not a chat, or a field would be read as part of one.
     """
     row: dict[str, Any] = {"messages": [_turn(message) for message in chat_of(example)]}
     if example.tools:
@@ -67,7 +67,7 @@ def to_alpaca(example: Example, others: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row as `instruction`, `input`, `output`, `system` and `history`, with its other fields.
 
     Raises:
-        BadRowError: It is no chat, not in the order [system] user assistant …, or has what Alpaca has no place for.
+        BadRowError: The row is not a chat in the order [system] user assistant …, or has what Alpaca cannot hold.
     """
     turns = list(chat_of(example))
     system = turns.pop(0).content if turns[0].role == "system" else None
@@ -102,9 +102,9 @@ def _check_alpaca(example: Example, turns: list[Message], system: str | None) ->
         raise BadRowError(
             f"the turns are {shown(order)}, not [system] user assistant …",
             why,
-            "take the row out, or write the file with --to messages.",
+            "remove the row, or write the file with --to messages.",
         )
-    # Read again, an empty one is taken for none.
+    # An empty system text would be read back as no system turn.
     if system == "":
         raise BadRowError("the system turn is empty.", why, "remove the turn.")
     extra = [
@@ -114,19 +114,19 @@ def _check_alpaca(example: Example, turns: list[Message], system: str | None) ->
         ("names of speakers", any(turn.name is not None for turn in turns)),
         ("an answer with train: false", any(turn.role == "assistant" and not turn.trained for turn in turns)),
     ]
-    found = [name for name, there in extra if there]
-    if found:
+    present = [name for name, there in extra if there]
+    if present:
         raise BadRowError(
-            f"the row has {' and '.join(found)}, which Alpaca has no place for.",
-            "left out, it would change silently what the row teaches.",
-            "take the row out, or write the file with --to messages.",
+            f"the row has {' and '.join(present)}, which Alpaca cannot hold.",
+            "without it, the row would silently teach something else.",
+            "remove the row, or write the file with --to messages.",
         )
 
 
 def _with_others(
     row: dict[str, Any], others: Mapping[str, Any], form: RowFormat, keys: frozenset[str]
 ) -> dict[str, Any]:
-    # A field called `input` would become part of an Alpaca prompt, one called `label` may make a chat a KTO row.
+    # A field named `input` would become part of an Alpaca prompt, and `label` may make a chat a KTO row.
     clash = [key for key in others if key in keys and others[key] not in NOTHING]
     whole = row | {key: value for key, value in others.items() if key not in keys}
     if not clash and detect_format(whole) != form:
@@ -134,7 +134,7 @@ def _with_others(
     if clash:
         raise BadRowError(
             f"the row's other fields {names(clash)} would be read as part of the chat in the {form} form.",
-            "what is written must be read again as the same.",
-            "rename these fields, or take them out.",
+            "what is written must be read back unchanged.",
+            "rename these fields, or remove them.",
         )
     return whole

@@ -1,4 +1,4 @@
-"""Which packs each optimizer step consumes: a pure function of (pack costs, packs per step, seed, order, step)."""
+"""Assign packs to optimizer steps: a pure function of (pack costs, packs per step, seed, order, step)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ WINDOW_STEPS: Final = 32
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """The order of packs, whatever the world size.
+    """Order of the packs, independent of the world size.
 
-    Each epoch the packs are shuffled, sorted by cost within windows of 32 steps and cut into steps, and the
-    steps are shuffled: packs of like cost share a step, so no device waits for another. Packs that do not
-    fill a step come last in the epoch, beside null packs. Packs in order are not shuffled: every epoch takes them as
-    they come, and only within a step are they dealt by cost.
+    In each epoch the packs are shuffled, sorted by cost within windows of 32 steps and cut into steps, and the steps
+    are shuffled: packs of similar cost share a step, so that no device waits for another. Packs that do not fill a step
+    come last in the epoch, together with null packs. With `in_order`, packs are not shuffled: every epoch takes them in
+    their order, and only within a step they are dealt by cost.
 
     Attributes:
         pack_costs: int64 [P], sum of squared document lengths of each pack.
         packs_per_step: Packs in one optimizer step, over all devices.
-        seed: Another seed gives another order.
+        seed: Seed of the order.
         in_order: Whether the order of steps is the order of packs.
     """
 
@@ -45,16 +45,16 @@ class BatchPlan:
 
     @property
     def num_packs(self) -> int:
-        """P."""
+        """Number of packs (P)."""
         return len(self.pack_costs)
 
     @property
     def num_steps_per_epoch(self) -> int:
-        """Steps that see each pack once."""
+        """Number of steps that consume each pack once."""
         return -(-self.num_packs // self.packs_per_step)
 
     def packs(self, step: int) -> Int64:
-        """Return int64 [packs_per_step]: the packs of a step counted from the start of training, -1 for null packs."""
+        """Return int64 [packs_per_step], the packs of a step counted from the start of training; -1 is a null pack."""
         epoch, step_of_epoch = divmod(step, self.num_steps_per_epoch)
         size = self.packs_per_step
         if self.in_order:
@@ -69,9 +69,7 @@ class BatchPlan:
         return packs[by_cost[step_of_window * size : (step_of_window + 1) * size]]
 
     def share(self, step: int, world_size: int, accumulation_steps: int) -> Int64:
-        """Deal the packs of a step to ranks and micro-steps, balanced by cost.
-
-        Null packs fill up where the packs cannot be shared equally.
+        """Deal the packs of a step to ranks and micro-steps, balanced by cost; null packs fill the rest.
 
         Returns:
             int64 [world_size, accumulation_steps, micro].
@@ -87,26 +85,30 @@ class BatchPlan:
 
     def _shuffled(self, epoch: int) -> tuple[Int64, Int64]:
         """Return the packs, int64 [P], and the full steps, int64 [P // packs_per_step], in shuffled order."""
-        # Kept for one epoch only: a cache of a pure function, so that a step costs no new shuffle.
-        found = self._epochs.get(epoch)
-        if found is None:
-            found = _shuffles(self.seed, epoch, self.num_packs, self.num_packs // self.packs_per_step)
+        # Cached for one epoch only, so that a step needs no new shuffle; the function stays pure.
+        shuffled = self._epochs.get(epoch)
+        if shuffled is None:
+            shuffled = _shuffles(self.seed, epoch, self.num_packs, self.num_packs // self.packs_per_step)
             self._epochs.clear()
-            self._epochs[epoch] = found
-        return found
+            self._epochs[epoch] = shuffled
+        return shuffled
 
     def _deal(self, packs: Int64, hands: int, most: int) -> list[Int64]:
-        """Deal the dearest pack first, to the cheapest hand that holds fewer than `most`; dearest hand first."""
+        """Deal packs to hands of at most `most` packs, of nearly equal cost; return the most expensive first."""
         costs = self.pack_costs[packs]
         dealt: list[list[int]] = [[] for _ in range(hands)]
         totals = [0] * hands
         cheapest = [(0, hand) for hand in range(hands)]
+        # Greedy (longest processing time first): the expensive packs go first, while later cheap ones can still even
+        # out the totals. Ties are broken by pack and hand number, so that every rank computes the same result.
         for at in np.lexsort((packs, -costs)).tolist():
             total, hand = heapq.heappop(cheapest)
             dealt[hand].append(at)
             totals[hand] = total + int(costs[at])
+            # A full hand leaves the heap, although it may be the cheapest: all hands have equally many slots.
             if len(dealt[hand]) < most:
                 heapq.heappush(cheapest, (totals[hand], hand))
+        # Sorted by cost, micro-step n has a similar cost on every rank, so that no rank waits long for another.
         return [packs[dealt[hand]] for hand in sorted(range(hands), key=lambda hand: (-totals[hand], hand))]
 
 

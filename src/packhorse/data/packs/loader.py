@@ -1,4 +1,4 @@
-"""Packs to tensors: the micro-batches of one optimizer step for one rank, the next steps made ready meanwhile.
+"""Load packs as tensors: the micro-batches of one optimizer step for one rank; a thread prepares the next steps.
 
 Shapes: N tokens of a micro-batch, D its documents, S its supervised tokens.
 """
@@ -20,22 +20,22 @@ from packhorse.data.packs.store import Ids, Mask, PackStore
 IGNORED_LABEL: Final = -100
 PAD_TOKEN: Final = 0
 PAD_LENGTH: Final = 2
-# Two, so that one step whose rows come from a slow disk is made up for while the one before it trains.
+# Two steps, so that a slow disk read for one step is hidden while the previous step trains.
 STEPS_AHEAD: Final = 2
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Documents laid end to end; they never see each other.
+    """Documents laid end to end; attention never crosses from one to another.
 
     Attributes:
         input_ids: int64 [1, N].
         position_ids: int64 [1, N], from 0 in each document.
-        predicting: int64 [S], rising: the tokens whose next token, in the same document, is trained on.
-        targets: int64 [S], those next tokens.
-        cu_seq_lens: int32 [D + 1], where documents start and end.
+        predicting: int64 [S], rising: tokens whose next token, in the same document, is trained on.
+        targets: int64 [S], the next token of each.
+        cu_seq_lens: int32 [D + 1], start of each document and end of the last.
         max_length: Length of the longest document.
-        document_lengths: D lengths on the host, so that attention on the CPU asks no tensor.
+        document_lengths: D lengths on the host, so that attention on the CPU reads no tensor.
     """
 
     input_ids: torch.Tensor
@@ -48,12 +48,12 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """Number of tokens (N)."""
         return self.input_ids.shape[1]
 
     @property
     def labels(self) -> torch.Tensor:
-        """int64 [1, N], already shifted: the next token where it is trained on, else -100; made on each call."""
+        """int64 [1, N], already shifted: the next token where it is trained on, else -100; computed on each call."""
         labels = torch.full_like(self.input_ids, IGNORED_LABEL)
         labels[0, self.predicting] = self.targets
         return labels
@@ -64,10 +64,10 @@ class StepBatch:
     """One optimizer step for one rank.
 
     Attributes:
-        micro_batches: As many as there are accumulation steps.
+        micro_batches: One per gradient accumulation step.
         num_supervised_tokens: Labels of the whole step that are not -100, over all ranks.
         num_tokens: Tokens of the whole step, over all ranks.
-        num_slots: Tokens that the step's packs had room for: packs × T, null packs not counted.
+        num_slots: Capacity of the step's packs in tokens: packs × T, without null packs.
     """
 
     micro_batches: list[MicroBatch]
@@ -77,10 +77,10 @@ class StepBatch:
 
 
 class PackLoader:
-    """Gives any step's batch; while it is used, a thread makes the next two.
+    """Returns the batch of any step; a thread prepares the next two steps meanwhile.
 
-    One thread: it lays out tens of millions of tokens a second (`benchmarks/loader.py`), and a GPU trains on some ten
-    thousand. Worker processes would have to send what a thread hands over as it is.
+    One thread is enough: it lays out tens of millions of tokens per second (`benchmarks/loader.py`), and a GPU trains
+    on about ten thousand. Worker processes would have to copy what a thread hands over without a copy.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class PackLoader:
         ready = self._ahead.get(k)
         batch = self._load(k) if ready is None else ready.result()
         ahead = range(k + 1, k + 1 + STEPS_AHEAD)
-        for no_more in self._ahead.keys() - set(ahead):
-            self._ahead.pop(no_more).cancel()
+        for stale in self._ahead.keys() - set(ahead):
+            self._ahead.pop(stale).cancel()
         for step in ahead:
             if step not in self._ahead:
                 self._ahead[step] = self._thread.submit(self._load, step)
         return batch
 
     def rows(self, k: int) -> list[dict[int, list[int]]]:
-        """Return, for each of this rank's micro-batches of step k, its packs and the rows of the split in each."""
+        """Return the packs of each of this rank's micro-batches in step k, each with the indices of its rows."""
         mine = self._batch_plan.share(k, self._world_size, self._accumulation_steps)[self._rank]
         return [
             {pack: self._store.documents_of(pack).tolist() for pack in packs.tolist() if pack != NULL_PACK}
@@ -122,7 +122,7 @@ class PackLoader:
         ]
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, k: int) -> StepBatch:
@@ -155,17 +155,17 @@ def lay_out(ids: Sequence[Ids], supervised: Sequence[Mask], pinned: bool = False
     Args:
         ids: D documents, each [length].
         supervised: D masks, each [length], 1 where the token is trained on.
-        pinned: Into memory that the GPU fetches from by itself.
+        pinned: Whether to use pinned memory, from which the GPU copies asynchronously.
     """
-    lengths = np.array([len(each) for each in ids])
+    lengths = np.array([len(document) for document in ids])
     cu_seq_lens = torch.zeros(len(ids) + 1, dtype=torch.int32, pin_memory=pinned)
     np.cumsum(lengths, out=cu_seq_lens.numpy()[1:])
     starts = cu_seq_lens.numpy()[:-1]
     trained = np.concatenate(supervised)
-    # Nothing before a document's first token may predict it, least of all the document before.
+    # No token may predict the first token of a document, least of all the last token of the document before.
     trained[starts] = 0
     chosen = np.flatnonzero(trained)
-    # One buffer for all that goes to the device, written in place: the only copy of a token between file and device.
+    # One buffer for everything that goes to the device, filled in place: the only copy between file and device.
     buffer = torch.empty(2 * (len(trained) + len(chosen)), dtype=torch.int64, pin_memory=pinned)
     parts = torch.split(buffer, [len(trained), len(trained), len(chosen), len(chosen)])
     input_ids, position_ids, predicting, targets = (part.numpy() for part in parts)

@@ -1,4 +1,4 @@
-"""Which documents share a pack. Only indices are made; nothing is cut.
+"""Assign documents to packs. Only indices are made; no token is touched.
 
 Shapes: D documents, P packs.
 """
@@ -20,7 +20,7 @@ Int64 = NDArray[np.int64]
 GOOD_FILL: Final = 0.97
 LONGER: Final = (1.25, 1.5, 2.0, 3.0, 4.0)
 LENGTH_STEP: Final = 64
-# A longer pack costs memory: it must give back at least this share of the slots.
+# A longer pack costs memory, so it must fill at least this much better.
 LEAST_GAIN: Final = 0.01
 
 
@@ -38,25 +38,22 @@ class Packing:
 
     @property
     def num_packs(self) -> int:
-        """P."""
+        """Number of packs (P)."""
         return len(self.offsets) - 1
 
 
 def pack(lengths: Int64, capacity: int, how: str, seed: int) -> Packing:
-    """Pack documents as `data.packing` says.
+    """Pack documents by the method of `data.packing`; equal arguments give an equal packing on every machine.
 
     Args:
-        lengths: int [D], each from 1 to `capacity`.
+        lengths: int64 [D], each from 1 to `capacity`.
         capacity: Tokens in a pack (T).
-        how: `mixed`: a pack is a sample of the rows; `best_fit`: fewest packs; `in_order`: as the documents come, each
-            pack filled until the next document does not fit; `none`: a document each.
-        seed: Another seed gives another draw; only `mixed` draws.
-
-    Returns:
-        Equal arguments give an equal packing, on every machine.
+        how: `mixed`: a pack is a sample of the rows; `best_fit`: fewest packs; `in_order`: in the order of the
+            documents, each pack filled until the next document does not fit; `none`: one document per pack.
+        seed: Seed of the draw; only `mixed` draws.
 
     Raises:
-        ValueError: A length is below 1 or above the capacity, or there is no such way to pack.
+        ValueError: A length is below 1 or above the capacity, or the method is unknown.
     """
     match how:
         case "mixed":
@@ -68,19 +65,18 @@ def pack(lengths: Int64, capacity: int, how: str, seed: int) -> Packing:
         case "none":
             _check(lengths, capacity)
             return Packing(np.arange(len(lengths)), np.arange(len(lengths) + 1))
-    raise ValueError(f"{how} is no way to pack")
+    raise ValueError(f"{how} is not a packing method")
 
 
 def pack_lengths(lengths: Int64, capacity: int) -> Packing:
-    """Pack documents of the given lengths into packs of at most `capacity` tokens.
+    """Pack documents by exact best-fit decreasing: the longest first, each into the fullest pack with enough space.
 
-    Exact best-fit decreasing: the longest document first, each into the fullest pack that still has room.
-    Documents of one length, and packs of one remaining room, are interchangeable, so they move together:
-    the cost grows with documents + distinct lengths, not with documents × packs.
+    Documents of one length, and packs with equal free space, are interchangeable, so they move together: the cost grows
+    with documents + distinct lengths, not with documents × packs. Equal lengths give an equal packing on every machine.
 
-    Six documents of lengths 5 4 3 3 2 1, capacity 6, a letter for each token::
+    Six documents of lengths 5 4 3 3 2 1, capacity 6, one letter per token::
 
-        by length        opened for a    b finds no room    c opens,          e fits b exactly,
+        by length        opened for a    b finds no space   c opens,           e fits b exactly,
                                          in a               d fits c          f fits a exactly
         a a a a a        a a a a a .     a a a a a .        a a a a a .       a a a a a f
         b b b b                          b b b b . .        b b b b . .       b b b b e e
@@ -90,11 +86,8 @@ def pack_lengths(lengths: Int64, capacity: int) -> Packing:
         f                                                           offsets  0 2 4 6
 
     Args:
-        lengths: int [D], each from 1 to `capacity`.
+        lengths: int64 [D], each from 1 to `capacity`.
         capacity: Tokens in a pack (T).
-
-    Returns:
-        Equal lengths give an equal packing, on every machine.
 
     Raises:
         ValueError: A length is below 1 or above the capacity.
@@ -104,15 +97,12 @@ def pack_lengths(lengths: Int64, capacity: int) -> Packing:
 
 
 def pack_mixed(lengths: Int64, capacity: int, seed: int) -> Packing:
-    """Pack documents so that a pack is a sample of the rows, not of one length: see `mixing`.
+    """Pack documents so that a pack is a sample of the rows, not of one length (see `mixing.mix`).
 
     Args:
-        lengths: int [D], each from 1 to `capacity`.
+        lengths: int64 [D], each from 1 to `capacity`.
         capacity: Tokens in a pack (T).
-        seed: Another seed gives another draw.
-
-    Returns:
-        Equal lengths and seed give an equal packing, on every machine.
+        seed: Seed of the draw; equal lengths and seed give an equal packing on every machine.
 
     Raises:
         ValueError: A length is below 1 or above the capacity.
@@ -122,14 +112,14 @@ def pack_mixed(lengths: Int64, capacity: int, seed: int) -> Packing:
 
 
 def pack_in_order(lengths: Int64, capacity: int) -> Packing:
-    """Pack documents as they come: a pack is closed where the next document does not fit.
+    """Pack documents in their order: a pack is closed if the next document does not fit.
 
     Raises:
         ValueError: A length is below 1 or above the capacity.
     """
     _check(lengths, capacity)
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    # Where a pack that begins with document d ends; a view, as a list of ten million numbers would take 400 MB.
+    # End of a pack that begins with document d; as a memoryview, since a list of ten million numbers takes 400 MB.
     following = (np.searchsorted(ends, ends + capacity, side="right") - 1).data
     offsets = [0]
     while offsets[-1] < len(lengths):
@@ -138,10 +128,10 @@ def pack_in_order(lengths: Int64, capacity: int) -> Packing:
 
 
 def split_long(lengths: Int64, capacity: int) -> tuple[Int64, Int64]:
-    """Cut each document longer than `capacity` into as few parts as fit, of nearly equal length.
+    """Cut each document longer than `capacity` into as few parts as possible, of nearly equal length.
 
-    Only lengths are made: the tokens stay where they are. A part's first token has nothing before it that could predict
-    it, so a document cut in two has one label fewer where that token is supervised.
+    Only lengths are computed. Nothing before a part's first token can predict it, so a document cut in two has one
+    label fewer if that token is supervised.
 
     Args:
         lengths: int64 [D], each at least 1.
@@ -157,10 +147,10 @@ def split_long(lengths: Int64, capacity: int) -> tuple[Int64, Int64]:
 
 
 def suggest_length(lengths: Int64, capacity: int) -> tuple[int, float] | None:
-    """Return a T at which these lengths pack well, and its fill; None where `capacity` fills 97 % or no T helps.
+    """Return a T at which these lengths pack well, and its fill; None if `capacity` fills 97 % or no T is better.
 
-    The shortest of 1.25, 1.5, 2, 3 and 4 times `capacity` (in whole 64s) that fills 97 %, else the fullest. Documents
-    are only counted: a million take about 0.1 s.
+    The result is the shortest of 1.25, 1.5, 2, 3 and 4 times `capacity` (in multiples of 64) that fills 97 %, else the
+    fullest. Documents are only counted: a million take about 0.1 s.
 
     Args:
         lengths: int64 [D], each from 1 to `capacity`.
@@ -174,19 +164,19 @@ def suggest_length(lengths: Int64, capacity: int) -> tuple[int, float] | None:
         return None
     longer = [-(-int(capacity * times) // LENGTH_STEP) * LENGTH_STEP for times in LONGER]
     tried = [(length, _fill(histogram, length)) for length in longer]
-    best = next((found for found in tried if found[1] >= GOOD_FILL), max(tried, key=lambda found: found[1]))
+    best = next((one for one in tried if one[1] >= GOOD_FILL), max(tried, key=lambda one: one[1]))
     return best if best[1] >= now + LEAST_GAIN else None
 
 
 def _check(lengths: Int64, capacity: int) -> None:
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}, outside 1 to {capacity}")
+        raise ValueError(f"lengths are from {lengths.min()} to {lengths.max()}, outside 1 to {capacity}")
 
 
 def _by_pack(pack_of: Int64) -> Packing:
-    """Group documents by pack: int64 [D], those of a pack in the order in which they came."""
+    """Group documents by pack, int64 [D]; those of a pack keep their order."""
     sizes = np.bincount(pack_of)
-    # Mixed packs may turn out fewer than best-fit decreasing alone makes, for which they were laid out.
+    # Mixed packing starts with the number of packs of best fit, and may leave some of them empty.
     sizes = sizes[sizes > 0]
     return Packing(order_by(pack_of), np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]))
 

@@ -1,4 +1,4 @@
-"""A split on disk, written once and memory-mapped: token ids, mask, document offsets, packs.
+"""Store a split on disk, written once and memory-mapped: token ids, masks, document offsets, packs.
 
 Shapes: N tokens of the split, D documents, P packs.
 """
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from packhorse.data.manifest import FileRecord, SplitCounts, read_manifest
+from packhorse.data.data_manifest import FileRecord, SplitCounts, read_data_manifest
 from packhorse.data.packs.packing import Packing
 from packhorse.errors import UserError
 
@@ -37,7 +37,7 @@ BUFFER_BYTES: Final = 1 << 20
 
 
 def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """Return the smallest type that holds every id."""
+    """Return the smallest type that holds every token id."""
     return np.uint16 if vocab_size < 65536 else np.uint32
 
 
@@ -56,18 +56,18 @@ def write_split(
     """Write a split into a new folder; all of it is on disk when this returns. Memory grows with D, not with N.
 
     Args:
-        folder: Made here, its parents too.
+        folder: Folder of the split, created here with its parents.
         ids: Token ids of the documents end to end, in pieces of any size.
         supervised: 0 or 1 (or bool) for each token, in pieces of any size.
         lengths: int64 [D], tokens of each document.
-        labels: int64 [D], labels of each document: its supervised tokens but the first.
-        rows: JSON lines, each with its line end, in pieces of any size; None: rows are not kept.
+        labels: int64 [D], supervised tokens of each document except the first token.
+        rows: JSON lines with their line ends, in pieces of any size; None: rows are not stored.
         vocab_size: Highest id + 1.
-        length_tokens: T.
-        packing: Of these lengths.
+        length_tokens: Tokens in a pack (T).
+        packing: Packing of these lengths.
 
     Raises:
-        ValueError: There are more or fewer ids or masks than the lengths say.
+        ValueError: The number of ids or masks differs from the sum of the lengths.
     """
     folder.mkdir(parents=True)
     kind = token_type(vocab_size)
@@ -102,7 +102,7 @@ def write_split(
 
 @dataclass(frozen=True, eq=False)
 class PackStore:
-    """A split, memory-mapped: opening costs the same for ten rows and for ten million.
+    """A memory-mapped split: opening ten million rows costs as much as opening ten.
 
     Attributes:
         tokens: uint16 or uint32 [N].
@@ -112,8 +112,8 @@ class PackStore:
         pack_offsets: int64 [P + 1] offsets into `packs`.
         pack_figures: int64 [3, P]: tokens, labels that are not -100, sum of squared document lengths.
         length_tokens: T.
-        in_order: Whether packs are to be trained on in their order, for a curriculum.
-        pages: The mappings behind `tokens` and `supervised`.
+        in_order: Whether packs are trained on in their order, for a curriculum.
+        pages: Mappings behind `tokens` and `supervised`.
     """
 
     folder: Path
@@ -129,12 +129,12 @@ class PackStore:
 
     @property
     def num_packs(self) -> int:
-        """P."""
+        """Number of packs (P)."""
         return len(self.pack_offsets) - 1
 
     @property
     def num_documents(self) -> int:
-        """D."""
+        """Number of documents (D)."""
         return len(self.documents) - 1
 
     @property
@@ -144,27 +144,27 @@ class PackStore:
 
     @property
     def pack_labels(self) -> Int64:
-        """int64 [P], supervised tokens of each pack: its labels that are not -100."""
+        """int64 [P], labels of each pack that are not -100."""
         return np.asarray(self.pack_figures[1])
 
     @property
     def pack_costs(self) -> Int64:
-        """int64 [P], what attention costs: sum of squared document lengths."""
+        """int64 [P], cost of attention: sum of squared document lengths."""
         return np.asarray(self.pack_figures[2])
 
     def documents_of(self, pack: int) -> Int64:
-        """Return the documents of a pack."""
+        """Return the indices of the documents in a pack."""
         return self.packs[self.pack_offsets[pack] : self.pack_offsets[pack + 1]]
 
     def document(self, index: int) -> tuple[Ids, Mask]:
-        """Return ids [length] and mask [length] of a document, as views of the file."""
+        """Return ids [length] and mask [length] of a document, as views of the files."""
         here = slice(int(self.documents[index]), int(self.documents[index + 1]))
         return self.tokens[here], self.supervised[here]
 
     def fetch(self, packs: Int64) -> None:
-        """Ask the disk for the documents of these packs, all at once, and do not wait (madvise(2)).
+        """Start reading the documents of these packs from disk, without waiting (madvise(2)).
 
-        They lie all over the file: read as they are touched, 64 packs would wait for the disk a thousand times.
+        They are spread over the file: read on access, 64 packs would wait for the disk a thousand times.
         """
         documents = np.concatenate([self.packs[:0], *(self.documents_of(pack) for pack in packs.tolist())])
         starts, ends = self.documents[documents], self.documents[documents + 1]
@@ -174,7 +174,7 @@ class PackStore:
                 pages.madvise(MADV_WILLNEED, start, size)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield each document's row (messages or text, fields, where) in their order; not kept for train."""
+        """Yield the row of each document (messages or text, fields, where) in order; train stores none."""
         with (self.folder / ROWS_FILE).open("rb") as file:
             yield from map(json.loads, file)
 
@@ -183,18 +183,18 @@ def open_store(folder: Path, split: str, unsealed: bool = False) -> PackStore:
     """Map a split of a prepared data folder.
 
     Args:
-        folder: With data.json.
+        folder: Folder with data.json.
         split: train, validation, test or retain.
-        unsealed: Said only where the look at the test split has been counted (`data.seal`).
+        unsealed: Whether the test split may be opened; only `data.seal` sets this, after recording the look.
 
     Raises:
         FileNotFoundError: The folder is not complete, or has no such split.
-        ValueError: The test split, which stays sealed.
-        UserError: A file is not what was written there.
+        ValueError: The test split is sealed.
+        UserError: A file does not hold what was written.
     """
     if split == SEALED_SPLIT and not unsealed:
-        raise ValueError(f"the {split} split in {folder} is sealed; data.seal opens it, and counts that")
-    manifest = read_manifest(folder)
+        raise ValueError(f"the {split} split in {folder} is sealed; data.seal opens it, and records that")
+    manifest = read_data_manifest(folder)
     if manifest is None or split not in manifest.splits:
         raise FileNotFoundError(f"{folder} has no prepared split {split}")
     here = folder / split
@@ -228,14 +228,14 @@ def _mapped(file: Path) -> Int64:
         return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
     except (ValueError, EOFError) as error:
         raise UserError(
-            f"{file} is no array of numbers: {error}.",
-            "something else was put in its place, or it was cut short.",
+            f"{file} is not an array of numbers: {error}.",
+            "it was replaced by something else, or cut short.",
             f"remove {file.parent.parent}, and prepare it again: packhorse prepare RECIPE.",
         ) from error
 
 
 class _Hashing:
-    """A file that is hashed as it is written: nothing has to be read again."""
+    """A file that is hashed while it is written, so that it need not be read again."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -248,7 +248,7 @@ class _Hashing:
         return written
 
     def finish(self) -> FileRecord:
-        """Wait until all is on disk."""
+        """Wait until everything is on disk, and return size and hash."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return FileRecord(bytes=self._num_bytes, sha256=self._digest.hexdigest())

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, and of any table in batches."""
+"""Read the rows of Parquet and Arrow files, and of any table that comes in batches."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Final
 import pyarrow
 from pyarrow import ipc, parquet
 
-from packhorse.data.read.broken import WHOLE_ROW, reason
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.row import Row
+from packhorse.data.read.row import WHOLE_ROW, Row, RowMistakes, reason
 from packhorse.data.read.streams import seekable
 from packhorse.errors import Mistake, UserError
 
 ROWS_AT_ONCE: Final = 1000
 ARROW_FILE_MAGIC: Final = b"ARROW1"
 ARROW_STREAM_END: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-# What pyarrow raises for files that are not as they say: ArrowException, but also plain Python errors.
+# What pyarrow raises for damaged files: ArrowException, but also plain Python errors.
 UNREADABLE: Final = (
     pyarrow.ArrowException,
     OSError,
@@ -27,37 +25,37 @@ UNREADABLE: Final = (
     TypeError,
     IndexError,
     OverflowError,
-    # A length that the file states wrongly is asked for before anybody sees that so much is not there.
+    # A wrong length in a file makes pyarrow allocate before it notices that the data is missing.
     MemoryError,
 )
 
 
 def read_parquet(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
-    """Yield the rows of a Parquet file; a row group is held at a time.
+    """Yield the rows of a Parquet file, one row group in memory at a time.
 
     Raises:
-        UserError: The file cannot be read to its end, or two columns have one name.
+        UserError: The file cannot be read to its end, or two columns have the same name.
     """
     with seekable(path) as file:
         yield from _rows_of_file(path, "Parquet", _parquet_batches(file), mistakes)
 
 
 def read_arrow(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
-    """Yield the rows of an Arrow file or stream, as `datasets` saves them; a record batch is held at a time.
+    """Yield the rows of an Arrow file or stream, as `datasets` saves them, one record batch in memory at a time.
 
     Raises:
-        UserError: The file cannot be read to its end, or two columns have one name.
+        UserError: The file cannot be read to its end, or two columns have the same name.
     """
     with seekable(path) as file:
         yield from _rows_of_file(path, "Arrow", _arrow_batches(file), mistakes)
 
 
 def rows_of_batches(batches: Iterable[pyarrow.Table], name: str, mistakes: RowMistakes) -> Iterator[Row]:
-    """Yield the rows of tables or record batches; where one row cannot be had, the others of its batch still are.
+    """Yield the rows of tables or record batches; a row that cannot be converted does not cost the rest of its batch.
 
     Args:
-        batches: pyarrow tables or record batches of at most some thousand rows.
-        name: What stands before the row's number in `where`.
+        batches: pyarrow tables or record batches of at most a few thousand rows.
+        name: Prefix of the row number in `where`.
         mistakes: Collects rows with values that Python cannot hold.
     """
     number = 0
@@ -79,7 +77,7 @@ def _one_by_one(batch: pyarrow.Table, name: str, number: int, mistakes: RowMista
             (values,) = batch.slice(at, 1).to_pylist(maps_as_pydicts="strict")
         except UNREADABLE as error:
             mistakes.add(
-                Mistake(f"a value of the row cannot be had: {reason(error)}", WHOLE_ROW, "mend or remove it.", where)
+                Mistake(f"a value of the row cannot be read: {reason(error)}", WHOLE_ROW, "fix or remove it.", where)
             )
         else:
             yield Row(where, values)
@@ -89,7 +87,7 @@ def _rows_of_file(
     path: Path, form: str, batches: Iterator[pyarrow.RecordBatch], mistakes: RowMistakes
 ) -> Iterator[Row]:
     counted = _Counted(batches)
-    # Rows are handed out by the reader below, so no error of whoever takes them is caught here.
+    # `rows_of_batches` handles errors of the rows, so only errors of the file arrive here.
     try:
         yield from rows_of_batches(counted, str(path), mistakes)
     except UNREADABLE as error:
@@ -102,7 +100,7 @@ def _rows_of_file(
 
 
 class _Counted:
-    """Batches, and how many rows those had that were handed out."""
+    """Iterate over batches and count the rows of those that were consumed."""
 
     def __init__(self, batches: Iterator[pyarrow.RecordBatch]) -> None:
         self.num_rows = 0
@@ -135,14 +133,14 @@ def _arrow_batches(file: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
         _refuse_equal_names(opened.schema)
         batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
         for batch in batches:
-            # Offsets come from the file as they are: unchecked, a wrong one reads beside the memory of the batch.
+            # Arrow trusts the offsets in the file: without this check a wrong one reads outside the batch's memory.
             batch.validate(full=True)
             for begin in range(0, batch.num_rows, ROWS_AT_ONCE):
                 yield batch.slice(begin, ROWS_AT_ONCE)
 
 
 def _refuse_open_end(file: pyarrow.NativeFile) -> None:
-    """A stream that was cut off between two batches reads as a whole one: only its end mark tells."""
+    """Raise ValueError unless the stream has its end mark: one cut off between two batches reads as a complete one."""
     file.seek(max(0, file.size() - len(ARROW_STREAM_END)))
     if file.read() != ARROW_STREAM_END:
         raise ValueError("the end mark is missing, so the file was cut off")
@@ -151,4 +149,4 @@ def _refuse_open_end(file: pyarrow.NativeFile) -> None:
 def _refuse_equal_names(schema: pyarrow.Schema) -> None:
     twice = [name for at, name in enumerate(schema.names) if name in schema.names[:at]]
     if twice:
-        raise ValueError(f"two columns are called {twice[0]}")
+        raise ValueError(f"two columns are named {twice[0]}")

@@ -1,4 +1,4 @@
-"""Rows of one JSON text: an array, or an object that holds one; read in pieces, so that only one row is held."""
+"""Read the rows of one JSON text (an array, or an object that holds one) in pieces, with one row in memory."""
 
 from __future__ import annotations
 
@@ -10,28 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from packhorse.data.read.broken import broken_row, shown
-from packhorse.data.read.json_rows import check, no_object, read_jsonl, scan
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.row import Row
+from packhorse.data.read.json_rows import check, not_an_object, read_jsonl, scan
+from packhorse.data.read.row import Row, RowMistakes, broken_row, shown
 from packhorse.data.read.streams import LARGEST_ROW_BYTES, pieces, too_long
 from packhorse.errors import Mistake, UserError
 
 LINE_FEED: Final = b"\n"
 SPACES: Final = re.compile(r"[ \t\r\n]*")
-ONE_ROW_A_LINE: Final = re.compile(r"\{[^\n]*\}[ \t\r]*\n[ \t\r\n]*\{")
+ONE_ROW_PER_LINE: Final = re.compile(r"\{[^\n]*\}[ \t\r]*\n[ \t\r\n]*\{")
 LONGEST_TOKEN: Final = 16
-"""Characters of `-Infinity`, an escaped pair and the like: nearer to the end, what is read may be cut off."""
+"""Characters of `-Infinity`, an escaped pair and the like: an error closer to the end may come from a cut-off piece."""
 
 
 def read_json(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
-    """Yield the objects of an array, or of the one list of objects that an object holds, or of each line.
+    """Yield the objects of an array, or of the only list of objects in an object, or of each line.
 
     Raises:
-        UserError: The text is neither, or cannot be read on; what follows a broken element cannot be told from it.
+        UserError: The text is neither, or is broken in a place after which rows can no longer be told apart.
     """
     text = _JsonText(path)
-    if text.has_one_row_a_line():
+    if text.has_one_row_per_line():
         yield from read_jsonl(path, mistakes)
         return
     try:
@@ -50,7 +48,7 @@ def read_json(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
 
 @dataclass(frozen=True, slots=True)
 class _Element:
-    """A value, and where it was read: `text[begin:end]`."""
+    """A value and its source, `text[begin:end]`."""
 
     value: Any
     where: str
@@ -60,7 +58,7 @@ class _Element:
 
 
 class _JsonText:
-    """A JSON text and the place that is read next."""
+    """A JSON text and the current position in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,19 +68,19 @@ class _JsonText:
         self._line = 1
         self._ended = False
 
-    def has_one_row_a_line(self) -> bool:
-        """Return whether an object ends the first line and another follows: inside one text a comma would part them."""
-        return bool(self.peek()) and ONE_ROW_A_LINE.match(self._text, self._at) is not None
+    def has_one_row_per_line(self) -> bool:
+        """Return whether an object ends the first line and another follows: one JSON text would have a comma there."""
+        return bool(self.peek()) and ONE_ROW_PER_LINE.match(self._text, self._at) is not None
 
     def begin(self) -> str:
-        """Return the first characters of what comes next."""
+        """Return the first characters at the current position."""
         return shown(self._text[self._at : self._at + 1000])
 
     def peek(self) -> str:
-        """Return the next character that is no space; empty at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
             spaces = SPACES.match(self._text, self._at)
-            assert spaces is not None, "nothing is a match too"
+            assert spaces is not None, "the pattern also matches the empty text"
             self._move(spaces.end())
             if self._at < len(self._text):
                 return self._text[self._at]
@@ -90,35 +88,26 @@ class _JsonText:
                 return ""
             self._read_on()
 
-    def take(self, wanted: str) -> str:
-        """Pass over one of the wanted characters and return it.
-
-        Raises:
-            JSONDecodeError: There is another one.
-        """
-        found = self.peek()
-        if not found or found not in wanted:
-            self.fail("Expecting " + " or ".join(repr(one) for one in wanted))
+    def take(self, expected: str) -> str:
+        """Consume one of the expected characters and return it; raise JSONDecodeError for another one."""
+        character = self.peek()
+        if not character or character not in expected:
+            self.fail("Expecting " + " or ".join(repr(one) for one in expected))
         self._move(self._at + 1)
-        return found
+        return character
 
     def fail(self, message: str) -> NoReturn:
-        """Raise a JSONDecodeError for what comes next."""
+        """Raise a JSONDecodeError for the current position."""
         raise json.JSONDecodeError(message, self._text, self._at)
 
     def element(self) -> _Element:
-        """Return the next value.
-
-        Raises:
-            ValueError: There is no JSON value.
-            RecursionError: It is nested too deeply.
-        """
+        """Return the next value; raise ValueError if it is not JSON, RecursionError if it is nested too deeply."""
         self.peek()
         where = f"{self.path}:{self._line}"
         while True:
             try:
                 value, end = scan(self._text, self._at)
-                # A number near the end of what was read so far may go on: -1 as -1.5, and 1 before e+ as 1e+9.
+                # A number near the end of the piece may continue in the next: -1 as -1.5, and 1 before e+ as 1e+9.
                 if len(self._text) - end > 2 or self._ended:
                     break
             except json.JSONDecodeError as error:
@@ -126,30 +115,30 @@ class _JsonText:
                 if self._ended or not cut_off:
                     raise
             self._read_on()
-        found = _Element(value, where, self._text, self._at, end)
+        element = _Element(value, where, self._text, self._at, end)
         self._move(end)
-        return found
+        return element
 
     def broken(self, error: Exception) -> Mistake:
-        """Return the mistake of a text that cannot be read on."""
-        line, said = self._line, error
+        """Return the mistake of a text that cannot be read further."""
+        line, cause = self._line, error
         if isinstance(error, json.JSONDecodeError):
             line += self._text.count("\n", self._at, error.pos)
-            # Its column counts from where the piece begins, not the line.
-            said = ValueError(error.msg)
-        return broken_row(f"{self.path}:{line}", "the JSON cannot be read on", said, self.begin())
+            # Its column counts from the start of the piece, not of the line.
+            cause = ValueError(error.msg)
+        return broken_row(f"{self.path}:{line}", "the JSON cannot be read further", cause, self.begin())
 
     def _move(self, place: int) -> None:
         self._line += self._text.count("\n", self._at, place)
         self._at = place
 
     def _read_on(self) -> None:
-        # As much again as is held: a long row would else be begun anew for each piece.
+        # Read as much as is held already: with fixed pieces, a long row would be parsed again for each piece.
         held = [self._text[self._at :]]
-        wanted, num_read = len(held[0]), 0
-        if wanted > LARGEST_ROW_BYTES:
+        num_wanted, num_read = len(held[0]), 0
+        if num_wanted > LARGEST_ROW_BYTES:
             raise too_long(f"{self.path}:{self._line}")
-        while num_read <= wanted:
+        while num_read <= num_wanted:
             piece = next(self._pieces, "")
             if not piece:
                 self._ended = True
@@ -170,14 +159,14 @@ def _decoded(path: Path) -> Iterator[str]:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         before = error.object[: error.start]
-        said = ValueError(f"byte {error.object[error.start]:#04x} ({error.reason})")
+        cause = ValueError(f"byte {error.object[error.start]:#04x} ({error.reason})")
         begin = error.object[before.rfind(LINE_FEED) + 1 :][:1000].decode(errors="replace")
         where = f"{path}:{line + before.count(LINE_FEED)}"
-        raise UserError.of([broken_row(where, "the line is no UTF-8", said, begin)]) from error
+        raise UserError.of([broken_row(where, "the line is not UTF-8", cause, begin)]) from error
 
 
 def _elements(text: _JsonText) -> Iterator[_Element]:
-    """Yield what a list holds whose `[` was taken; take its `]`."""
+    """Yield the elements of a list after its `[`, and consume its `]`."""
     if text.peek() == "]":
         text.take("]")
         return
@@ -188,21 +177,22 @@ def _elements(text: _JsonText) -> Iterator[_Element]:
 
 
 def _rows(text: _JsonText, mistakes: RowMistakes) -> Iterator[Row]:
-    for found in _elements(text):
-        if not isinstance(found.value, dict):
-            mistakes.add(no_object(found.value, found.where, found.text[found.begin : found.end]))
+    for element in _elements(text):
+        source = element.text, element.begin, element.end
+        if not isinstance(element.value, dict):
+            mistakes.add(not_an_object(element.value, element.where, element.text[element.begin : element.end]))
             continue
         try:
-            check(found.value, found.text, found.begin, found.end, escapes=True)
+            check(element.value, *source, escapes=True)
         except (ValueError, RecursionError) as error:
-            row = found.text[found.begin : found.end]
-            mistakes.add(broken_row(found.where, "the row is no sound JSON", error, row))
+            row = element.text[element.begin : element.end]
+            mistakes.add(broken_row(element.where, "the row is not sound JSON", error, row))
         else:
-            yield Row(found.where, found.value)
+            yield Row(element.where, element.value)
 
 
 def _rows_of_object(text: _JsonText, mistakes: RowMistakes) -> Iterator[Row]:
-    """Yield the rows of an object's one list of objects; its other values say something about the file."""
+    """Yield the rows of an object's only list of objects; its other values describe the file."""
     lists: list[str] = []
     text.take("{")
     while True:
@@ -231,6 +221,6 @@ def _rows_of_object(text: _JsonText, mistakes: RowMistakes) -> Iterator[Row]:
 def _no_rows(path: Path, fact: str) -> UserError:
     return UserError(
         f"{path} {fact}.",
-        "a .json file holds one array of rows, alone or as the only list of an object.",
-        "write the rows as [{…}, {…}]; a file of one row a line is named .jsonl.",
+        "a .json file holds one array of rows, alone or as the only list in an object.",
+        "write the rows as [{…}, {…}]; a file with one row per line has the ending .jsonl.",
     )

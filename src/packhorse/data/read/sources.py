@@ -1,4 +1,4 @@
-"""Rows from files and the hub, each with the line that it stands on."""
+"""Read rows from files and the hub, each with its file and line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from packhorse.data.read.arrow_rows import ROWS_AT_ONCE, read_arrow, read_parque
 from packhorse.data.read.json_array import read_json
 from packhorse.data.read.json_rows import read_jsonl
 from packhorse.data.read.listing import form_of
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.row import Row
+from packhorse.data.read.row import Row, RowMistakes
 from packhorse.data.read.table_rows import read_table
 from packhorse.data.resolve import source_files, source_name
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
-
-__all__ = ["Row", "read_rows"]
 
 
 def read_rows(source: Source, runs_folder: Path, mistakes: RowMistakes | None = None) -> Iterator[Row]:
@@ -26,24 +23,27 @@ def read_rows(source: Source, runs_folder: Path, mistakes: RowMistakes | None = 
 
     Args:
         source: File, folder, glob or hub data set.
-        runs_folder: Folder of runs, where `builtin:` files are written.
+        runs_folder: Folder of runs, for `builtin:` files.
         mistakes: Collects the rows that cannot be read; without it they are raised together at the end.
 
     Raises:
-        UserError: A file cannot be read to its end, or the source holds no row.
+        UserError: A file cannot be read to its end, or the source has no rows.
     """
-    found = RowMistakes(source_name(source)) if mistakes is None else mistakes
-    rows = _read_hub(source, found) if source.path is None else _read_files(source, source.path, runs_folder, found)
-    num_before = found.num_rows
+    collected = RowMistakes(source_name(source)) if mistakes is None else mistakes
+    if source.path is None:
+        rows = _read_hub(source, collected)
+    else:
+        rows = _read_files(source, source.path, runs_folder, collected)
+    num_before = collected.num_rows
     first = next(rows, None)
-    # A source whose rows are all broken is no empty one: its mistakes tell why nothing came.
-    if first is None and found.num_rows == num_before:
-        raise UserError(f"{source_name(source)} holds no row.", "there is nothing to learn.", "name another source.")
+    # A source with only broken rows is not an empty one: its mistakes say why there is no row.
+    if first is None and collected.num_rows == num_before:
+        raise UserError(f"{source_name(source)} has no rows.", "there is nothing to train on.", "name another source.")
     if first is not None:
         yield first
         yield from rows
     if mistakes is None:
-        found.raise_if_any()
+        collected.raise_if_any()
 
 
 def _read_files(source: Source, text: str, runs_folder: Path, mistakes: RowMistakes) -> Iterator[Row]:
@@ -60,23 +60,23 @@ def _read_file(path: Path, source: Source, mistakes: RowMistakes) -> Iterator[Ro
 
 
 def _by_number(source: Source) -> bool:
-    """Return whether columns are named by numbers alone, which says that there is no line with names."""
+    """Return whether columns are named by numbers only, which means that the file has no header line."""
     names = source.columns.values()
     return bool(names) and all(name.isascii() and name.isdigit() for name in names)
 
 
 def _read_hub(source: Source, mistakes: RowMistakes) -> Iterator[Row]:
-    datasets = import_module("datasets")  # only here: it brings pandas, and files need neither
+    datasets = import_module("datasets")  # slow: it imports pandas, which files do not need
     try:
         rows = datasets.load_dataset(source.id, name=source.subset, revision=source.revision, split=source.split)
-        # As Arrow, images and sound stay bytes, and rows come ten times as fast as one by one.
+        # As Arrow, images and sound stay bytes, and reading is ten times as fast as row by row.
         batches = rows.with_format("arrow").iter(ROWS_AT_ONCE)
     except Exception as error:  # the hub client raises dozens of types, from several libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the data set {source.id} (subset {source.subset}, split {source.split}) cannot be had: {reason}",
-            "rows are read before anything is trained.",
-            "check the name; unset HF_HUB_OFFLINE where the machine has a network, or download the file elsewhere "
+            f"the data set {source.id} (subset {source.subset}, split {source.split}) is not available: {reason}",
+            "all rows are read before training starts.",
+            "check the name; unset HF_HUB_OFFLINE if this machine has a network, or download the file elsewhere "
             "and give its path as data.sources[].path.",
         ) from error
     yield from rows_of_batches(batches, f"{source.id}", mistakes)

@@ -1,4 +1,4 @@
-"""Bytes of a file in pieces, unpacked where it is packed; a whole file is never held."""
+"""Read the bytes of a file in pieces, decompressed where needed; a whole file is never in memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import IO, Final
 
 import pyarrow
 
-from packhorse.data.read.broken import WHOLE_ROW
 from packhorse.data.read.listing import form_of
+from packhorse.data.read.row import WHOLE_ROW
 from packhorse.errors import UserError
 
 PIECE_BYTES: Final = 1 << 18
@@ -22,10 +22,10 @@ UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 
 
 def pieces(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a file of text in pieces of 256 KiB, without its byte order mark.
+    """Yield the bytes of a text file in pieces of 256 KiB, without its byte order mark.
 
     Raises:
-        UserError: The file cannot be read or unpacked to its end, or is UTF-16.
+        UserError: The file cannot be read or decompressed to its end, or is UTF-16.
     """
     num_bytes = 0
     try:
@@ -42,10 +42,10 @@ def pieces(path: Path) -> Iterator[bytes]:
 
 
 def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    r"""Yield blocks of whole lines, each with the number of its first line; no block ends in its last `\n`.
+    r"""Yield blocks of whole lines with the number of their first line; a block does not end with its last `\n`.
 
     Raises:
-        UserError: See `pieces`; or a line is longer than 256 MiB.
+        UserError: A line is longer than 256 MiB, or `pieces` fails.
     """
     number, held, num_held = 1, [b""], 0
     for piece in pieces(path):
@@ -65,31 +65,31 @@ def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def too_long(where: str) -> UserError:
-    """Return the error of a row that is too long to be held."""
+    """Return the error of a row that is too long for memory."""
     return UserError(
         f"the row is longer than {LARGEST_ROW_BYTES >> 20} MiB.",
-        "a row is held in memory as a whole; one of this size is most often a file without line breaks.",
-        "put each row on a line of its own, or remove this one.",
+        "a row is held in memory as a whole; one of this size is usually a file without line breaks.",
+        "put each row on its own line, or remove this one.",
         where,
     )
 
 
 @contextmanager
 def seekable(path: Path) -> Iterator[pyarrow.NativeFile]:
-    """Open a file whose parts are read in any order; a packed one is unpacked into a temporary file first.
+    """Open a file for random access; a compressed one is first decompressed into a temporary file.
 
     Raises:
-        UserError: The file cannot be opened or unpacked.
+        UserError: The file cannot be opened or decompressed.
     """
     with ExitStack() as opened:
         try:
             plain = path
             if form_of(path)[1] is not None:
                 stream = opened.enter_context(closing(_open(path)))
-                unpacked = opened.enter_context(tempfile.NamedTemporaryFile(prefix="packhorse-"))
-                shutil.copyfileobj(stream, unpacked, PIECE_BYTES)
-                unpacked.flush()
-                plain = Path(unpacked.name)
+                decompressed = opened.enter_context(tempfile.NamedTemporaryFile(prefix="packhorse-"))
+                shutil.copyfileobj(stream, decompressed, PIECE_BYTES)
+                decompressed.flush()
+                plain = Path(decompressed.name)
             file = opened.enter_context(pyarrow.OSFile(str(plain)))
         except OSError as error:
             raise _torn(path, 0, error) from error
@@ -97,27 +97,27 @@ def seekable(path: Path) -> Iterator[pyarrow.NativeFile]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    packed_as = form_of(path)[1]
-    if packed_as is None:
+    compression = form_of(path)[1]
+    if compression is None:
         return path.open("rb")
-    unpacking: IO[bytes] = pyarrow.input_stream(str(path), compression=packed_as)
-    return unpacking
+    decompressing: IO[bytes] = pyarrow.input_stream(str(path), compression=compression)
+    return decompressing
 
 
 def _refuse_utf16(piece: bytes, path: Path) -> None:
     if piece.startswith(UTF16_MARKS):
         raise UserError(
             f"{path} begins with the byte order mark of UTF-16.",
-            "rows are read as UTF-8, in which this is no text.",
+            "rows are read as UTF-8, and this is not UTF-8.",
             "save the file again as UTF-8.",
         )
 
 
 def _torn(path: Path, num_bytes: int, error: OSError) -> UserError:
-    packed_as = form_of(path)[1]
-    what = "read" if packed_as is None else f"unpacked as {packed_as}"
+    compression = form_of(path)[1]
+    what = "read" if compression is None else f"decompressed as {compression}"
     return UserError(
         f"{path} cannot be {what} after {num_bytes} bytes: {error.strerror or error}.",
         WHOLE_ROW,
-        "copy or download the file again; if it is whole, mend its ending or your right to read it.",
+        "copy or download the file again; if it is complete, fix its ending or its permissions.",
     )

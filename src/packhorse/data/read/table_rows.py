@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV. A line that is no UTF-8 or wrongly quoted costs its own row, never the one beside it."""
+"""Read rows of CSV and TSV files. A line that is not UTF-8 or is quoted wrongly costs its own row, never the next."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from packhorse.data.read.broken import WHOLE_ROW, broken_row, shown
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.row import Row
+from packhorse.data.read.row import WHOLE_ROW, Row, RowMistakes, broken_row, shown
 from packhorse.data.read.streams import LARGEST_ROW_BYTES, line_blocks
 from packhorse.errors import Mistake, UserError
 
 LONGEST_NAME: Final = 100
-"""Characters of a column's name; a longer one is a row's text."""
+"""Characters of a column's name; a longer one is a value of a row."""
 LINES_SHOWN: Final = 5
 
 
 def read_table(path: Path, delimiter: str, has_header: bool, mistakes: RowMistakes) -> Iterator[Row]:
-    """Yield the rows of a file whose cells are parted by `delimiter`; a cell that begins with a quote is quoted.
+    """Yield the rows of a file with cells separated by `delimiter`; a cell that begins with a quote is quoted.
 
-    Without a header line the cells are called 1, 2, 3, ….
+    Without a header line the cells are named 1, 2, 3, ….
 
     Raises:
-        UserError: The header is none, or the rows cannot be told apart any more.
+        UserError: The header is not one, or a wrong quote makes it unclear where the next row begins.
     """
     # A text column may be longer than the module's default limit of 131,072 characters.
     csv.field_size_limit(LARGEST_ROW_BYTES)
@@ -42,7 +40,7 @@ def read_table(path: Path, delimiter: str, has_header: bool, mistakes: RowMistak
             mistakes.add(_misquoted(lines, start, error))
             continue
         if lines.bad is not None:
-            mistakes.add(broken_row(f"{name}:{start}", "the row is no UTF-8", lines.bad, lines.row()))
+            mistakes.add(broken_row(f"{name}:{start}", "the row is not UTF-8", lines.bad, lines.row()))
         elif cells:
             if names is None:
                 names = [str(number) for number in range(1, len(cells) + 1)]
@@ -53,12 +51,12 @@ def read_table(path: Path, delimiter: str, has_header: bool, mistakes: RowMistak
 
 
 class _Lines:
-    """The lines of a file with their ends, as the csv module asks for them.
+    """Lines of a file with their line ends, as the csv module needs them.
 
     Attributes:
         path: File of the lines.
-        bad: Why a line of this row is no UTF-8; None while all are.
-        num_lines_of_row: Lines read for this row.
+        bad: Error of a line of the current row that is not UTF-8; None if all lines are.
+        num_lines_of_row: Lines read for the current row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +76,7 @@ class _Lines:
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            # The line is still shown to the csv module, which else would join what stands before and after it.
+            # The csv module still gets the line; without it, it would join the lines before and after.
             self.bad = error
             text = line.decode(errors="replace")
         self.num_lines_of_row += 1
@@ -87,13 +85,13 @@ class _Lines:
         return text
 
     def begin_row(self) -> int:
-        """Return the number of the line at which the next row begins."""
+        """Start a new row and return the number of its first line."""
         self._begin.clear()
         self.bad, self.num_lines_of_row = None, 0
         return self._num_lines + 1
 
     def row(self) -> str:
-        """Return the beginning of the lines that were read for this row."""
+        """Return the first lines that were read for the current row."""
         return "".join(self._begin)
 
 
@@ -110,22 +108,22 @@ def _header(lines: _Lines, reader: Iterator[list[str]], delimiter: str) -> list[
     except csv.Error as error:
         raise UserError.of([_misquoted(lines, 1, error)]) from error
     if lines.bad is not None:
-        raise UserError.of([broken_row(f"{lines.path}:1", "the header is no UTF-8", lines.bad, lines.row())])
+        raise UserError.of([broken_row(f"{lines.path}:1", "the header is not UTF-8", lines.bad, lines.row())])
     odd = next((cell for cell in names if _is_number(cell) or len(cell) > LONGEST_NAME), None)
     twice = next((cell for at, cell in enumerate(names) if cell in names[:at]), None)
-    by_number = 'say which column is what: columns: {question: "1", answer: "2"}'
+    by_number = 'say which column is which: columns: {question: "1", answer: "2"}'
     if odd is not None:
         raise UserError(
-            f"the first line names a column {shown(odd)}, which looks like a row's own value.",
-            f"the first line of a .{'csv' if delimiter == ',' else 'tsv'} file names the columns, and is no row.",
-            f"add a line of names at the top; or, as the file has none, {by_number} in data.sources[].",
+            f"the first line has a column named {shown(odd)}, which looks like a value of a row.",
+            f"the first line of a .{'csv' if delimiter == ',' else 'tsv'} file has the names of the columns.",
+            f"add a line of names at the top; if the file has no names, {by_number} in data.sources[].",
             f"{lines.path}:1",
         )
     if twice is not None:
         raise UserError(
-            f"the header names two columns {shown(twice) or 'nothing'}.",
+            f"the header has two columns named {shown(twice) or 'nothing'}.",
             "of two cells with one name, one would be lost.",
-            f"give each column its own name; or, if the line is a row, {by_number} in data.sources[].",
+            f"give each column its own name; if the line is a row, {by_number} in data.sources[].",
             f"{lines.path}:1",
         )
     return names
@@ -140,13 +138,13 @@ def _is_number(cell: str) -> bool:
 
 
 def _misquoted(lines: _Lines, start: int, error: csv.Error) -> Mistake:
-    said = ValueError(str(error).split(" - ")[0])
-    found = broken_row(f"{lines.path}:{start}", "the row is wrongly quoted", said, lines.row())
-    # A row of one line ends with it. A longer one may have swallowed others, and nobody knows where the next begins.
+    cause = ValueError(str(error).split(" - ")[0])
+    mistake = broken_row(f"{lines.path}:{start}", "the row is quoted wrongly", cause, lines.row())
+    # A row of one line ends with it. A longer one may have swallowed others, so the start of the next row is unknown.
     if lines.num_lines_of_row > 1 or "unexpected end" in str(error):
         fix = "double each quote inside a cell, and close each quoted cell."
-        raise UserError.of([Mistake(found.fact, found.why, fix, found.where)]) from error
-    return found
+        raise UserError.of([Mistake(mistake.fact, mistake.why, fix, mistake.where)]) from error
+    return mistake
 
 
 def _uneven(where: str, cells: list[str], names: list[str], row: str) -> Mistake:
@@ -154,6 +152,6 @@ def _uneven(where: str, cells: list[str], names: list[str], row: str) -> Mistake
         f"the row has {len(cells)} cells and the first line {len(names)} ({shown(', '.join(names))}); "
         f"it begins {shown(row)}",
         WHOLE_ROW,
-        "put a cell that holds delimiters or line breaks in double quotes.",
+        "put cells that hold delimiters or line breaks in double quotes.",
         where,
     )

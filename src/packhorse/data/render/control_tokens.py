@@ -1,6 +1,6 @@
-"""Control tokens typed inside a row's text: `</s>` in a question would end it for the model.
+"""Handle control tokens typed in a row's text: `</s>` in a question would end it for the model.
 
-A tokenizer finds its special tokens in any text, so that what somebody wrote about them becomes what they do.
+A tokenizer finds its special tokens in any text, so that text about a token becomes the token.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Final, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from packhorse.data.render.refusal import RowRefusedError, excerpt
+from packhorse.data.formats.bad_row import BadRowError, excerpt
 
 Action = Literal["raise", "escape", "keep"]
 BEGINNING: Final = 2
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, and what is done with them in rows.
+    """Special tokens of a tokenizer, and the action for rows that contain one.
 
     Attributes:
-        tokens: Their texts, sorted.
+        tokens: Texts of the special tokens, sorted.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, action: Action) -> None:
@@ -31,17 +31,17 @@ class ControlTokens:
         by_beginning: defaultdict[str, list[str]] = defaultdict(list)
         for token in self.tokens:
             by_beginning[token[:BEGINNING]].append(token)
-        # A few beginnings stand for hundreds of tokens, and most text has none of them.
+        # Hundreds of tokens share a few beginnings, and most texts contain none of them.
         grouped: defaultdict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
         for beginning, tokens in by_beginning.items():
             grouped[beginning[0]].append((beginning, tuple(sorted(tokens, key=len, reverse=True))))
         self._by_first = tuple((first, tuple(groups)) for first, groups in grouped.items())
 
     def checked(self, text: str, what: str) -> str:
-        """Return the text as it is to be rendered; under `escape`, with a space after a token's first character.
+        """Return the text to render; under `escape`, with a space after the first character of each control token.
 
         Raises:
-            RowRefusedError: The text has a control token, and the action is `raise`.
+            BadRowError: The text has a control token, and the action is `raise`.
         """
         if self.action == "keep":
             return text
@@ -58,15 +58,15 @@ class ControlTokens:
         while at >= 0:
             if text.startswith(tokens, at):
                 if self.action == "raise":
-                    raise _typed(text, at, next(token for token in tokens if text.startswith(token, at)), what)
+                    raise _control_token(text, at, next(token for token in tokens if text.startswith(token, at)), what)
                 text = f"{text[: at + 1]} {text[at + 1 :]}"
             at = text.find(beginning, at + 1)
         return text
 
 
-def _typed(text: str, at: int, token: str, what: str) -> RowRefusedError:
-    return RowRefusedError(
+def _control_token(text: str, at: int, token: str, what: str) -> BadRowError:
+    return BadRowError(
         f"{what} has the control token {token} typed in its text: {excerpt(text, at)}",
-        "the tokenizer makes the control id of it, so the model would see a turn end, or begin, that is none.",
-        "take it out of the row; or set data.control_tokens to escape (a space breaks it up) or keep (it is meant).",
+        "the tokenizer turns it into the control id, so the model would see a turn begin or end there.",
+        "remove it from the row; or set data.control_tokens to escape (a space breaks it up) or keep (it is intended).",
     )

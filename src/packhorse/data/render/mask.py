@@ -1,8 +1,8 @@
-"""From spans of characters to spans of tokens, with the proof that a served prompt has the ids that training saw.
+"""Convert spans of characters to spans of tokens, and prove that a served prompt has the ids that training saw.
 
-A special token cuts a text into parts that are tokenised by themselves. So the tokens before an answer are told by
-counting special tokens and tokenising what stands between the last one and the answer, which is nearly always the same
-few words. That is exact, and needs neither the offsets of each token nor the prompt tokenised once more.
+A special token cuts a text into parts that are tokenised separately. The tokens before an answer are therefore found by
+counting special tokens and tokenising the text between the last one and the answer, which is nearly always the same few
+words. This is exact, and needs neither the offsets of each token nor the prompt tokenised once more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from packhorse.data.render.refusal import RowRefusedError, excerpt
+from packhorse.data.formats.bad_row import BadRowError, excerpt
 from packhorse.data.render.spans import TurnSpan
 from packhorse.data.render.turns import CLOSE_THINKING, OPEN_THINKING
 
@@ -24,15 +24,15 @@ TokenSpan = tuple[int, int]
 
 
 class TokenMasker:
-    """Finds the tokens of spans for one tokenizer and one template."""
+    """Converts spans to tokens for one tokenizer and one template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], written: str) -> None:
-        """Learn the landmarks.
+        """Find the landmarks: special tokens that are recognised wherever they are.
 
         Args:
-            tokenizer: As it tokenises rows.
+            tokenizer: Tokenizer of the rows.
             stop_ids: Tokens at which generation stops.
-            written: A chat as the template writes it: its special tokens are the landmarks.
+            written: A chat written by the template, with the special tokens that can be landmarks.
         """
         self._tokenizer = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
@@ -47,15 +47,14 @@ class TokenMasker:
         """Return uint8 [length], 1 for the tokens of the spans.
 
         Args:
-            text: The chat.
-            ids: Its tokens.
-            spans: Its trained turns.
+            text: Text of the chat.
+            ids: Tokens of the chat.
+            spans: Trained turns.
             roles: Role of each message.
-            hide_thinking: Leave out `<think>…</think>`.
+            hide_thinking: Whether to leave `<think>…</think>` unsupervised.
 
         Raises:
-            RowRefusedError: A span begins inside a token, its prompt alone has other ids, or it ends without a stop
-                token.
+            BadRowError: A span begins inside a token, its prompt alone has other ids, or it ends without a stop token.
         """
         supervised = np.zeros(len(ids), np.uint8)
         furthest = 0
@@ -69,13 +68,13 @@ class TokenMasker:
                 for start, end in thinking_spans(text, span):
                     hidden_first, hidden_last = self._by_offsets(text, start, end)
                     supervised[hidden_first : hidden_last + 1] = 0
-        # Nothing is predicted before the first token. The mask itself is looked at only where it may have been emptied.
+        # Nothing predicts the first token. The mask is searched only if hidden thinking may have emptied it.
         if furthest == 0 or (hide_thinking and not supervised[1:].any()):
             raise _nothing_trained(text)
         return supervised
 
     def _first(self, text: str, ids: list[int], span: TurnSpan) -> int:
-        """Return the first token of a span, proven: the prompt alone gives the ids before it."""
+        """Return the first token of a span, with the proof that the prompt alone gives the ids before it."""
         at, before = -1, 0
         for token in self._landmarks:
             at = max(at, text.rfind(token, 0, span.start))
@@ -89,7 +88,7 @@ class TokenMasker:
         return first
 
     def _last(self, text: str, ids: list[int], span: TurnSpan, first: int, is_answer: bool) -> int:
-        """Return the last token of a span; of an answer, it or the last that is not white space is a stop token."""
+        """Return the last token of a span; an answer must end in a stop token, apart from white space."""
         end = span.start + len(text[span.start : span.end].rstrip())
         stop = next((token for token in self._stops if text.endswith(token, span.start, end)), None)
         if stop is None:
@@ -105,59 +104,59 @@ class TokenMasker:
         return self._by_offsets(text, span.start, span.end)[1]
 
     def _ids(self, text: str) -> list[int]:
-        """Return the ids of a part that begins with a landmark, or with the text; short ones are remembered."""
-        found = self._remembered.get(text)
-        if found is None:
-            found = self._backend.encode(text, add_special_tokens=False).ids
+        """Return the ids of a part that begins with a landmark or with the text; short parts are cached."""
+        ids = self._remembered.get(text)
+        if ids is None:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
             if len(text) <= MOST_REMEMBERED and len(self._remembered) < MOST_REMEMBERED:
-                self._remembered[text] = found
-        return found
+                self._remembered[text] = ids
+        return ids
 
     def _by_offsets(self, text: str, start: int, end: int) -> TokenSpan:
-        """Return the first and last token that stand for characters of a span; an empty span if none does."""
+        """Return the first and last token of a span of characters; an empty span of tokens if it has none."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        found = (token for at in range(start, end) if (token := encoding.char_to_token(at)) is not None)
-        first = next(found, None)
+        tokens = (token for at in range(start, end) if (token := encoding.char_to_token(at)) is not None)
+        first = next(tokens, None)
         if first is None:
             return 0, -1
         backwards = (token for at in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(at)) is not None)
         return first, next(backwards, first)
 
-    def _no_stop(self, text: str, span: TurnSpan, found: int) -> RowRefusedError:
+    def _no_stop(self, text: str, span: TurnSpan, last_id: int) -> BadRowError:
         names = self._tokenizer.convert_ids_to_tokens
         stops = " or ".join(names(sorted(self._stop_ids)))
-        return RowRefusedError(
-            f"turn {span.place + 1} (assistant) is trained up to {names(found)}, and generation stops at {stops}: "
+        return BadRowError(
+            f"turn {span.place + 1} (assistant) is trained up to {names(last_id)}, and generation stops at {stops}: "
             f"{excerpt(text, span.end)}",
-            "a model that is not taught its stop token never stops.",
+            "a model that does not learn its stop token never stops.",
             "end the generation block of the template with the stop token: "
             "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}.",
         )
 
 
 def thinking_spans(text: str, span: TurnSpan) -> list[tuple[int, int]]:
-    """Return where thinking stands in an answer, its marks included.
+    """Return the spans of thinking in an answer, marks included.
 
     Raises:
-        RowRefusedError: It begins and does not end.
+        BadRowError: The thinking begins and does not end.
     """
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     at = span.start
     while True:
         start, end = text.find(OPEN_THINKING, at, span.end), text.find(CLOSE_THINKING, at, span.end)
         if start < 0 and end < 0:
-            return found
+            return spans
         if end < 0:
             raise _endless_thinking(text, span)
         begin = start if 0 <= start < end else at
         at = end + len(CLOSE_THINKING)
-        # Some generation prompts open the thinking themselves; then the answer begins inside it.
-        if begin == start or not found:
-            found.append((begin, at))
+        # Some generation prompts open the thinking; the answer then begins inside it.
+        if begin == start or not spans:
+            spans.append((begin, at))
 
 
 def _nth(ids: list[int], wanted: int, count: int, start: int = 0) -> int:
-    """Return the place of the count-th such id from start on."""
+    """Return the index of the count-th such id from start on."""
     at = start - 1
     for _ in range(count):
         at = ids.index(wanted, at + 1)
@@ -165,7 +164,7 @@ def _nth(ids: list[int], wanted: int, count: int, start: int = 0) -> int:
 
 
 def _isolating(backend: Tokenizer, written: str) -> dict[str, int]:
-    """Return the special tokens in a text that are found wherever they stand, whatever stands around them."""
+    """Return the special tokens in a text that are recognised wherever they are, whatever text is around them."""
     added = backend.get_added_tokens_decoder()
     contents = [token.content for token in added.values()]
     as_typed = backend.normalizer is None
@@ -180,32 +179,32 @@ def _isolating(backend: Tokenizer, written: str) -> dict[str, int]:
 
 
 def _overlap(token: str, other: str) -> bool:
-    """Whether some text could be read as either token."""
+    """Return whether some text could be read as either token."""
     shorter = min(len(token), len(other))
     ends = any(token.endswith(other[:size]) or other.endswith(token[:size]) for size in range(1, shorter))
     return ends or token in other or other in token
 
 
-def _inside_a_token(text: str, span: TurnSpan) -> RowRefusedError:
-    return RowRefusedError(
+def _inside_a_token(text: str, span: TurnSpan) -> BadRowError:
+    return BadRowError(
         f"turn {span.place + 1} begins inside a token: {excerpt(text, span.start)}",
-        "a served prompt ends before the turn and is cut into other tokens than these, which the model never saw.",
-        "take the white space off the start of the turn; or mend the template so that an answer begins after a special "
-        "token, or the white space before it stands inside its generation markers.",
+        "a served prompt ends before the turn and is cut into other tokens, which the model never saw.",
+        "remove the white space at the start of the turn; or fix the template so that an answer begins after a special "
+        "token, or that the white space before it is inside its generation markers.",
     )
 
 
-def _nothing_trained(text: str) -> RowRefusedError:
-    return RowRefusedError(
+def _nothing_trained(text: str) -> BadRowError:
+    return BadRowError(
         f"the row has no supervised token: {excerpt(text)}",
         "it would teach nothing.",
-        "let a turn be trained on, change data.train_on, or remove the row.",
+        "mark a turn to be trained on, change data.train_on, or remove the row.",
     )
 
 
-def _endless_thinking(text: str, span: TurnSpan) -> RowRefusedError:
-    return RowRefusedError(
+def _endless_thinking(text: str, span: TurnSpan) -> BadRowError:
+    return BadRowError(
         f"the thinking of turn {span.place + 1} begins and does not end: {excerpt(text, span.start)}",
-        "data.train_on.thinking is mask, and where the answer begins cannot be told.",
-        "write </think> where it ends, or set data.train_on.thinking to keep.",
+        "data.train_on.thinking is mask, and the start of the answer is unknown.",
+        "write </think> at its end, or set data.train_on.thinking to keep.",
     )

@@ -1,7 +1,6 @@
-"""Rows to token ids and mask, in batches, with the proofs that the right tokens are trained on.
+"""Render rows as token ids and masks, in batches, with the proofs that the right tokens are trained on.
 
-Ids and masks equal `apply_chat_template(…, return_assistant_tokens_mask=True)` where the template marks what is
-generated.
+Ids and masks equal `apply_chat_template(…, return_assistant_tokens_mask=True)` if the template marks what is generated.
 """
 
 from __future__ import annotations
@@ -13,36 +12,36 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from packhorse.data.formats.bad_row import BadRowError
 from packhorse.data.formats.example import Example
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.render.contents import check_contents
+from packhorse.data.read.row import RowMistakes
+from packhorse.data.render.chat_template import ChatTemplate
+from packhorse.data.render.check_contents import check_contents
 from packhorse.data.render.control_tokens import ControlTokens
-from packhorse.data.render.draw import ChatTemplate
-from packhorse.data.render.gates import prove_template, refuse_double_start
-from packhorse.data.render.refusal import RowRefusedError
+from packhorse.data.render.prove_template import prove_template, refuse_double_start
 from packhorse.data.render.renderer import ChatRenderer, Rendered, Renderer
 from packhorse.data.render.serving import check_serving
-from packhorse.data.render.spans import TurnSpan, draw_chat
+from packhorse.data.render.spans import TurnSpan, render_chat
 from packhorse.data.render.tokenizer import load_tokenizer, require_stop_token, stop_ids
 from packhorse.data.render.turns import template_tools, template_turns, trained_turns
 from packhorse.recipe.schema import DataSection
 
 __all__ = ["Rendered", "Renderer", "check_serving", "load_tokenizer", "make_renderer", "render_examples"]
 
-Drawn = tuple[int, str, list[TurnSpan]]
+ChatText = tuple[int, str, list[TurnSpan]]
 
 
 def make_renderer(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSection, chats: bool) -> Renderer:
-    """Prove that the tokenizer's template trains what it should, on a chat made for it.
+    """Return a renderer after proving, on a known chat, that the tokenizer's template trains the right tokens.
 
     Args:
-        tokenizer: From `load_tokenizer`.
-        folder: Where it was loaded from; its generation_config.json may name more stop tokens.
-        data: What of the rows is trained on.
-        chats: Whether there are chats among the rows; plain text needs no template.
+        tokenizer: Tokenizer from `load_tokenizer`.
+        folder: Folder of the tokenizer; its generation_config.json may name more stop tokens.
+        data: Settings, such as which turns are trained on.
+        chats: Whether the rows include chats; plain text needs no template.
 
     Raises:
-        UserError: No template, one that would train the wrong tokens, or no stop token.
+        UserError: There is no template or no stop token, or the template would train the wrong tokens.
     """
     require_stop_token(tokenizer, folder)
     stops = stop_ids(tokenizer, folder)
@@ -51,11 +50,11 @@ def make_renderer(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSe
     renderer = None
     if chats:
         template, masker = prove_template(tokenizer, folder, stops, data.train_on)
-        # Some tokenizers have a second template for chats with tools.
+        # Some tokenizers have a separate template for chats with tools.
         tool_source = tokenizer.get_chat_template(tools=[{}])
         with_tools = template if tool_source == template.source else ChatTemplate(tool_source, tokenizer)
         renderer = ChatRenderer(template, with_tools, masker)
-    # The vocabulary may have gaps, so its size can be below its highest id.
+    # The vocabulary may have gaps, so its size can be smaller than its highest id.
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     control = ControlTokens(tokenizer, data.control_tokens)
     return Renderer(
@@ -64,51 +63,51 @@ def make_renderer(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSe
 
 
 def render_examples(renderer: Renderer, examples: Sequence[Example], mistakes: RowMistakes) -> list[Rendered | None]:
-    """Render up to a batch of rows; None in the place of a row that cannot be trained on as it is.
+    """Render a batch of rows; None in place of a row that cannot be trained on.
 
-    Text is tokenised as the tokenizer does by itself, and ends with the stop token; all of it is trained on.
+    Plain text is tokenised with the tokenizer's defaults and ends with the stop token; all of it is trained on.
     """
     out: list[Rendered | None] = [None] * len(examples)
-    drawn: list[Drawn] = []
+    chats: list[ChatText] = []
     texts: list[tuple[int, str]] = []
     for at, example in enumerate(examples):
         try:
             if example.messages is None:
                 texts.append((at, renderer.control.checked(example.text or "", "the text")))
             else:
-                drawn.append((at, *_draw(renderer, example)))
-        except RowRefusedError as error:
+                chats.append((at, *_chat_text(renderer, example)))
+        except BadRowError as error:
             mistakes.add(error.at(example.where))
     backend = renderer.tokenizer.backend_tokenizer
-    # Without offsets, which would cost a quarter of the whole; the mask needs none.
-    encodings = backend.encode_batch_fast([text for _, text, _ in drawn], add_special_tokens=False)
-    for (at, text, spans), encoding in zip(drawn, encodings):
+    # Without offsets, which would cost a quarter of the time; the mask needs none.
+    encodings = backend.encode_batch_fast([text for _, text, _ in chats], add_special_tokens=False)
+    for (at, text, spans), encoding in zip(chats, encodings):
         try:
             out[at] = _masked(renderer, examples[at], text, spans, encoding.ids)
-        except RowRefusedError as error:
+        except BadRowError as error:
             mistakes.add(error.at(examples[at].where))
     for (at, text), encoding in zip(texts, backend.encode_batch_fast([text for _, text in texts])):
         try:
             out[at] = _plain(renderer, text, encoding.ids)
-        except RowRefusedError as error:
+        except BadRowError as error:
             mistakes.add(error.at(examples[at].where))
     return out
 
 
-def _draw(renderer: Renderer, example: Example) -> tuple[str, list[TurnSpan]]:
+def _chat_text(renderer: Renderer, example: Example) -> tuple[str, list[TurnSpan]]:
     chats = renderer.chats
-    assert chats is not None, "make_renderer was told that there are no chats"
+    assert chats is not None, "the caller of make_renderer said that there are no chats"
     trained = trained_turns(example, renderer.train_on)
     turns = template_turns(example, renderer.train_on, renderer.control)
     tools = template_tools(example, renderer.control)
     template = chats.tool_template if tools else chats.template
     try:
-        text, spans = draw_chat(template, turns, tools, trained)
+        text, spans = render_chat(template, turns, tools, trained)
     except TemplateError as error:
-        raise RowRefusedError(
+        raise BadRowError(
             f"the chat template refuses the chat (roles: {', '.join(turn['role'] for turn in turns)}): {error}",
             "every row is rendered by it.",
-            "mend the row, or set data.template to one that takes it.",
+            "fix the row, or set data.template to one that accepts it.",
         ) from error
     check_contents(text, turns, tools, spans)
     return text, spans

@@ -1,4 +1,4 @@
-"""A proven tokenizer with its template, and a row as it renders."""
+"""The proven tokenizer with its template, and rendered rows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from packhorse.data.render.chat_template import ChatTemplate
 from packhorse.data.render.control_tokens import ControlTokens
-from packhorse.data.render.draw import ChatTemplate
 from packhorse.data.render.mask import TokenMasker
 from packhorse.recipe.schema import TrainOnSection
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A row as tokens: ids [length], supervised uint8 [length], 1 where the token is trained on."""
+    """One row as tokens: ids [length], and supervised uint8 [length], 1 where the token is trained on."""
 
     ids: list[int]
     supervised: NDArray[np.uint8]
@@ -24,12 +24,12 @@ class Rendered:
 
 @dataclass(frozen=True)
 class ChatRenderer:
-    """What only chats need.
+    """Parts of a renderer that only chats need.
 
     Attributes:
-        template: Draws a chat.
-        tool_template: Draws a chat with tools; the same one but for tokenizers that have two.
-        masker: Finds the tokens of its turns.
+        template: Template for chats.
+        tool_template: Template for chats with tools; the same object unless the tokenizer has two templates.
+        masker: Converter from trained turns to tokens.
     """
 
     template: ChatTemplate
@@ -39,16 +39,16 @@ class ChatRenderer:
 
 @dataclass(frozen=True)
 class Renderer:
-    """A tokenizer that has been proven, and what is known of it.
+    """A proven tokenizer and its settings.
 
     Attributes:
-        tokenizer: The fast tokenizer, with the template set.
-        start_id: The start token, where there is one.
-        stop_id: The token that ends plain text.
+        tokenizer: Fast tokenizer with the template set.
+        start_id: Start token, or None.
+        stop_id: Token that ends plain text.
         vocab_size: Highest id + 1.
-        train_on: Which part of a chat is trained on.
-        control: What is done with control tokens in rows.
-        chats: None where all rows are plain text.
+        train_on: Selection of what is trained on in a chat.
+        control: Handling of control tokens in rows.
+        chats: Parts for chats; None if all rows are plain text.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""The tokenizer: loaded, with the template that rows are trained with, and the tokens at which it stops."""
+"""Load the tokenizer with the template that rows are trained with, and find its stop tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOW_TO_MARK: Final = """put the markers around what the assistant says and its s
 
 
 def tokenizer_of(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
-    """Load the recipe's tokenizer from a local folder, as `load_tokenizer` does."""
+    """Load the recipe's tokenizer from a local folder (see `load_tokenizer`)."""
     model = recipe.model
     return load_tokenizer(folder, recipe.data.template, model.trust_remote_code, model.new_tokens)
 
@@ -28,17 +28,17 @@ def tokenizer_of(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
 def load_tokenizer(
     folder: Path, template: str, trust_remote_code: bool = False, new_tokens: Sequence[str] = ()
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and set the template that rows are trained with; so it is saved with the model.
+    """Load a tokenizer and set the template that rows are trained with, so that it is saved with the model.
 
     Args:
         folder: Local folder in Hugging Face form.
         template: `data.template` of the recipe.
-        trust_remote_code: Run Python code that comes with the tokenizer.
-        new_tokens: `model.new_tokens`: added as they are written, with no meaning of their own.
+        trust_remote_code: Whether to run Python code that comes with the tokenizer.
+        new_tokens: `model.new_tokens`, added as plain tokens without a special meaning.
 
     Raises:
-        UserError: The folder holds no usable tokenizer, the named template needs tokens that it lacks, or a new token
-            is none.
+        UserError: The folder has no usable tokenizer, the named template needs tokens that it lacks, or a new token
+            is in its vocabulary already.
     """
     tokenizer = _load(folder, trust_remote_code)
     _add_tokens(tokenizer, new_tokens, folder)
@@ -53,7 +53,7 @@ def load_tokenizer(
 def pieces_before(
     folder: Path, new_tokens: Sequence[str], trust_remote_code: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Return the ids that each text is cut into by the tokenizer as it stands in the folder."""
+    """Return the ids that the tokenizer in the folder gives for each new token's text before it is added."""
     tokenizer = _load(folder, trust_remote_code)
     return {token: tuple(tokenizer(token, add_special_tokens=False)["input_ids"]) for token in new_tokens}
 
@@ -65,8 +65,8 @@ def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     except Exception as error:  # a broken tokenizer.json raises exactly this type
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"the tokenizer in {folder} brings Python code of its own, and model.trust_remote_code is false.",
-                "that code could do anything that you may do on this machine.",
+                f"the tokenizer in {folder} comes with Python code, and model.trust_remote_code is false.",
+                "that code can do anything that you may do on this machine.",
                 "read it, then set model.trust_remote_code: true; or name another folder in model.tokenizer.",
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -78,30 +78,30 @@ def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UserError(
             f"the tokenizer in {folder} is a slow one ({type(tokenizer).__name__}).",
-            "only a fast one knows which characters a token stands for, which the mask needs.",
+            "the mask needs the characters of each token, which only a fast tokenizer provides.",
             "convert it to tokenizer.json (tokenizers library) and name that folder in model.tokenizer.",
         )
     return tokenizer
 
 
 def _refuse_files_elsewhere(folder: Path) -> None:
-    """A configuration may name the vocabulary's file: of a file elsewhere, a copy would be saved with the result."""
+    """Refuse a configuration that names a vocabulary file elsewhere: its contents would be saved with the result."""
     try:
         fields = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # absent, or refused by whoever reads it
+        return  # absent, or refused by the loader
     named = fields.items() if isinstance(fields, dict) else ()
     for key, value in named:
         if not key.endswith("_file") or not isinstance(value, str):
             continue
         here = (folder / value).absolute()
         is_inside = here.is_file() and ".." not in here.parts and here.is_relative_to(folder.absolute())
-        # What was left over from where it was saved, and is nowhere on this machine, does no harm.
+        # A path left over from another machine, which does not exist here, does no harm.
         if not is_inside and (here.is_file() or Path(value).is_file()):
             raise UserError(
-                f"{folder / 'tokenizer_config.json'} says that {key} is {value}, a file outside that folder.",
-                "it would be read as a vocabulary, and published with the result, whatever is in it.",
-                f"take {key} out of tokenizer_config.json, or use another tokenizer.",
+                f"{folder / 'tokenizer_config.json'} sets {key} to {value}, a file outside that folder.",
+                "it would be read as a vocabulary and published with the result, whatever it contains.",
+                f"remove {key} from tokenizer_config.json, or use another tokenizer.",
             )
 
 
@@ -111,19 +111,15 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str], f
         if token in vocabulary:
             raise UserError(
                 f"model.new_tokens has {token!r}, which is token {vocabulary[token]} of the tokenizer in {folder}.",
-                "it is not new, and its row would lose what it has learnt.",
-                f"take {token!r} out of model.new_tokens.",
+                "it is not new, and its embedding would be overwritten.",
+                f"remove {token!r} from model.new_tokens.",
             )
-    # Not special: what is written in rows is what they are for, and answers keep them.
+    # Not special, so that they are found in the text of rows and stay in answers.
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
 
 
 def require_stop_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuse a tokenizer that has no stop token.
-
-    Raises:
-        UserError: It has no eos_token.
-    """
+    """Raise UserError for a tokenizer that has no stop token."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {folder} has no eos_token.",
@@ -133,7 +129,7 @@ def require_stop_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int]:
-    """Return the tokens at which generation stops: eos_token, and what generation_config.json names."""
+    """Return the tokens at which generation stops: eos_token, and those of generation_config.json."""
     stops = {int(tokenizer.eos_token_id)}
     file = folder / "generation_config.json"
     if file.is_file():
@@ -143,18 +139,14 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int]
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuse a tokenizer that has no chat template.
-
-    Raises:
-        UserError: There is none.
-    """
+    """Raise UserError for a tokenizer that has no chat template."""
     if tokenizer.chat_template:
         return
     known = [f"{name}, whose tokens this tokenizer has" for name in fitting_templates(tokenizer)]
     raise UserError(
         f"the tokenizer in {folder} has no chat template.",
         "the template turns messages into text and marks what is trained.",
-        f"set data.template to {'; or to '.join(known)}; or to a Jinja file of your own; in it, {HOW_TO_MARK}",
+        f"set data.template to {'; or to '.join(known)}; or to your own Jinja file; in it, {HOW_TO_MARK}",
     )
 
 
@@ -172,7 +164,7 @@ def _set_stop_token(tokenizer: PreTrainedTokenizerBase, template: str, folder: P
         others = fitting_templates(tokenizer)
         raise UserError(
             f"data.template is {template}, and the tokenizer in {folder} has no token {' and no '.join(missing)}.",
-            "split into letters, the marks would not tell turns apart, and nothing would end an answer.",
+            "split into letters, the marks would not separate turns, and nothing would end an answer.",
             f"set data.template to {' or '.join(others)}, write a Jinja file with marks that this tokenizer has, or "
             "use a tokenizer that has these tokens.",
         )

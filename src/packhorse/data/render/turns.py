@@ -1,4 +1,4 @@
-"""From a row's messages to what a template takes, and which of the turns are trained on."""
+"""Convert a row's messages to what a template takes, and select the turns that are trained on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import re
 from typing import Any, Final
 
+from packhorse.data.formats.bad_row import BadRowError, excerpt
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.render.control_tokens import ControlTokens
-from packhorse.data.render.refusal import RowRefusedError, excerpt
 from packhorse.recipe.schema import TrainOnSection
 
 THINKING: Final = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
@@ -22,7 +22,7 @@ def template_turns(example: Example, train_on: TrainOnSection, control: ControlT
     """Return the messages as `apply_chat_template` takes them.
 
     Raises:
-        RowRefusedError: A control token is typed in the row, or thinking is to be removed and does not end.
+        BadRowError: The row has a typed control token, or thinking that is to be removed and does not end.
     """
     without_thinking = train_on.thinking == "remove"
     turns: list[Turn] = []
@@ -38,19 +38,19 @@ def template_turns(example: Example, train_on: TrainOnSection, control: ControlT
 
 
 def template_tools(example: Example, control: ControlTokens) -> list[dict[str, Any]] | None:
-    """Return the tool definitions as `apply_chat_template` takes them; None where the row has none.
+    """Return the tool definitions as `apply_chat_template` takes them; None if the row has none.
 
     Raises:
-        RowRefusedError: A control token is typed in them.
+        BadRowError: The definitions have a typed control token.
     """
     return [_checked(tool, "a tool definition", control) for tool in example.tools] if example.tools else None
 
 
 def trained_turns(example: Example, train_on: TrainOnSection) -> list[int]:
-    """Return the places of the turns that are trained on.
+    """Return the indices of the turns that are trained on.
 
     Raises:
-        RowRefusedError: There are none.
+        BadRowError: There are none.
     """
     messages = example.messages or ()
     roles = train_on.roles
@@ -60,12 +60,12 @@ def trained_turns(example: Example, train_on: TrainOnSection) -> list[int]:
     trained = [place for place in places if messages[place].trained]
     if trained:
         return trained
-    asked = "the last turn" if train_on.turns == "last" else "the turns"
-    raise RowRefusedError(
-        f"the row has no supervised token: of {asked} of the role {' or '.join(roles)}, {len(places)} are there and 0 "
-        f"trained on: {_shown(messages)}",
+    selected = "the last turn" if train_on.turns == "last" else "the turns"
+    raise BadRowError(
+        f"the row has no supervised token: {selected} with the role {' or '.join(roles)}: {len(places)}, of which 0 "
+        f"are trained on: {_shown(messages)}",
         "it would teach nothing.",
-        "let a turn be trained on, change data.train_on, or remove the row.",
+        "mark a turn to be trained on, change data.train_on, or remove the row.",
     )
 
 
@@ -78,15 +78,15 @@ def _without_thinking(content: str, message: Message, number: int) -> str:
         return content
     left = THINKING.sub("", content)
     if OPEN_THINKING in left or CLOSE_THINKING in left:
-        raise RowRefusedError(
+        raise BadRowError(
             f"the thinking of turn {number} begins without an end, or ends without a beginning: {excerpt(content)}",
-            "data.train_on.thinking is remove, and where the answer begins cannot be told.",
+            "data.train_on.thinking is remove, and the start of the answer is unknown.",
             "write <think>…</think> around it, or set data.train_on.thinking to keep.",
         )
     if not left.strip() and not message.tool_calls:
-        raise RowRefusedError(
+        raise BadRowError(
             f"nothing is left of turn {number} without its thinking: {excerpt(content)}",
-            "the model would learn to say nothing.",
+            "the model would learn to answer nothing.",
             "add the answer, remove the row, or set data.train_on.thinking to keep.",
         )
     return left
@@ -95,7 +95,7 @@ def _without_thinking(content: str, message: Message, number: int) -> str:
 def _add_rare_fields(turn: Turn, message: Message, number: int, control: ControlTokens, without_thinking: bool) -> None:
     if message.thinking is not None and not without_thinking:
         thinking = control.checked(message.thinking, f"the thinking of turn {number}")
-        # Both names, as apply_chat_template gives them.
+        # apply_chat_template passes both names to the template.
         turn["thinking"] = turn["reasoning_content"] = thinking
     if message.tool_calls:
         turn["tool_calls"] = [_checked(call, f"a tool call of turn {number}", control) for call in message.tool_calls]
@@ -106,7 +106,7 @@ def _add_rare_fields(turn: Turn, message: Message, number: int, control: Control
 
 
 def _checked(value: Any, what: str, control: ControlTokens) -> Any:  # noqa: ANN401  # JSON
-    """Check every text in a JSON value."""
+    """Check every text in a JSON value, and return the value."""
     if isinstance(value, str):
         return control.checked(value, what)
     if isinstance(value, dict):
@@ -117,5 +117,5 @@ def _checked(value: Any, what: str, control: ControlTokens) -> Any:  # noqa: ANN
 
 
 def json_text(text: str) -> tuple[str, str]:
-    """Return a text as it stands inside a JSON string, as it is and in ASCII."""
+    """Return a text as it appears inside a JSON string, in UTF-8 and in ASCII."""
     return json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]

@@ -1,7 +1,7 @@
-"""How many groups of each kind go to each side: whole numbers that keep the shares in every stratum and over all.
+"""Compute how many groups go to each side: whole numbers that keep the shares in every stratum and over all.
 
-Rounding each stratum alone would give every odd row to the same side; so what a stratum gets too much of, the next
-strata get less of (controlled rounding, Cox 1987, JASA 82; here greedy, with the sum of errors carried along).
+Rounding each stratum alone would give every odd row to the same side; so what one stratum gets too much of is deducted
+from the next strata (controlled rounding, Cox 1987, JASA 82; here greedy, with the sum of errors carried along).
 
 Shapes: C classes, groups of one stratum and one size; K sides.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-# Shares as whole numbers of billionths: sums are exact, and equal on every machine.
+# Shares as whole billionths: sums are exact, and equal on every machine.
 PARTS: Final = 10**9
 # Multiplier and increment of Knuth's MMIX (The Art of Computer Programming 2, 3.3.4).
 LCG: Final = (6364136223846793005, 1442695040888963407)
@@ -23,9 +23,9 @@ class GroupClass(NamedTuple):
     """Groups of one stratum and one size.
 
     Attributes:
-        size: Rows of each group.
-        number: How many groups.
-        chance: 64 random bits, for the groups that no rounding places.
+        size: Rows in each group.
+        number: Number of groups.
+        chance: 64 random bits, for the groups that remain after rounding.
     """
 
     size: int
@@ -37,7 +37,7 @@ def share_parts(shares: Sequence[float]) -> list[int]:
     """Return shares in billionths that sum to `PARTS`.
 
     Raises:
-        ValueError: They do not sum to 1, or one is negative.
+        ValueError: The shares do not sum to 1, or one is negative.
     """
     if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
         raise ValueError(f"shares {tuple(shares)}, which sum to {sum(shares)}")
@@ -47,7 +47,7 @@ def share_parts(shares: Sequence[float]) -> list[int]:
 
 
 def largest_remainder(total: int, weights: Sequence[int]) -> list[int]:
-    """Share out `total` by weights in whole numbers, each within 1 of its exact share (Hamilton's method)."""
+    """Divide `total` by weights into whole numbers, each within 1 of its exact share (Hamilton's method)."""
     whole = sum(weights)
     counts = [total * weight // whole for weight in weights]
     by_remainder = sorted(range(len(weights)), key=lambda side: -(total * weights[side] % whole))
@@ -57,10 +57,10 @@ def largest_remainder(total: int, weights: Sequence[int]) -> list[int]:
 
 
 def class_counts(strata: Iterable[Sequence[GroupClass]], parts: Sequence[int]) -> list[list[list[int]]]:
-    """Return how many groups of each class go to each side.
+    """Return the number of groups of each class on each side.
 
     Args:
-        strata: The classes of each stratum, from the largest groups to the smallest.
+        strata: Classes of each stratum, from the largest groups to the smallest.
         parts: Shares of the K sides, in billionths.
 
     Returns:
@@ -72,34 +72,34 @@ def class_counts(strata: Iterable[Sequence[GroupClass]], parts: Sequence[int]) -
 
 @dataclass
 class _Sides:
-    """One stratum while it is shared out, in billionths of a row: `exact` wanted and `placed` of each side."""
+    """Rows of one stratum for each side, in billionths of a row: `exact` share and `placed` so far."""
 
     exact: list[int]
     placed: list[int]
 
 
 class _Rounding:
-    """Shares strata out, one after the other."""
+    """Divides strata one after the other, and carries the rounding errors along."""
 
     def __init__(self, parts: Sequence[int]) -> None:
         self._parts = parts
         self._sides = [side for side, part in enumerate(parts) if part > 0]
-        # Of each side, how much the strata so far got too little of it.
+        # Rows that the strata so far gave too few of, for each side.
         self._owed = [0] * len(parts)
 
     def stratum(self, classes: Sequence[GroupClass]) -> list[list[int]]:
-        """Return [class][side] and carry along what was rounded."""
+        """Return [class][side] for one stratum, and carry its rounding errors along."""
         num_rows = sum(size * number for size, number, _ in classes)
         here = _Sides([num_rows * part for part in self._parts], [0] * len(self._parts))
         counts = []
-        for found in classes:
-            counts.append(self._groups(found, here) if found.size > 1 else self._rows(found.number, here))
-            here.placed = [done + n * found.size * PARTS for done, n in zip(here.placed, counts[-1])]
+        for one in classes:
+            counts.append(self._groups(one, here) if one.size > 1 else self._rows(one.number, here))
+            here.placed = [done + n * one.size * PARTS for done, n in zip(here.placed, counts[-1])]
         self._owed = [owed + e - p for owed, e, p in zip(self._owed, here.exact, here.placed)]
         return counts
 
     def _rows(self, number: int, here: _Sides) -> list[int]:
-        """Single rows fill what groups left, so that each side ends within one row of its exact share."""
+        """Place single rows so that each side ends within one row of its exact share, after the groups."""
         counts = [max(0, (exact - placed) // PARTS) for exact, placed in zip(here.exact, here.placed)]
         if sum(counts) > number:
             return largest_remainder(number, counts)
@@ -109,36 +109,38 @@ class _Rounding:
             counts[max(below, key=lambda side: wanted[side] + self._owed[side])] += 1
         return counts
 
-    def _groups(self, found: GroupClass, here: _Sides) -> list[int]:
-        """Groups of rows in proportion to the room of each side; those left over by chance, where they fit."""
-        size = found.size * PARTS
-        room = [self._room(side, size, here) for side in range(len(self._parts))]
-        if not any(room):
-            room = list(self._parts)
-        whole = sum(room)
-        counts = [found.number * here_room // whole for here_room in room]
-        over = [found.number * here_room % whole for here_room in room]
-        chance = found.chance
-        for _ in range(found.number - sum(counts)):
+    def _groups(self, groups: GroupClass, here: _Sides) -> list[int]:
+        """Place groups in proportion to the rows that each side still lacks; the rest by chance, where they fit."""
+        size = groups.size * PARTS
+        lacking = [self._lacking(side, size, here) for side in range(len(self._parts))]
+        if not any(lacking):
+            lacking = list(self._parts)
+        whole = sum(lacking)
+        counts = [groups.number * wanted // whole for wanted in lacking]
+        over = [groups.number * wanted % whole for wanted in lacking]
+        chance = groups.chance
+        for _ in range(groups.number - sum(counts)):
             chance = (chance * LCG[0] + LCG[1]) & LCG_MASK
-            # Half a row too much is no reason to bar a side: single rows are rounded up too.
-            fits = [over[side] if (counts[side] + 1) * size < room[side] + PARTS else 0 for side in range(len(room))]
+            # Half a row too much does not exclude a side: single rows are rounded up too.
+            fits = [
+                over[side] if (counts[side] + 1) * size < lacking[side] + PARTS else 0 for side in range(len(lacking))
+            ]
             if any(fits):
                 side = _drawn(fits, chance)
             else:
-                side = max(self._sides, key=lambda side: room[side] - counts[side] * size)
+                side = max(self._sides, key=lambda side: lacking[side] - counts[side] * size)
             counts[side] += 1
             over[side] = 0
         return counts
 
-    def _room(self, side: int, size: int, here: _Sides) -> int:
-        # What other strata owe may move one group, not upset the shares of this stratum.
+    def _lacking(self, side: int, size: int, here: _Sides) -> int:
+        # Errors of other strata may move one group, but not disturb the shares of this stratum.
         owed = min(max(self._owed[side], -size), size)
         return max(0, here.exact[side] - here.placed[side] + owed)
 
 
 def _drawn(weights: Sequence[int], chance: int) -> int:
-    """Return a side with a probability in proportion to its weight."""
+    """Return a side, drawn with a probability in proportion to its weight."""
     left = chance * sum(weights) >> 64
     for side, weight in enumerate(weights):
         left -= weight

@@ -1,4 +1,4 @@
-"""The shares of train, validation and test: as the recipe gives them, or by the number of rows."""
+"""Shares of train, validation and test: from the recipe, or by the number of rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TOLERANCE: Final = 1e-6
 
 
 def recommended_shares(num_rows: int) -> tuple[Shares, str]:
-    """Return the shares for a number of rows, and why.
+    """Return the shares for a number of rows, and the reason.
 
     Raises:
-        UserError: One row cannot be both trained on and measured.
+        UserError: There is one row, which cannot be both trained on and evaluated.
     """
     if num_rows >= MANY_ROWS:
         return (0.7, 0.15, 0.15), f"{num_rows:,} rows, {MANY_ROWS:,} or more: enough for a sealed test set of 15 %"
@@ -27,25 +27,24 @@ def recommended_shares(num_rows: int) -> tuple[Shares, str]:
         return (0.8, 0.1, 0.1), f"{num_rows:,} rows, {SOME_ROWS:,} or more: enough for a sealed test set of 10 %"
     if num_rows < 2:
         raise UserError(
-            f"there is {num_rows} row to share out, and data.split gives no shares.",
-            "a row that is trained on cannot show what was learnt.",
-            "add rows, name rows of their own in data.validation, or train on all: data.split.train: 1.",
+            f"there is {num_rows} row to split, and data.split gives no shares.",
+            "a row that is trained on cannot measure what the model learned.",
+            "add rows, give separate rows in data.validation, or train on all: data.split.train: 1.",
         )
     if largest_remainder(num_rows, share_parts((0.85, 0.15)))[1] == 0:
         share = round(1 / num_rows, 9)
-        return (1 - share, share, 0.0), f"{num_rows} rows: one of them is measured"
+        return (1 - share, share, 0.0), f"{num_rows} rows: one of them is evaluated"
     return (0.85, 0.15, 0.0), f"{num_rows:,} rows, fewer than {SOME_ROWS:,}: no test set, so that more is trained on"
 
 
 def resolve_shares(split: SplitSection, num_rows: int) -> tuple[Shares, str]:
-    """Return the shares of train, validation and test, which sum to 1, and why they are what they are.
+    """Return the shares of train, validation and test, which sum to 1, and where they come from.
 
-    Without any share given they follow the number of rows. What is absent beside others is 0 where the others sum
-    to 1, and the rest where it is the only one absent.
+    Without given shares they follow the number of rows. An absent share is the rest if it is the only one absent, and 0
+    if the others sum to 1.
 
     Raises:
-        UserError: The shares given do not say what the others are, sum to more or less than 1, or leave nothing to
-            train on.
+        UserError: The given shares leave others open, do not sum to 1, or leave nothing to train on.
     """
     given = {name: getattr(split, name) for name in ("train", "validation", "test")}
     known = {name: share for name, share in given.items() if share is not None}
@@ -67,9 +66,9 @@ def resolve_shares(split: SplitSection, num_rows: int) -> tuple[Shares, str]:
 
 def _reason(absent: list[str], rest: float) -> str:
     if not absent:
-        return "as data.split gives them"
-    left = "what is left" if rest > TOLERANCE else "0, as nothing is left"
-    return f"as data.split gives them; {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} {left}"
+        return "as given in data.split"
+    left = "the rest" if rest > TOLERANCE else "0, as nothing is left"
+    return f"as given in data.split; {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} {left}"
 
 
 def _not_whole(known: dict[str, float], absent: list[str], rest: float) -> UserError:
@@ -78,9 +77,9 @@ def _not_whole(known: dict[str, float], absent: list[str], rest: float) -> UserE
     if rest > 0 and absent:
         fix = f"{rest:g} is left: give {' or '.join(absent)} too, for example data.split.{absent[0]}: {rest:g}."
     elif known[largest] + rest > 0:
-        fix = f"mend one of them, for example data.split.{largest}: {known[largest] + rest:g}."
+        fix = f"change one of them, for example data.split.{largest}: {known[largest] + rest:g}."
     else:
-        fix = "mend them, for example data.split: {train: 0.7, validation: 0.15, test: 0.15}."
+        fix = "change them, for example data.split: {train: 0.7, validation: 0.15, test: 0.15}."
     return UserError(
         f"the shares of data.split are {shares} = {sum(known.values()):g}.",
         "each row is on one side, so the shares of all sides sum to 1.",

@@ -1,4 +1,6 @@
-"""Shares rows out by their content: neither the order of the file nor a copy of a row changes a row's side.
+"""Divide rows between the sides by their content: neither the order of the file nor copies change a row's side.
+
+Changing any result here would move rows between training and test of data prepared before.
 
 Shapes: R rows, G groups of rows that stay together, K sides.
 """
@@ -12,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.split.quotas import GroupClass, class_counts, share_parts
-from packhorse.data.split.ranks import UInt64, mix, mixed_seed, ranks
 
 Sides = NDArray[np.int8]
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]
+UInt64 = NDArray[np.uint64]
+
+MASK: Final = 2**64 - 1
 
 SIDE_NAMES: Final = ("train", "validation", "test")
 STRATUM_ORDER: Final = 1
@@ -26,7 +30,7 @@ NAMED_STRATA: Final = 5
 
 
 class _Groups(NamedTuple):
-    """Rows that stay together: `rows` [R] group after group, the `sizes` [G], and the `first` row [G] by content."""
+    """Groups of rows that stay together: `rows` [R] by group, `sizes` [G], and the `first` row [G] by content."""
 
     rows: Int64
     sizes: Int64
@@ -34,19 +38,19 @@ class _Groups(NamedTuple):
 
 
 def assign(keys: UInt64, groups: NDArray[np.integer], strata: Int32, shares: Sequence[float], seed: int) -> Sides:
-    """Give each row a side: by content alone, whole groups, in the shares asked for within each stratum and over all.
+    """Assign each row to a side by its content: whole groups, with the given shares in each stratum and over all.
 
-    A group stands for its row of the smallest key: that row's stratum is the group's, and a hash of seed and that
-    key is its rank. Groups of one stratum and one size stand in the order of their ranks and are cut in proportion,
-    large groups first, so that small ones and single rows mend what large ones upset. Where groups are single rows,
-    each side has its exact share of each stratum, rounded up or down, and over all strata the rounding evens out.
+    A group is represented by its row with the smallest key: that row's stratum is the group's, and a hash of the seed
+    and that key is its rank. Groups of one stratum and one size are ordered by rank and cut in proportion, large groups
+    first, so that small ones and single rows correct the errors of large ones. If all groups are single rows, each side
+    gets its exact share of each stratum, rounded up or down, and the rounding errors cancel out over the strata.
 
     Args:
         keys: uint64 [R, 2] hash of each row's content.
         groups: [R] label of the rows that stay together, equal rows among them.
         strata: int32 [R] code of each row's stratum; the codes must not depend on the order of the rows.
         shares: [K] share of each side; they sum to 1.
-        seed: Another seed gives another sharing out.
+        seed: Seed of the division.
 
     Returns:
         int8 [R], index into `shares`.
@@ -59,35 +63,35 @@ def assign(keys: UInt64, groups: NDArray[np.integer], strata: Int32, shares: Seq
     parts = share_parts(shares)
     if len(keys) == 0:
         return np.zeros(0, np.int8)
-    found = _groups(keys, groups, strata)
-    order, classes = _ordered(found, keys, strata, seed)
+    grouped = _groups(keys, groups, strata)
+    order, classes = _ordered(grouped, keys, strata, seed)
     counts = _counts(classes, parts, seed)
-    sides_of = np.empty(len(found.first), np.int8)
+    sides_of = np.empty(len(grouped.first), np.int8)
     sides_of[order] = np.repeat(np.tile(np.arange(len(parts), dtype=np.int8), len(counts)), counts.ravel())
     sides = np.empty(len(keys), np.int8)
-    sides[found.rows] = np.repeat(sides_of, found.sizes)
+    sides[grouped.rows] = np.repeat(sides_of, grouped.sizes)
     return sides
 
 
 def replayed(keys: UInt64, num_rows: int, seed: int) -> Int64 | None:
-    """Return the places, rising, of `num_rows` rows drawn by their content; None where there are fewer.
+    """Return the indices, rising, of `num_rows` rows drawn by their content with a seed; None if there are fewer.
 
     Args:
         keys: uint64 [R, 2] hash of each row's content.
-        num_rows: How many are trained on again.
-        seed: Another seed draws others.
+        num_rows: Number of rows to train on again.
+        seed: Seed of the draw.
     """
     return None if num_rows > len(keys) else lowest(keys, num_rows, seed, REPLAY)
 
 
 def too_small(names: Sequence[str], strata: Int32, sides: Sides, shares: Sequence[float]) -> list[str]:
-    """Return sentences on strata that have no row on a side, or whose shares are off by more than a hundredth.
+    """Return sentences about strata without rows on a side, or with shares more than 0.01 off.
 
     Args:
-        names: Name of each stratum, by its code; the name of rows that are in no stratum is empty.
+        names: Name of each stratum, by its code; empty for rows without a stratum.
         strata: int32 [R] code of each row's stratum.
         sides: int8 [R] side of each row.
-        shares: [K] what was asked for.
+        shares: [K] requested shares.
     """
     num_sides = len(shares)
     cells = strata.astype(np.int64) * num_sides + sides
@@ -96,35 +100,34 @@ def too_small(names: Sequence[str], strata: Int32, sides: Sides, shares: Sequenc
     wanted = np.array(shares)
     bare = (counts == 0) & (wanted > 0) & (rows > 0)[:, None]
     without = np.flatnonzero(bare.any(1))
-    said = [_no_row(names[at], int(rows[at]), bare[at]) for at in without[:NAMED_STRATA].tolist()]
+    sentences = [_no_row(names[at], int(rows[at]), bare[at]) for at in without[:NAMED_STRATA].tolist()]
     if len(without) > NAMED_STRATA:
-        said.append(f"{len(without) - NAMED_STRATA:,} more strata have no row on some side")
+        sentences.append(f"{len(without) - NAMED_STRATA:,} more strata have no row on some side")
     errors = np.abs(counts - rows[:, None] * wanted).max(1)
     off = (errors > LARGEST_ERROR * rows + 1e-6) & ~bare.any(1)
-    # Rounding alone moves less than a row; what is more is owed to rows that had to stay together.
+    # Rounding alone moves less than a row; larger errors come from rows that have to stay together.
     few = off & (errors < 1)
     causes = ((few, "too few rows"), (off & ~few, "too many rows that must stay together"))
     for chosen, cause in causes:
         if chosen.any():
             worst = int(np.argmax(np.where(chosen, errors / np.maximum(rows, 1), -1)))
-            said.append(_off(names[worst], counts[worst], int(np.count_nonzero(chosen)), cause))
-    return said
+            sentences.append(_off(names[worst], counts[worst], int(np.count_nonzero(chosen)), cause))
+    return sentences
 
 
 def _no_row(name: str, num_rows: int, bare: NDArray[np.bool_]) -> str:
     sides = " and none in ".join(SIDE_NAMES[side] for side in np.flatnonzero(bare))
-    return f"{_called(name)} {_number(num_rows, 'row')}, none in {sides}: too few to be on every side"
+    return f"{_subject(name)} {_number(num_rows, 'row')}, none in {sides}: too few to be on every side"
 
 
 def _off(name: str, counts: Int64, number: int, cause: str) -> str:
-    shared = ", ".join(f"{count:,} {side}" for side, count in zip(SIDE_NAMES, counts.tolist()))
-    which = "" if name == "" else f"{_number(number, 'stratum')}; most of all "
-    return (
-        f"{cause} for shares within a hundredth: {which}{_called(name)} {_number(int(counts.sum()), 'row')} ({shared})"
-    )
+    division = ", ".join(f"{count:,} {side}" for side, count in zip(SIDE_NAMES, counts.tolist()))
+    which = "" if name == "" else f"{_number(number, 'stratum')}; the worst: "
+    rows = _number(int(counts.sum()), "row")
+    return f"{cause} for shares within a hundredth: {which}{_subject(name)} {rows} ({division})"
 
 
-def _called(name: str) -> str:
+def _subject(name: str) -> str:
     return f"stratum {name} has" if name else "data.split has"
 
 
@@ -134,14 +137,14 @@ def _number(number: int, what: str) -> str:
 
 
 def lowest(keys: UInt64, num_rows: int, seed: int, purpose: int) -> Int64:
-    """Return the places, rising, of the `num_rows` rows that come first in the order of `ranks`."""
+    """Return the indices, rising, of the first `num_rows` rows in the order of `ranks`."""
     if num_rows == 0:
         return np.zeros(0, np.int64)
-    found = ranks(keys, seed, purpose)
-    border = np.partition(found, num_rows - 1)[num_rows - 1]
-    before = np.flatnonzero(found < border)
-    # Copies of a row share a rank, and any of them will do; other rows of that rank are told apart by their keys.
-    at = np.flatnonzero(found == border)
+    rank_of = ranks(keys, seed, purpose)
+    border = np.partition(rank_of, num_rows - 1)[num_rows - 1]
+    before = np.flatnonzero(rank_of < border)
+    # Copies of a row share a rank, so any of them will do; other rows of that rank differ in their second half.
+    at = np.flatnonzero(rank_of == border)
     at = at[np.argsort(keys[at, 1], kind="stable")]
     return np.sort(np.concatenate([before, at[: num_rows - len(before)]]))
 
@@ -161,7 +164,7 @@ def _groups(keys: UInt64, groups: NDArray[np.integer], strata: Int32) -> _Groups
 
 
 def _smallest(rows: Int64, sizes: Int64, keys: UInt64, strata: Int32) -> Int64:
-    """Return of each group the row of the smallest key, and among its copies that of the lowest stratum."""
+    """Return the row of the smallest key in each group, and among its copies the one of the lowest stratum."""
     for values in (keys[:, 0], keys[:, 1], strata):
         if len(rows) == len(sizes):
             break
@@ -174,7 +177,7 @@ def _smallest(rows: Int64, sizes: Int64, keys: UInt64, strata: Int32) -> Int64:
 
 
 class _Classes(NamedTuple):
-    """Groups of one stratum and one size: the stratum's code, the size, how many, and 64 random bits, each [C]."""
+    """Groups of one stratum and one size: stratum code, size, number of groups, and 64 random bits, each [C]."""
 
     strata: Int32
     sizes: Int64
@@ -182,39 +185,39 @@ class _Classes(NamedTuple):
     chances: UInt64
 
 
-def _ordered(found: _Groups, keys: UInt64, strata: Int32, seed: int) -> tuple[Int64, _Classes]:
-    """Return the groups [G] by stratum, size from large to small, and rank; and the classes in that order."""
-    ranked = ranks(keys[found.first], seed)
-    of_class = strata[found.first].astype(np.int64)
-    largest = int(found.sizes.max())
+def _ordered(grouped: _Groups, keys: UInt64, strata: Int32, seed: int) -> tuple[Int64, _Classes]:
+    """Return the groups [G] ordered by stratum, size (largest first) and rank; and the classes in that order."""
+    ranked = ranks(keys[grouped.first], seed)
+    of_class = strata[grouped.first].astype(np.int64)
+    largest = int(grouped.sizes.max())
     of_class *= largest
-    of_class += largest - found.sizes
+    of_class += largest - grouped.sizes
     order = np.lexsort((ranked, of_class))
     of_class, ranked = of_class[order], ranked[order]
     changes = of_class[1:] != of_class[:-1]
     ties = np.flatnonzero(~changes & (ranked[1:] == ranked[:-1]))
     if len(ties):
-        order = _without_ties(order, of_class, ranked, keys[found.first[order], 1])
+        order = _without_ties(order, of_class, ranked, keys[grouped.first[order], 1])
     starts = np.flatnonzero(np.concatenate([np.ones(1, np.bool_), changes]))
     first = order[starts]
     numbers = np.diff(starts, append=len(order))
-    return order, _Classes(strata[found.first[first]], found.sizes[first], numbers, mix(ranked[starts]))
+    return order, _Classes(strata[grouped.first[first]], grouped.sizes[first], numbers, mix(ranked[starts]))
 
 
 def _without_ties(order: Int64, of_class: Int64, ranked: UInt64, low: UInt64) -> Int64:
-    """Put groups of one rank in the order of their keys, whose other half then decides."""
+    """Order groups of one rank by the second half of their keys, which then decides."""
     again = np.lexsort((low, ranked, of_class))
     same = (of_class[1:] == of_class[:-1]) & (ranked[1:] == ranked[:-1]) & (low[again][1:] == low[again][:-1])
     if same.any():
-        raise ValueError(f"{int(np.count_nonzero(same))} keys stand in several groups")
+        raise ValueError(f"{int(np.count_nonzero(same))} keys are in several groups")
     return order[again]
 
 
 def _counts(classes: _Classes, parts: Sequence[int], seed: int) -> Int64:
-    """Return int64 [C, K], groups of each class on each side."""
+    """Return int64 [C, K], the number of groups of each class on each side."""
     starts = np.flatnonzero(np.concatenate([np.ones(1, np.bool_), classes.strata[1:] != classes.strata[:-1]]))
     ends = np.append(starts[1:], len(classes.strata))
-    # Strata of large groups first: those of small ones can still mend the shares over all.
+    # Strata with large groups first: those with small ones can still correct the shares over all.
     chances = mix(classes.strata[starts].astype(np.uint64) ^ mixed_seed(seed, STRATUM_ORDER))
     visits = np.lexsort((chances, -classes.sizes[starts]))
     columns = zip(classes.sizes.tolist(), classes.numbers.tolist(), classes.chances.tolist())
@@ -224,3 +227,40 @@ def _counts(classes: _Classes, parts: Sequence[int], seed: int) -> Int64:
     for visit, of_stratum in zip(visits.tolist(), class_counts((listed[spans[at]] for at in visits.tolist()), parts)):
         counts[spans[visit]] = of_stratum
     return counts
+
+
+def mix(values: UInt64) -> UInt64:
+    """Return the first output of SplitMix64 for each state, uint64 of any shape: a bijection that mixes all bits.
+
+    Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with the constants of Vigna's
+    splitmix64.c.
+    """
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def mixed_seed(seed: int, purpose: int = 0) -> UInt64:
+    """Return uint64 [1] from a seed of any size and sign; different purposes give independent orders."""
+    return mix(mix(np.array([seed & MASK], np.uint64)) + np.uint64(purpose))
+
+
+def ranks(keys: UInt64, seed: int, purpose: int = 0) -> UInt64:
+    """Return uint64 [R], the sort key of each row.
+
+    Args:
+        keys: uint64 [R, 2] hash of each row's content.
+        seed: Seed of the order.
+        purpose: Number of the purpose of the order.
+
+    Returns:
+        uint64 [R]. Rows of equal rank have equal keys if their second halves are equal, so the second half as an
+        additional sort key makes the order strict.
+    """
+    mixed = mix(keys[:, 1] ^ mixed_seed(seed, purpose))
+    mixed ^= keys[:, 0]
+    return mix(mixed)

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from packhorse.data.data_manifest import DataManifest, write_data_manifest
 from packhorse.data.ledger import Entry, Ledger
-from packhorse.data.manifest import DataManifest, write_manifest
 from packhorse.data.packs.packing import pack
 from packhorse.data.packs.store import write_split
 from packhorse.errors import UserError
@@ -170,7 +170,7 @@ def _write_rows(plan: RunPlan, folder: Path) -> DataFacts:
         fields=(),
         ledger=Ledger(rows_in=entry, losses={}, kept={"train": entry}),
     )
-    write_manifest(manifest, folder / "data")
+    write_data_manifest(manifest, folder / "data")
     return DataFacts(
         folder=str(folder / "data"),
         tokenizer=manifest.tokenizer,

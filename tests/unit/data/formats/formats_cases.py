@@ -6,8 +6,7 @@ from typing import Any
 
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.sources import Row
+from packhorse.data.read.row import Row, RowMistakes
 from packhorse.recipe.schema import Source
 
 USER = {"role": "user", "content": "hi"}

@@ -19,7 +19,7 @@ from packhorse.data.convert.convert import CONTEXT_MARK, Target, convert_file
 from packhorse.data.convert.prices import default_epochs, estimated_tokens, read_prices
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.rows import convert_rows
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.read.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
@@ -143,7 +143,7 @@ def test_openai_form_of_tool_calls(tmp_path: Path) -> None:
         ),
         pytest.param(
             chat(USER, {**BOT, "tool_calls": [CALL]}, *[{"role": "tool", "content": "a"}] * 2, BOT), "openai",
-            "turn 4 is a tool's answer, and no call before it waits", id="two answers to a call",
+            "turn 4 is a tool's answer, and no earlier call is unanswered", id="two answers to a call",
         ),
     ],
 )  # fmt: skip
@@ -312,7 +312,7 @@ def test_a_broken_row_leaves_what_was_there(here: Path, capsys: pytest.CaptureFi
     assert main(["convert", "in.jsonl", "out.jsonl", "--to", "messages", "--force"]) == 2
     said = capsys.readouterr().err
     assert "in.jsonl:13: the row has no answer" in said
-    assert "in.jsonl:14: the line is no JSON" in said
+    assert "in.jsonl:14: the line is not JSON" in said
     assert (here / "out.jsonl").read_text() == "mine"
     assert sorted(path.name for path in here.iterdir()) == ["in.jsonl", "out.jsonl"]
 

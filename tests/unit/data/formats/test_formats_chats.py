@@ -6,8 +6,7 @@ import pytest
 from formats_cases import BOT, GPT, HUMAN, USER, convert, turns
 
 from packhorse.data.formats.rows import convert_rows, detect_format, resolve_format
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.sources import Row
+from packhorse.data.read.row import Row, RowMistakes
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 
@@ -141,7 +140,7 @@ def test_the_keys_show_the_format(values: dict[str, Any], expected: str | None) 
         pytest.param({"question": "a", "answer": "b"}, "messages", "it looks like question_answer", "set", id="other"),
         pytest.param({"key": 1, "prompt": "a"}, "auto", "key, prompt, which is no", "columns", id="prompt alone"),
         pytest.param({"text": "a"}, "text_label", "no label or category or class or", "set the", id="no label"),
-        pytest.param({"instuction": "a", "output": "b"}, "alpaca", "instuction is near instruction", "mend", id="typo"),
+        pytest.param({"instuction": "a", "output": "b"}, "alpaca", "instuction is close to", "fix the row", id="typo"),
         pytest.param({"messages": [{**USER, "role": "asistant"}]}, "auto", "'asistant'", "write assistant", id="role"),
         pytest.param({"messages": [{**USER, "role": 5}]}, "auto", "the role 5", "one of these", id="role type"),
         pytest.param({"messages": [{**USER, "role": ["x"]}]}, "auto", "the role list", "one of", id="role as list"),
@@ -150,7 +149,7 @@ def test_the_keys_show_the_format(values: dict[str, Any], expected: str | None) 
         pytest.param({"messages": [USER]}, "auto", "no assistant turn", "add the answer", id="no answer"),
         pytest.param({"messages": []}, "auto", "messages is an empty list", "list of objects", id="no turns"),
         pytest.param({"messages": "hi"}, "auto", "messages is str", "list of objects", id="no list"),
-        pytest.param({"messages": ["hi"]}, "auto", "other things than", "list of", id="no objects"),
+        pytest.param({"messages": ["hi"]}, "auto", "other elements than", "list of", id="no objects"),
         pytest.param({"messages": [USER, {**BOT, "content": " "}]}, "auto", "turn is empty", "fill it in", id="empty"),
         pytest.param({"messages": [USER, {**BOT, "content": []}]}, "auto", "turn is empty", "fill it", id="no parts"),
         pytest.param({"messages": [USER, {**BOT, "content": None}]}, "auto", "2 is null, not", "as text", id="null"),
@@ -176,7 +175,7 @@ def test_the_keys_show_the_format(values: dict[str, Any], expected: str | None) 
         ),
         pytest.param(
             {"conversations": [{"from": "system", "value": "a"}, HUMAN, GPT], "system": "b"}, "auto", "another system",
-            "leave one", id="two systems",
+            "remove one", id="two systems",
         ),
         pytest.param({"text": " \n"}, "auto", "text is empty", "remove", id="empty text"),
         pytest.param({"text": None}, "auto", "text is null", "as text", id="null text"),
@@ -218,7 +217,7 @@ def mixed(first: dict[str, Any], second: dict[str, Any], declared: Any) -> tuple
     mistakes = RowMistakes("rows.jsonl")
     found = resolve_format(declared, rows[0], source)
     taken = [example.where for example in convert_rows(rows, found, mistakes, source)]
-    return taken, "\n".join(str(mistake) for mistake in mistakes.told())
+    return taken, "\n".join(str(mistake) for mistake in mistakes.to_show())
 
 
 @pytest.mark.parametrize(

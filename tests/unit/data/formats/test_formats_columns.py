@@ -6,8 +6,7 @@ import pytest
 from formats_cases import BOT, USER, convert, said
 
 from packhorse.data.formats.rows import convert_rows, resolve_format
-from packhorse.data.read.mistakes import RowMistakes
-from packhorse.data.read.sources import Row
+from packhorse.data.read.row import Row, RowMistakes
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 
@@ -72,7 +71,7 @@ def test_a_mapped_key_is_no_field_any_more() -> None:
         pytest.param(
             {"columns": {"question": "q", "answer": "a"}},
             "columns has {question: q}, and the row has no q; the row's keys are ask, a",
-            "as it stands in the rows", id="absent",
+            "as it is in the rows", id="absent",
         ),
         pytest.param({"columns": {"question": "ask.0"}}, "the row has no ask.0", "", id="no such path"),
         pytest.param({"columns": {"qestion": "ask"}}, "no format has a key qestion", "write question", id="mistyped"),
@@ -98,7 +97,7 @@ def test_a_later_row_without_the_mapped_key_is_a_mistake_of_its_own() -> None:
     rows = [Row("x:1", {"q": "hi", "a": "b"}), Row("x:2", {"question": "hi", "a": "b"})]
     mistakes = RowMistakes("x")
     assert len(list(convert_rows(rows, resolve_format("auto", rows[0], source), mistakes, source))) == 1
-    assert "x:2: the row has no question (columns: q), so it is not question_answer" in str(mistakes.told()[0])
+    assert "x:2: the row has no question (columns: q), so it is not question_answer" in str(mistakes.to_show()[0])
 
 
 SQUAD = {

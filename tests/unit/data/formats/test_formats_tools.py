@@ -95,13 +95,13 @@ DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 @pytest.mark.parametrize(
     ("values", "fact", "fix"),
     [
-        pytest.param({"messages": [USER, openai("{city: Oslo}")]}, "is no JSON (Expecting", "arguments", id="no json"),
+        pytest.param({"messages": [USER, openai("{city: Oslo}")]}, "is not JSON (Expecting", "arguments", id="no json"),
         pytest.param({"messages": [USER, openai("[1]")]}, "are list, not an object", "arguments", id="list"),
-        pytest.param({"messages": [USER, openai('{"a": NaN}')]}, "is no JSON (ValueError)", "arguments", id="nan"),
+        pytest.param({"messages": [USER, openai('{"a": NaN}')]}, "is not JSON (ValueError)", "arguments", id="nan"),
         pytest.param({"messages": [USER, openai(3)]}, "are int, not an object", "arguments", id="number"),
-        pytest.param({"messages": [USER, openai(DEEP)]}, "is no JSON (RecursionError)", "argum", id="deep"),
+        pytest.param({"messages": [USER, openai(DEEP)]}, "is not JSON (RecursionError)", "argum", id="deep"),
         pytest.param({"messages": [USER, openai('{"a": "\\ud800"}')]}, "surrogate", "remove", id="surrogate"),
-        pytest.param({"messages": [USER, openai({"a": {1, 2}})]}, "is no JSON (TypeError)", "", id="set"),
+        pytest.param({"messages": [USER, openai({"a": {1, 2}})]}, "is not JSON (TypeError)", "", id="set"),
         pytest.param({"messages": [USER, {**BOT, "tool_calls": ["x"]}]}, "the name of a tool: 'x'", "name", id="x"),
         pytest.param({"messages": [USER, {**BOT, "tool_calls": [{"name": ""}]}]}, "without the name", "name", id="''"),
         pytest.param({"messages": [{**USER, "tool_calls": [OSLO]}, BOT]}, "role user has tool_calls", "give", id="who"),
@@ -109,7 +109,7 @@ DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
         pytest.param({"messages": [USER, openai(TEXT), BOT, RAIN, BOT]}, "turn 4 is a tool's", "", id="call too early"),
         pytest.param({"conversations": [HUMAN, OBSERVED, GPT]}, "turn 2 is a tool's answer", "", id="sharegpt no call"),
         pytest.param(
-            {"conversations": [HUMAN, {"from": "function_call", "value": "call weather"}]}, "call of turn 2 is no JSON",
+            {"conversations": [HUMAN, {"from": "function_call", "value": "call weather"}]}, "call of turn 2 is not",
             '{"name"', id="sharegpt no json",
         ),
         pytest.param(
@@ -123,7 +123,7 @@ DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
             {"messages": [USER, openai(TEXT)], "tools": [{"name": "wether"}]},
             "turn 2 calls weather; the row's tools are wether", "write wether, or add", id="unknown tool",
         ),
-        pytest.param({"messages": [USER, BOT], "tools": "weather"}, "tools is no JSON", "function", id="tools no json"),
+        pytest.param({"messages": [USER, BOT], "tools": "weather"}, "tools is not JSON", "func", id="tools no json"),
         pytest.param({"messages": [USER, BOT], "tools": {"name": "a"}}, "tools is dict, not a list", "list", id="dict"),
         pytest.param({"messages": [USER, BOT], "tools": [{}]}, "tool 1 of tools has no name", "name", id="no name"),
         pytest.param({"messages": [USER, BOT], "tools": ["x"]}, "tool 1 of tools has no name", "name", id="text"),

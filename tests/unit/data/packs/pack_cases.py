@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from packhorse.data.data_manifest import DataManifest, write_data_manifest
 from packhorse.data.ledger import Entry, Ledger
-from packhorse.data.manifest import DataManifest, write_manifest
 from packhorse.data.packs.packing import pack
 from packhorse.data.packs.store import PackStore, open_store, write_split
 
@@ -58,5 +58,5 @@ def write_store(
         ledger=Ledger(rows_in=every, losses={}, kept={split: every}),
         **more,
     )
-    write_manifest(manifest, folder)
+    write_data_manifest(manifest, folder)
     return open_store(folder, split, unsealed=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packhorse.data.checks.encoding import broken_encoding, mend
+from packhorse.data.checks.encoding import broken_encoding, fix_encoding_errors
 
 SOUND = [
     'Plain text: 3 < 4 && "quoted" – it\'s fine.\n\tTabs\r\ntoo.',
@@ -22,7 +22,7 @@ SOUND = [
 
 @pytest.mark.parametrize("text", SOUND, ids=lambda text: text[:12] or "empty")
 def test_sound_text_is_left_as_it_is(text: str) -> None:
-    assert (broken_encoding(text), mend(text)) == (False, text)
+    assert (broken_encoding(text), fix_encoding_errors(text)) == (False, text)
 
 
 @pytest.mark.parametrize(
@@ -40,18 +40,18 @@ def test_wrong_decoding_is_undone(text: str, code: str) -> None:
     # Windows-1252 has no letter for five bytes; decoders write those as they are.
     wrong = "".join(bytes([byte]).decode(code, "ignore") or chr(byte) for byte in text.encode())
     assert wrong != text
-    assert (broken_encoding(wrong), mend(wrong)) == (True, text)
+    assert (broken_encoding(wrong), fix_encoding_errors(wrong)) == (True, text)
 
 
 def test_twice_wrong_is_undone_twice() -> None:
     wrong = "información".encode().decode("windows-1252").encode().decode("windows-1252")
-    assert mend(wrong) == "información"
+    assert fix_encoding_errors(wrong) == "información"
 
 
 def test_a_sound_line_does_not_keep_another_from_being_mended() -> None:
-    assert mend("señor “Ángel”\nel niÃ±o comiÃ³") == "señor “Ángel”\nel niño comió"
+    assert fix_encoding_errors("señor “Ángel”\nel niÃ±o comiÃ³") == "señor “Ángel”\nel niño comió"
     # Read as Mac Roman, which has no code for what stands in the other line.
-    assert mend("el señor Ñáñez\ninformaci√≥n, ni√±o") == "el señor Ñáñez\ninformación, niño"
+    assert fix_encoding_errors("el señor Ñáñez\ninformaci√≥n, ni√±o") == "el señor Ñáñez\ninformación, niño"
 
 
 @pytest.mark.parametrize("sign", ["\0", "\x07", "\x1b", "\x7f", "\x81", "\ufffd", "\ufeff"], ids=ascii)
@@ -61,5 +61,5 @@ def test_signs_that_nobody_means_are_broken(sign: str) -> None:
 
 
 def test_byte_order_marks_are_taken_out_and_what_is_lost_is_left() -> None:
-    assert mend("\ufeffel niño\ufeff") == "el niño"
-    assert mend("a\ufffdb\x00c é") == "a\ufffdb\x00c é"
+    assert fix_encoding_errors("\ufeffel niño\ufeff") == "el niño"
+    assert fix_encoding_errors("a\ufffdb\x00c é") == "a\ufffdb\x00c é"

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packhorse.data.checks.contradictions import contradictions
-from packhorse.data.checks.keys import answer_keys, content_keys, prompt_keys
+from packhorse.data.checks.keys import answer_keys, content_keys, contradictions, prompt_keys
 from packhorse.data.formats.example import Example, Message
 
 ASKED = Message("user", "Is it raining?")

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from packhorse.data.checks.signatures import signatures
+from packhorse.data.checks.words import signatures
 
 WORDS = "the a house river blue runs slowly under old bridge and three dogs sleep near it while rain".split()  # noqa: SIM905
 JAPANESE = "今日は雨が降っているから家で静かに本を読んでいる"

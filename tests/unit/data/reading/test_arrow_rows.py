@@ -121,7 +121,7 @@ def test_a_row_that_python_cannot_hold_costs_itself_alone(tmp_path: Path) -> Non
     parquet.write_table(pyarrow.table({"text": text}), path)
     rows, mistakes = read_all(path)
     assert rows == [("rows.parquet:1", {"text": "good"}), ("rows.parquet:3", {"text": "fine"})]
-    assert mistakes == ["rows.parquet:2: a value of the row cannot be had: byte 0xff at column 1 (invalid start byte)"]
+    assert mistakes == ["rows.parquet:2: a value of the row cannot be read: byte 0xff at column 1 (invalid start byte)"]
 
 
 def test_offsets_that_lie_are_found_before_they_are_followed(tmp_path: Path) -> None:

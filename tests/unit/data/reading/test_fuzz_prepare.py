@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import prepare
 from packhorse.errors import Mistake, UserError
-from packhorse.quickstart.tokenizer import save_tokenizer, train_tokenizer
 from packhorse.recipe.schema import Recipe
+from quickstart_corpus.tokenizer import save_tokenizer, train_tokenizer
 
 NUM_FILES = 300
 FORMS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow", "jsonl+gz", "csv+zst")

@@ -24,11 +24,11 @@ def jsonl(folder: Path, *lines: str) -> Path:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        pytest.param('{"text": "a", "text": "b"}', "the key text stands twice in one object", id="key twice"),
-        pytest.param('{"text" : "a", "text" : "b"}', "the key text stands twice in one object", id="key twice, spaced"),
-        pytest.param('{"a": {"b": [{"c": 1, "c": 2}]}}', "the key c stands twice in one object", id="key twice inside"),
-        pytest.param('{"text": "a", "n": NaN}', "NaN is no JSON number", id="nan"),
-        pytest.param('{"text": "a", "n": -Infinity}', "-Infinity is no JSON number", id="infinity"),
+        pytest.param('{"text": "a", "text": "b"}', "the key text is twice in one object", id="key twice"),
+        pytest.param('{"text" : "a", "text" : "b"}', "the key text is twice in one object", id="key twice, spaced"),
+        pytest.param('{"a": {"b": [{"c": 1, "c": 2}]}}', "the key c is twice in one object", id="key twice inside"),
+        pytest.param('{"text": "a", "n": NaN}', "NaN is not a JSON number", id="nan"),
+        pytest.param('{"text": "a", "n": -Infinity}', "-Infinity is not a JSON number", id="infinity"),
         pytest.param('{"text": "a", "n": 1e999}', "the number 1e999 is too large", id="too large"),
         pytest.param('{"text": "a", "n": ' + "9" * 5000 + "}", "an integer of more than 4300 digits", id="digits"),
         pytest.param('{"text": "\\ud800"}', "half a surrogate pair (\\ud800)", id="half pair"),
@@ -45,7 +45,7 @@ def test_lines_that_others_read_otherwise_are_refused(tmp_path: Path, line: str,
     rows, mistakes = read_all(jsonl(tmp_path, json.dumps(GOOD), line, json.dumps(GOOD)))
     assert rows == [("rows.jsonl:1", GOOD), ("rows.jsonl:3", GOOD)]
     (mistake,) = mistakes
-    assert mistake.startswith("rows.jsonl:2: the line is no JSON: ")
+    assert mistake.startswith("rows.jsonl:2: the line is not JSON: ")
     assert told in mistake
 
 
@@ -137,23 +137,29 @@ def test_json_array_knows_each_row_s_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        pytest.param('[\n{"a": 1},\n{"b" 2}]', "rows.json:3: the JSON cannot be read on: Expecting ':'", id="colon"),
-        pytest.param('[\n{"a": 1}\n{"b": 2}]', "rows.json:3: the JSON cannot be read on: Expecting ',' or", id="comma"),
         pytest.param(
-            '[{"a": 1},\n{"b": "c', "rows.json:2: the JSON cannot be read on: Unterminated", id="cut in a text"
+            '[\n{"a": 1},\n{"b" 2}]', "rows.json:3: the JSON cannot be read further: Expecting ':'", id="colon"
         ),
         pytest.param(
-            '[{"a": 1}', "rows.json:1: the JSON cannot be read on: Expecting ',' or ']'", id="cut in the list"
+            '[\n{"a": 1}\n{"b": 2}]', "rows.json:3: the JSON cannot be read further: Expecting ',' or", id="comma"
         ),
-        pytest.param('[{"a": 1},]', "the JSON cannot be read on: Expecting value", id="comma at the end"),
-        pytest.param('[{"a": 1}] x', "the JSON cannot be read on: Extra data; it begins x", id="more after it"),
-        pytest.param('{"rows": [{"a": 1}]', "the JSON cannot be read on: Expecting ',' or '}'", id="cut in the object"),
+        pytest.param(
+            '[{"a": 1},\n{"b": "c', "rows.json:2: the JSON cannot be read further: Unterminated", id="cut in a text"
+        ),
+        pytest.param(
+            '[{"a": 1}', "rows.json:1: the JSON cannot be read further: Expecting ',' or ']'", id="cut in the list"
+        ),
+        pytest.param('[{"a": 1},]', "the JSON cannot be read further: Expecting value", id="comma at the end"),
+        pytest.param('[{"a": 1}] x', "the JSON cannot be read further: Extra data; it begins x", id="more after it"),
+        pytest.param(
+            '{"rows": [{"a": 1}]', "the JSON cannot be read further: Expecting ',' or '}'", id="cut in the object"
+        ),
         pytest.param('{"rows": [{"a": 1}],}', "Expecting property name", id="comma at the object's end"),
         pytest.param('{"a": [{}], "b": [{}]}', "with several lists of objects: a, b", id="two lists"),
         pytest.param('{"a": ["x"], "b": 1}', "is an object without a list of objects", id="no list"),
         pytest.param("[" * 100_000, "nested too deeply", id="deep"),
         pytest.param('[{"a": ' + "9" * 5000 + "}]", "an integer of more than 4300 digits", id="digits"),
-        pytest.param('[{"a": NaN}]', "NaN is no JSON number", id="nan"),
+        pytest.param('[{"a": NaN}]', "NaN is not a JSON number", id="nan"),
     ],
 )
 def test_json_that_cannot_be_read_on(tmp_path: Path, text: str, told: str) -> None:
@@ -168,18 +174,18 @@ def test_an_array_goes_on_after_a_row_that_is_none(tmp_path: Path) -> None:
     rows, mistakes = read_all(path)
     assert rows == [("rows.json:1", {"a": 1}), ("rows.json:5", {"a": 5})]
     assert [mistake.partition(";")[0] for mistake in mistakes] == [
-        "rows.json:2: the row is no JSON object but int",
-        "rows.json:3: the row is no sound JSON: the key a stands twice in one object",
-        "rows.json:4: the row is no sound JSON: half a surrogate pair (\\ud800), which is no character",
+        "rows.json:2: the row is not a JSON object but int",
+        "rows.json:3: the row is not sound JSON: the key a is twice in one object",
+        "rows.json:4: the row is not sound JSON: half a surrogate pair (\\ud800), which is not a character",
     ]
 
 
 def test_bytes_that_are_no_utf8_are_named_by_their_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b'[{"a": 1},\n{"a": "\xff"}]')
-    assert 'rows.json:2: the line is no UTF-8: byte 0xff (invalid start byte); it begins {"a"' in mistake_of(path)
+    assert 'rows.json:2: the line is not UTF-8: byte 0xff (invalid start byte); it begins {"a"' in mistake_of(path)
     path.write_bytes(b'[{"a": 1}]\n\xe2\x80')
-    assert "rows.json:2: the line is no UTF-8: byte 0xe2 (unexpected end of data)" in mistake_of(path)
+    assert "rows.json:2: the line is not UTF-8: byte 0xe2 (unexpected end of data)" in mistake_of(path)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])

@@ -124,7 +124,7 @@ def test_an_empty_file_in_a_folder_is_named(tmp_path: Path) -> None:
 def test_files_without_rows_are_told_together(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n")
     (tmp_path / "b.json").write_text("[]")
-    assert f"{tmp_path} holds no row." in mistake_of(tmp_path)
+    assert f"{tmp_path} has no rows." in mistake_of(tmp_path)
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:

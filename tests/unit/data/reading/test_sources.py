@@ -32,16 +32,16 @@ def test_jsonl_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
 def test_all_broken_lines_are_told_with_their_line(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", ROWS[0], '{"text": ""x"}', "[1, 2]", ROWS[1], '{"text": "ab')
     message = mistake_of(path)
-    assert f"{path}:2: the line is no JSON: Expecting ',' delimiter at column 12" in message
+    assert f"{path}:2: the line is not JSON: Expecting ',' delimiter at column 12" in message
     assert '; it begins {"text": ""x"}' in message
-    assert f"{path}:3: the row is no JSON object but list; it begins [1, 2]" in message
-    assert f"{path}:5: the line is no JSON: Unterminated string" in message
+    assert f"{path}:3: the row is not a JSON object but list; it begins [1, 2]" in message
+    assert f"{path}:5: the line is not JSON: Unterminated string" in message
     assert f"{path} has 3 mistakes; 3 are shown." in message
 
 
 def test_at_most_twenty_are_shown(tmp_path: Path) -> None:
     message = mistake_of(write_lines(tmp_path / "rows.jsonl", *["{"] * 50))
-    assert message.count("the line is no JSON") == 20
+    assert message.count("the line is not JSON") == 20
     assert "has 50 mistakes; 20 are shown." in message
 
 
@@ -49,13 +49,13 @@ def test_at_most_twenty_are_shown(tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         pytest.param("rows.jsonl", b"", "rows.jsonl is empty: 0 bytes.", id="empty"),
-        pytest.param("rows.jsonl", b"\n\n", "holds no row.", id="blank"),
-        pytest.param("rows.json", b"[]", "holds no row.", id="empty array"),
-        pytest.param("rows.csv", b"text\n", "holds no row.", id="header only"),
-        pytest.param("rows.jsonl", b'{"text": "\xff"}', "rows.jsonl:1: the line is no UTF-8", id="not utf-8"),
-        pytest.param("rows.jsonl", b"[" * 100_000, "rows.jsonl:1: the line is no JSON", id="deep"),
+        pytest.param("rows.jsonl", b"\n\n", "has no rows.", id="blank"),
+        pytest.param("rows.json", b"[]", "has no rows.", id="empty array"),
+        pytest.param("rows.csv", b"text\n", "has no rows.", id="header only"),
+        pytest.param("rows.jsonl", b'{"text": "\xff"}', "rows.jsonl:1: the line is not UTF-8", id="not utf-8"),
+        pytest.param("rows.jsonl", b"[" * 100_000, "rows.jsonl:1: the line is not JSON", id="deep"),
         pytest.param("rows.json", b'"text"', 'begins with "text"', id="no array"),
-        pytest.param("rows.json", b" \n ", "holds no row.", id="blank array"),
+        pytest.param("rows.json", b" \n ", "has no rows.", id="blank array"),
         pytest.param("rows.parquet", b"no parquet", "cannot be read as Parquet after row 0", id="parquet"),
         pytest.param("rows.txt", b"text", "ends in .txt.", id="extension"),
         pytest.param("rows.txt.gz", b"text", "ends in .gz.", id="packed extension"),
@@ -85,7 +85,7 @@ def test_hub_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         list(read_rows(Source(id="some/rows"), Path("runs")))
     message = str(caught.value)
-    assert "the data set some/rows (subset None, split train) cannot be had: Couldn't reach" in message
+    assert "the data set some/rows (subset None, split train) is not available: Couldn't reach" in message
     assert "HF_HUB_OFFLINE" in message
     assert "data.sources[].path" in message
 
@@ -104,9 +104,9 @@ def test_mistakes_go_where_they_are_collected(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", ROWS[0], "{", ROWS[2])
     rows, told = read_all(path)
     assert rows == [("rows.jsonl:1", ROWS[0]), ("rows.jsonl:3", ROWS[2])]
-    assert [words.split(": ")[:2] for words in told] == [["rows.jsonl:2", "the line is no JSON"]]
+    assert [words.split(": ")[:2] for words in told] == [["rows.jsonl:2", "the line is not JSON"]]
 
 
 def test_a_source_of_broken_rows_alone_is_not_called_empty(tmp_path: Path) -> None:
     assert read_all(write_lines(tmp_path / "rows.jsonl", "{", "["))[0] == []
-    assert "holds no row" not in mistake_of(tmp_path / "rows.jsonl")
+    assert "has no rows" not in mistake_of(tmp_path / "rows.jsonl")

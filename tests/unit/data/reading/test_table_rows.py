@@ -50,15 +50,15 @@ def test_columns_by_name_keep_the_header(tmp_path: Path) -> None:
     ("content", "told"),
     [
         pytest.param(
-            b"two and two?,4\nthree?,3\n", "the first line names a column 4, which looks like a row", id="number"
+            b"two and two?,4\nthree?,3\n", "the first line has a column named 4, which looks like a row", id="number"
         ),
-        pytest.param(b"w" * 101 + b",b\n1,2\n", "which looks like a row's own value", id="long"),
+        pytest.param(b"w" * 101 + b",b\n1,2\n", "which looks like a value of a row", id="long"),
         pytest.param(b"a,b,a\n1,2,3\n", "the header names two columns a.", id="twice"),
         pytest.param(b"a,,\n1,2,3\n", "the header names two columns nothing.", id="nameless twice"),
-        pytest.param(b'a,"b"c\n1,2\n', "rows.csv:1: the row is wrongly quoted", id="quotes"),
-        pytest.param(b"a,\xff\n1,2\n", "rows.csv:1: the header is no UTF-8", id="bytes"),
-        pytest.param(b'a,b\n"1,2\n3,4\n', "rows.csv:2: the row is wrongly quoted: unexpected end", id="open quote"),
-        pytest.param(b'a,b\n"1\n2"x,3\n4,5\n', "rows.csv:2: the row is wrongly quoted", id="quoted over lines"),
+        pytest.param(b'a,"b"c\n1,2\n', "rows.csv:1: the row is quoted wrongly", id="quotes"),
+        pytest.param(b"a,\xff\n1,2\n", "rows.csv:1: the header is not UTF-8", id="bytes"),
+        pytest.param(b'a,b\n"1,2\n3,4\n', "rows.csv:2: the row is quoted wrongly: unexpected end", id="open quote"),
+        pytest.param(b'a,b\n"1\n2"x,3\n4,5\n', "rows.csv:2: the row is quoted wrongly", id="quoted over lines"),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path: Path, content: bytes, told: str) -> None:
@@ -79,11 +79,11 @@ def test_a_broken_line_costs_its_own_row_alone(tmp_path: Path) -> None:
         ("rows.csv:10", {"a": "12", "b": "13\0"}),
     ]
     assert [mistake.partition(";")[0] for mistake in mistakes] == [
-        "rows.csv:3: the row is wrongly quoted: ',' expected after '\"'",
-        "rows.csv:4: the row is no UTF-8: byte 0xff at column 1 (invalid start byte)",
+        "rows.csv:3: the row is quoted wrongly: ',' expected after '\"'",
+        "rows.csv:4: the row is not UTF-8: byte 0xff at column 1 (invalid start byte)",
         "rows.csv:5: the row has 1 cells and the first line 2 (a, b)",
-        "rows.csv:6: the row is no UTF-8: byte 0xfe at column 1 (invalid start byte)",
-        "rows.csv:9: the row is wrongly quoted: new-line character seen in unquoted field",
+        "rows.csv:6: the row is not UTF-8: byte 0xfe at column 1 (invalid start byte)",
+        "rows.csv:9: the row is quoted wrongly: new-line character seen in unquoted field",
     ]
     assert mistakes[0].endswith('it begins "x"y,3')
 
@@ -95,5 +95,5 @@ def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
 def test_no_row_is_taken_from_after_a_cell_that_went_wrong_over_lines(tmp_path: Path) -> None:
     # The second line may be a row, or the rest of a cell: nobody knows, so dropping bad rows is no way out.
     path = table(tmp_path, b'a,b\n"1\n2"x,3\n4,5\n')
-    with pytest.raises(UserError, match="rows.csv:2: the row is wrongly quoted"):
+    with pytest.raises(UserError, match="rows.csv:2: the row is quoted wrongly"):
         read_all(path)

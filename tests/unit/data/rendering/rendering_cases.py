@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import Rendered, Renderer, load_tokenizer, make_renderer, render_examples
 from packhorse.errors import UserError
 from packhorse.recipe.schema import DataSection

@@ -8,7 +8,7 @@ import pytest
 from rendering_cases import byte_tokenizer, chat_of, loaded, refusal, render, renderer_of, text_of
 
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import load_tokenizer, render_examples
 from shared_folder import shared
 

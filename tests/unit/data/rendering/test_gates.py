@@ -64,12 +64,12 @@ def without_markers(template: str) -> str:
             TEMPLATE.replace("{% generation %}", "{% generation %}{% generation %}").replace(
                 "{% endgeneration %}", "{% endgeneration %}{% endgeneration %}"
             ),
-            ["its generation markers stand inside each other"],
+            ["its generation markers are nested"],
             id="markers in markers",
         ),
         pytest.param(
             TEMPLATE.replace("{% if add_generation_prompt %}<bot>{% endif %}", ""),
-            ["is trained after", "<bot>", "nobody would write what stands between"],
+            ["is trained after", "<bot>", "nothing would write the text between"],
             id="no generation prompt",
         ),
         pytest.param(
@@ -186,7 +186,7 @@ def test_answer_that_begins_inside_a_token(tmp_path: Path) -> None:
     message = refusal(folder, chat_of(CHAT[1], Message("assistant", "\nhello")))
     assert "rows.jsonl:7: turn 2 begins inside a token: " in message
     assert "assistant:\\nhello" in message
-    assert "take the white space off the start of the turn" in message
+    assert "remove the white space at the start of the turn" in message
 
 
 def merge_colon_and_break(file: Path) -> None:

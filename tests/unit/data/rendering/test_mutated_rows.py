@@ -8,7 +8,7 @@ import pytest
 from rendering_cases import chat_of, loaded, renderer_of
 
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import render_examples
 from shared_folder import shared
 

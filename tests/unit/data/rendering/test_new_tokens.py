@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from data_cases import MakeRecipe, chat, save_tiny_tokenizer, write_lines
 
-from packhorse.data.identity import content_key
+from packhorse.data.content_key import content_key
 from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import prepare
 from packhorse.data.render.tokenizer import load_tokenizer, pieces_before

@@ -53,9 +53,11 @@ def test_row_whose_generation_prompt_is_not_what_is_trained() -> None:
 def test_template_that_rewrites_earlier_turns(tmp_path: Path) -> None:
     folder = byte_tokenizer(tmp_path / "forgets", "<t>", "<e>", template=FORGETS)
     message = refusal(folder, THOUGHTS)
-    assert message.startswith("rows.jsonl:7: the chat template writes turn 2 (assistant) otherwise when more follows")
+    assert message.startswith(
+        "rows.jsonl:7: the chat template writes turn 2 (assistant) differently when more turns follow"
+    )
     assert "<think>easy</think>2" in message
-    assert "set data.train_on.turns to last, whose answer it leaves as it is" in message
+    assert "set data.train_on.turns to last, whose answer the template does not change" in message
 
 
 def test_last_turn_of_a_template_that_rewrites_earlier_turns(tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_rewriting_does_not_matter_once_the_thinking_is_removed(tmp_path: Path) 
     [
         pytest.param(
             FORGETS.replace("<e>{% endfor %}", "{% if loop.last %}<e>{% endif %}{% endfor %}"),
-            "otherwise when more follows",
+            "differently when more turns follow",
             id="stop token at the end only",
         ),
         pytest.param(
@@ -91,7 +93,7 @@ def test_rewriting_does_not_matter_once_the_thinking_is_removed(tmp_path: Path) 
         ),
         pytest.param(
             FORGETS.replace("%}<t>assistant:{%", "%}<t>model:{%"),
-            "than its generation prompt begins it",
+            "differently from its generation prompt",
             id="another generation prompt",
         ),
     ],
@@ -99,7 +101,7 @@ def test_rewriting_does_not_matter_once_the_thinking_is_removed(tmp_path: Path) 
 def test_templates_without_markers_that_cannot_be_trusted(tmp_path: Path, template: str, told: str) -> None:
     folder = byte_tokenizer(tmp_path / "bad", "<t>", "<e>", template=template)
     message = refusal(folder, chat_of(*CHAT))
-    assert "tried on a chat: " in message
+    assert "tested on a chat: " in message
     assert told in message
     assert "In it, put the markers around what the assistant says" in message
 

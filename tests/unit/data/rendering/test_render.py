@@ -8,7 +8,7 @@ from rendering_cases import byte_tokenizer, chat_of, data_section, loaded, piece
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.example import Message
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import load_tokenizer, make_renderer, render_examples
 from shared_folder import shared
 
@@ -178,7 +178,7 @@ def test_real_tokenizer_without_a_template() -> None:
     folder = shared("tokenizers/gpt2-50k")
     message = refusal(folder, chat_of(*THREE_TURNS))
     assert "gpt2-50k has no chat template." in message
-    assert "fix: set data.template to alpaca, whose tokens this tokenizer has; or to a Jinja file" in message
+    assert "fix: set data.template to alpaca, whose tokens this tokenizer has; or to your own Jinja file" in message
     assert "after:  {% generation %}{{ message['content'] + eos_token }}{% endgeneration %}" in message
     assert "no token <|im_start|> and no <|im_end|>" in refusal(folder, chat_of(*THREE_TURNS), template="chatml")
     (row,) = render(folder, text_of("Hello world"))

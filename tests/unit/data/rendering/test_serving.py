@@ -9,7 +9,7 @@ from rendering_cases import CHAT, byte_tokenizer, chat_of, renderer_of, text_of
 from tokenizers import normalizers, processors
 
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import Rendered, Renderer, check_serving, load_tokenizer, render_examples
 from packhorse.data.render.serving import saved_form
 from packhorse.errors import UserError

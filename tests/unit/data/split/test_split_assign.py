@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from packhorse.data.split import split
 from packhorse.data.split.quotas import GroupClass, class_counts, largest_remainder, share_parts
-from packhorse.data.split.ranks import ranks
-from packhorse.data.split.split import assign, replayed, too_small
+from packhorse.data.split.split import assign, ranks, replayed, too_small
 
 SHARES = (0.7, 0.15, 0.15)
 PINNED = ("201000002010", "012000000021")
@@ -270,7 +269,7 @@ def test_another_seed_shares_out_otherwise() -> None:
         pytest.param({"shares": (0.5,)}, r"sum to 0\.5", id="shares"),
         pytest.param({"shares": (1.5, -0.5)}, r"-0\.5", id="negative"),
         pytest.param({"strata": np.zeros(2, np.int32)}, "2 strata", id="numbers"),
-        pytest.param({"groups": np.array([0, 1, 2])}, "1 keys stand in several groups", id="torn copies"),
+        pytest.param({"groups": np.array([0, 1, 2])}, "1 keys are in several groups", id="torn copies"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(change, said: str) -> None:
@@ -330,9 +329,9 @@ def test_shares_off_by_more_than_a_point_are_said_with_their_cause() -> None:
     strata = [0] * 35 + [1] * 200 + [2] * 1000
     sides = [0] * 25 + [1] * 5 + [2] * 5 + [0] * 150 + [1] * 25 + [2] * 25 + [0] * 700 + [1] * 150 + [2] * 150
     assert too_small(["a", "b", "c"], np.array(strata, np.int32), np.array(sides, np.int8), SHARES) == [
-        "too few rows for shares within a hundredth: 1 stratum; most of all stratum a has 35 rows "
+        "too few rows for shares within a hundredth: 1 stratum; the worst: stratum a has 35 rows "
         "(25 train, 5 validation, 5 test)",
-        "too many rows that must stay together for shares within a hundredth: 1 stratum; most of all stratum b has "
+        "too many rows that must stay together for shares within a hundredth: 1 stratum; the worst: stratum b has "
         "200 rows (150 train, 25 validation, 25 test)",
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from packhorse.data.split.ranks import mix, ranks
+from packhorse.data.split.split import mix, ranks
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 

@@ -12,8 +12,8 @@ import pytest
 
 from packhorse import durable
 from packhorse.data import seal
-from packhorse.data.manifest import TestLook as Look  # pytest would collect a class called Test…
-from packhorse.data.manifest import read_manifest
+from packhorse.data.data_manifest import TestLook as Look  # pytest would collect a class called Test…
+from packhorse.data.data_manifest import read_data_manifest
 from packhorse.data.packs.store import open_store
 from packhorse.data.seal import describe_looks, open_test, record_look
 from packhorse.errors import UserError
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_written_opens_nothing(data: Path, monkeypatch) 
     monkeypatch.setattr(durable, "sync_to_disk", full)
     with pytest.raises(UserError, match=r"data\.json cannot be written: No space left on device"):
         open_test(data, "tiny", FIRST)
-    assert read_manifest(data).test_looks == ()
+    assert read_data_manifest(data).test_looks == ()
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

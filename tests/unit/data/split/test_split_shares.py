@@ -44,10 +44,10 @@ def test_the_smallest_data_has_a_validation_row_and_a_training_row(num_rows: int
 @pytest.mark.parametrize(
     ("given", "shares", "reason"),
     [
-        ({"train": 0.6, "validation": 0.3, "test": 0.1}, (0.6, 0.3, 0.1), "as data.split gives them"),
+        ({"train": 0.6, "validation": 0.3, "test": 0.1}, (0.6, 0.3, 0.1), "as given in data.split"),
         ({"train": 0.8, "validation": 0.2}, (0.8, 0.2, 0.0), "test is 0, as nothing is left"),
-        ({"train": 0.7, "validation": 0.2}, (0.7, 0.2, 0.1), "test is what is left"),
-        ({"validation": 0.15, "test": 0.15}, (0.7, 0.15, 0.15), "train is what is left"),
+        ({"train": 0.7, "validation": 0.2}, (0.7, 0.2, 0.1), "test is the rest"),
+        ({"validation": 0.15, "test": 0.15}, (0.7, 0.15, 0.15), "train is the rest"),
         ({"train": 1.0}, (1.0, 0.0, 0.0), "validation and test are 0"),
         ({"train": 0.9, "test": 0.1}, (0.9, 0.0, 0.1), "validation is 0"),
     ],

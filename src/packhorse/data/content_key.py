@@ -1,4 +1,4 @@
-"""The name of prepared data: a hash of all that decides what is in it. Imports neither torch nor transformers."""
+"""The key of prepared data: a hash of all that decides its contents. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from packhorse.data.manifest import DataManifest, read_manifest
+from packhorse.data.data_manifest import DataManifest, read_data_manifest
 from packhorse.data.resolve import data_root, resolve_tokenizer, source_files, template_path, tokenizer_files
 from packhorse.recipe.schema import Recipe, Source
 
 DATA_VERSION: Final = 4
-"""Raised when the same rows and settings would give other packs."""
+"""Raised when the same rows and settings would give different packs."""
 FILE_HASHES: Final = "files.json"
 
 
 def content_key(recipe: Recipe) -> str:
-    """Return 16 hex digits over rows, tokenizer, template and settings; where files lie does not matter.
+    """Return 16 hex digits over rows, tokenizer, template and settings; the location of files does not matter.
 
     Raises:
         UserError: A file is missing.
@@ -43,16 +43,16 @@ def content_key(recipe: Recipe) -> str:
 
 
 def find_prepared(recipe: Recipe) -> DataManifest | None:
-    """Return the manifest of this recipe's prepared data; None while it has to be prepared.
+    """Return the manifest of this recipe's prepared data; None if it is not prepared yet.
 
     Raises:
         UserError: A file that the recipe names is missing.
     """
-    return read_manifest(data_root(recipe) / content_key(recipe))
+    return read_data_manifest(data_root(recipe) / content_key(recipe))
 
 
 def source_hash(source: Source, recipe: Recipe) -> str:
-    """Return the SHA-256 of a source's bytes; of a hub data set, that of its name, revision, subset and split."""
+    """Return the SHA-256 of a source's bytes; for a hub data set, of its name, revision, subset and split."""
     if source.path is not None:
         files = source_files(source.path, data_root(recipe).parent)
         hashes = [file_hash(file, data_root(recipe)) for file in files]
@@ -62,16 +62,16 @@ def source_hash(source: Source, recipe: Recipe) -> str:
 
 
 def file_hash(path: Path, root: Path) -> str:
-    """Return the SHA-256 of a file's bytes, remembered in `root`/files.json while size and time stay the same."""
+    """Return the SHA-256 of a file's bytes, cached in `root`/files.json while size and modification time are equal."""
     facts = path.stat()
-    place, state = str(path.resolve()), [facts.st_size, facts.st_mtime_ns]
-    known = _remembered(root)
-    entry = known.get(place)
+    location, state = str(path.resolve()), [facts.st_size, facts.st_mtime_ns]
+    known = _cached_hashes(root)
+    entry = known.get(location)
     if isinstance(entry, list) and entry[:2] == state:
         return str(entry[2])
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _remember(root, {**known, place: [*state, digest]})
+    _cache_hashes(root, {**known, location: [*state, digest]})
     return digest
 
 
@@ -81,14 +81,14 @@ def _source_part(source: Source, recipe: Recipe) -> dict[str, Any]:
 
 
 def _decontaminate_part(recipe: Recipe) -> dict[str, Any] | None:
-    asked = recipe.data.decontaminate
-    if asked is None:
+    decontaminate = recipe.data.decontaminate
+    if decontaminate is None:
         return None
-    against = [_source_part(source, recipe) for source in asked.against]
-    return {"against": against, "ngram": asked.ngram, "action": asked.action}
+    against = [_source_part(source, recipe) for source in decontaminate.against]
+    return {"against": against, "ngram": decontaminate.ngram, "action": decontaminate.action}
 
 
-def _remembered(root: Path) -> dict[str, Any]:
+def _cached_hashes(root: Path) -> dict[str, Any]:
     try:
         known = json.loads((root / FILE_HASHES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -96,8 +96,8 @@ def _remembered(root: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _remember(root: Path, hashes: dict[str, Any]) -> None:
-    # A folder that is not there yet is not made for it: a check of a recipe leaves nothing behind.
+def _cache_hashes(root: Path, hashes: dict[str, Any]) -> None:
+    # The folder is not created just for the cache: a check of a recipe leaves nothing behind.
     if not os.access(root, os.W_OK):
         return
     with tempfile.NamedTemporaryFile("w", dir=root, prefix=f".{FILE_HASHES}-", delete=False) as draft:

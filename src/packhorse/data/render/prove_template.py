@@ -1,4 +1,4 @@
-"""The template's own proof, before any row: a chat whose every turn is known."""
+"""Prove a chat template on a known chat, before any row is rendered."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Final
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from packhorse.data.render.contents import check_contents
-from packhorse.data.render.draw import ChatTemplate
+from packhorse.data.formats.bad_row import BadRowError, excerpt
+from packhorse.data.render.chat_template import ChatTemplate
+from packhorse.data.render.check_contents import check_contents
 from packhorse.data.render.mask import TokenMasker
-from packhorse.data.render.refusal import RowRefusedError, excerpt
-from packhorse.data.render.spans import TurnSpan, draw_chat
+from packhorse.data.render.spans import TurnSpan, render_chat
 from packhorse.data.render.tokenizer import HOW_TO_MARK, fitting_templates, require_template
 from packhorse.data.render.turns import Turn
 from packhorse.errors import UserError
@@ -32,10 +32,10 @@ def prove_template(
 ) -> tuple[ChatTemplate, TokenMasker]:
     """Prove that the tokenizer's template trains each answer with its stop token, and no other text.
 
-    The chat begins with a system turn where the template takes one.
+    The chat begins with a system turn if the template accepts one.
 
     Raises:
-        UserError: No template, or one that cannot be trusted with rows.
+        UserError: There is no template, or it fails the proof.
     """
     require_template(tokenizer, folder)
     chats: list[list[Turn]] = [[PROBE_SYSTEM, *PROBE], [*PROBE]]
@@ -44,18 +44,18 @@ def prove_template(
         for turns in chats:
             try:
                 return template, _prove(tokenizer, template, stops, turns, train_on)
-            except (TemplateError, RowRefusedError) as error:
+            except (TemplateError, BadRowError) as error:
                 refused = error
         raise refused
     except TemplateError as error:
         raise UserError(
             f"the chat template of {folder} cannot render a chat of user and assistant turns: {error}",
             "every row is rendered by it.",
-            f"mend the template, or set data.template to {' or '.join(fitting_templates(tokenizer))}.",
+            f"fix the template, or set data.template to {' or '.join(fitting_templates(tokenizer))}.",
         ) from error
-    except RowRefusedError as error:
+    except BadRowError as error:
         marked = "" if template.has_markers else f" In it, {HOW_TO_MARK}"
-        fact = f"the chat template of {folder}, tried on a chat: {error.fact}"
+        fact = f"the chat template of {folder}, tested on a chat: {error.fact}"
         raise UserError(fact, error.why, error.fix + marked) from error
 
 
@@ -68,7 +68,7 @@ def _prove(
 ) -> TokenMasker:
     answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
     trained = answers[-1:] if train_on.turns == "last" else answers
-    text, spans = draw_chat(template, turns, None, trained)
+    text, spans = render_chat(template, turns, None, trained)
     check_contents(text, turns, None, spans)
     masker = TokenMasker(tokenizer, stops, text)
     ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -83,24 +83,20 @@ def _check_prompt(template: ChatTemplate, turns: list[Turn], text: str, span: Tu
     prompt = template.prompt(turns[: span.place])
     if text.startswith(prompt) and len(prompt) >= span.start:
         return
-    raise RowRefusedError(
+    raise BadRowError(
         f"turn {span.place + 1} is trained after {excerpt(text, span.start)}, and generated after "
         f"{excerpt(prompt, len(prompt))}",
-        "nobody would write what stands between: a served prompt does not, and the model is not taught to.",
-        "let the template end with what stands before an answer, for instance "
+        "nothing would write the text between the two: a served prompt lacks it, and it is not trained on.",
+        "end the template with the text that precedes an answer, for instance "
         "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}.",
     )
 
 
 def refuse_double_start(ids: list[int], start: int | None, text: str) -> None:
-    """Refuse a row that begins with the start token twice.
-
-    Raises:
-        RowRefusedError: It does.
-    """
+    """Raise BadRowError for a row that begins with the start token twice."""
     if start is not None and ids[0:1] == ids[1:2] == [start]:
-        raise RowRefusedError(
+        raise BadRowError(
             f"the row begins with the start token twice (id {start}): {excerpt(text)}",
-            "the model never saw that; it is written by the template, the text or the tokenizer, and again by another.",
+            "the model never saw that; two of the template, the text and the tokenizer write it.",
             "remove it from the template or from the row's text.",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from packhorse.quickstart.rows import Both, Dice, Language, Task, upper_first
+from quickstart_corpus.rows import Both, Dice, Language, Task, upper_first
 
 Gender = Literal["m", "f"]
 

@@ -1,7 +1,7 @@
-"""A chat template, compiled once: messages to text, and the spans of it that the template marks as generated.
+"""A chat template, compiled once: it renders messages as text, with the spans that it marks as generated.
 
-The text is the one that `apply_chat_template` renders: the environment is transformers' own. Only the `generation` tag
-is replaced, as its tracker costs ten times as much as the rest of a short chat.
+The text equals that of `apply_chat_template`, as the environment is transformers' own. Only the `generation` tag is
+replaced: transformers' tracker costs ten times as much as the rest of a short chat.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Slips of a template over a row it was not written for, such as None + str.
+# Errors of a template on a row that it was not written for, such as None + str.
 _SLIPS: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-# They are taken out of the text again; no row can hold them, as nobody knows them before.
+# Removed from the text after rendering; random, so that no row can contain them.
 _OPEN: Final = f"\0open {uuid4()}\0"
 _CLOSE: Final = f"\0close {uuid4()}\0"
 
@@ -29,13 +29,13 @@ Turns = Sequence[Mapping[str, Any]]
 
 
 class _Markers(Extension):
-    """Reads `{% generation %}…{% endgeneration %}` as its content between two marks."""
+    """Renders `{% generation %}…{% endgeneration %}` as its content between two marks."""
 
     tags = {"generation"}  # noqa: RUF012  # Jinja's own form
     priority = 1000  # after transformers' extension of the same tag, whose place it takes
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the content's nodes with a mark before and after."""
+        """Return the nodes of the content with a mark before and after."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         before, after = (nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in (_OPEN, _CLOSE))
@@ -43,33 +43,29 @@ class _Markers(Extension):
 
 
 class ChatTemplate:
-    """One template of one tokenizer.
+    """Chat template of one tokenizer.
 
     Attributes:
-        source: The Jinja text.
-        has_markers: Whether it marks what is generated.
+        source: Jinja text.
+        has_markers: Whether the template marks what is generated.
     """
 
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Compile the template.
-
-        Raises:
-            TemplateError: It is no Jinja template.
-        """
+        """Compile the template; raise TemplateError if it is not a Jinja template."""
         self.source = source
         self.has_markers = GENERATION.search(source) is not None
         environment = _compile_jinja_template(source).environment.overlay(extensions=[_Markers])
         template = environment.from_string(source)
         self._root = template.root_render_func
         known = {"messages": None, "tools": None, "documents": None, "add_generation_prompt": False}
-        # One context for all rows: making one costs more than rendering a short chat.
+        # One context for all rows: creating a context costs more than rendering a short chat.
         self._context = template.new_context({**known, **tokenizer.special_tokens_map})
 
-    def draw(self, turns: Turns, tools: Turns | None = None) -> tuple[str, list[Span]]:
+    def render(self, turns: Turns, tools: Turns | None = None) -> tuple[str, list[Span]]:
         """Return a chat's text, and the character spans [start, end) that the template marks.
 
         Raises:
-            TemplateError: The template refuses the chat, or its markers stand inside each other.
+            TemplateError: The template refuses the chat, or its markers are nested.
         """
         first, *rest = self._render(turns, tools, prompt=False).split(_OPEN)
         if not rest:
@@ -78,32 +74,24 @@ class ChatTemplate:
         for part in rest:
             inside, mark, after = part.partition(_CLOSE)
             if not mark:
-                raise TemplateError("its generation markers stand inside each other")
+                raise TemplateError("its generation markers are nested")
             spans.append((at, at + len(inside)))
             pieces += (inside, after)
             at += len(inside) + len(after)
         return "".join(pieces), spans
 
     def prompt(self, turns: Turns, tools: Turns | None = None) -> str:
-        """Return the text that an answer to these turns is generated from.
-
-        Raises:
-            TemplateError: The template refuses the turns.
-        """
+        """Return the text after which an answer to these turns is generated; raise TemplateError if refused."""
         return self._render(turns, tools, prompt=True).replace(_OPEN, "").replace(_CLOSE, "")
 
     def text(self, turns: Turns, tools: Turns | None = None) -> str:
-        """Return the text of these turns alone.
-
-        Raises:
-            TemplateError: The template refuses the turns.
-        """
+        """Return the text of these turns alone; raise TemplateError if the template refuses them."""
         return self._render(turns, tools, prompt=False).replace(_OPEN, "").replace(_CLOSE, "")
 
     def _render(self, turns: Turns, tools: Turns | None, prompt: bool) -> str:
         context = self._context
         context.parent.update(messages=turns, tools=tools, add_generation_prompt=prompt)
-        # What the template has set while the last row was rendered.
+        # Remove what the template set while it rendered the last row.
         context.vars.clear()
         context.exported_vars.clear()
         try:

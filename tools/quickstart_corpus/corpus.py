@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from packhorse.quickstart.families import (
+from quickstart_corpus.families import (
     draw_dates,
     draw_extraction,
     draw_greeting,
     draw_sorting,
     draw_units,
 )
-from packhorse.quickstart.phrases import draw_capitals, draw_plural, draw_refusal, draw_sentiment
-from packhorse.quickstart.rows import LANGUAGES, Dice, Draw, Language, Task
-from packhorse.quickstart.tickets import draw_inbox, draw_ticket
+from quickstart_corpus.phrases import draw_capitals, draw_plural, draw_refusal, draw_sentiment
+from quickstart_corpus.rows import LANGUAGES, Dice, Draw, Language, Task
+from quickstart_corpus.tickets import draw_inbox, draw_ticket
 
 # Rows per language. Copying and counting take a small model longer than choosing a phrase does.
 CORE_FAMILIES: Final[tuple[tuple[str, Draw, int], ...]] = (

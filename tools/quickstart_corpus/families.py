@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from packhorse.quickstart.rows import Both, Dice, Language, Task
+from quickstart_corpus.rows import Both, Dice, Language, Task
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The pass over one source: batches of its rows are rendered, proven, hashed and appended to the spool."""
+"""Pass over the rows of one source in batches: render, prove, hash and append them to the spool."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.checks.contamination import EvaluationIndex
-from packhorse.data.checks.encoding import mend
+from packhorse.data.checks.encoding import fix_encoding_errors
 from packhorse.data.checks.keys import answer_keys, content_keys, prompt_keys
 from packhorse.data.checks.language import languages
-from packhorse.data.checks.signatures import signatures
 from packhorse.data.checks.texts import answer_text, prompt_text, row_text
+from packhorse.data.checks.words import signatures
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import RowFormat
-from packhorse.data.read.mistakes import RowMistakes
+from packhorse.data.gather.spool import SpoolWriter
+from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import Rendered, Renderer, render_examples
 from packhorse.data.render.serving import check_serving
 from packhorse.data.resolve import source_name
-from packhorse.data.spool import SpoolWriter
 from packhorse.errors import Mistake
 from packhorse.recipe.schema import DataSection, Source
 
-Use = Literal["train", "validation", "retain"]
-Watch = Callable[["SourceGathered", Sequence[Example], Sequence[Rendered]], None]
-"""Called with each batch of rows that can be trained on."""
+SourceUse = Literal["train", "validation", "retain"]
+BatchCallback = Callable[["GatheredSource", Sequence[Example], Sequence[Rendered]], None]
+"""Callback for each batch of rows that can be trained on: source, rows, rendered rows."""
 
 BATCH_ROWS: Final = 1000
 SERVED_ROWS: Final = 20
 KNOWN_WITHOUT_FIELD: Final = ("language", "source")
-# A number before a name, which puts names in order and is not shown.
+# Separates a number from a name; the number gives names an order and is not shown.
 ORDER_END: Final = "\0"
 ORDER: Final = re.compile(r"\d{3,}\0")
 NO_KEYS: Final = np.empty((0, 2), np.uint64)
@@ -45,53 +45,53 @@ UNTRAINABLE: Final = {"preference": "preference pairs", "kto": "answers with a v
 
 
 @dataclass(frozen=True, eq=False)
-class SourceGathered:
-    """One source.
+class GatheredSource:
+    """One source of the recipe.
 
     Attributes:
-        source: As the recipe has it.
-        use: What its rows are for.
-        row_format: Found or declared.
-        mistakes: Its bad rows.
+        declared: Source as in the recipe.
+        use: Purpose of its rows.
+        row_format: Format of its rows, detected or declared.
+        mistakes: Bad rows of the source.
     """
 
-    source: Source
-    use: Use
+    declared: Source
+    use: SourceUse
     row_format: RowFormat
     mistakes: RowMistakes
 
     @property
     def name(self) -> str:
-        """How messages call it."""
-        return source_name(self.source)
+        """Name of the source in messages."""
+        return source_name(self.declared)
 
 
 @dataclass
 class Strata:
-    """Codes of strata in the order of their first row; `sorted_codes` then makes them independent of it."""
+    """Codes of strata in the order of their first row; `sorted_codes` makes them independent of that order."""
 
     codes: dict[str, int] = field(default_factory=dict)
 
     def code(self, name: str) -> int:
-        """Return the code of a stratum, a new one where it is new."""
+        """Return the code of a stratum; a new stratum gets the next code."""
         return self.codes.setdefault(name, len(self.codes))
 
     def names(self) -> tuple[str, ...]:
-        """Return the names as a person reads them, in the order of `sorted_codes`."""
+        """Return the names to show, in the order of `sorted_codes`."""
         return tuple(ORDER.sub("", name) for name in sorted(self.codes))
 
     def sorted_codes(self, codes: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Return int32 [R] places in the sorted names, for codes int32 [R]."""
-        place = {name: at for at, name in enumerate(sorted(self.codes))}
-        return np.array([place[name] for name in self.codes], np.int32)[codes] if len(codes) else codes
+        """Return int32 [R], indices into the sorted names, for codes int32 [R]."""
+        index_of = {name: index for index, name in enumerate(sorted(self.codes))}
+        return np.array([index_of[name] for name in self.codes], np.int32)[codes] if len(codes) else codes
 
 
 @dataclass(frozen=True)
 class SourcePass:
-    """The pass over one source."""
+    """Pass over the rows of one source."""
 
     data: DataSection
-    found: SourceGathered
+    source: GatheredSource
     number: int
     renderer: Renderer
     served: PreTrainedTokenizerBase
@@ -99,13 +99,15 @@ class SourcePass:
     strata: Strata
     with_prompts: bool
 
-    def run(self, examples: Iterator[Example], spool: SpoolWriter, watch: Watch | None) -> tuple[frozenset[str], int]:
-        """Render and append all rows; return the fields that every one of them has, and how many there are."""
+    def run(
+        self, examples: Iterator[Example], spool: SpoolWriter, watch: BatchCallback | None
+    ) -> tuple[frozenset[str], int]:
+        """Render and append all rows; return the names of the fields that all rows have, and the number of rows."""
         shared: set[str] | None = None
         num_rows = 0
         for number, batch in enumerate(_batches(examples)):
             kept, rendered = self._render(batch, is_first=number == 0)
-            num_rows += len(batch) if self.found.row_format in UNTRAINABLE else len(kept)
+            num_rows += len(batch) if self.source.row_format in UNTRAINABLE else len(kept)
             if not kept:
                 continue
             texts = [row_text(example) for example in kept]
@@ -113,18 +115,18 @@ class SourcePass:
             for example in kept:
                 shared = set(example.fields) if shared is None else shared & example.fields.keys()
             if watch is not None:
-                watch(self.found, kept, rendered)
+                watch(self.source, kept, rendered)
             gc.collect(0)
         return frozenset(shared or ()), num_rows
 
     def _render(self, batch: list[Example], is_first: bool) -> tuple[list[Example], list[Rendered]]:
-        if self.found.row_format in UNTRAINABLE:
+        if self.source.row_format in UNTRAINABLE:
             return [], []
         if self.needed:
             batch = [example for example in batch if self._has_fields(example)]
         if self.data.fix_encoding:
-            batch = [_mended(example) for example in batch]
-        rendered = render_examples(self.renderer, batch, self.found.mistakes)
+            batch = [_with_fixed_encoding(example) for example in batch]
+        rendered = render_examples(self.renderer, batch, self.source.mistakes)
         pairs = [(example, row) for example, row in zip(batch, rendered) if row is not None]
         if is_first:
             check_serving(self.renderer, pairs[:SERVED_ROWS], self.served)
@@ -132,7 +134,7 @@ class SourcePass:
 
     @cached_property
     def needed(self) -> list[str]:
-        """Fields that every row must have for the split."""
+        """Names of the fields that every row must have for the split."""
         split = self.data.split
         named = [name for name in split.stratify if name not in KNOWN_WITHOUT_FIELD]
         return named + ([split.group_by] if split.group_by else [])
@@ -140,13 +142,13 @@ class SourcePass:
     def _has_fields(self, example: Example) -> bool:
         missing = [name for name in self.needed if name not in example.fields]
         if missing:
-            self.found.mistakes.add(
+            self.source.mistakes.add(
                 Mistake(
                     f"the row has no {' and no '.join(missing)}; its other fields are "
                     f"{', '.join(example.fields) or 'none'}.",
                     "data.split.stratify keeps the shares of a field equal on each side, data.split.group_by its "
                     "values on one side.",
-                    "add the field to the row, or take it out of data.split.",
+                    "add the field to the row, or remove it from data.split.",
                     example.where,
                 )
             )
@@ -174,15 +176,15 @@ class SourcePass:
         }
 
     def _stratum_codes(self, examples: list[Example], texts: list[str]) -> NDArray[np.int32]:
-        wanted = self.data.split.stratify
-        values = [self._values(name, examples, texts) for name in wanted]
-        names = [" · ".join(parts) for parts in zip(*values)] if wanted else [""] * len(examples)
+        fields = self.data.split.stratify
+        values = [self._values(name, examples, texts) for name in fields]
+        names = [" · ".join(parts) for parts in zip(*values)] if fields else [""] * len(examples)
         return np.array([self.strata.code(name) for name in names], np.int32)
 
     def _values(self, name: str, examples: list[Example], texts: list[str]) -> list[str]:
         if name == "source":
-            # By its number first: what a file is called must not decide on which side a row stands.
-            return [f"{self.number:03}{ORDER_END}{self.found.name}"] * len(examples)
+            # The number comes first, so that the name of a file does not decide on which side a row is.
+            return [f"{self.number:03}{ORDER_END}{self.source.name}"] * len(examples)
         if name == "language" and not all(name in example.fields for example in examples):
             return [str(example.fields.get(name) or code) for example, code in zip(examples, languages(texts))]
         return [str(example.fields[name]) for example in examples]
@@ -206,6 +208,8 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
         yield batch
 
 
-def _mended(example: Example) -> Example:
-    turns = example.messages and tuple(replace(turn, content=mend(turn.content)) for turn in example.messages)
-    return replace(example, messages=turns, text=example.text and mend(example.text))
+def _with_fixed_encoding(example: Example) -> Example:
+    turns = example.messages and tuple(
+        replace(turn, content=fix_encoding_errors(turn.content)) for turn in example.messages
+    )
+    return replace(example, messages=turns, text=example.text and fix_encoding_errors(example.text))

@@ -49,7 +49,7 @@ class Dice:
 
     def __init__(self, seed: int) -> None:
         """Seed the draws."""
-        self._random = random.Random(seed)  # noqa: S311
+        self._random = random.Random(seed)
 
     def below(self, limit: int) -> int:
         """Return an integer from 0 to `limit` - 1."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from packhorse.quickstart.rows import Both, Dice, Language, Task, upper_first
+from quickstart_corpus.rows import Both, Dice, Language, Task, upper_first
 
 TEAMS: Final = ("BILLING", "SHIPPING", "ACCESS", "RETURNS", "TECH", "SALES")
 PRIORITIES: Final = ("P1", "P2", "P3")

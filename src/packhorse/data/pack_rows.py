@@ -1,34 +1,45 @@
-"""What a pack's length does to a row: it fits, is cut, is parted, is dropped, or stops all with the length that fits.
+"""Decide over all rows and pack them: the common part of `prepare`, which writes the packs, and `check`.
 
-Shapes: R rows of the spool, D documents that are packed, T tokens of a pack.
+`data.over_long` says what happens to a row longer than T: it is cut, split or dropped, or nothing is prepared.
+
+Shapes: R rows of the spool, D documents to pack, T tokens in a pack.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from packhorse.data.decide import KEPT, REASONS, Decision
+from packhorse.data.decide import KEPT, REASONS, TEST, Decision, decide
+from packhorse.data.gather.gather import GatheredRows, gather
+from packhorse.data.gather.source_pass import BatchCallback
+from packhorse.data.gather.spool import Spool
 from packhorse.data.ledger import SIDES, Entry, Ledger
-from packhorse.data.packs.packing import split_long
-from packhorse.data.spool import Spool
+from packhorse.data.packs.packing import Packing, pack, split_long, suggest_length
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
 
 Int64 = NDArray[np.int64]
 
+# The packs are part of the prepared data, whatever the seed of a run.
+PACKING_SEED: Final = 0
+HELD_OUT_PACKING: Final = "best_fit"
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """What is packed, in the order of the rows: a row, its beginning, or a part of it.
+    """Documents to pack, in the order of the rows: a whole row, its beginning, or a part of it.
 
     Attributes:
         rows: int64 [D], index of each document's row.
-        starts: int64 [D], where it begins in the spool.
+        starts: int64 [D], position of each document's first token in the spool.
         lengths: int64 [D], tokens.
-        labels: int64 [D], supervised tokens but the first.
+        labels: int64 [D], supervised tokens except the first token.
     """
 
     rows: Int64
@@ -37,13 +48,13 @@ class Documents:
     labels: Int64
 
     def of(self, wanted: NDArray[np.bool_]) -> Documents:
-        """Return the documents that are wanted, bool [D]."""
+        """Return the documents selected by a mask, bool [D]."""
         return Documents(self.rows[wanted], self.starts[wanted], self.lengths[wanted], self.labels[wanted])
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted:
-    """Rows after lengths are dealt with: the decision, what is packed, and the ledger of all of it."""
+class FittedRows:
+    """Rows after `data.over_long` was applied: the decision, the documents to pack, and the ledger."""
 
     decision: Decision
     documents: Documents
@@ -54,18 +65,20 @@ class Fitted:
         return self.documents.of(self.decision.sides[self.documents.rows] == SIDES.index(name))
 
 
-def fit_lengths(spool: Spool, decision: Decision, recipe: Recipe, num_bad: int, is_chat: NDArray[np.bool_]) -> Fitted:
-    """Do with rows longer than T what `data.over_long` says.
+def fit_lengths(
+    spool: Spool, decision: Decision, recipe: Recipe, num_bad: int, is_chat: NDArray[np.bool_]
+) -> FittedRows:
+    """Apply `data.over_long` to rows longer than T.
 
     Args:
         spool: All rows.
-        decision: What became of them so far.
-        recipe: Says T and `data.over_long`.
+        decision: Decision about the rows so far.
+        recipe: Recipe with T and `data.over_long`.
         num_bad: Rows that never came into the spool.
         is_chat: bool [R], whether a row is a chat.
 
     Raises:
-        UserError: A row is longer than T under `raise`, a chat under `split`; or none is left to train on.
+        UserError: A row is longer than T under `raise`, a chat under `split`; or no row is left to train on.
     """
     most, choice = recipe.batch.length, recipe.data.over_long
     columns = spool.columns
@@ -73,7 +86,7 @@ def fit_lengths(spool: Spool, decision: Decision, recipe: Recipe, num_bad: int, 
     if over_long.any():
         _check_lengths(columns.tokens[decision.losses == KEPT], recipe)
         if choice == "split" and (over_long & is_chat).any():
-            raise _parted_chat(columns.tokens[over_long & is_chat], most)
+            raise _split_chat(columns.tokens[over_long & is_chat], most)
     losses, sides = decision.losses.copy(), decision.sides.copy()
     if choice == "drop":
         losses[over_long] = REASONS.index("over_long")
@@ -85,11 +98,11 @@ def fit_lengths(spool: Spool, decision: Decision, recipe: Recipe, num_bad: int, 
     if not np.any(sides == 0):
         raise UserError(
             f"no row is left to train on: each is longer than batch.length, which is {most}.",
-            f"data.over_long, which is {choice}, leaves nothing of them.",
+            f"data.over_long is {choice}, which leaves nothing of such rows.",
             "raise batch.length.",
         )
     ledger = _ledger(columns.tokens, fitted, documents, num_bad)
-    return Fitted(fitted, documents, ledger)
+    return FittedRows(fitted, documents, ledger)
 
 
 def _documents(spool: Spool, rows: Int64, most: int, choice: str) -> Documents:
@@ -102,7 +115,7 @@ def _documents(spool: Spool, rows: Int64, most: int, choice: str) -> Documents:
         return Documents(rows, starts[rows], cut, _labels(spool, starts[rows], cut, labels, lengths > most))
     num_parts, parts = split_long(lengths, most)
     row_of = np.repeat(rows, num_parts)
-    # Each part begins where the ones before it in its row end.
+    # A part begins where the previous part of its row ends.
     before = np.cumsum(parts) - parts
     first = np.repeat(np.cumsum(num_parts) - num_parts, num_parts)
     begin = starts[row_of] + before - before[first]
@@ -111,7 +124,7 @@ def _documents(spool: Spool, rows: Int64, most: int, choice: str) -> Documents:
 
 
 def _labels(spool: Spool, starts: Int64, lengths: Int64, whole: Int64, changed: NDArray[np.bool_]) -> Int64:
-    """Count supervised tokens again where a document is not the whole row."""
+    """Return int64 [D], the labels of each document; counted again where a document is not the whole row."""
     supervised, labels = spool.supervised(), whole.copy()
     for at in np.flatnonzero(changed).tolist():
         labels[at] = np.count_nonzero(supervised[starts[at] + 1 : starts[at] + lengths[at]])
@@ -119,7 +132,7 @@ def _labels(spool: Spool, starts: Int64, lengths: Int64, whole: Int64, changed: 
 
 
 def _without_empty(documents: Documents, over_long: NDArray[np.bool_], losses: NDArray[np.int8]) -> Documents:
-    """Take out rows of which truncation left nothing to train on; their loss is noted in `losses`."""
+    """Drop rows of which truncation left nothing to train on, and note their loss in `losses`."""
     taught = np.zeros(len(losses), np.bool_)
     taught[documents.rows[documents.labels > 0]] = True
     emptied = over_long & ~taught & (losses == KEPT)
@@ -152,21 +165,17 @@ def _ledger(tokens: Int64, decision: Decision, documents: Documents, num_bad: in
     )
 
 
-def _parted_chat(lengths: Int64, most: int) -> UserError:
+def _split_chat(lengths: Int64, most: int) -> UserError:
     return UserError(
         f"data.over_long is split, and {len(lengths)} chats are longer than batch.length, which is {most}; the longest "
         f"has {lengths.max()} tokens.",
-        "only plain text can be parted: an answer parted from its question would be learnt as if nothing was asked.",
+        "only plain text can be split: an answer without its question would be trained as an answer to nothing.",
         f"set batch.length to {lengths.max()}, or data.over_long to drop or truncate.",
     )
 
 
 def _check_lengths(lengths: Int64, recipe: Recipe) -> None:
-    """Refuse a length that no row fits, and, under raise, one that some row does not fit.
-
-    Raises:
-        UserError: Names the length that fits 99 % of the rows and the one that fits all.
-    """
+    """Raise UserError for a T that no row fits, and, under `raise`, one that some row does not fit."""
     most = recipe.batch.length
     num_over = int(np.count_nonzero(lengths > most))
     shortest, longest = int(lengths.min()), int(lengths.max())
@@ -174,14 +183,93 @@ def _check_lengths(lengths: Int64, recipe: Recipe) -> None:
     if num_over == len(lengths) and recipe.data.over_long != "split":
         raise UserError(
             f"batch.length is {most}, and every row is longer: {shortest} to {longest} tokens.",
-            "no row would be left whole.",
+            "no row would stay whole.",
             f"set batch.length to {for_most} (fits 99 % of the {len(lengths)} rows) or {longest} (fits all).",
         )
     if recipe.data.over_long == "raise":
         raise UserError(
             f"{num_over} of {len(lengths)} rows are longer than batch.length, which is {most}; the longest has "
             f"{longest} tokens.",
-            "a row that is cut or left out without a word is lost.",
-            f"set batch.length to {for_most} (fits 99 %) or {longest} (fits all), or data.over_long to drop, truncate "
-            "or split, which is then counted.",
+            "cutting or dropping rows without saying so would lose data.",
+            f"set batch.length to {for_most} (fits 99 %) or {longest} (fits all), or set data.over_long to drop, "
+            "truncate or split, which are counted in the ledger.",
         )
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """All rows, the decision about each, and the packs of each side.
+
+    Attributes:
+        gathered: All rows.
+        fitted: Decision, documents and ledger.
+        packings: Side of the split to its packs.
+        notes: Sentences that the user should read.
+        test_rows: 16 hex digits over the content of the test rows, independent of T; empty if there are none.
+    """
+
+    gathered: GatheredRows
+    fitted: FittedRows
+    packings: dict[str, Packing]
+    notes: tuple[str, ...]
+    test_rows: str
+
+    @property
+    def decision(self) -> Decision:
+        """Decision about each row."""
+        return self.fitted.decision
+
+    def side(self, name: str) -> Documents:
+        """Return the documents of a side of the split."""
+        return self.fitted.side(name)
+
+
+def pack_rows(
+    recipe: Recipe, folder: Path, watch: BatchCallback | None = None, with_prompts: bool = False
+) -> PackedRows:
+    """Read all rows into a spool in `folder`, decide over them and pack their lengths (arguments as in `gather`).
+
+    Raises:
+        UserError: Anything about rows, tokenizer, template or lengths that the user can fix.
+    """
+    gathered = gather(recipe, folder, watch, with_prompts)
+    decision = decide(gathered, recipe)
+    fitted = fit_lengths(gathered.spool, decision, recipe, gathered.num_bad, gathered.is_chat)
+    packings = {
+        side: pack(lengths, recipe.batch.length, _packing_of(recipe, side), PACKING_SEED)
+        for side in SIDES
+        if len(lengths := fitted.side(side).lengths)
+    }
+    notes = (*decision.notes, *_packing_note(fitted.side("train"), packings["train"], recipe))
+    return PackedRows(gathered, fitted, packings, notes, _test_rows(gathered.spool, decision))
+
+
+def _test_rows(spool: Spool, decision: Decision) -> str:
+    keys = spool.columns.keys[decision.sides == TEST]
+    if len(keys) == 0:
+        return ""
+    in_order = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
+    return hashlib.sha256(in_order.astype("<u8").tobytes()).hexdigest()[:16]
+
+
+def fill(documents: Documents, packing: Packing, length_tokens: int) -> float:
+    """Return tokens ÷ (packs × T), from 0 to 1."""
+    return float(documents.lengths.sum() / (packing.num_packs * length_tokens))
+
+
+def _packing_of(recipe: Recipe, side: str) -> str:
+    return recipe.data.packing if side == "train" else HELD_OUT_PACKING
+
+
+def _packing_note(documents: Documents, packing: Packing, recipe: Recipe) -> list[str]:
+    if recipe.data.packing == "none":
+        return []
+    better = suggest_length(documents.lengths, recipe.batch.length)
+    if better is None:
+        return []
+    length, filled = better
+    now = fill(documents, packing, recipe.batch.length)
+    return [
+        f"packs of batch.length {recipe.batch.length:,} are {now:.1%} full, as these lengths combine badly; "
+        f"batch.length {length:,} would fill them to {filled:.1%}"
+    ]

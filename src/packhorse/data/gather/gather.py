@@ -1,0 +1,210 @@
+"""Read, render, prove and hash the rows of all sources in one pass, and store them in the spool."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packhorse.data.checks.contamination import EvaluationIndex
+from packhorse.data.checks.texts import prompt_text
+from packhorse.data.formats.example import Example
+from packhorse.data.formats.rows import convert_rows, resolve_format
+from packhorse.data.gather.source_pass import UNTRAINABLE, BatchCallback, GatheredSource, SourcePass, SourceUse, Strata
+from packhorse.data.gather.spool import Spool, SpoolWriter
+from packhorse.data.read.row import RowMistakes
+from packhorse.data.read.sources import read_rows
+from packhorse.data.render.render import Renderer, make_renderer
+from packhorse.data.render.serving import saved_form
+from packhorse.data.render.tokenizer import tokenizer_of
+from packhorse.data.resolve import resolve_tokenizer, runs_folder_of, source_name
+from packhorse.errors import Mistake, UserError
+from packhorse.recipe.schema import DataSection, Recipe, Source
+
+Opened = tuple[GatheredSource, Iterator[Example]]
+
+
+@dataclass(frozen=True, eq=False)
+class GatheredRows:
+    """All rows that can be trained on, and the renderer that made them.
+
+    Attributes:
+        sources: Sources in the order train, validation, retain.
+        renderer: Renderer with the proven tokenizer.
+        spool: Rows on disk.
+        strata: Name of each stratum; a row's code is an index into it.
+        fields: For each source, the plain fields that all its rows have.
+    """
+
+    sources: tuple[GatheredSource, ...]
+    renderer: Renderer
+    spool: Spool
+    strata: tuple[str, ...]
+    fields: tuple[frozenset[str], ...]
+
+    @property
+    def measured_fields(self) -> tuple[str, ...]:
+        """Names of the fields that all rows have which may be held out; metrics can be grouped by them."""
+        uses = {source.use for source in self.sources}
+        held_out = {"validation", "retain"} if "validation" in uses else {"train", "retain"}
+        shared = [fields for source, fields in zip(self.sources, self.fields) if source.use in held_out]
+        return tuple(sorted(frozenset.intersection(*shared)))
+
+    @property
+    def is_chat(self) -> NDArray[np.bool_]:
+        """bool [R], whether each row is a chat."""
+        chats = np.array([source.row_format != "text" for source in self.sources])
+        return np.asarray(chats[self.spool.columns.source])
+
+    @property
+    def num_bad(self) -> int:
+        """Number of rows that could not be read or rendered."""
+        return sum(source.mistakes.num_rows for source in self.sources)
+
+
+def gather(
+    recipe: Recipe, folder: Path, watch: BatchCallback | None = None, with_prompts: bool = False
+) -> GatheredRows:
+    """Read every row of every source once, into a spool in `folder`.
+
+    Args:
+        recipe: Recipe with the sources, the tokenizer and the `data` section.
+        folder: Folder of the spool, created here.
+        watch: Called with each batch of rows that can be trained on.
+        with_prompts: Whether to hash prompts and answers too, to find contradictions.
+
+    Raises:
+        UserError: All bad rows; under `data.on_bad_row: drop`, only if there are too many.
+    """
+    with _collector_paused():
+        return _gather(recipe, folder, watch, with_prompts)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause Python's cycle collector: its scans of the tokenizer's vocabulary would take a third of the time.
+
+    The pass over the sources collects the youngest generation after each batch.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def _gather(recipe: Recipe, folder: Path, watch: BatchCallback | None, with_prompts: bool) -> GatheredRows:
+    tokenizer_folder = resolve_tokenizer(recipe)
+    opened = _open_all(recipe)
+    tokenizer = tokenizer_of(recipe, tokenizer_folder)
+    has_chats = any(source.row_format != "text" for source, _ in opened)
+    renderer = make_renderer(tokenizer, tokenizer_folder, recipe.data, has_chats)
+    served = saved_form(tokenizer, recipe.model.trust_remote_code)
+    evaluated = _evaluation_index(recipe)
+    strata = Strata()
+    fields: list[frozenset[str]] = []
+    mistakes: list[Mistake] = []
+    # The vocabularies live until the end, so the collector need not scan them.
+    gc.freeze()
+    with SpoolWriter(folder, renderer.vocab_size) as spool:
+        for number, (source, examples) in enumerate(opened):
+            source_pass = SourcePass(recipe.data, source, number, renderer, served, evaluated, strata, with_prompts)
+            shared, num_rows = source_pass.run(examples, spool, watch)
+            fields.append(shared)
+            mistakes += _bad_row_mistakes(source, recipe.data, num_rows)
+            if source.row_format in UNTRAINABLE and not mistakes:
+                mistakes.append(_untrainable(source, num_rows))
+        if mistakes:
+            raise UserError.of(mistakes)
+        done = spool.finish()
+    columns = replace(done.columns, stratum=strata.sorted_codes(done.columns.stratum))
+    sources = tuple(source for source, _ in opened)
+    return GatheredRows(sources, renderer, replace(done, columns=columns), strata.names(), tuple(fields))
+
+
+def _open_all(recipe: Recipe) -> list[Opened]:
+    """Detect the format of each source from its first row, and raise the mistakes of all sources together."""
+    runs_folder = runs_folder_of(recipe)
+    uses: list[tuple[SourceUse, Sequence[Source]]] = [
+        ("train", recipe.data.sources),
+        ("validation", recipe.data.validation),
+        ("retain", recipe.data.retain),
+    ]
+    mistakes: list[Mistake] = []
+    opened: list[Opened] = []
+    for use, sources in uses:
+        for source in sources:
+            try:
+                opened.append(_open(source, use, runs_folder))
+            except UserError as error:
+                mistakes += error.mistakes
+    if mistakes:
+        raise UserError.of(mistakes)
+    return opened
+
+
+def _open(source: Source, use: SourceUse, runs_folder: Path) -> Opened:
+    mistakes = RowMistakes(source_name(source))
+    rows = read_rows(source, runs_folder, mistakes)
+    first = next(rows, None)
+    if first is None:
+        raise UserError.of(mistakes.to_show())
+    row_format = resolve_format(source.format, first, source)
+    return GatheredSource(source, use, row_format, mistakes), convert_rows(
+        chain([first], rows), row_format, mistakes, source
+    )
+
+
+def read_examples(source: Source, runs_folder: Path) -> Iterator[Example]:
+    """Yield the rows of one source; raise all its bad rows together at the end.
+
+    Raises:
+        UserError: All rows that cannot be read.
+    """
+    opened, examples = _open(source, "train", runs_folder)
+    yield from examples
+    opened.mistakes.raise_if_any()
+
+
+def _evaluation_index(recipe: Recipe) -> EvaluationIndex | None:
+    decontaminate = recipe.data.decontaminate
+    if decontaminate is None:
+        return None
+    runs_folder = runs_folder_of(recipe)
+    texts = [prompt_text(row) for source in decontaminate.against for row in read_examples(source, runs_folder)]
+    return EvaluationIndex(texts, decontaminate.ngram)
+
+
+def _bad_row_mistakes(source: GatheredSource, data: DataSection, num_good: int) -> list[Mistake]:
+    """Return the mistakes to raise for a source: all, or, under `on_bad_row: drop`, that there are too many."""
+    num_bad = source.mistakes.num_rows
+    if data.on_bad_row == "raise" or num_good == 0:
+        return source.mistakes.to_show()
+    share = num_bad / (num_bad + num_good)
+    if share <= data.most_bad_rows:
+        return []
+    too_many = Mistake(
+        f"{source.name} has {num_bad} bad rows of {num_bad + num_good}, {share:.1%}; data.most_bad_rows is "
+        f"{data.most_bad_rows:.1%}.",
+        "so many bad rows are seldom an accident: the source may have another format than declared or detected.",
+        f"fix them, or set data.most_bad_rows to {math.ceil(share * 1000) / 1000:g}.",
+    )
+    return [*source.mistakes.to_show(), too_many]
+
+
+def _untrainable(source: GatheredSource, num_rows: int) -> Mistake:
+    return Mistake(
+        f"{source.name} has {num_rows} rows of {UNTRAINABLE[source.row_format]}, all of them valid.",
+        "this version trains on answers, not yet on verdicts about them.",
+        "name a source of another format for training.",
+    )
