@@ -24,7 +24,7 @@ from types import ModuleType
 import lab_log
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path += [str(TESTS / part) for part in (".", "unit/plan", "unit/train", "gpu")]
+sys.path += [str(TESTS / part) for part in (".", "unit/estimate", "gpu")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 PARTS = ("weights", "gradients", "optimizer", "activations")
@@ -52,8 +52,8 @@ def main() -> int:
 
 def published() -> Table:
     """Predicted beside published speed and memory."""
-    import test_cost_memory_published as memory_cases
-    import test_cost_speed_published as cases
+    import test_published_memory as memory_cases
+    import test_published_speed as cases
 
     rows = []
     for row in cases.ROWS:

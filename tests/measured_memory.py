@@ -25,8 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from packhorse.data.packs.loader import MicroBatch, lay_out
 from packhorse.estimate.activations import count_activations
-from packhorse.estimate.held import held_weights
-from packhorse.estimate.measure.resident import (
+from packhorse.estimate.measure.rank_tensors import (
     address_of,
     bytes_of,
     gradient_tensors,
@@ -35,6 +34,7 @@ from packhorse.estimate.measure.resident import (
     weight_tensors,
 )
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.weights import list_weights
 from packhorse.launching.local.extensions import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.model_spec.parameters import Shape, read_shape
 from packhorse.plan.hardware import Hardware
@@ -100,7 +100,7 @@ def figures_of(lengths: Sequence[int]) -> PackFigures:
 def predicted(plan: RunPlan, folder: Path, lengths: Sequence[int]) -> Figures:
     """What the plan says, by component."""
     shape, packs = shape_of(folder), figures_of(lengths)
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     return planned_sizes(plan, held) | {"activations": count_activations(plan, shape, held, packs).kept}
 

@@ -84,7 +84,7 @@ def test_predicted_beside_published_memory(row: Row) -> None:
 def test_what_compilation_saves_is_enough_to_explain_it() -> None:
     row = ROWS[-1]
     parts = {part.name: part.bytes / 2**30 for part in row.estimate().peak.components}
-    assert row.told - parts["recomputation"] - parts["backward room"] < row.gib
+    assert row.told - parts["recomputation"] - parts["backward workspace"] < row.gib
 
 
 def test_the_table_of_the_documentation_is_this() -> None:

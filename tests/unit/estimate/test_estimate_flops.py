@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.data.packs.loader import lay_out
 from packhorse.estimate.flops import PassWork, pairs_of_pack, pass_work
-from packhorse.estimate.measure.anatomy import shape_of_configuration
+from packhorse.estimate.measure.fake_tensors import measure_shape
 from packhorse.estimate.packs import PackFigures
 from packhorse.model.attention import register_attention
 from packhorse.model.methods.attach import Start, attach
@@ -92,7 +92,7 @@ def counted(model: dict[str, Any], method: Any, **parallel: Any) -> tuple[float,
         sum(LENGTHS),
         np.array([[sum(LENGTHS)], [sum(LENGTHS) - len(LENGTHS)], [sum(length**2 for length in LENGTHS)]]),
     )
-    shape = read_shape(model) or shape_of_configuration(json.dumps(model))
+    shape = read_shape(model) or measure_shape(json.dumps(model))
     work = pass_work(plan, shape, packs)
     assert work is not None
     config = AutoConfig.for_model(**model)

@@ -15,12 +15,12 @@ from packhorse.commands.parameters import Unknown, known_shape
 from packhorse.errors import UserError
 from packhorse.estimate.activations import count_activations
 from packhorse.estimate.flops import pass_work
-from packhorse.estimate.held import held_weights
-from packhorse.estimate.measure.anatomy import shape_of_configuration
-from packhorse.estimate.measure.resident import planned_sizes
+from packhorse.estimate.measure.fake_tensors import measure_shape
+from packhorse.estimate.measure.rank_tensors import planned_sizes
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.weights import list_weights
 from packhorse.model_spec.parameters import Shape, read_shape
-from packhorse.model_spec.trainable import count_of
+from packhorse.model_spec.trainable import count_shape
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
@@ -78,7 +78,7 @@ def configuration(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def built(fields: dict[str, Any]) -> Shape:
-    return shape_of_configuration(json.dumps(fields))
+    return measure_shape(json.dumps(fields))
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_each_part_is_what_the_real_model_holds(
 
 def predicted(plan: RunPlan, folder: Path) -> Figures:
     shape = built(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     kept = count_activations(plan, shape, held, figures_of((100, 100))).kept
     return planned_sizes(plan, held) | {"activations": kept}
@@ -155,7 +155,7 @@ def gpu_plan(fields: dict[str, Any], method: Any, engine: str, checkpointing: An
 
 def figures(plan: RunPlan, shape: Shape) -> dict[str, float]:
     packs = PackFigures.full(512)
-    held, work = held_weights(plan, shape), pass_work(plan, shape, packs)
+    held, work = list_weights(plan, shape), pass_work(plan, shape, packs)
     assert held is not None
     assert work is not None
     kept = count_activations(plan, shape, held, packs)
@@ -190,7 +190,7 @@ def figures(plan: RunPlan, shape: Shape) -> dict[str, float]:
     ids=["gpt2", "pythia-6.9b", "olmo2-7b"],
 )
 def test_a_published_total(fields: dict[str, Any], total: int) -> None:
-    counts = count_of(built(fields), FullMethod())
+    counts = count_shape(built(fields), FullMethod())
     assert counts is not None
     assert counts.base == counts.trainable == total
     assert sum(module.total for module in counts.modules) == total
@@ -206,7 +206,7 @@ def test_all_experts_are_in_memory_and_active_ones_in_flops() -> None:
     assert many is not None
     of_experts = [sum(each.model_flops for each in work.products if each.part == "experts") for work in (few, many)]
     assert of_experts[1] == 2 * of_experts[0] > 0
-    assert count_of(built(fields), FullMethod()) == count_of(built(more), FullMethod())
+    assert count_shape(built(fields), FullMethod()) == count_shape(built(more), FullMethod())
 
 
 def test_what_training_refuses_is_refused_and_what_cannot_be_run_is_not_known() -> None:
@@ -225,7 +225,7 @@ def test_what_training_refuses_is_refused_and_what_cannot_be_run_is_not_known() 
 def test_dropout_of_attention_is_refused_where_the_kernel_has_none() -> None:
     plan = gpu_plan(configuration("gpt2", {}), "full", "single", False, "bf16")
     shape = built(configuration("gpt2", {}))
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     with pytest.raises(UserError, match="attention_dropout is 0.1"):
         count_activations(plan, shape, held, PackFigures.full(512))
@@ -247,7 +247,7 @@ def recipe_of(fields: dict[str, Any], method: Any, **sections: Any) -> Recipe:
 
 
 def test_an_adapter_is_as_large_as_peft_makes_it() -> None:
-    counts = count_of(built({"model_type": "gpt2"}), LoraMethod(rank=8))
+    counts = count_shape(built({"model_type": "gpt2"}), LoraMethod(rank=8))
     assert counts is not None
     # Of each of 12 layers: attention in 768 x 2304 and out 768 x 768, MLP 768 x 3072 and back.
     assert counts.trainable == 12 * 8 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))

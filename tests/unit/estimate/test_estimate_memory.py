@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from packhorse.estimate import activations, states
-from packhorse.estimate.component import total_bytes
-from packhorse.estimate.held import Held, held_weights
+from packhorse.estimate import activations, training_state
 from packhorse.estimate.memory import MemoryEstimate, Phase, estimate_memory
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.storage import StorageEstimate, estimate_storage
+from packhorse.estimate.training_state import total_bytes
+from packhorse.estimate.weights import WeightTensor, list_weights
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.parameters import Shape, list_parameters, read_shape
 from packhorse.model_spec.trainable import count_parameters
@@ -102,7 +102,7 @@ def test_states_of_a_full_fine_tune_are_those_of_the_zero_paper(engine: str) -> 
 
 def test_4_bit_weights_take_half_a_byte_and_their_doubly_quantised_scales_an_eighth_of_a_bit_more_than_an_8th() -> None:
     plan = planned(1, engine="single", method="qlora")
-    held = held_weights(plan, shape_of(plan))
+    held = list_weights(plan, shape_of(plan))
     assert held is not None
     packed = [each for each in held if each.storage == "nf4"]
     size = sum(each.size for each in packed)
@@ -111,14 +111,14 @@ def test_4_bit_weights_take_half_a_byte_and_their_doubly_quantised_scales_an_eig
     # QLoRA, section 3: 8/64 + 32/(64 x 256) = 0.127 bits a weight.
     assert sum(each.constant_bytes for each in packed) * 8 / size == pytest.approx(0.127, abs=5e-4)
     single = planned(1, engine="single", method={"kind": "qlora", "double_quantization": False})
-    plain = held_weights(single, shape_of(single))
+    plain = list_weights(single, shape_of(single))
     assert plain is not None
     assert sum(each.constant_bytes for each in plain) * 8 / size == pytest.approx(0.5, abs=5e-4)
 
 
 def test_experts_are_not_quantised_because_bitsandbytes_takes_linear_layers_only() -> None:
     plan = planned(1, "mistralai/Mixtral-8x7B-v0.1", "single", method={"kind": "qlora", "target": ["q_proj"]})
-    held = held_weights(plan, shape_of(plan))
+    held = list_weights(plan, shape_of(plan))
     assert held is not None
     experts = [each for each in held if ".experts." in each.name]
     assert experts
@@ -139,12 +139,12 @@ OPTIMIZERS = {
 def test_each_optimizer_keeps_what_its_page_says(name: str) -> None:
     betas = {"betas": [0.9, 0.99]} if "lion" in name else {}
     plan = planned(1, engine="single", optimizer={"name": name, "learning_rate": 1e-5, **betas})
-    held = held_weights(plan, shape_of(plan))
+    held = list_weights(plan, shape_of(plan))
     assert held is not None
     expected = OPTIMIZERS[name] * EIGHT_B_WEIGHTS
     if name == "muon":
         expected += 4 * 2 * 128_256 * 4096  # AdamW's for embedding and head
-    assert states.optimizer_states(plan, held) == pytest.approx(expected, rel=2e-3, abs=2e-3 * EIGHT_B_WEIGHTS)
+    assert training_state.optimizer_bytes(plan, held) == pytest.approx(expected, rel=2e-3, abs=2e-3 * EIGHT_B_WEIGHTS)
 
 
 def test_paged_states_lie_on_the_host() -> None:
@@ -274,7 +274,7 @@ def test_every_shipped_recipe_is_estimated_and_every_component_says_why(name: st
     plan = make_plan(recipe, Ask(gpus=8), LAPTOP, None)
     shape = shape_of(plan)
     counts = count_parameters(find_configuration(recipe), recipe.method)
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     assert counts is not None
     assert (sum(e.size for e in held), sum(e.size for e in held if e.trained)) == (counts.total, counts.trainable)
@@ -296,6 +296,8 @@ def test_an_estimate_imports_no_torch() -> None:
 
 def test_held_covers_every_parameter_of_the_model() -> None:
     plan = planned()
-    held = held_weights(plan, shape_of(plan))
+    held = list_weights(plan, shape_of(plan))
     assert held is not None
-    assert [each.name for each in held if isinstance(each, Held)] == [e.name for e in list_parameters(shape_of(plan))]
+    assert [each.name for each in held if isinstance(each, WeightTensor)] == [
+        e.name for e in list_parameters(shape_of(plan))
+    ]
