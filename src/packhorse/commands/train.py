@@ -19,9 +19,9 @@ from packhorse.data.manifest import DataManifest, read_manifest
 from packhorse.data.resolve import data_root
 from packhorse.data.stored import require_sizes
 from packhorse.errors import EXIT_OK, EXIT_STOPPED, UserError
-from packhorse.estimate.case import Case
-from packhorse.estimate.search.compare import Wanted
-from packhorse.estimate.verdict import check_memory
+from packhorse.estimate.plan_estimate import PlanEstimate
+from packhorse.estimate.search.candidates import SearchRequest
+from packhorse.estimate.search.changes import refuse_unfit
 from packhorse.launching.local.recovery import run_to_end
 from packhorse.launching.local.stop_signals import StoppedEarly, stop_signals
 from packhorse.launching.preflight import check_base_model, check_disk, check_nvme, check_resumable, check_writable
@@ -103,7 +103,7 @@ def _new_run(
     loaded = load_recipe(recipe, overrides)
     check_single(loaded, recipe)
     here = detect_hardware()
-    wanted = Wanted(loaded, ask, here, None)
+    wanted = SearchRequest(loaded, ask, here, None)
     draft = draft_plan(wanted, basis_of(loaded, None, here, terms), force)
     # All that can be refused without reading a row is refused before the rows are read.
     if local:
@@ -154,5 +154,5 @@ def _still_fitting(made: RunPlan, manifest: DataManifest, here: Hardware, force:
     topology = made.topology
     if not force:
         ask = Ask(topology.world_size, topology.num_nodes)
-        check_memory(Wanted(made.recipe, ask, here, made.data), Case(made, basis))
-    return Case(made, basis).noted()
+        refuse_unfit(SearchRequest(made.recipe, ask, here, made.data), PlanEstimate(made, basis))
+    return PlanEstimate(made, basis).noted()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from packhorse.durable import size
 from packhorse.errors import UserError
-from packhorse.estimate.saved import CheckpointRoom
+from packhorse.estimate.checkpoint_size import CheckpointSpace
 from packhorse.plan.command import nvme_folder
 from packhorse.plan.compatibility import NO_RESUME_FROM_NVME
 from packhorse.plan.optimizer_pairs import IN_8_BITS
@@ -118,7 +118,7 @@ def check_nvme(plan: RunPlan) -> None:
         )
 
 
-def room_to_come(plan: RunPlan, room: CheckpointRoom) -> CheckpointRoom:
+def room_to_come(plan: RunPlan, room: CheckpointSpace) -> CheckpointSpace:
     """What the run's checkpoints still need beside those that stand.
 
     Args:
@@ -129,7 +129,7 @@ def room_to_come(plan: RunPlan, room: CheckpointRoom) -> CheckpointRoom:
     return replace(room, count=max(1, room.count - standing))
 
 
-def check_disk(plan: RunPlan, room: CheckpointRoom | None) -> None:
+def check_disk(plan: RunPlan, room: CheckpointSpace | None) -> None:
     """Refuses a disk that the run's checkpoints would fill; those that stand already need no more room.
 
     Where the model's parameters cannot be counted ahead nothing is checked, which `packhorse plan` says.
