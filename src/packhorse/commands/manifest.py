@@ -50,4 +50,4 @@ def _plan_of(recipe: str, overrides: Sequence[str], gpus: str, nodes: int | None
     found = inquire(loaded, *read_gpus(gpus, nodes))
     plan = plan_best(found.wanted, found.known)
     case = estimate_plan(plan, found.known) if found.known is not None else None
-    return case.noted() if case is not None else plan
+    return case.predicted_plan() if case is not None else plan

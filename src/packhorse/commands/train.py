@@ -155,4 +155,4 @@ def _still_fitting(made: RunPlan, manifest: DataManifest, here: Hardware, force:
     if not force:
         ask = Ask(topology.world_size, topology.num_nodes)
         refuse_unfit(SearchRequest(made.recipe, ask, here, made.data), PlanEstimate(made, basis))
-    return PlanEstimate(made, basis).noted()
+    return PlanEstimate(made, basis).predicted_plan()
