@@ -112,14 +112,7 @@ class Activations:
 def count_activations(
     plan: RunPlan, shape: Shape, weights: tuple[WeightTensor, ...], packs: PackFigures
 ) -> Activations:
-    """Count one forward pass of the packs that need most memory.
-
-    Args:
-        plan: Plan of the run.
-        shape: Shape of its model.
-        weights: Its weights.
-        packs: Its training packs.
-    """
+    """Count one forward pass of the packs that need most memory."""
     saved = SavedTensors()
     settings = _settings(plan, packs)
     labels = -(-plan.batch.micro_packs * packs.supervised_max // plan.topology.sequence)

@@ -70,10 +70,6 @@ class CheckpointSpace:
 def checkpoint_space(plan: RunPlan, shape: Shape) -> CheckpointSpace | None:
     """Count the disk space of a run's checkpoints.
 
-    Args:
-        plan: Plan of the run, with its steps where they are known.
-        shape: Shape of its model.
-
     Returns:
         None where peft alone decides what the method trains.
     """

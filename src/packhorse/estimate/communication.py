@@ -153,15 +153,7 @@ class Links:
 def transfers(
     plan: RunPlan, shape: Shape, weights: tuple[WeightTensor, ...], work: PassWork, links: Links
 ) -> tuple[Transfer, ...]:
-    """List every transfer of a step.
-
-    Args:
-        plan: Engine, topology, accumulation.
-        shape: Shape of the model.
-        weights: Its weights.
-        work: Work of one pass.
-        links: Links of a GPU.
-    """
+    """List every transfer of a step."""
     found = [
         *_of_engine(plan, shape, weights, work, links),
         *_of_sequence(plan, shape, work, links),

@@ -134,13 +134,7 @@ class PassWork:
 
 
 def pass_work(plan: RunPlan, shape: Shape, packs: PackFigures) -> PassWork | None:
-    """Count the FLOPs of a mean pass; None where peft alone decides what the method trains.
-
-    Args:
-        plan: Method, batch split, topology and checkpointing.
-        shape: Shape of the model.
-        packs: Sizes of the packs.
-    """
+    """Count the FLOPs of a mean pass; None where peft alone decides what the method trains."""
     method = plan.recipe.method
     virtual = isinstance(method, (PromptTuningMethod, PrefixTuningMethod))
     trained = {} if virtual else trained_by_name(list_parameters(shape), method, shape)

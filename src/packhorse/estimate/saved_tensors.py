@@ -315,14 +315,7 @@ class DecoderLayer:
 
 
 def save_masks_and_scores(saved: SavedTensors, settings: PassSettings, shape: Shape, index: int) -> None:
-    """Save masks and scores of SDPA for each document; torch's varlen kernel saves neither.
-
-    Args:
-        saved: Saved tensors of the layer.
-        settings: How the pass runs.
-        shape: Shape of the model.
-        index: Index of the layer.
-    """
+    """Save masks and scores of SDPA for each document; torch's varlen kernel saves neither."""
     if settings.varlen:
         return
     window = shape.windows[index]

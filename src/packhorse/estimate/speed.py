@@ -171,13 +171,13 @@ def estimate_speed(
     network = (gpu.network_gb if network_gb is None else network_gb) * 1e9
     moved = transfers(plan, shape, weights, work, Links(gpu, network))
     rates = Rates.of(plan, gpu)
-    times = PassTimes.of(rates, work, pass_traffic(plan, shape, work))
+    computing = _pass_parts(rates, work, pass_traffic(plan, shape, work))
     passes, ranks = plan.batch.accumulation_steps, plan.topology.world_size
     uncertainty, why = _uncertainty(plan, moved)
     return SpeedEstimate(
         parts=(
-            *_compute_parts(plan, shape, work, times),
-            *_transfer_parts(moved, times, passes, shape),
+            *_compute_parts(plan, shape, work, computing),
+            *_transfer_parts(moved, computing, passes, shape),
             *_optimizer_parts(plan, weights, rates),
             TimePart("fixed", STEP_SECONDS, "metrics, schedule and logging of a step (assumed)"),
         ),
@@ -189,7 +189,7 @@ def estimate_speed(
         peak_flops=gpu.peak_flops(plan.recipe.precision, plan.recipe.tf32),
         power_watts=gpu.power_watts,
         num_steps=plan.num_steps,
-        forward_seconds=_forward_seconds(moved, times),
+        forward_seconds=_forward_seconds(moved, computing),
         uncertainty=uncertainty,
         uncertainty_reason=why,
         price_per_gpu_hour=price_per_gpu_hour,
@@ -261,62 +261,42 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class PassTimes:
-    """Seconds of one pass, by what they are spent on, if the GPU waited for nothing."""
+class PassPart:
+    """Seconds of one pass that one kind of work takes on the GPU."""
 
-    products_forward: float
-    products_backward: float
-    products_again: float
-    attention_forward: float
-    attention_backward: float
-    attention_again: float
-    traffic: tuple[tuple[Traffic, float, float], ...]
-
-    @classmethod
-    def of(cls, rates: Rates, work: PassWork, traffic: Sequence[Traffic]) -> PassTimes:
-        """Sum what one pass runs."""
-        forward = backward = again = 0.0
-        for each in work.products:
-            seconds = rates.product_seconds(each)
-            forward += seconds * each.forward
-            again += seconds * each.recomputed
-            backward += seconds * (each.input_gradients + each.weight_gradients)
-        return cls(
-            products_forward=forward,
-            products_backward=backward,
-            products_again=again,
-            attention_forward=work.attention.forward_flops / rates.attention,
-            attention_backward=work.attention.kernel_backward_flops / rates.attention,
-            attention_again=work.attention.recomputed_flops / rates.attention,
-            traffic=tuple((each, each.forward / rates.bytes, each.backward / rates.bytes) for each in traffic),
-        )
-
-    @property
-    def forward(self) -> float:
-        """Seconds of the forward pass."""
-        return self.products_forward + self.attention_forward + sum(seconds for _, seconds, _ in self.traffic)
-
-    @property
-    def backward(self) -> float:
-        """Seconds of the backward pass, including recomputation."""
-        products = self.products_backward + self.products_again
-        attention = self.attention_backward + self.attention_again
-        return products + attention + sum(seconds for _, _, seconds in self.traffic)
+    name: str
+    forward: float
+    backward: float
+    reason: str
 
 
-def _compute_parts(plan: RunPlan, shape: Shape, work: PassWork, times: PassTimes) -> list[TimePart]:
-    again = f"products and attention of {work.layers_recomputed} layers once more, and logits of the loss"
-    seconds = [
-        ("products", times.products_forward + times.products_backward, "matrix products, both ways"),
-        ("attention", times.attention_forward + times.attention_backward, "attention, both ways"),
-        ("recomputation", times.products_again + times.attention_again, again),
-        *((each.name, forward + backward, each.reason) for each, forward, backward in times.traffic),
+def _pass_parts(rates: Rates, work: PassWork, traffic: Sequence[Traffic]) -> list[PassPart]:
+    forward = backward = again = 0.0
+    for each in work.products:
+        seconds = rates.product_seconds(each)
+        forward += seconds * each.forward
+        again += seconds * each.recomputed
+        backward += seconds * (each.input_gradients + each.weight_gradients)
+    attention = work.attention
+    again += attention.recomputed_flops / rates.attention
+    attention_seconds = (attention.forward_flops / rates.attention, attention.kernel_backward_flops / rates.attention)
+    return [
+        PassPart("products", forward, backward, "matrix products, both ways"),
+        PassPart("attention", *attention_seconds, "attention, both ways"),
+        PassPart("recomputation", 0.0, again, f"{work.layers_recomputed} layers once more, and logits of the loss"),
+        *(
+            PassPart(each.name, each.forward / rates.bytes, each.backward / rates.bytes, each.reason)
+            for each in traffic
+        ),
     ]
-    host = _host_seconds(plan, shape, work)
+
+
+def _compute_parts(plan: RunPlan, shape: Shape, work: PassWork, parts: Sequence[PassPart]) -> list[TimePart]:
+    passes, host = plan.batch.accumulation_steps, _host_seconds(plan, shape, work)
+    waiting = host - sum(each.forward + each.backward for each in parts)
     reason = f"a pass takes {host * 1000:.0f} ms of Python and launches, longer than its computation"
-    seconds.append(("launches", max(0.0, host - times.forward - times.backward), reason))
-    passes = plan.batch.accumulation_steps
-    return [TimePart(name, passes * one, reason) for name, one, reason in seconds if one]
+    found = [TimePart(each.name, passes * (each.forward + each.backward), each.reason) for each in parts]
+    return [part for part in (*found, TimePart("launches", passes * max(0.0, waiting), reason)) if part.seconds]
 
 
 def _host_seconds(plan: RunPlan, shape: Shape, work: PassWork) -> float:
@@ -335,32 +315,35 @@ def _host_seconds(plan: RunPlan, shape: Shape, work: PassWork) -> float:
     return one_way * (1.0 + back)
 
 
-def _transfer_parts(moved: Sequence[Transfer], times: PassTimes, passes: int, shape: Shape) -> list[TimePart]:
+def _transfer_parts(
+    moved: Sequence[Transfer], computing: Sequence[PassPart], passes: int, shape: Shape
+) -> list[TimePart]:
     """Return the time that a step waits for transfers."""
     parts = [
         TimePart(each.name, each.times * each.seconds, f"{each.reason}; nothing overlaps with it")
         for each in moved
         if not each.hidden
     ]
-    for phase, computing in (("forward", times.forward), ("backward", times.backward)):
+    forward, backward = sum(each.forward for each in computing), sum(each.backward for each in computing)
+    for phase, busy in (("forward", forward), ("backward", backward)):
         hidden = [each for each in moved if each.hidden and each.phase == phase]
         every = sum(each.seconds for each in hidden if each.times == passes and passes > 1)
         last = sum(each.seconds for each in hidden) - every
         # The first layer's weights come before there is anything to compute, and its gradients after.
         start = sum(each.seconds * each.times for each in hidden) / (shape.layers + 2)
-        waited = (passes - 1) * max(0.0, every - HIDDEN * computing) + max(0.0, every + last - HIDDEN * computing)
+        waited = (passes - 1) * max(0.0, every - HIDDEN * busy) + max(0.0, every + last - HIDDEN * busy)
         if hidden:
-            share = f"{every + last:.3g} s of transfers and {computing:.3g} s of computation in the last pass"
+            share = f"{every + last:.3g} s of transfers and {busy:.3g} s of computation in the last pass"
             names = " and ".join(dict.fromkeys(each.name for each in hidden))
             parts.append(TimePart(f"waiting for {names} {phase}", start + waited, share))
     return parts
 
 
-def _forward_seconds(moved: Sequence[Transfer], times: PassTimes) -> float:
-    forward = [each for each in moved if each.phase == "forward"]
+def _forward_seconds(moved: Sequence[Transfer], computing: Sequence[PassPart]) -> float:
+    busy, forward = sum(each.forward for each in computing), [each for each in moved if each.phase == "forward"]
     hidden = sum(each.seconds for each in forward if each.hidden)
     waited = sum(each.seconds for each in forward if not each.hidden)
-    return times.forward + waited + max(0.0, hidden - HIDDEN * times.forward)
+    return busy + waited + max(0.0, hidden - HIDDEN * busy)
 
 
 def _optimizer_parts(plan: RunPlan, weights: Sequence[WeightTensor], rates: Rates) -> list[TimePart]:

@@ -95,10 +95,6 @@ class WeightTensor:
 def list_weights(plan: RunPlan, shape: Shape) -> tuple[WeightTensor, ...] | None:
     """List every weight tensor, unsharded, in the model's order.
 
-    Args:
-        plan: Plan of the run.
-        shape: Shape of its model.
-
     Returns:
         None where peft alone decides what the method trains, or the method cannot be used on the model.
     """

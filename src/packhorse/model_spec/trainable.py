@@ -77,12 +77,7 @@ class ParameterCounts:
 
 
 def count_parameters(configuration: Configuration | None, method: Method) -> ParameterCounts | None:
-    """Count parameters; None where the family is not described, or peft decides what the method trains.
-
-    Args:
-        configuration: Configuration of the model, as in config.json.
-        method: Method of the recipe.
-    """
+    """Count parameters; None where the family is not described, or peft decides what the method trains."""
     shape = read_shape(configuration)
     return None if shape is None else count_shape(shape, method)
 

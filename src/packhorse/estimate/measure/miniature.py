@@ -40,11 +40,6 @@ MOST_PARAMETERS: Final = 300_000_000
 def make_miniature(plan: RunPlan, configuration: Mapping[str, Any] | None, folder: Path) -> RunPlan:
     """Write model and rows below `folder`.
 
-    Args:
-        plan: Plan of the run.
-        configuration: Configuration of its model, as in config.json.
-        folder: Empty folder; it gets a few hundred MB at most.
-
     Returns:
         A plan of one step that the run's engine can execute on a CPU.
 
@@ -69,9 +64,6 @@ def make_miniature(plan: RunPlan, configuration: Mapping[str, Any] | None, folde
 
 def small_fields(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration of the same architecture with few and narrow layers.
-
-    Args:
-        configuration: Configuration as in config.json.
 
     Raises:
         UserError: transformers has no such architecture.

@@ -18,12 +18,7 @@ Sizes = dict[str, int]
 
 
 def planned_sizes(plan: RunPlan, weights: Iterable[WeightTensor]) -> Sizes:
-    """Return the planned bytes of one rank at the end of a step's last backward pass.
-
-    Args:
-        plan: Plan of the run.
-        weights: Every weight tensor (`estimate/weights.py`).
-    """
+    """Return the planned bytes of one rank at the end of a step's last backward pass."""
     listed = tuple(weights)
     components = training_state.weight_components(plan, listed)
     gradients = training_state.final_gradient_bytes(plan, listed) + training_state.zero3_gradient_bytes(plan, listed)

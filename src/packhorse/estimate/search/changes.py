@@ -55,10 +55,6 @@ class Change:
 def refuse_unfit(request: SearchRequest, case: PlanEstimate) -> None:
     """Refuse a plan that needs more memory than the card, or than the host where its memory is known.
 
-    Args:
-        request: What was planned.
-        case: Estimate of its plan.
-
     Raises:
         UserError: The plan does not fit; the message has the largest parts, and the changes that fit.
     """
@@ -94,12 +90,7 @@ def _fix(changes: list[Change]) -> str:
 
 
 def changes_that_fit(request: SearchRequest, case: PlanEstimate) -> list[Change]:
-    """Return system changes (one field, otherwise several), then other maths, then more GPUs; the fastest first.
-
-    Args:
-        request: What was planned.
-        case: Estimate of its plan, which does not fit.
-    """
+    """Return system changes (one field, otherwise several), then other maths, then more GPUs; the fastest first."""
     plan = case.plan
     same = _fitting(_single_changes(plan), request, case, SAME_RESULT) or _combined_changes(request, case)
     same.sort(key=lambda change: change.slower)
