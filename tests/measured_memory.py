@@ -1,4 +1,4 @@
-"""What a rank really holds: weights, gradients, optimizer states, and what is kept for the backward pass, in bytes."""
+"""Bytes that a rank really holds: weights, gradients, optimizer states, and what is kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def figures_of(lengths: Sequence[int]) -> PackFigures:
 
 
 def predicted(plan: RunPlan, folder: Path, lengths: Sequence[int]) -> Figures:
-    """What the plan says, by component."""
+    """Return the planned bytes by component."""
     shape, packs = shape_of(folder), figures_of(lengths)
     held = list_weights(plan, shape)
     assert held is not None
@@ -219,7 +219,7 @@ Case = tuple[str, str, str]
 
 
 def measure_ranks(rank: int, world: int, folder: str, ports: list[int], cases: list[Case], lengths: list[int]) -> None:
-    """One of `world` processes; rank 0 writes what it measured and what the plan says to `folder`/measured.json."""
+    """One of `world` processes; rank 0 writes measured and planned bytes to `folder`/measured.json."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "FSDP_VERSION": "2"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}

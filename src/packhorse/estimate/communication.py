@@ -282,7 +282,7 @@ def _of_offload(
     seconds = updated * per_node / HOST_BYTES_PER_SECOND
     found.append(Transfer("optimizer on the host", "step", 1, updated, seconds, False, reason))
     if on_disk:
-        # Master weights and two means, in float32, both ways.
+        # Master weights and two means, in float32, in both directions.
         swapped = 24.0 * share
         reason = f"optimizer states from and to the disk, at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s per node (assumed)"
         seconds = swapped * per_node / DISK_BYTES_PER_SECOND

@@ -281,8 +281,8 @@ def _pass_parts(rates: Rates, work: PassWork, traffic: Sequence[Traffic]) -> lis
     again += attention.recomputed_flops / rates.attention
     attention_seconds = (attention.forward_flops / rates.attention, attention.kernel_backward_flops / rates.attention)
     return [
-        PassPart("products", forward, backward, "matrix products, both ways"),
-        PassPart("attention", *attention_seconds, "attention, both ways"),
+        PassPart("products", forward, backward, "matrix products, forward and backward"),
+        PassPart("attention", *attention_seconds, "attention, forward and backward"),
         PassPart("recomputation", 0.0, again, f"{work.layers_recomputed} layers once more, and logits of the loss"),
         *(
             PassPart(each.name, each.forward / rates.bytes, each.backward / rates.bytes, each.reason)

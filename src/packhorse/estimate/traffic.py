@@ -121,8 +121,8 @@ def _adapters(plan: RunPlan, work: PassWork) -> list[Traffic]:
     after, sum_of_gradients, scaled_gradient = 5 * b, 3 * b, 2 * b
 
     def moved(uses: Uses, inside: int, outside: int) -> float:
-        downs = (each.rows * each.inputs * getattr(each, uses) for each in work.products if _is(each, "adapter_a"))
-        ups = (each.rows * each.outputs * getattr(each, uses) for each in work.products if _is(each, "adapter_b"))
+        downs = (each.rows * each.inputs * _count(each, uses) for each in work.products if _is(each, "adapter_a"))
+        ups = (each.rows * each.outputs * _count(each, uses) for each in work.products if _is(each, "adapter_b"))
         return inside * sum(downs) + outside * sum(ups)
 
     # DoRA takes the norm of W + BA along each row, for which it computes that matrix.
@@ -178,6 +178,10 @@ def _is(products: Products, adapter: str) -> bool:
     return products.part == "adapter" and products.name.endswith(adapter)
 
 
+def _count(products: Products, uses: Uses) -> int:
+    return int(getattr(products, uses))
+
+
 def _weights(products: Iterable[Products], uses: Uses) -> float:
     """Return the elements of all weights, each once per use."""
-    return float(sum(each.outputs * each.inputs * getattr(each, uses) for each in products))
+    return float(sum(each.outputs * each.inputs * _count(each, uses) for each in products))

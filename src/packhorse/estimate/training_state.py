@@ -266,7 +266,7 @@ def zero3_gradient_bytes(plan: RunPlan, weights: Sequence[WeightTensor]) -> int:
 
 
 def update_buffer(plan: RunPlan, weights: Sequence[WeightTensor]) -> Component:
-    """Return what exists beside gradients and states while the optimizer updates the weights."""
+    """Return what exists in addition to gradients and states while the optimizer updates the weights."""
     trained = [weight for weight in weights if weight.trained]
     engine, share = plan.topology.engine, trained_share(plan, weights)
     if is_deepspeed(plan) and not offloads(plan):

@@ -1,4 +1,4 @@
-"""Memory that the plan tells, against what papers and libraries' documentation say, by hand."""
+"""Planned memory compared with figures of papers and libraries' documentation, computed by hand."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def test_states_of_a_full_fine_tune_are_those_of_the_zero_paper(engine: str) -> 
         of(step, "gradients"),
         of(step, "masters") + of(step, "optimizer states"),
     )
-    told = [each * EIGHT_B_WEIGHTS for each in BYTES[engine]]
+    expected_bytes = [each * EIGHT_B_WEIGHTS for each in BYTES[engine]]
     if engine == "zero1":
         # Its part begins and ends within a matrix, whose gradient stays whole.
-        assert told[1] < found[1] < 1.1 * told[1]
-        told[1] = found[1]
-    assert found == pytest.approx(told, rel=2e-3)
+        assert expected_bytes[1] < found[1] < 1.1 * expected_bytes[1]
+        expected_bytes[1] = found[1]
+    assert found == pytest.approx(expected_bytes, rel=2e-3)
 
 
 def test_4_bit_weights_take_half_a_byte_and_their_doubly_quantised_scales_an_eighth_of_a_bit_more_than_an_8th() -> None:
@@ -229,7 +229,7 @@ def test_offload_leaves_no_states_on_the_device_and_all_of_them_on_the_host() ->
     expected = {"weights": 2, "gradients": 4, "step gradients": 4, "optimizer states": 12}
     found = {name: of(host, name) / EIGHT_B_WEIGHTS for name in expected}
     assert found == pytest.approx(expected, rel=1e-3)
-    # 4 GB of gradients a rank, twice, come as 4 GiB of pinned memory; the weights' parts stay beside the whole.
+    # 4 GB of gradients a rank, twice, come as 4 GiB of pinned memory; the weights' parts exist in addition to the whole.
     assert 8 * 2 * (4 * GIB - 4 * EIGHT_B_WEIGHTS / 8) + 2 * EIGHT_B_WEIGHTS < of(host, "pinning") < 6 * EIGHT_B_WEIGHTS
     two_nodes = storage(planned(16, engine="zero3_offload", nodes=2))
     assert of(Phase("", two_nodes.host), "weights") == pytest.approx(EIGHT_B_WEIGHTS, rel=1e-3)

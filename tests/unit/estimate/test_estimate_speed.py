@@ -311,8 +311,8 @@ def test_a_faster_network_and_copies_of_the_weights_carry_further() -> None:
 
     def at_512(engine: str, network_gb: float) -> float:
         parallel = recipe.parallel.model_copy(update={"engine": engine})
-        asked = recipe.model_copy(update={"parallel": parallel})
-        found = scale(asked, shape, PackFigures.full(4096), find_gpu("H100"), "weak", (8, 512), network_gb)
+        changed = recipe.model_copy(update={"parallel": parallel})
+        found = scale(changed, shape, PackFigures.full(4096), find_gpu("H100"), "weak", (8, 512), network_gb)
         return points(found)[512]
 
     assert at_512("fsdp2", 3.0) < at_512("fsdp2", 50.0)

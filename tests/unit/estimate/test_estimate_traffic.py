@@ -1,4 +1,4 @@
-"""Bytes beside the matrix products against those of every kernel that torch runs while the real model trains."""
+"""Planned bytes without matrix products compared with those of every kernel that torch runs for the real model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of models that no description covers, held against the described ones and against the real thing."""
+"""Figures of models whose family is not described, compared with described families and with the real models."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ def test_each_part_is_what_the_real_model_holds(
     chosen = {"kind": "lora", "target": ATTENTION.get(kind, "all-linear")} if method == "lora" else method
     parallel = {"checkpointing": checkpointing}
     plan = plan_of(tmp_path, (100, 100), method=chosen, precision=precision, parallel=parallel)
-    found, told = measured(plan, (100, 100)), predicted(plan, tmp_path)
+    found, planned = measured(plan, (100, 100)), predicted(plan, tmp_path)
     for part, size in found.items():
-        assert told[part] == pytest.approx(size, rel=0.01), part
+        assert planned[part] == pytest.approx(size, rel=0.01), part
 
 
 def predicted(plan: RunPlan, folder: Path) -> Figures:
@@ -116,7 +116,7 @@ DESCRIBED: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gemma3_text": {"head_dim": 16},
 }
-WAYS: dict[str, tuple[Any, str, Any, str]] = {
+CONFIGURATIONS: dict[str, tuple[Any, str, Any, str]] = {
     "full, one GPU": ("full", "single", False, "bf16"),
     "full, ddp, recomputed": ("full", "ddp", True, "bf16"),
     "full, zero2": ("full", "zero2", 2, "bf16"),
@@ -134,12 +134,12 @@ WAYS: dict[str, tuple[Any, str, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("configuration_name", CONFIGURATIONS)
 @pytest.mark.parametrize("kind", DESCRIBED)
-def test_a_described_family_is_told_the_same_either_way(kind: str, way: str) -> None:
+def test_a_described_family_and_its_measurement_agree(kind: str, configuration_name: str) -> None:
     """On GPUs too, whose kernels cannot run here: described families count them operation by operation."""
     fields = configuration(kind, {**DESCRIBED[kind], "tie_word_embeddings": False, "sliding_window": None})
-    method, engine, checkpointing, precision = WAYS[way]
+    method, engine, checkpointing, precision = CONFIGURATIONS[configuration_name]
     plan = gpu_plan(fields, method, engine, checkpointing, precision)
     shape = read_shape(fields)
     assert shape is not None

@@ -179,7 +179,7 @@ def test_three_quarters_are_within_the_stated_uncertainty() -> None:
 
 
 def test_the_order_of_the_3b_ladder_is_theirs() -> None:
-    """Checkpointing costs; 8-bit Adam and adapters cost nothing much beside it; QLoRA is a little slower than LoRA."""
+    """Checkpointing costs; 8-bit Adam and adapters cost little in addition; QLoRA is a little slower than LoRA."""
     speed = {row.name: row.estimate().tokens_per_second_per_gpu for row in ROWS if row.model == "3B"}
     assert speed["3B full, + checkpointing"] < 0.85 * speed["3B full, torchtune, packed"]
     assert 0.95 < speed["3B QLoRA, torchtune"] / speed["3B LoRA, torchtune"] < 1

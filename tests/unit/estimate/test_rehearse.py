@@ -1,6 +1,6 @@
 """One step as a rank of 32 in one process: the real engines, meshes and batch split, without the other ranks.
 
-Each in a process of its own, because DeepSpeed changes torch for good.
+Each runs in a separate process, because DeepSpeed changes torch permanently.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Case:
     words: tuple[str, ...]
     rank: int
     groups: dict[str, list[int]]
-    said: dict[str, str]
+    report: dict[str, str]
     collectives: dict[str, int]
     shares: dict[str, float]
     """Bytes a parameter of the whole model, of each component."""
@@ -137,7 +137,7 @@ def test_a_rank_of_32(name: str, tmp_path: Path) -> None:
     found = rehearsed(plan, case.rank, tmp_path)
     assert (found["world_size"], found["rank"]) == (WORLD, case.rank)
     assert found["groups"] == case.groups
-    assert case.said.items() <= found["runs"].items()
+    assert case.report.items() <= found["runs"].items()
     assert case.collectives.items() <= found["collectives"].items()
     assert len(found["passes"]) == case.passes == plan.batch.accumulation_steps
     assert sum(found["passes"]) * plan.topology.data_ranks == plan.batch.packs_per_step

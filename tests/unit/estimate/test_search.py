@@ -1,4 +1,4 @@
-"""What is chosen by its costs: the fastest that fits with a margin; every change that is told really fits."""
+"""Automatic choices: the fastest that fits with a margin; every suggested change really fits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAPTOP = Hardware(num_cores=2, gpus=())
 SHORT = ["batch.length=512", "parallel.engine=ddp", "parallel.checkpointing=false"]
 AUTO = ["parallel.engine=auto", "parallel.checkpointing=auto", "batch.micro=auto"]
 # Plans whose answers lie far apart: whole states on each card, sharded ones, recomputed layers, one card.
-ASKED = {
+REQUESTS = {
     "8b lora on 8 H100": ("llama3.1-8b/lora", 8, "H100-80GB"),
     "8b full on 8 A100-40GB": ("llama3.1-8b/full", 8, "A100-40GB"),
     "8b qlora on a 4090": ("llama3.1-8b/qlora", 1, "RTX-4090-24GB"),
@@ -53,19 +53,19 @@ def basis_for(recipe: Recipe, gpu: str, **more: Any) -> EstimateInputs:
     return EstimateInputs(shape, PackFigures.full(recipe.batch.length), find_gpu(gpu), **more)
 
 
-def asked(name: str, gpus: int, gpu: str, words: list[str] | None = None) -> tuple[SearchRequest, EstimateInputs]:
+def request_for(name: str, gpus: int, gpu: str, words: list[str] | None = None) -> tuple[SearchRequest, EstimateInputs]:
     recipe = load_recipe(name, words or [])
     return SearchRequest(recipe, Ask(gpus), LAPTOP, None), basis_for(recipe, gpu)
 
 
 @cache
 def candidates_of(name: str) -> list[Candidate]:
-    """Every way to run one of `ASKED`."""
-    return all_candidates(*asked(*ASKED[name]))
+    """Return every candidate for one of `REQUESTS`."""
+    return all_candidates(*request_for(*REQUESTS[name]))
 
 
 def planned(name: str, gpus: int, gpu: str, words: list[str] | None = None) -> tuple[SearchRequest, PlanEstimate]:
-    request, basis = asked(name, gpus, gpu, words)
+    request, basis = request_for(name, gpus, gpu, words)
     return request, PlanEstimate(plan_best(request, basis), basis)
 
 
@@ -81,9 +81,9 @@ def retyped(request: SearchRequest, basis: EstimateInputs, words: str) -> PlanEs
     return PlanEstimate(plan_best(changed, basis), basis)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", REQUESTS)
 def test_auto_takes_the_fastest_of_all_that_fit_with_a_margin(name: str) -> None:
-    request, basis = asked(*ASKED[name], AUTO)
+    request, basis = request_for(*REQUESTS[name], AUTO)
     made = plan_best(request, basis)
     cases = [
         candidate.case
@@ -145,7 +145,7 @@ def with_host(basis: EstimateInputs, host_bytes: int | None) -> EstimateInputs:
 
 
 def test_auto_takes_the_host_where_nothing_else_fits_and_says_so() -> None:
-    request, basis = asked(*OFFLOADED, AUTO)
+    request, basis = request_for(*OFFLOADED, AUTO)
     made = plan_best(request, basis)
     case = PlanEstimate(made, basis)
     assert made.topology.engine == "zero3_offload"
@@ -154,11 +154,11 @@ def test_auto_takes_the_host_where_nothing_else_fits_and_says_so() -> None:
     assert "nothing else fits" in reason
     assert f"{size(case.storage.host_bytes)} of host memory per node; the node's memory is not known here" in reason
     # By the figures of the test above the card of 40 GiB holds it alone.
-    assert plan_best(*asked("llama3.1-8b/full", 8, "A100-40GB", AUTO)).topology.engine not in LAST
+    assert plan_best(*request_for("llama3.1-8b/full", 8, "A100-40GB", AUTO)).topology.engine not in LAST
 
 
 def test_auto_takes_the_host_only_as_far_as_it_is_large_enough() -> None:
-    request, basis = asked(*OFFLOADED, AUTO)
+    request, basis = request_for(*OFFLOADED, AUTO)
     needed = PlanEstimate(plan_best(request, basis), basis).storage.host_bytes
     enough, less = with_host(basis, needed), with_host(basis, needed - 1)
     assert plan_best(request, enough).topology.engine == "zero3_offload"
@@ -184,13 +184,13 @@ def test_compare_shows_offload_and_why_it_is_not_taken() -> None:
     }
     assert "only where nothing else fits" in reasons["zero3_offload"]
     assert "of host memory per node" in reasons["zero3_offload"]
-    offloaded = automatic_choice(all_candidates(*asked(*OFFLOADED)))
+    offloaded = automatic_choice(all_candidates(*request_for(*OFFLOADED)))
     assert offloaded is not None
     assert offloaded.engine == "zero3_offload"
 
 
 def test_files_on_a_local_disk_are_taken_by_name_only() -> None:
-    request, basis = asked(
+    request, basis = request_for(
         *OFFLOADED, ["parallel.engine=zero3_nvme", "parallel.nvme=/scratch", "checkpoint.every_steps=null"]
     )
     assert plan_best(request, basis).topology.engine == "zero3_nvme"
@@ -208,7 +208,7 @@ def test_files_on_a_local_disk_are_taken_by_name_only() -> None:
 
 def test_a_host_that_is_too_small_is_refused_with_both_figures() -> None:
     """At the first checkpoint the kernel would kill it."""
-    request, basis = asked("llama3.1-8b/full", 8, "H100-80GB", ["parallel.engine=zero3"])
+    request, basis = request_for("llama3.1-8b/full", 8, "H100-80GB", ["parallel.engine=zero3"])
     case = PlanEstimate(plan_best(request, basis), basis)
     small = with_host(basis, case.storage.host_bytes - 10**9)
     with pytest.raises(UserError) as caught:
@@ -241,7 +241,7 @@ def test_packs_that_cannot_be_shared_are_refused_as_ever() -> None:
         planned("llama3.1-8b/lora", 7, "H100-80GB", AUTO)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", REQUESTS)
 def test_every_loser_has_its_reason(name: str) -> None:
     found = candidates_of(name)
     assert {candidate.engine for candidate in found} == set(ENGINES)
@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_refused_with_both_figures_and_changes() -> None:
 
 
 def test_the_least_hardware_is_the_least() -> None:
-    request, basis = asked("llama3.1-8b/full", 1, "H100-80GB")
+    request, basis = request_for("llama3.1-8b/full", 1, "H100-80GB")
     names = ("H100-80GB", "L4-24GB")
     found = least_hardware(request, basis, [find_gpu(name) for name in names])
     assert sorted(least.gpu.name for least in found) == sorted(names)
@@ -330,7 +330,7 @@ def test_the_least_hardware_is_the_least() -> None:
 
 
 def test_a_run_that_no_number_holds_says_what_stops_it() -> None:
-    request, basis = asked("llama3.3-70b/lora", 1, "L4-24GB", ["batch.length=131072", "batch.packs=2"])
+    request, basis = request_for("llama3.3-70b/lora", 1, "L4-24GB", ["batch.length=131072", "batch.packs=2"])
     (least,) = least_hardware(request, basis, [basis.gpu])
     assert least.count is None
     assert "batch.packs is 2" in least.refused
