@@ -229,7 +229,7 @@ def test_offload_leaves_no_states_on_the_device_and_all_of_them_on_the_host() ->
     expected = {"weights": 2, "gradients": 4, "step gradients": 4, "optimizer states": 12}
     found = {name: of(host, name) / EIGHT_B_WEIGHTS for name in expected}
     assert found == pytest.approx(expected, rel=1e-3)
-    # 4 GB of gradients a rank, twice, come as 4 GiB of pinned memory; the weights' parts exist in addition to the whole.
+    # 4 GB of gradients a rank, twice, are 4 GiB of pinned memory; the weights' parts exist in addition.
     assert 8 * 2 * (4 * GIB - 4 * EIGHT_B_WEIGHTS / 8) + 2 * EIGHT_B_WEIGHTS < of(host, "pinning") < 6 * EIGHT_B_WEIGHTS
     two_nodes = storage(planned(16, engine="zero3_offload", nodes=2))
     assert of(Phase("", two_nodes.host), "weights") == pytest.approx(EIGHT_B_WEIGHTS, rel=1e-3)

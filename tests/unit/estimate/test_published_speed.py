@@ -108,11 +108,11 @@ ROWS = [
     Row(
         "70B full, torchtune, offloaded", 196, "A100-80GB", "70B", "full", 2048, micro=2, count=8,
         engine="zero3_offload", checkpointing=True,
-        reason="AdamW updates bfloat16 weights on the host, in Packhorse float32 master weights; the host's speed is assumed",
+        reason="AdamW updates bfloat16 weights on the host, in Packhorse float32 ones; the host's speed is assumed",
     ),
     Row(
         "70B QLoRA, fsdp_qlora", 786, "H100", "Llama 2 70B", QLORA, 2048, micro=8, count=4, **SHARDED,
-        reason="with software of early 2024 the H100 was 1.9 times as fast as the A100; its products are 2.9 times as fast",
+        reason="with software of early 2024 the H100 was 1.9 times as fast as the A100; its products are 2.9 times",
     ),
     Row("70B QLoRA, fsdp_qlora", 390, "A100-40GB", "Llama 2 70B", QLORA, 2048, micro=4, count=8, **SHARDED),
     Row("70B QLoRA, fsdp_qlora", 414, "A100-40GB", "Llama 2 70B", QLORA, 2048, micro=4, count=4, **SHARDED),

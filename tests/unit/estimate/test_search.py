@@ -370,7 +370,7 @@ def test_passes_that_fit_are_kept_when_the_run_goes_on() -> None:
     for ask, overrides in ((Ask(), ["track.every_steps=7"]), (Ask(4), [])):
         after = replan(before, overrides, ask, here, attempt=1)
         assert after.batch.micro_packs == before.batch.micro_packs
-        assert after.predicted is None, "what was predicted of another plan is not reasons of this one"
+        assert after.predicted is None, "another plan has another prediction"
 
 
 def test_a_smaller_pass_is_not_what_was_predicted() -> None:
