@@ -11,6 +11,7 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Final
 
@@ -39,14 +40,14 @@ class SavedTensor:
     shape: tuple[int, ...]
     width: int
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Bytes of the whole tensor."""
         return prod(self.shape) * self.width
 
     def rows_bytes(self, ranks: int) -> int:
         """Return the bytes of one rank's rows under FSDP2, padded to the first rank's."""
-        return -(-self.shape[0] // ranks) * prod(self.shape[1:]) * self.width
+        return -(-self.shape[0] // ranks) * (self.bytes // self.shape[0])
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,17 @@ def copies_bytes(plan: RunPlan, weights: Sequence[WeightTensor]) -> int:
     gathers = not plan.recipe.checkpoint.asynchronous or plan.topology.engine in ("fsdp2", "hsdp")
     owned = _owned(plan, weights)
     files = sum(_in_file(owned[rank]) for rank in range(plan.topology.processes_per_node)) if gathers else 0
-    return buffers_bytes(plan, weights) + _bytes(saved) + max(cast, files)
+    return _buffers_of_node(plan, saved, owned) + _bytes(saved) + max(cast, files)
 
 
 def buffers_bytes(plan: RunPlan, weights: Sequence[WeightTensor]) -> int:
     """Return the copies that the first node's ranks keep from save to save (`HostBuffers` in `train/checkpoint/`)."""
+    return _buffers_of_node(plan, saved_weights(plan, weights), _owned(plan, weights))
+
+
+def _buffers_of_node(plan: RunPlan, saved: Sequence[SavedTensor], owned: Sequence[Sequence[SavedTensor]]) -> int:
     if not plan.recipe.checkpoint.asynchronous:
         return 0
-    owned, saved = _owned(plan, weights), saved_weights(plan, weights)
     node = range(plan.topology.processes_per_node)
     if plan.topology.engine in ("fsdp2", "hsdp"):
         return sum(_shard_buffers(plan, saved, owned, rank) for rank in node)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Final
 
 from packhorse.estimate import training_state
@@ -238,7 +237,7 @@ def _gathered(plan: RunPlan, weights: Sequence[WeightTensor], without_last: bool
         settings = training_state.zero_settings(plan)
         limit = int(settings.get("stage3_max_live_parameters", training_state.ALL_LIVE))
         _, gathered = training_state.split_persistent(plan, weights)
-        elements = sum(prod(weight.data_shape) for weight in gathered)
+        elements = sum(weight.data_size for weight in gathered)
         live = sum(weight.data_bytes for weight in gathered) * min(1.0, limit / max(1, elements))
         reason = f"up to {limit:,} elements stay gathered (stage3_max_live_parameters)"
         return [Component("gathered weights", int(max(live, *units.values())), reason)]

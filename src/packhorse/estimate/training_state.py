@@ -78,12 +78,13 @@ def zero_settings(plan: RunPlan) -> dict[str, Any]:
 
 def shard_size(plan: RunPlan, weight: WeightTensor) -> int:
     """Return the stored elements of a weight on one rank."""
-    ranks, shape = shard_ranks(plan), weight.data_shape
     if not shards_weights(plan) or weight.storage == "int8":
-        return prod(shape)
+        return weight.data_size
+    ranks = shard_ranks(plan)
     if is_deepspeed(plan):
-        return -(-prod(shape) // ranks)
-    return -(-shape[0] // ranks) * prod(shape[1:])
+        return -(-weight.data_size // ranks)
+    rows = weight.data_shape[0]
+    return -(-rows // ranks) * (weight.data_size // rows)
 
 
 def shard_bytes(plan: RunPlan, weight: WeightTensor) -> int:
@@ -99,7 +100,7 @@ def split_persistent(plan: RunPlan, weights: Sequence[WeightTensor]) -> tuple[li
     persistent: list[WeightTensor] = []
     others: list[WeightTensor] = []
     for weight in weights:
-        (persistent if prod(weight.data_shape) <= limit else others).append(weight)
+        (persistent if weight.data_size <= limit else others).append(weight)
     return persistent, others
 
 
@@ -121,7 +122,7 @@ def weight_components(plan: RunPlan, weights: Sequence[WeightTensor]) -> list[Co
         components.append(Component("quantisation constants", constants, "scales of quantised weights; never sharded"))
     persistent, _ = split_persistent(plan, weights)
     if persistent:
-        size = sum(prod(weight.data_shape) * weight.width for weight in persistent)
+        size = sum(weight.data_size * weight.width for weight in persistent)
         reason = "small weights, whole on every rank (stage3_param_persistence_threshold)"
         components.append(Component("persistent weights", size, reason))
     return components

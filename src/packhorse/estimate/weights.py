@@ -70,11 +70,14 @@ class WeightTensor:
         return self.shape
 
     @cached_property
+    def data_size(self) -> int:
+        """Number of stored elements."""
+        return prod(self.data_shape)
+
+    @cached_property
     def data_bytes(self) -> int:
         """Bytes of the stored tensor, without scales."""
-        if self.storage == "int8":
-            return self.size
-        return prod(self.data_shape) * self.width
+        return self.size if self.storage == "int8" else self.data_size * self.width
 
     @property
     def constant_bytes(self) -> int:
