@@ -157,7 +157,7 @@ class PlanEstimate:
         """Return the estimate for another kind of GPU, in other nodes; the memory is not counted again."""
         host = self.basis.host_bytes if gpu == self.basis.gpu else None
         other = PlanEstimate(self.plan, replace(self.basis, gpu=gpu, host_bytes=host))
-        other.__dict__ |= {"weights": self.weights, "memory": self.memory}
+        other.__dict__.update(weights=self.weights, memory=self.memory)  # as `cached_property` stores them
         return other
 
     def predicted_plan(self) -> RunPlan:

@@ -30,7 +30,11 @@ SUSTAINED: Final = 0.88
 """Share of the best products' rate that a model's products reach over a whole run: other shapes, heat, gaps."""
 BANDWIDTH_SHARE: Final = 0.85
 """Share of a memory's bandwidth that streaming kernels reach."""
+TILE: Final = 128
+"""Rows at which a product reaches half of its rate: tiles and the last wave of processors are then partly empty (NVIDIA,
+Matrix Multiplication Background User's Guide)."""
 HIDDEN: Final = 0.9
+"""Share of the computation that hides a transfer."""
 
 # Python and kernel launches of one decoder layer in eager mode, one way. Measured on an EPYC core without a GPU:
 # 0.30 ms per layer of Llama and 0.04 ms per adapter. CUDA's launches, engines and experts are assumed.
@@ -256,8 +260,9 @@ class Rates:
 
     def product_seconds(self, products: Products) -> float:
         """Return the seconds of one product."""
-        elements = products.rows * (products.inputs + products.outputs) + products.inputs * products.outputs
-        return max(products.one / self.products, elements * self.width / self.bytes)
+        rows = products.rows
+        elements = rows * (products.inputs + products.outputs) + products.inputs * products.outputs
+        return max(products.one / self.products * (1 + TILE / max(rows, 1.0)), elements * self.width / self.bytes)
 
 
 @dataclass(frozen=True)
