@@ -31,7 +31,7 @@ SUSTAINED: Final = 0.88
 BANDWIDTH_SHARE: Final = 0.85
 """Share of a memory's bandwidth that streaming kernels reach."""
 TILE: Final = 128
-"""Rows at which a product reaches half of its rate: tiles and the last wave of processors are then partly empty (NVIDIA,
+"""Rows at which a product reaches half of its rate: tiles and the last wave are then partly empty (NVIDIA,
 Matrix Multiplication Background User's Guide)."""
 HIDDEN: Final = 0.9
 """Share of the computation that hides a transfer."""
