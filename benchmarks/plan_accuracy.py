@@ -145,7 +145,7 @@ def _two_ranks(folder: Path, cases: ModuleType, measuring: ModuleType) -> Iterab
     import torch.multiprocessing as mp
 
     measuring.make_extensions_free()
-    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[-4:], os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[-3:], os.environ.get("PYTHONPATH", "")])
     every = [case for case in cases.OTHERS if case[2] == "bf16"]
     arguments = (2, str(folder), cases.free_ports(len(every)), every, [200, 56])
     mp.spawn(measuring.measure_ranks, arguments, nprocs=2)
