@@ -26,7 +26,7 @@ class SpeedCorrection:
     """Correction of the predicted speed by a measured run.
 
     Attributes:
-        factor: SpeedCorrection seconds of a step divided by predicted seconds.
+        factor: Ratio of measured to predicted seconds of a step.
         source: The measured run.
     """
 
