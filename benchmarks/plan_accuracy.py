@@ -1,12 +1,12 @@
-"""How right `packhorse plan` is, as tables for docs/lab-log.md, from the very cases of the tests.
+"""Accuracy of `packhorse plan`, as tables for docs/lab-log.md, from the cases of the tests.
 
     python benchmarks/plan_accuracy.py [--no-write] [published] [memory] [ranks] [gpu]
 
-published: tokens a second, and GiB, beside what others measured and told (seconds).
-memory: what one process on a CPU holds and keeps beside what the plan counts (a minute).
-ranks: the same of each of two, under every engine (two minutes).
-gpu: the peak of torch's allocator beside the plan's (needs a card of 24 GB; about a minute a case).
-Without a word: the first three. Exit code 1 where a table is outside of what the tests allow.
+published: predicted and published tokens per second and GiB (seconds).
+memory: planned and measured bytes of one process on a CPU (one minute).
+ranks: planned and measured bytes of the first of two ranks, under every engine (two minutes).
+gpu: planned and measured peak of torch's allocator (needs a card of 24 GB; about one minute per case).
+Without arguments: the first three. The exit code is 1 where a table exceeds what the tests allow.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from types import ModuleType
 import lab_log
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path += [str(TESTS / part) for part in (".", "unit/plan", "unit/train", "gpu")]
+sys.path += [str(TESTS / part) for part in (".", "unit/estimate", "gpu")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 PARTS = ("weights", "gradients", "optimizer", "activations")
 Table = tuple[str, bool]
-"""Text, and whether it is within what the tests allow."""
+"""Text, and whether the tests allow its values."""
 
 
 def main() -> int:
-    """Makes the tables that were asked for."""
+    """Make the requested tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-write", action="store_true", help="show the tables, leave docs/lab-log.md as it is")
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which; absent: the first three")
-    parser.add_argument("--smoke", action="store_true", help="the first table, written nowhere")
+    parser.add_argument("--no-write", action="store_true", help="print the tables, do not change docs/lab-log.md")
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="tables to make; default: the first three")
     options = parser.parse_args()
     if options.smoke:
         options.tables, options.no_write = ["published"], True
@@ -54,9 +53,9 @@ def main() -> int:
 
 
 def published() -> Table:
-    """Predicted beside published speed and memory."""
-    import test_cost_memory_published as memory_cases
-    import test_cost_speed_published as cases
+    """Compare predicted and published speed and memory."""
+    import test_published_memory as memory_cases
+    import test_published_speed as cases
 
     rows = []
     for row in cases.ROWS:
@@ -65,13 +64,13 @@ def published() -> Table:
         rows.append((row.name, f"{row.count} × {row.gpu}", *figures, row.reason or "—"))
     within = [abs(cases.gap(row)) <= 0.10 for row in cases.ROWS]
     table = lab_log.markdown_table(("run", "GPUs", "published", "predicted", "gap", "reason of a gap over 10 %"), rows)
-    sizes = [(row.name, f"{row.gib:.1f}", f"{row.told:.1f}", f"{row.gap:+.0%}") for row in memory_cases.ROWS]
+    sizes = [(row.name, f"{row.gib:.1f}", f"{row.predicted:.1f}", f"{row.gap:+.0%}") for row in memory_cases.ROWS]
     second = lab_log.markdown_table(("run on one 4090", "published GiB", "predicted GiB", "gap"), sizes)
-    return f"Tokens a second and GPU. {sum(within)} of {len(within)} within 10 %.\n\n{table}\n\n{second}", True
+    return f"Tokens per second and GPU. {sum(within)} of {len(within)} within 10 %.\n\n{table}\n\n{second}", True
 
 
 def memory() -> Table:
-    """What a process holds and keeps beside what the plan counts, by component."""
+    """Compare planned and measured bytes of one process, by component."""
     import test_measured_memory as cases
 
     import measured_memory as measuring
@@ -83,7 +82,7 @@ def memory() -> Table:
 
 
 def ranks() -> Table:
-    """The same of the first of two gloo ranks, under every engine."""
+    """Compare planned and measured bytes of the first of two gloo ranks, under every engine."""
     import test_measured_memory as cases
 
     import measured_memory as measuring
@@ -98,7 +97,7 @@ def _components(found: Iterable[tuple[str, Pairs]], which: str) -> Table:
     worst = max(abs(gap) for _, gaps, _ in rows for gap in gaps[:-1])
     lines = [(name, *(f"{gap:+.2%}" for gap in gaps), f"{size:,}") for name, gaps, size in rows]
     text = [
-        f"What the plan counts over what the real model, engine and optimizer hold, less one; {which}.",
+        f"Planned bytes divided by those of the real model, engine and optimizer, minus 1; {which}.",
         f"The worst component is off by {worst:.2%} (2 % allowed). {lab_log.machine(1, PACKAGES)}.",
         "",
         lab_log.markdown_table(("run", *PARTS, "sum", "bytes"), lines),
@@ -107,21 +106,21 @@ def _components(found: Iterable[tuple[str, Pairs]], which: str) -> Table:
 
 
 Pairs = list[tuple[dict[str, int], dict[str, int]]]
-"""Found and told."""
+"""Measured and planned bytes by component."""
 
 
 def _row(name: str, pairs: Pairs) -> tuple[str, list[float], int]:
-    gaps = [max((_gap(found[part], told[part]) for found, told in pairs), key=abs) for part in PARTS]
-    sums = [(sum(found.values()), sum(told.values())) for found, told in pairs]
-    return name, [*gaps, max((_gap(*each) for each in sums), key=abs)], max(found for found, _ in sums)
+    gaps = [max((_gap(measured[part], planned[part]) for measured, planned in pairs), key=abs) for part in PARTS]
+    sums = [(sum(measured.values()), sum(planned.values())) for measured, planned in pairs]
+    return name, [*gaps, max((_gap(*each) for each in sums), key=abs)], max(measured for measured, _ in sums)
 
 
-def _gap(found: int, told: int) -> float:
-    return told / found - 1 if found else float(told > 0)
+def _gap(measured: int, planned: int) -> float:
+    return planned / measured - 1 if measured else float(planned > 0)
 
 
 def _alone(model: Path, cases: ModuleType, measuring: ModuleType) -> Iterable[tuple[str, Pairs]]:
-    """One process: methods x precision x checkpointing at each length; then every method and family."""
+    """Yield one process: methods x precision x checkpointing at each length; then every method and family."""
     from accelerate.state import AcceleratorState
 
     def pair(folder: Path, lengths: Sequence[int], **sections: object) -> tuple[dict[str, int], dict[str, int]]:
@@ -144,11 +143,11 @@ def _alone(model: Path, cases: ModuleType, measuring: ModuleType) -> Iterable[tu
 
 
 def _two_ranks(folder: Path, cases: ModuleType, measuring: ModuleType) -> Iterable[tuple[str, Pairs]]:
-    """Every engine over two gloo ranks."""
+    """Yield every engine over two gloo ranks."""
     import torch.multiprocessing as mp
 
     measuring.make_extensions_free()
-    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[-4:], os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[-3:], os.environ.get("PYTHONPATH", "")])
     every = [case for case in cases.OTHERS if case[2] == "bf16"]
     arguments = (2, str(folder), cases.free_ports(len(every)), every, [200, 56])
     mp.spawn(measuring.measure_ranks, arguments, nprocs=2)
@@ -158,13 +157,13 @@ def _two_ranks(folder: Path, cases: ModuleType, measuring: ModuleType) -> Iterab
 
 
 def gpu() -> Table:
-    """The peak of CUDA's allocator beside the plan's."""
+    """Compare planned and measured peak of CUDA's allocator."""
     import torch
     from peak_memory import HEADER, cases_for, measure
 
     names = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     if not names:
-        sys.exit("no GPU here: this table is measured where there is one of 24 GB or more")
+        sys.exit("this machine has no GPU: the table needs one of 24 GB or more")
     with tempfile.TemporaryDirectory() as folder:
         found = [measure(case, Path(folder), names) for case in cases_for(len(names))]
     within = [-0.03 <= each.gap <= 0.05 for each in found]
@@ -178,10 +177,10 @@ def gpu() -> Table:
 
 
 TABLES: dict[str, tuple[str, Callable[[], Table]]] = {
-    "published": ("Plan: predicted beside published speed and memory", published),
-    "memory": ("Plan: memory counted beside memory held, one process on the CPU", memory),
-    "ranks": ("Plan: memory counted beside memory held, two ranks on the CPU", ranks),
-    "gpu": ("Plan: memory counted beside the peak of CUDA's allocator", gpu),
+    "published": ("Plan: predicted and published speed and memory", published),
+    "memory": ("Plan: planned and measured memory, one process on the CPU", memory),
+    "ranks": ("Plan: planned and measured memory, two ranks on the CPU", ranks),
+    "gpu": ("Plan: planned and measured peak of CUDA's allocator", gpu),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a rank really holds: weights, gradients, optimizer states, and what is kept for the backward pass, in bytes."""
+"""Bytes that a rank really holds: weights, gradients, optimizer states, and what is kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from packhorse.data.packs.loader import MicroBatch, lay_out
 from packhorse.estimate.activations import count_activations
-from packhorse.estimate.held import held_weights
-from packhorse.estimate.measure.resident import (
+from packhorse.estimate.measure.rank_tensors import (
     address_of,
     bytes_of,
     gradient_tensors,
@@ -35,6 +34,7 @@ from packhorse.estimate.measure.resident import (
     weight_tensors,
 )
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.weights import list_weights
 from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.model_spec.parameters import Shape, read_shape
 from packhorse.plan.make_plan import make_plan
@@ -97,9 +97,9 @@ def figures_of(lengths: Sequence[int]) -> PackFigures:
 
 
 def predicted(plan: RunPlan, folder: Path, lengths: Sequence[int]) -> Figures:
-    """What the plan says, by component."""
+    """Return the planned bytes by component."""
     shape, packs = shape_of(folder), figures_of(lengths)
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     return planned_sizes(plan, held) | {"activations": count_activations(plan, shape, held, packs).kept}
 
@@ -218,7 +218,7 @@ Case = tuple[str, str, str]
 
 
 def measure_ranks(rank: int, world: int, folder: str, ports: list[int], cases: list[Case], lengths: list[int]) -> None:
-    """One of `world` processes; rank 0 writes what it measured and what the plan says to `folder`/measured.json."""
+    """One of `world` processes; rank 0 writes measured and planned bytes to `folder`/measured.json."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "FSDP_VERSION": "2"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}

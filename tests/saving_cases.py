@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from packhorse.estimate.held import Held, held_weights
+from packhorse.estimate.weights import WeightTensor, list_weights
 from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import DataFacts, RunPlan, write_plan
@@ -94,11 +94,11 @@ class Trainer:
         }
 
 
-def weights_of(plan: RunPlan, **model: Any) -> tuple[Held, ...]:
+def weights_of(plan: RunPlan, **model: Any) -> tuple[WeightTensor, ...]:
     """Return the weights of a `Trainer` that the plan counts."""
     shape = read_shape({**TINY["model"]["config"], "tie_word_embeddings": False, **SMALL, **model})
     assert shape is not None
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     return held
 

@@ -23,8 +23,8 @@ import torch
 from measured_memory import LivePeak, save_model
 from packhorse.data.data_manifest import DataManifest, read_data_manifest
 from packhorse.data.packs.store import open_store
+from packhorse.estimate.measure.rank_tensors import weight_tensors
 from packhorse.estimate.measure.rehearse import rank_environment
-from packhorse.estimate.measure.resident import weight_tensors
 from packhorse.estimate.memory import MemoryEstimate, estimate_memory
 from packhorse.estimate.packs import PackFigures
 from packhorse.model_spec.configuration import published

@@ -8,8 +8,8 @@ from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.parameters import Unknown
 from packhorse.data.data_manifest import read_data_manifest
 from packhorse.errors import UserError
-from packhorse.estimate.case import Measured, case_of
 from packhorse.estimate.gpus import find_gpu
+from packhorse.estimate.plan_estimate import SpeedCorrection, estimate_plan
 from packhorse.estimate.speed import measured_step_seconds
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import detect_hardware
@@ -18,8 +18,8 @@ from packhorse.run_folder.layout import METRICS_FILE
 from packhorse.run_folder.metrics import read_metrics
 
 
-def measured_of(run: RunPlan) -> Measured:
-    """Measured over predicted seconds of a step of a run.
+def measured_of(run: RunPlan) -> SpeedCorrection:
+    """SpeedCorrection over predicted seconds of a step of a run.
 
     Raises:
         UserError: It was no run on known GPUs, or has too few figures.
@@ -41,7 +41,7 @@ def measured_of(run: RunPlan) -> Measured:
     terms = Terms(find_gpu(run.predicted.gpu)) if run.predicted is not None else Terms()
     manifest = read_data_manifest(Path(run.data.folder)) if run.data is not None else None
     basis = basis_of(run.recipe, manifest, detect_hardware(), terms)
-    case = None if isinstance(basis, Unknown) else case_of(run, basis)
+    case = None if isinstance(basis, Unknown) else estimate_plan(run, basis)
     if case is None:
         why = basis.reason if isinstance(basis, Unknown) else ""
         raise UserError(
@@ -49,4 +49,4 @@ def measured_of(run: RunPlan) -> Measured:
             "a measured step corrects the estimate of that very step.",
             "leave --calibrate out, or run the command where the run's GPUs and model are.",
         )
-    return Measured(seconds / case.step_seconds, f"{name}, {seconds:.2f} s a step measured")
+    return SpeedCorrection(seconds / case.step_seconds, f"{name}, {seconds:.2f} s a step measured")

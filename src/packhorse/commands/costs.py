@@ -9,10 +9,9 @@ from packhorse.commands.parameters import Unknown, known_shape
 from packhorse.data.data_manifest import DataManifest
 from packhorse.data.packs.store import open_store
 from packhorse.data.resolve import data_root
-from packhorse.estimate.case import Basis, Guessed
+from packhorse.estimate.checkpoint_size import CheckpointSpace, checkpoint_space
 from packhorse.estimate.gpus import GpuProfile, gpu_of_device
 from packhorse.estimate.packs import PackFigures
-from packhorse.estimate.saved import CheckpointRoom, checkpoint_room
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Hardware
 from packhorse.recipe.schema import Recipe
@@ -35,7 +34,7 @@ class Terms:
     price: float | None = None
 
 
-def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, terms: Terms) -> Basis | Unknown:
+def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, terms: Terms) -> EstimateInputs | Unknown:
     """What is known of model, packs and GPU, or what is not.
 
     Args:
@@ -63,10 +62,10 @@ def basis_of(recipe: Recipe, manifest: DataManifest | None, here: Hardware, term
             validation = _figures(folder, "validation", recipe)
     network = None if terms.network_gbit is None else terms.network_gbit * GBIT_TO_GB
     host = here.host_bytes if _gpu_here(here) == gpu else None
-    return Basis(shape, packs, gpu, validation, network, terms.price, host_bytes=host)
+    return EstimateInputs(shape, packs, gpu, validation, network, terms.price, host_bytes=host)
 
 
-def room_on_disk(made: RunPlan, vocab_size: int | None) -> CheckpointRoom | None:
+def room_on_disk(made: RunPlan, vocab_size: int | None) -> CheckpointSpace | None:
     """What the checkpoints of a run take; None where the model's weights cannot be counted ahead.
 
     Args:
@@ -74,10 +73,10 @@ def room_on_disk(made: RunPlan, vocab_size: int | None) -> CheckpointRoom | None
         vocab_size: Size of the tokenizer, which a fresh model takes.
     """
     shape = known_shape(made.recipe, vocab_size)
-    return None if isinstance(shape, Unknown) else checkpoint_room(made, shape)
+    return None if isinstance(shape, Unknown) else checkpoint_space(made, shape)
 
 
-def with_guess(basis: Basis, recipe: Recipe) -> Basis:
+def with_guess(basis: EstimateInputs, recipe: Recipe) -> EstimateInputs:
     """The number of packs guessed from the first rows, where the steps hang on it."""
     if basis.packs.is_measured or recipe.steps is not None:
         return basis

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from packhorse.commands.parameters import Unknown
-from packhorse.estimate.case import Basis, Case
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
 from packhorse.estimate.search.auto import plan_best
-from packhorse.estimate.search.compare import Wanted
-from packhorse.estimate.verdict import check_memory
+from packhorse.estimate.search.candidates import SearchRequest
+from packhorse.estimate.search.changes import refuse_unfit
 from packhorse.plan.run_plan import RunPlan
 
 
-def draft_plan(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
+def draft_plan(wanted: SearchRequest, basis: EstimateInputs | Unknown, force: bool) -> RunPlan:
     """The plan before the data is prepared; refused if weights and states alone are too much for the GPUs.
 
     Raises:
@@ -24,10 +24,10 @@ def draft_plan(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
     least = replace(basis, packs=PackFigures.full(1))
     made = plan_best(wanted, least)
     # The message has the figures of whole packs, which need more.
-    return made if force or Case(made, least).fits else fitting_plan(wanted, basis, force)
+    return made if force or PlanEstimate(made, least).fits else fitting_plan(wanted, basis, force)
 
 
-def fitting_plan(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan:
+def fitting_plan(wanted: SearchRequest, basis: EstimateInputs | Unknown, force: bool) -> RunPlan:
     """The plan; refused if the GPUs cannot hold it, where that is known.
 
     Raises:
@@ -37,5 +37,5 @@ def fitting_plan(wanted: Wanted, basis: Basis | Unknown, force: bool) -> RunPlan
         return plan_best(wanted, None)
     made = plan_best(wanted, basis)
     if not force:
-        check_memory(wanted, Case(made, basis))
+        refuse_unfit(wanted, PlanEstimate(made, basis))
     return made

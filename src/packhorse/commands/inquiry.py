@@ -8,9 +8,9 @@ from packhorse.commands.costs import Terms, basis_of
 from packhorse.commands.parameters import Unknown
 from packhorse.commands.prepared import facts_of, manifest_if_prepared
 from packhorse.data.data_manifest import DataManifest
-from packhorse.estimate.case import Basis
 from packhorse.estimate.gpus import parse_gpus
-from packhorse.estimate.search.compare import Wanted
+from packhorse.estimate.plan_estimate import EstimateInputs
+from packhorse.estimate.search.candidates import SearchRequest
 from packhorse.plan.topology import DeviceRequest, detect_hardware
 from packhorse.recipe.schema import Recipe
 
@@ -25,12 +25,12 @@ class Inquiry:
         manifest: Of the data, where it is prepared.
     """
 
-    wanted: Wanted
-    basis: Basis | Unknown
+    wanted: SearchRequest
+    basis: EstimateInputs | Unknown
     manifest: DataManifest | None
 
     @property
-    def known(self) -> Basis | None:
+    def known(self) -> EstimateInputs | None:
         """The basis of figures; None where there can be none."""
         return None if isinstance(self.basis, Unknown) else self.basis
 
@@ -53,7 +53,7 @@ def inquire(recipe: Recipe, ask: DeviceRequest, terms: Terms) -> Inquiry:
     """
     manifest, here = manifest_if_prepared(recipe), detect_hardware()
     facts = facts_of(recipe, manifest) if manifest is not None else None
-    return Inquiry(Wanted(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms), manifest)
+    return Inquiry(SearchRequest(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms), manifest)
 
 
 def read_gpus(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packhorse.commands.inquiry import inquire, read_gpus
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.estimate.case import case_of
+from packhorse.estimate.plan_estimate import estimate_plan
 from packhorse.estimate.search.auto import plan_best
 from packhorse.launching.places.manifests import KINDS, manifest_text
 from packhorse.launching.places.request import read_request
@@ -50,5 +50,5 @@ def _plan_of(recipe: str, overrides: Sequence[str], gpus: str, nodes: int | None
     loaded = load_recipe(recipe, overrides, check_environment=False)
     found = inquire(loaded, *read_gpus(gpus, nodes))
     plan = plan_best(found.wanted, found.known)
-    case = case_of(plan, found.known) if found.known is not None else None
-    return case.noted() if case is not None else plan
+    case = estimate_plan(plan, found.known) if found.known is not None else None
+    return case.predicted_plan() if case is not None else plan

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from packhorse.errors import UserError
-from packhorse.model_spec.anatomy import PLAIN, NotMeasuredError
 from packhorse.model_spec.configuration import CONFIG_FILE, Configuration, find_configuration
+from packhorse.model_spec.measured_model import CPU_FLOAT32, NotMeasuredError
 from packhorse.model_spec.parameters import Shape, read_shape
 from packhorse.model_spec.supported import check_model
-from packhorse.model_spec.trainable import ParameterCounts, count_of
+from packhorse.model_spec.trainable import ParameterCounts, count_shape
 from packhorse.recipe.schema import Recipe
 
 LATER = "counted when the model is loaded"
@@ -58,7 +58,7 @@ def _counts(recipe: Recipe, vocab_size: int | None) -> ParameterCounts | Unknown
         return Unknown(error.mistakes[0].fact)
     if isinstance(shape, Unknown):
         return shape
-    counts = count_of(shape, recipe.method)
+    counts = count_shape(shape, recipe.method)
     assert counts is not None, "known_shape asks for it"
     return counts
 
@@ -90,7 +90,7 @@ def known_shape(recipe: Recipe, vocab_size: int | None) -> Shape | Unknown:
     shape = read_shape(configuration)
     if shape is None:
         return _built(recipe, configuration)
-    if count_of(shape, recipe.method) is None:
+    if count_shape(shape, recipe.method) is None:
         return Unknown(f"what {recipe.method.kind} trains of a {shape.family} is peft's choice; method.target says it")
     return shape
 
@@ -99,14 +99,14 @@ def _built(recipe: Recipe, configuration: Configuration) -> Shape | Unknown:
     """Of a model that no description covers: made without memory, and looked at."""
     check_model(recipe)
     # Only here: families that are described need no torch.
-    from packhorse.estimate.measure.anatomy import shape_of_configuration
+    from packhorse.estimate.measure.fake_tensors import measure_shape
 
     try:
-        shape = shape_of_configuration(json.dumps(configuration, sort_keys=True))
-        if count_of(shape, recipe.method) is None:
+        shape = measure_shape(json.dumps(configuration, sort_keys=True))
+        if count_shape(shape, recipe.method) is None:
             return Unknown(f"what {recipe.method.kind} trains of a {shape.family} is peft's choice")
-        assert shape.anatomy is not None
-        shape.anatomy.meter.kept(recipe.method, PLAIN)
+        assert shape.measured_model is not None
+        shape.measured_model.meter.kept(recipe.method, CPU_FLOAT32)
     except NotMeasuredError as error:
         return Unknown(error.reason)
     return shape

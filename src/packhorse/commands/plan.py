@@ -33,13 +33,12 @@ from packhorse.commands.plan_view import (
 )
 from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.estimate.case import Basis, Case, case_of
 from packhorse.estimate.gpus import find_gpu, known_gpus
-from packhorse.estimate.search.auto import plan_best
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate, estimate_plan
+from packhorse.estimate.search.auto import least_hardware, plan_best
+from packhorse.estimate.search.candidates import SearchRequest, all_candidates, automatic_choice
 from packhorse.estimate.search.changes import Change, changes_that_fit
-from packhorse.estimate.search.compare import Wanted, chosen_of, every_way
-from packhorse.estimate.search.least import least_hardware
-from packhorse.estimate.search.scaling import Counted, scale
+from packhorse.estimate.search.scaling import MemoryByScale, scale
 from packhorse.launching.places.lines import lines_of_nodes
 from packhorse.plan.command import job_argv, launch_files
 from packhorse.plan.run_plan import RunPlan, differences
@@ -98,7 +97,7 @@ def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
     if wish.scale:
         return _scale(console, wanted, basis, wish.as_json)
     made = plan_best(wanted, None if isinstance(basis, Unknown) else basis)
-    case = None if isinstance(basis, Unknown) else case_of(made, basis)
+    case = None if isinstance(basis, Unknown) else estimate_plan(made, basis)
     if wish.argv:
         one = made.topology.num_nodes == 1
         text = shown(made.argv) if one else lines_of_nodes(made)
@@ -139,11 +138,11 @@ def _least(console: Console, recipe: Recipe, wish: Asked) -> int:
     return EXIT_OK
 
 
-def _compare(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: bool) -> int:
+def _compare(console: Console, wanted: SearchRequest, basis: EstimateInputs | Unknown, as_json: bool) -> int:
     if isinstance(basis, Unknown):
         raise _not_known(basis, wanted.recipe)
-    found = every_way(wanted, basis)
-    winner = chosen_of(found)
+    found = all_candidates(wanted, basis)
+    winner = automatic_choice(found)
     if winner is None:
         errors = {way.engine: way.error for way in found if way.error is not None}
         raise errors.get("ddp") or next(iter(errors.values()))
@@ -155,14 +154,14 @@ def _compare(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: 
     return EXIT_OK
 
 
-def _scale(console: Console, wanted: Wanted, basis: Basis | Unknown, as_json: bool) -> int:
+def _scale(console: Console, wanted: SearchRequest, basis: EstimateInputs | Unknown, as_json: bool) -> int:
     """Weak scaling keeps the work of a GPU, strong scaling shares the recipe's own packs."""
     if isinstance(basis, Unknown):
         raise _not_known(basis, wanted.recipe)
     recipe = wanted.recipe
     if "auto" in (recipe.parallel.engine, recipe.parallel.checkpointing):
         recipe = plan_best(wanted, basis).recipe
-    counted: Counted = {}
+    counted: MemoryByScale = {}
     weak, strong = (
         scale(recipe, basis.shape, basis.packs, basis.gpu, mode, network_gb=basis.network_gb, counted=counted)
         for mode in ("weak", "strong")
@@ -186,7 +185,7 @@ def _not_known(unknown: Unknown, recipe: Recipe) -> UserError:
     )
 
 
-def _assumed(basis: Basis) -> str:
+def _assumed(basis: EstimateInputs) -> str:
     if basis.packs.is_measured:
         return f"the {basis.packs.num_packs:,} packs of the prepared data"
     guessed = f"; the number of steps is {basis.guessed.reason}" if basis.guessed is not None else ""
@@ -239,7 +238,9 @@ def _show(console: Console, made: RunPlan, vocab_size: int | None) -> None:
     show_parameters(console, made.recipe, vocab_size)
 
 
-def _show_costs(console: Console, case: Case | None, unknown: str, changes: Sequence[Change], gpus: str) -> None:
+def _show_costs(
+    console: Console, case: PlanEstimate | None, unknown: str, changes: Sequence[Change], gpus: str
+) -> None:
     console.print()
     if case is None:
         console.print(pairs([("memory, time", f"not known: {unknown}")]))

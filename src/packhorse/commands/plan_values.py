@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from packhorse.estimate.case import Case
-from packhorse.estimate.component import Component
+from packhorse.estimate.plan_estimate import PlanEstimate
+from packhorse.estimate.search.auto import LeastHardware
+from packhorse.estimate.search.candidates import Candidate, rejection_reason
 from packhorse.estimate.search.changes import Change
-from packhorse.estimate.search.compare import Way, why_not
-from packhorse.estimate.search.least import Least
 from packhorse.estimate.search.scaling import Scaling
+from packhorse.estimate.training_state import Component
 from packhorse.plan.command import job_argv, launch_files
 from packhorse.plan.run_plan import RunPlan
 
 Value = dict[str, Any]
 
 
-def plan_value(plan: RunPlan, case: Case | None, unknown: str, changes: Sequence[Change], now: datetime) -> Value:
+def plan_value(
+    plan: RunPlan, case: PlanEstimate | None, unknown: str, changes: Sequence[Change], now: datetime
+) -> Value:
     """Everything that the terminal shows; bytes, seconds and shares as numbers."""
     topology = plan.topology
     value: Value = {
@@ -38,12 +40,12 @@ def plan_value(plan: RunPlan, case: Case | None, unknown: str, changes: Sequence
     return value | _costs(case, now) | {"changes": [_change(change) for change in changes]}
 
 
-def ways_value(found: Sequence[Way], winner: Way) -> list[Value]:
+def ways_value(found: Sequence[Candidate], winner: Candidate) -> list[Value]:
     """A value for each way of `--compare`."""
     values = []
     for way in found:
         value: Value = {"engine": way.engine, "micro": way.micro, "checkpointing": way.checkpointing}
-        value |= {"best": way == winner, "why_not": why_not(way, winner)}
+        value |= {"best": way == winner, "rejection_reason": rejection_reason(way, winner)}
         if way.case is not None:
             value |= {"fits": way.case.fits, "margin": way.case.margin, "required_bytes": way.case.required_bytes}
             value |= {"step_seconds": way.case.step_seconds, "mfu": way.case.speed.mfu}
@@ -52,7 +54,7 @@ def ways_value(found: Sequence[Way], winner: Way) -> list[Value]:
     return values
 
 
-def least_value(found: Sequence[Least]) -> list[Value]:
+def least_value(found: Sequence[LeastHardware]) -> list[Value]:
     """A value for each kind of GPU of `--gpus auto`."""
     values = []
     for least in found:
@@ -79,7 +81,7 @@ def scaling_value(scaling: Scaling) -> Value:
     return {"mode": scaling.mode, "points": points, **stop}
 
 
-def _costs(case: Case, now: datetime) -> Value:
+def _costs(case: PlanEstimate, now: datetime) -> Value:
     memory, storage, speed = case.memory, case.storage, case.speed
     ready = None if speed.hours is None else (now + timedelta(hours=speed.hours)).isoformat(timespec="minutes")
     return {

@@ -9,32 +9,32 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.durable import size
-from packhorse.estimate.case import MARGIN, Case
-from packhorse.estimate.component import Component
 from packhorse.estimate.memory import Phase
+from packhorse.estimate.plan_estimate import MARGIN, PlanEstimate
+from packhorse.estimate.search.auto import LeastHardware
+from packhorse.estimate.search.candidates import Candidate, host_memory_text, rejection_reason
 from packhorse.estimate.search.changes import Change
-from packhorse.estimate.search.compare import Way, host_words, why_not
-from packhorse.estimate.search.least import Least
 from packhorse.estimate.search.scaling import Scaling
+from packhorse.estimate.training_state import Component
 
 GIB = 2**30
 BAR_CELLS = 40
 
 
-def verdict_words(case: Case) -> str:
+def verdict_words(case: PlanEstimate) -> str:
     """Whether it fits, with both figures."""
     card = case.basis.gpu
     figures = f"{case.required_bytes / GIB:.1f} of {card.memory_bytes / GIB:.1f} GiB of {card.name}"
     if case.margin < 0:
         return f"does not fit: {figures}, {-case.margin * card.memory_bytes / GIB:.1f} GiB too much"
     if not case.host_fits:
-        return f"fits the GPU, {figures}; does not fit the host: {host_words(case)}"
+        return f"fits the GPU, {figures}; does not fit the host: {host_memory_text(case)}"
     if not case.is_comfortable:
         return f"fits, but tightly: {figures}, {case.margin:.0%} to spare; {MARGIN:.0%} and more are safe"
     return f"fits: {figures}, {case.margin:.0%} to spare"
 
 
-def phase_table(case: Case) -> Table:
+def phase_table(case: PlanEstimate) -> Table:
     """A bar for each phase against the card, whose end is the bar's."""
     outside = sum(part.bytes for part in case.memory.outside)
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -55,7 +55,7 @@ def _bar(filled: float) -> str:
     return "█" * cells + "░" * (BAR_CELLS - cells) + (">" if filled > 1 else "")
 
 
-def component_table(case: Case) -> Table:
+def component_table(case: PlanEstimate) -> Table:
     """What the fullest phase is made of; the largest first."""
     peak: Phase = case.memory.peak
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -68,11 +68,11 @@ def component_table(case: Case) -> Table:
     return table
 
 
-def storage_lines(case: Case) -> list[tuple[str, str]]:
+def storage_lines(case: PlanEstimate) -> list[tuple[str, str]]:
     """Host memory of a node, disk, and the local disk where there is any."""
     storage = case.storage
     lines = [
-        ("host", f"{host_words(case)}: {_parts(storage.host)}"),
+        ("host", f"{host_memory_text(case)}: {_parts(storage.host)}"),
         ("disk", f"{_in_all(storage.disk)}: {_parts(storage.disk)}"),
     ]
     if storage.local_disk:
@@ -88,7 +88,7 @@ def _parts(parts: Sequence[Component]) -> str:
     return ", ".join(f"{part.name} {size(part.bytes)}" for part in parts)
 
 
-def time_lines(case: Case, now: datetime) -> list[tuple[str, str]]:
+def time_lines(case: PlanEstimate, now: datetime) -> list[tuple[str, str]]:
     """A step, speed, the whole run, and how sure that is.
 
     Args:
@@ -111,7 +111,7 @@ def time_lines(case: Case, now: datetime) -> list[tuple[str, str]]:
     ]
 
 
-def _run(case: Case, now: datetime) -> str:
+def _run(case: PlanEstimate, now: datetime) -> str:
     speed = case.speed
     if speed.hours is None or speed.energy_kwh is None:
         return "known when the packs are counted: packhorse prepare"
@@ -147,7 +147,7 @@ def change_table(changes: Sequence[Change]) -> Table:
     return table
 
 
-def ways_table(found: Sequence[Way], winner: Way) -> Table:
+def ways_table(found: Sequence[Candidate], winner: Candidate) -> Table:
     """Every way, the best first; those that do not fit behind those that do, what is refused at the end."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("engine", no_wrap=True)
@@ -157,7 +157,7 @@ def ways_table(found: Sequence[Way], winner: Way) -> Table:
     for way in sorted(found, key=lambda way: _rank(way, winner)):
         if way.case is None:
             micro = "" if way.micro is None else str(way.micro)
-            table.add_row(way.engine, micro, "", "", "", "", Text(why_not(way, winner), style="dim"))
+            table.add_row(way.engine, micro, "", "", "", "", Text(rejection_reason(way, winner), style="dim"))
             continue
         speed = way.case.speed
         cells = (
@@ -168,12 +168,12 @@ def ways_table(found: Sequence[Way], winner: Way) -> Table:
             f"{speed.tokens_per_second_per_gpu:,.0f}",
         )
         best = "the one to take" if way.case.fits else "needs least; none fits"
-        said = why_not(way, winner) or best
+        said = rejection_reason(way, winner) or best
         table.add_row(way.engine, *cells, Text(said, style="bold" if way == winner else ""))
     return table
 
 
-def _rank(way: Way, winner: Way) -> tuple[int, float]:
+def _rank(way: Candidate, winner: Candidate) -> tuple[int, float]:
     if way == winner:
         return 0, 0.0
     if way.case is None:
@@ -181,7 +181,7 @@ def _rank(way: Way, winner: Way) -> tuple[int, float]:
     return (1, way.case.step_seconds) if way.case.fits else (2, float(way.case.required_bytes))
 
 
-def least_table(found: Sequence[Least]) -> Table:
+def least_table(found: Sequence[LeastHardware]) -> Table:
     """The fewest GPUs of each kind."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("GPUs", no_wrap=True)

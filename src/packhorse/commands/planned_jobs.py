@@ -17,8 +17,8 @@ from packhorse.data.content_key import find_prepared
 from packhorse.data.data_manifest import read_data_manifest, require_sizes
 from packhorse.data.resolve import data_root
 from packhorse.errors import UserError
-from packhorse.estimate.saved import CheckpointRoom
-from packhorse.estimate.search.compare import Wanted
+from packhorse.estimate.checkpoint_size import CheckpointSpace
+from packhorse.estimate.search.candidates import SearchRequest
 from packhorse.launching.preflight import check_base_model, check_disk, check_resumable, check_writable
 from packhorse.launching.slurm.lead import Lead, signal_lead
 from packhorse.launching.slurm.script import check_path, command_script, cpu_request, train_request, train_script
@@ -208,7 +208,7 @@ def _new(
         plan = _waiting(plan, wanted, force)
     else:
         require_sizes(data_root(loaded) / manifest.content_hash, manifest)
-        wanted = Wanted(loaded, wanted.ask, here, facts_of(loaded, manifest))
+        wanted = SearchRequest(loaded, wanted.ask, here, facts_of(loaded, manifest))
         plan = fitting_plan(wanted, basis_of(loaded, manifest, here, terms), force)
         files = {DATA_FILE: manifest.model_dump_json(indent=2) + "\n"}
     room = room_on_disk(plan, manifest.vocab_size if manifest else None)
@@ -217,7 +217,7 @@ def _new(
     return Submission(plan, site, True, lead, _memory_words(plan, worst, on_cpus), files=files)
 
 
-def _waiting(plan: RunPlan, wanted: Wanted, force: bool) -> RunPlan:
+def _waiting(plan: RunPlan, wanted: SearchRequest, force: bool) -> RunPlan:
     """The plan of a run that waits for its data: with the recipe as it was asked for, since it is planned once more."""
     forced = (Decision(name="force", value="true", reason="--force"),) if force else ()
     return plan.model_copy(update={"recipe": wanted.recipe, "decisions": (*plan.decisions, *forced)})
@@ -281,7 +281,7 @@ def _node(site: SiteProfile) -> Hardware:
     return Hardware(num_cores=site.cpus_per_node or 1, gpus=())
 
 
-def _lead(plan: RunPlan, room: CheckpointRoom | None) -> Lead:
+def _lead(plan: RunPlan, room: CheckpointSpace | None) -> Lead:
     return signal_lead(
         read_metrics(Path(plan.run_folder) / METRICS_FILE),
         plan.predicted.step_seconds if plan.predicted is not None else None,

@@ -18,9 +18,7 @@ from packhorse.data.content_key import find_prepared
 from packhorse.data.data_manifest import DataManifest, read_data_manifest, require_sizes
 from packhorse.data.resolve import data_root
 from packhorse.errors import EXIT_OK, EXIT_STOPPED, UserError
-from packhorse.estimate.case import Case
-from packhorse.estimate.search.compare import Wanted
-from packhorse.estimate.verdict import check_memory
+from packhorse.estimate.search.candidates import SearchRequest
 from packhorse.launching.local.recovery import run_to_end
 from packhorse.launching.local.stop_signals import StoppedBeforeStart, stop_signals
 from packhorse.launching.preflight import check_base_model, check_disk, check_nvme, check_resumable, check_writable
@@ -109,7 +107,7 @@ def _new_run(
     loaded = load_recipe(recipe, overrides)
     check_single(loaded, recipe)
     here = detect_hardware()
-    wanted = Wanted(loaded, ask, here, None)
+    wanted = SearchRequest(loaded, ask, here, None)
     draft = draft_plan(wanted, basis_of(loaded, None, here, terms), force)
     # All that can be refused without reading a row is refused before the rows are read.
     if local:

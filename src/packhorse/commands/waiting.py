@@ -11,7 +11,7 @@ from packhorse.commands.prepared import facts_of
 from packhorse.data.data_manifest import DataManifest
 from packhorse.errors import UserError
 from packhorse.estimate.gpus import find_gpu
-from packhorse.estimate.search.compare import Wanted
+from packhorse.estimate.search.candidates import SearchRequest
 from packhorse.launching.preflight import check_disk
 from packhorse.launching.slurm.site import SiteProfile
 from packhorse.plan.run_plan import RunPlan
@@ -55,7 +55,7 @@ def _complete(plan: RunPlan, manifest: DataManifest) -> None:
     record = Path(plan.run_folder) / SITE_RECORD
     site = SiteProfile.model_validate_json(record.read_text(encoding="utf-8")) if record.is_file() else None
     made = fitting_plan(
-        Wanted(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms_of(site)), is_forced(plan)
+        SearchRequest(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms_of(site)), is_forced(plan)
     )
     made = made.model_copy(update={"run_folder": plan.run_folder, "base_model": plan.base_model})
     check_disk(made, room_on_disk(made, manifest.vocab_size))

@@ -10,7 +10,7 @@ from packhorse.data.data_manifest import read_data_manifest
 from packhorse.doctor.facts import Question
 from packhorse.doctor.folder import plan_sha256
 from packhorse.errors import UserError
-from packhorse.estimate.saved import checkpoint_room
+from packhorse.estimate.checkpoint_size import checkpoint_space
 from packhorse.launching.preflight import disk_still_needed
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.parameters import read_shape
@@ -23,7 +23,7 @@ def question_of_run(plan: RunPlan, scratch: str, fast: bool) -> Question:
     topology, recipe, data = plan.topology, plan.recipe, plan.data
     manifest = read_data_manifest(Path(data.folder)) if data is not None else None
     shape = read_shape(find_configuration(recipe, manifest.vocab_size if manifest is not None else None))
-    room = checkpoint_room(plan, shape) if shape is not None else None
+    room = checkpoint_space(plan, shape) if shape is not None else None
     model_folder = (plan.base_model or "") if recipe.model.path is not None else ""
     folder = Path(plan.run_folder)
     return Question(

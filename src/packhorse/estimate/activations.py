@@ -1,7 +1,7 @@
-"""What the forward pass keeps for the backward pass on one rank, and the room that both work in.
+"""Memory that the forward pass keeps for the backward pass on one rank, and the workspace of both passes.
 
-Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count 34 t H + 5 a t² bytes a layer for a GPT in 16 bit; here each
-operation of the architecture is counted by itself, because norms, rotations, gated MLPs, adapters and autocast differ.
+Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count 34 t H + 5 a t² bytes per layer for a GPT in 16 bit. Here
+each operation of the architecture is counted, because norms, rotations, gated MLPs, adapters and autocast differ.
 """
 
 from __future__ import annotations
@@ -9,27 +9,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from packhorse.estimate.held import Held, base_width, casts_weights, compute_width
-from packhorse.estimate.layers import COPIES, FP32, INDEX, Layer, Setting, keep_masks_and_scores
 from packhorse.estimate.packs import PackFigures
-from packhorse.estimate.tape import Tape, Value
-from packhorse.model_spec.anatomy import Anatomy, Formats
+from packhorse.estimate.saved_tensors import (
+    COPIES,
+    FP32,
+    INDEX,
+    DecoderLayer,
+    ForwardTensor,
+    PassSettings,
+    SavedTensors,
+    save_masks_and_scores,
+)
+from packhorse.estimate.weights import WeightTensor, base_width, casts_weights, compute_width
+from packhorse.model_spec.measured_model import MeasuredModel, PassFormats
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.methods import LoraMethod, PrefixTuningMethod, PromptTuningMethod, QloraMethod
 
 CHUNK_TOKENS: Final = 512
-"""Rows of logits that exist at once; a test holds it to `train/objective.py`."""
+"""Rows of logits that exist at once; a test compares it with the loss of `train/`."""
 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """One decoder layer.
+    """Memory of one decoder layer.
 
     Attributes:
         kept: Bytes by part of the layer, where nothing is recomputed.
-        input: Bytes of its input, all that is kept where it is recomputed.
-        recomputed: Whether it is.
+        input: Bytes of its input, all that is kept where the layer is recomputed.
+        recomputed: Whether the layer is recomputed.
     """
 
     kept: dict[str, int]
@@ -37,48 +45,47 @@ class LayerBytes:
     recomputed: bool
 
     @property
-    def whole(self) -> int:
-        """All that its backward pass reads."""
+    def total(self) -> int:
+        """Bytes that its backward pass reads."""
         return sum(self.kept.values())
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one forward pass of `batch.micro` packs.
+    """Memory of one forward pass of `batch.micro` packs, in bytes.
 
     Attributes:
-        layers: From first to last.
-        inputs: Token ids, positions and labels, and the rotary angles.
-        head: Last norm and output head.
-        stashed: Gradients that the loss computes in its forward pass and holds until the backward pass.
-        logits: Room of one chunk of the loss.
-        layer_room: Gradients and copies that exist at once while a layer is gone back through.
-        forward_room: Results that exist at once while a layer computes without a backward pass.
-        tokens: Of the row on this rank.
+        layers: Decoder layers from first to last.
+        inputs: Token ids, positions, labels and rotary angles.
+        head: Last norm and output head, by part.
+        loss_gradients: Gradients that the loss computes in its forward pass and holds until the backward pass.
+        logits: Workspace of one chunk of the loss.
+        layer_workspace: Gradients and copies that exist at once in the backward pass of one layer.
+        forward_workspace: Results that exist at once while a layer computes without a backward pass.
+        tokens: Tokens of the row on this rank.
         offloaded: Whether inputs of recomputed layers are kept on the host.
     """
 
     layers: tuple[LayerBytes, ...]
     inputs: int
     head: dict[str, int]
-    stashed: int
+    loss_gradients: int
     logits: int
-    layer_room: int
-    forward_room: int
+    layer_workspace: int
+    forward_workspace: int
     tokens: int
     offloaded: bool
 
     def kept_by_part(self, with_head: bool = True) -> dict[str, int]:
-        """What is kept on the device between forward and backward pass, by part of the model.
+        """Return the bytes on the device between forward and backward pass, by part of the model.
 
         Args:
-            with_head: Also for last norm and output head, which are gone back through first.
+            with_head: Include last norm and output head, which the backward pass frees first.
         """
         parts: dict[str, int] = {"inputs": self.inputs}
         for layer in self.layers:
             if layer.recomputed:
-                held = 0 if self.offloaded else layer.input
-                parts["layer inputs"] = parts.get("layer inputs", 0) + held
+                parts["layer inputs"] = parts.get("layer inputs", 0) + (0 if self.offloaded else layer.input)
                 continue
             for part, size in layer.kept.items():
                 parts[part] = parts.get(part, 0) + size
@@ -88,7 +95,7 @@ class Activations:
 
     @property
     def kept(self) -> int:
-        """All that is kept on the device between forward and backward pass."""
+        """Bytes on the device between forward and backward pass."""
         return sum(self.kept_by_part().values())
 
     @property
@@ -98,100 +105,100 @@ class Activations:
 
     @property
     def recomputed(self) -> int:
-        """The largest layer that is recomputed, while it is gone back through."""
-        return max((layer.whole for layer in self.layers if layer.recomputed), default=0)
+        """Bytes of the largest recomputed layer during its backward pass."""
+        return max((layer.total for layer in self.layers if layer.recomputed), default=0)
 
 
-def count_activations(plan: RunPlan, shape: Shape, held: tuple[Held, ...], packs: PackFigures) -> Activations:
-    """Counts one forward pass of the fullest packs.
-
-    Args:
-        plan: Of the run.
-        shape: Of its model.
-        held: Its weights.
-        packs: That it trains on.
-    """
-    tape = Tape()
-    setting = _setting(plan, packs)
+def count_activations(
+    plan: RunPlan, shape: Shape, weights: tuple[WeightTensor, ...], packs: PackFigures
+) -> Activations:
+    """Count one forward pass of the packs that need most memory."""
+    saved = SavedTensors()
+    settings = _settings(plan, packs)
     labels = -(-plan.batch.micro_packs * packs.supervised_max // plan.topology.sequence)
-    if shape.anatomy is None:
-        layers, before, hidden = _walked(tape, setting, shape, held, plan)
+    if shape.measured_model is None:
+        layers, before, hidden = _described(saved, settings, shape, weights, plan)
     else:
-        layers, before, hidden = _measured(tape, setting, shape, shape.anatomy, plan)
-    stashed = _head(tape, setting, shape, held, hidden, labels)
+        layers, before, hidden = _measured(saved, settings, shape, shape.measured_model, plan)
+    loss_gradients = _head(saved, settings, shape, weights, hidden, labels)
+    dequantised = _dequantised(settings, weights)
     return Activations(
         layers=layers,
-        inputs=2 * (setting.tokens + labels) * INDEX + before,
-        head=tape.by_part(),
-        stashed=stashed,
-        logits=_logits(setting, shape, held, labels),
-        layer_room=_layer_room(setting, shape, held),
-        forward_room=_forward_room(setting, shape, hidden.width) + _unpacked(setting, held),
-        tokens=setting.tokens,
+        inputs=2 * (settings.tokens + labels) * INDEX + before,
+        head=saved.by_part(),
+        loss_gradients=loss_gradients,
+        logits=_logits(settings, shape, weights, labels),
+        layer_workspace=_layer_workspace(settings, shape, weights) + dequantised,
+        forward_workspace=_forward_workspace(settings, shape, hidden.width) + dequantised,
+        tokens=settings.tokens,
         offloaded=plan.recipe.parallel.offload_activations,
     )
 
 
-Body = tuple[tuple[LayerBytes, ...], int, Value]
-"""Layers, bytes kept before them, and what the output head is given."""
+Body = tuple[tuple[LayerBytes, ...], int, ForwardTensor]
+"""Layers, bytes kept in front of them, and the input of the output head."""
 
 
-def _walked(tape: Tape, setting: Setting, shape: Shape, held: tuple[Held, ...], plan: RunPlan) -> Body:
-    """A family that is described in `parameters.py`, operation by operation."""
-    by_unit: dict[str, list[Held]] = {}
-    for weight in held:
+def _described(
+    saved: SavedTensors, settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...], plan: RunPlan
+) -> Body:
+    """Count a family whose operations `saved_tensors.py` lists."""
+    by_unit: dict[str, list[WeightTensor]] = {}
+    for weight in weights:
         by_unit.setdefault(weight.unit, []).append(weight)
-    hidden = _embedded(tape, setting, shape, by_unit["embedding"], plan)
+    hidden = _embedded(saved, settings, shape, by_unit["embedding"], plan)
     width, layers = hidden.width, []
     for index in range(shape.layers):
-        own, before = Tape(), hidden
-        hidden = Layer(own, setting, shape, by_unit[f"layer {index}"], index).forward(
-            own.value(before.elements, before.width, before.has_grad), width
-        )
+        own, before = SavedTensors(), hidden
+        layer = DecoderLayer(own, settings, shape, by_unit[f"layer {index}"], index)
+        hidden = layer.forward(own.tensor(before.elements, before.width, before.has_grad))
         layers.append(LayerBytes(own.by_part(), before.bytes, _recomputes(plan, index)))
     angles = 0
     if any(layer.kept and not layer.recomputed for layer in layers):
         tables = 2 if len(set(shape.windows)) > 1 and shape.family == "gemma3_text" else 1
-        angles = tables * 2 * setting.tokens * shape.head_width * width
-    tail = Layer(tape, setting, shape, [weight for weight in held if weight.name == shape.names.norm], shape.layers)
+        angles = tables * 2 * settings.tokens * shape.head_width * width
+    norm = [weight for weight in weights if weight.name == shape.names.norm]
+    tail = DecoderLayer(saved, settings, shape, norm, shape.layers)
     return tuple(layers), angles, tail.norm(hidden, shape.names.norm, "last norm")
 
 
-def _measured(tape: Tape, setting: Setting, shape: Shape, anatomy: Anatomy, plan: RunPlan) -> Body:
-    """A model whose own forward pass was looked at."""
-    kept = anatomy.meter.kept(plan.recipe.method, _formats(setting, plan))
+def _measured(
+    saved: SavedTensors, settings: PassSettings, shape: Shape, measured: MeasuredModel, plan: RunPlan
+) -> Body:
+    """Count a model whose own forward pass was measured on fake tensors."""
+    kept = measured.meter.kept(plan.recipe.method, _formats(settings, plan))
     layers = []
     for index, layer in enumerate(kept.layers):
-        own = Tape()
-        own.keep_new(layer.attention.at(setting.tokens) + round(layer.attention.fixed), 1, "attention")
-        own.keep_new(layer.rest.at(setting.tokens), 1, "layer")
-        # What does not grow with the tokens are weights in 16 bits.
-        own.keep_new(round(layer.rest.fixed), 1, COPIES)
+        own = SavedTensors()
+        own.save_new(layer.attention.at(settings.tokens) + round(layer.attention.fixed), 1, "attention")
+        own.save_new(layer.rest.at(settings.tokens), 1, "layer")
+        # What does not grow with the tokens are 16-bit copies of weights.
+        own.save_new(round(layer.rest.fixed), 1, COPIES)
         if layer.attention.per_token:
-            keep_masks_and_scores(own, setting, shape, index)
+            save_masks_and_scores(own, settings, shape, index)
         parts = {part: size for part, size in own.by_part().items() if size}
-        layers.append(LayerBytes(parts, layer.input.at(setting.tokens), _recomputes(plan, index)))
-    tape.keep_new(kept.after.at(setting.tokens) + round(kept.after.fixed), 1, "last norm")
-    before = kept.before.at(setting.tokens) + round(kept.before.fixed)
+        layers.append(LayerBytes(parts, layer.input.at(settings.tokens), _recomputes(plan, index)))
+    saved.save_new(kept.after.at(settings.tokens) + round(kept.after.fixed), 1, "last norm")
+    before = kept.before.at(settings.tokens) + round(kept.before.fixed)
     if any(layer.kept and not layer.recomputed for layer in layers):
-        before += kept.shared.at(setting.tokens)
-    return tuple(layers), before, tape.value(setting.tokens * shape.hidden, kept.width, kept.has_grad)
+        before += kept.shared.at(settings.tokens)
+    return tuple(layers), before, saved.tensor(settings.tokens * shape.hidden, kept.width, kept.has_grad)
 
 
-def _formats(setting: Setting, plan: RunPlan) -> Formats:
+def _formats(settings: PassSettings, plan: RunPlan) -> PassFormats:
     method = plan.recipe.method
-    return Formats(
-        compute=setting.compute,
-        autocast=setting.autocast,
-        base=setting.base,
-        adapter=setting.adapter,
+    return PassFormats(
+        compute=settings.compute,
+        autocast=settings.autocast,
+        base=settings.base,
+        adapter=settings.adapter,
         quantized=isinstance(method, QloraMethod),
-        on_cuda=setting.on_cuda,
-        varlen=setting.varlen,
-        keeps_inputs=setting.keeps_inputs,
+        on_cuda=settings.on_cuda,
+        varlen=settings.varlen,
+        keeps_inputs=settings.keeps_inputs,
         input_gradients=bool(plan.recipe.parallel.checkpointing),
-        sequence=setting.sequence,
-        documents=setting.documents if isinstance(method, (PromptTuningMethod, PrefixTuningMethod)) else 1,
+        sequence=settings.sequence,
+        documents=settings.documents if isinstance(method, (PromptTuningMethod, PrefixTuningMethod)) else 1,
     )
 
 
@@ -200,17 +207,16 @@ def _recomputes(plan: RunPlan, index: int) -> bool:
     return every > 0 and index % every == 0
 
 
-def _setting(plan: RunPlan, packs: PackFigures) -> Setting:
+def _settings(plan: RunPlan, packs: PackFigures) -> PassSettings:
     method, sequence = plan.recipe.method, plan.topology.sequence
     row = plan.batch.micro_packs * packs.tokens_max
     squares = plan.batch.micro_packs * packs.squares_max
-    # As many documents of one length as give these squares; the true number is at least this.
+    # The number of documents of equal length that have this sum of squares; the true number is at least this.
     documents = max(1, round(row * row / squares)) if squares else 1
     if isinstance(method, PromptTuningMethod):
         row += documents * method.virtual_tokens
     casts, compute = casts_weights(plan), compute_width(plan)
-    base = base_width(plan)
-    return Setting(
+    return PassSettings(
         tokens=-(-row // sequence),
         row_tokens=row,
         squares=squares,
@@ -218,7 +224,7 @@ def _setting(plan: RunPlan, packs: PackFigures) -> Setting:
         prefix=method.virtual_tokens if isinstance(method, PrefixTuningMethod) else 0,
         compute=compute,
         autocast=compute == 2 and not casts,
-        base=compute if casts else base,
+        base=compute if casts else base_width(plan),
         adapter=compute if casts else FP32,
         dropout=isinstance(method, LoraMethod) and method.dropout > 0,
         on_cuda=plan.topology.device == "cuda",
@@ -228,70 +234,79 @@ def _setting(plan: RunPlan, packs: PackFigures) -> Setting:
     )
 
 
-def _embedded(tape: Tape, setting: Setting, shape: Shape, weights: list[Held], plan: RunPlan) -> Value:
+def _embedded(
+    saved: SavedTensors, settings: PassSettings, shape: Shape, weights: list[WeightTensor], plan: RunPlan
+) -> ForwardTensor:
     embedding = [weight for weight in weights if weight.name == shape.names.embedding]
     rows = any(weight.name == "new tokens" for weight in weights)
     trained = any(weight.trained for weight in embedding) or rows
-    beside = any(weight.kind == "adapter" for weight in embedding) or rows
-    # Where layers are recomputed, transformers asks for the gradient of the first one's input, whatever is trained.
+    adapted = any(weight.kind == "adapter" for weight in embedding) or rows
+    # Where layers are recomputed, transformers requests the gradient of the first one's input, whatever is trained.
     recomputes = bool(plan.recipe.parallel.checkpointing)
     has_grad = trained or recomputes or isinstance(plan.recipe.method, PromptTuningMethod)
-    width = setting.adapter if beside else setting.base
-    return tape.value(setting.tokens * shape.hidden, width, has_grad)
+    width = settings.adapter if adapted else settings.base
+    return saved.tensor(settings.tokens * shape.hidden, width, has_grad)
 
 
-def _head_weight(shape: Shape, held: tuple[Held, ...]) -> tuple[Held, bool]:
-    """The output head as the loss meets it, and whether it is trained."""
+def _head_weight(shape: Shape, weights: tuple[WeightTensor, ...]) -> tuple[WeightTensor, bool]:
+    """Return the output head's weight in the loss, and whether it is trained."""
     name = shape.names.embedding if shape.tied else shape.names.head
-    found = [weight for weight in held if weight.name == name]
-    return found[-1], any(weight.trained for weight in found)
+    named = [weight for weight in weights if weight.name == name]
+    return named[-1], any(weight.trained for weight in named)
 
 
-def _head(tape: Tape, setting: Setting, shape: Shape, held: tuple[Held, ...], hidden: Value, labels: int) -> int:
-    """Keeps what the loss needs; returns the bytes of gradients that it stashes."""
-    weight, trained = _head_weight(shape, held)
+def _head(
+    saved: SavedTensors,
+    settings: PassSettings,
+    shape: Shape,
+    weights: tuple[WeightTensor, ...],
+    hidden: ForwardTensor,
+    labels: int,
+) -> int:
+    """Save the loss's inputs; return the bytes of gradients that it computes in its forward pass."""
+    weight, trained = _head_weight(shape, weights)
     chosen = labels * shape.hidden
-    if setting.compute == FP32:
-        # One pass in float32 makes the gradients of hidden states and weight at once.
+    if settings.compute == FP32:
+        # One pass in float32 computes the gradients of hidden states and weight at once.
         return FP32 * ((chosen if hidden.has_grad else 0) + (weight.size if trained else 0))
-    tape.keep_new(chosen, setting.compute, "loss")
-    width = setting.adapter if weight.kind == "adapter" else setting.base
-    if width != setting.compute:
-        tape.keep_new(weight.size, setting.compute, COPIES)
+    saved.save_new(chosen, settings.compute, "loss")
+    width = settings.adapter if weight.kind == "adapter" else settings.base
+    if width != settings.compute:
+        saved.save_new(weight.size, settings.compute, COPIES)
     return 0
 
 
-def _logits(setting: Setting, shape: Shape, held: tuple[Held, ...], labels: int) -> int:
-    """One chunk of logits in float32, beside the gradients that torch's own loss makes in 16 bit."""
-    weight, trained = _head_weight(shape, held)
+def _logits(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...], labels: int) -> int:
+    """Return the bytes of one chunk of float32 logits, and of the gradients that torch's loss computes in 16 bit."""
+    weight, trained = _head_weight(shape, weights)
     chunk = min(CHUNK_TOKENS, labels) * shape.vocabulary * FP32
-    if setting.compute == FP32:
+    if settings.compute == FP32:
         return chunk
-    made = (weight.size if trained else 0) + labels * shape.hidden
-    # CUDA multiplies 16-bit numbers into float32; on the CPU the weight is copied, and its gradient added up beside.
-    copies = 0 if setting.on_cuda else weight.size * FP32 * (2 if trained else 1)
-    return chunk + made * setting.compute + copies
+    gradients = (weight.size if trained else 0) + labels * shape.hidden
+    # CUDA multiplies 16-bit numbers into float32; the CPU copies the weight and sums its gradient in float32.
+    copies = 0 if settings.on_cuda else weight.size * FP32 * (2 if trained else 1)
+    return chunk + gradients * settings.compute + copies
 
 
-def _layer_room(setting: Setting, shape: Shape, held: tuple[Held, ...]) -> int:
-    """The widest moment of a layer's backward pass: the gated product's gradients, and a weight's own gradient."""
-    width, t = setting.compute, setting.tokens
+def _layer_workspace(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...]) -> int:
+    """Return the fullest moment of a layer's backward pass: gradients of the gated product and of one weight."""
+    width, t = settings.compute, settings.tokens
     mlp = max(shape.mlp_width, shape.expert_width * shape.active_experts)
-    hidden = t * shape.hidden * (FP32 if setting.autocast else width)
-    trained = [weight for weight in held if weight.trained and weight.unit.startswith("layer")]
+    hidden = t * shape.hidden * (FP32 if settings.autocast else width)
+    trained = [weight for weight in weights if weight.trained and weight.unit.startswith("layer")]
     own = max((weight.size for weight in trained), default=0) * (width if width != FP32 else 0)
-    beside = any(weight.kind == "adapter" and "mlp." in weight.name for weight in trained)
+    adapted = any(weight.kind == "adapter" and "mlp." in weight.name for weight in trained)
     # An adapter's input is copied into the adapter's format, and so is its gradient.
-    copies = 2 * t * mlp * setting.adapter if beside and setting.adapter > width else 0
-    return 2 * hidden + 2 * t * mlp * width + own + copies + _unpacked(setting, held)
+    copies = 2 * t * mlp * settings.adapter if adapted and settings.adapter > width else 0
+    return 2 * hidden + 2 * t * mlp * width + own + copies
 
 
-def _unpacked(setting: Setting, held: tuple[Held, ...]) -> int:
-    """The largest packed weight as bitsandbytes unpacks it, one at a time, to compute with."""
-    return max((weight.size for weight in held if weight.storage != "plain"), default=0) * setting.compute
+def _dequantised(settings: PassSettings, weights: tuple[WeightTensor, ...]) -> int:
+    """Return the bytes of the largest quantised weight in 16 bits: bitsandbytes dequantises one at a time."""
+    return max((weight.size for weight in weights if weight.storage != "plain"), default=0) * settings.compute
 
 
-def _forward_room(setting: Setting, shape: Shape, hidden_width: int) -> int:
-    """The widest moment of a layer without a backward pass: hidden states beside gate, up and their product."""
+def _forward_workspace(settings: PassSettings, shape: Shape, hidden_width: int) -> int:
+    """Return the fullest moment of a layer without a backward pass: hidden states, gate, up and their product."""
     mlp = max(shape.mlp_width, shape.expert_width * shape.active_experts)
-    return setting.tokens * (2 * shape.hidden * max(hidden_width, FP32) + 3 * mlp * setting.compute)
+    return settings.tokens * (2 * shape.hidden * max(hidden_width, FP32) + 3 * mlp * settings.compute)

@@ -1,4 +1,4 @@
-"""Profiles of GPUs: the shipped table, a user's own file, and `8xH100-80GB` as it is typed."""
+"""Profiles of GPUs: the shipped table, a user's own file, and requests such as `8xH100-80GB`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ TABLE: Final = Path(__file__).with_name("gpus.yaml")
 OWN_VARIABLE: Final = "PACKHORSE_GPUS"
 OWN_FILE: Final = "gpus.yaml"
 MIB: Final = 2**20
+
 TABLE_FILE: Final = FileKind(
     "a table of GPU profiles",
     "H100-96GB: {extends: H100-80GB, memory_mib: 97871}",
@@ -33,7 +34,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class GpuProfile(BaseModel):
-    """One kind of GPU; the fields are explained at the top of gpus.yaml."""
+    """One kind of GPU; gpus.yaml explains the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,7 +51,6 @@ class GpuProfile(BaseModel):
     link_gb: PositiveFloat
     pcie_gb: PositiveFloat
     network_gb: PositiveFloat
-    processors: PositiveInt
     matmul_share: Share
     attention_share: Share
     power_watts: PositiveFloat
@@ -62,23 +62,33 @@ class GpuProfile(BaseModel):
 
     @property
     def bytes_per_second(self) -> float:
-        """Bandwidth of its memory."""
+        """Bandwidth of the card's memory."""
         return self.bandwidth_gb * 1e9
 
+    @property
+    def spoken_names(self) -> tuple[str, ...]:
+        """Name and aliases."""
+        return (self.name, *self.aliases)
+
     def peak_flops(self, precision: str, tf32: bool = False) -> float:
-        """Peak of matrix products, FLOP/s, under the recipe's `precision` and `tf32`."""
+        """Return the peak of matrix products, FLOP/s, under the recipe's `precision` and `tf32`."""
         if precision == "fp32":
             return (self.tf32_tflops if tf32 else self.fp32_tflops) * 1e12
         return (self.bf16_tflops if precision == "bf16" else self.fp16_tflops) * 1e12
 
 
+_NEEDED: Final = tuple(
+    name for name, field in GpuProfile.model_fields.items() if field.is_required() and name != "name"
+)
+
+
 @dataclass(frozen=True)
 class GpuRequest:
-    """What `--gpus` asks for.
+    """Value of `--gpus`.
 
     Attributes:
-        count: GPUs in all.
-        gpu: Of which kind; None where only a number was given.
+        count: Number of GPUs in all.
+        gpu: Kind of GPU; None where only a number was given.
     """
 
     count: int
@@ -86,10 +96,10 @@ class GpuRequest:
 
 
 def parse_gpus(text: str) -> GpuRequest:
-    """Reads `8`, `8xH100-80GB` or `H100-80GB`, which is one.
+    """Parse `8`, `8xH100-80GB`, or `H100-80GB` for one GPU.
 
     Raises:
-        UserError: It is none of these, no GPU has that name, or the user's own file is wrong.
+        UserError: The text has another form, no GPU has that name, or the user's own file is wrong.
     """
     found = re.fullmatch(r"\s*(?:(\d+)\s*(?:[x×*]\s*(.+?))?|(.+?))\s*", text, re.IGNORECASE)
     count, kind, alone = found.groups() if found else (None, None, None)
@@ -99,7 +109,7 @@ def parse_gpus(text: str) -> GpuRequest:
     if (count is None and alone is None) or (count is not None and int(count) < 1):
         raise UserError(
             f"--gpus is {text!r}.",
-            "it is a number of GPUs, with the kind of GPU behind an x.",
+            "it must be a number of GPUs of at least 1, and may have the kind of GPU after an x.",
             "write for example --gpus 8 or --gpus 8xH100-80GB.",
         )
     name = kind or alone
@@ -107,7 +117,7 @@ def parse_gpus(text: str) -> GpuRequest:
 
 
 def find_gpu(name: str) -> GpuProfile:
-    """The profile of a name or alias, whatever its case and separators.
+    """Return the profile with a name or alias; case and separators do not matter.
 
     Raises:
         UserError: No GPU has that name, or the user's own file is wrong.
@@ -116,50 +126,40 @@ def find_gpu(name: str) -> GpuProfile:
     if found is not None:
         return found
     profiles = known_gpus()
-    spoken = {_plain(word): profile.name for profile in profiles.values() for word in (profile.name, *profile.aliases)}
+    spoken = {_plain(word): profile.name for profile in profiles.values() for word in profile.spoken_names}
     near = dict.fromkeys(spoken[word] for word in difflib.get_close_matches(_plain(name), spoken, n=5, cutoff=0.5))
     listed = ", ".join(list(near)[:3] or profiles)
     raise UserError(
         f"no GPU is called {name!r}.",
-        "its memory, speed and links are needed to plan for it.",
+        "the plan needs its memory, speed and links.",
         f"take {'the closest' if near else 'one of'}: {listed}; or describe yours in ./{OWN_FILE} or the file that"
         f" {OWN_VARIABLE} names ({', '.join(_NEEDED)}).",
     )
 
 
 def gpu_of_device(device_name: str) -> GpuProfile | None:
-    """The profile of what nvidia-smi or torch call a device; None where none fits."""
-    wanted = _plain(device_name)
-    return next(
-        (profile for profile in known_gpus().values() if wanted in map(_plain, profile.device_names)),
-        None,
-    )
+    """Return the profile of a device by its name in nvidia-smi or torch; None where no profile matches."""
+    spoken = _plain(device_name)
+    return next((profile for profile in known_gpus().values() if spoken in map(_plain, profile.device_names)), None)
 
 
 def known_gpus() -> Mapping[str, GpuProfile]:
-    """The shipped profiles and the user's own, by name.
+    """Return the shipped profiles and the user's own, by name.
 
     Raises:
         UserError: The user's own file is wrong.
     """
-    table = dict(_shipped_table())
     own = _own_file()
-    if own is not None:
-        table |= _read_table(own)
+    table = {**_shipped_table(), **(_read_table(own) if own is not None else {})}
     return {name: _profile(name, table) for name in table}
-
-
-_NEEDED: Final = tuple(
-    name for name, field in GpuProfile.model_fields.items() if field.is_required() and name != "name"
-)
 
 
 def _own_file() -> Path | None:
     named = os.environ.get(OWN_VARIABLE)
     if named:
         return Path(named).expanduser()
-    here = Path(OWN_FILE)
-    return here if here.is_file() else None
+    local = Path(OWN_FILE)
+    return local if local.is_file() else None
 
 
 @cache
@@ -210,15 +210,8 @@ def _with_inherited(name: str, table: Mapping[str, Node], above: tuple[str, ...]
 
 
 def _lookup(name: str) -> GpuProfile | None:
-    wanted = _plain(name)
-    return next(
-        (
-            profile
-            for profile in known_gpus().values()
-            if wanted in (_plain(profile.name), *map(_plain, profile.aliases))
-        ),
-        None,
-    )
+    spoken = _plain(name)
+    return next((profile for profile in known_gpus().values() if spoken in map(_plain, profile.spoken_names)), None)
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the packs of a run hold, as far as memory and time depend on it."""
+"""Sizes of a run's packs, as far as memory and time depend on them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class PackFigures:
-    """The packs of one split.
+    """Sizes of the packs of one split.
 
     Attributes:
         length_tokens: T, which no pack exceeds.
-        num_packs: How many there are; None before the data is prepared.
-        tokens_mean: Tokens of a pack.
-        tokens_max: Of the fullest pack.
-        supervised_mean: Supervised tokens of a pack: the positions at which the output head runs.
-        supervised_max: Of the pack with most.
-        squares_mean: Sum of squared document lengths of a pack, in tokens²: what attention costs.
-        squares_max: Of the costliest pack.
-        longest_document: In tokens; where it is not known, an upper bound.
+        num_packs: Number of packs; None before the data is prepared.
+        tokens_mean: Mean tokens per pack.
+        tokens_max: Tokens of the pack that has most.
+        supervised_mean: Mean supervised tokens per pack: the positions at which the output head runs.
+        supervised_max: Supervised tokens of the pack that has most.
+        squares_mean: Mean sum of squared document lengths of a pack, in tokens², which attention's cost depends on.
+        squares_max: Largest such sum.
+        longest_document: Length in tokens of the longest document, or an upper bound.
     """
 
     length_tokens: int
@@ -37,13 +37,13 @@ class PackFigures:
 
     @property
     def is_measured(self) -> bool:
-        """Whether these are packs on disk; else the worst that `length_tokens` allows."""
+        """Whether these are packs on disk; otherwise the worst case that `length_tokens` allows."""
         return self.num_packs is not None
 
     @classmethod
     def full(cls, length_tokens: int) -> PackFigures:
-        """The worst case, before the data is prepared: each pack is one document of T tokens, all supervised."""
-        # The first token of a document is predicted by none.
+        """Return the worst case, before the data is prepared: each pack is one document of T supervised tokens."""
+        # The first token of a document has no prediction.
         labels = max(1, length_tokens - 1)
         return cls(
             length_tokens=length_tokens,
@@ -61,15 +61,15 @@ class PackFigures:
     def of_store(
         cls, length_tokens: int, pack_figures: NDArray[np.int64], document_offsets: NDArray[np.int64] | None = None
     ) -> PackFigures:
-        """Those of a prepared split.
+        """Return the sizes of a prepared split.
 
         Args:
             length_tokens: T.
             pack_figures: int64 [3, P] of the pack store: tokens, supervised tokens, sum of squared document lengths.
-            document_offsets: int64 [D + 1] of the pack store; absent, the longest document is bounded by the figures.
+            document_offsets: int64 [D + 1] of the pack store; None bounds the longest document by the figures.
 
         Raises:
-            ValueError: There is no pack.
+            ValueError: The split has no pack.
         """
         tokens, labels, squares = (np.asarray(figure) for figure in pack_figures)
         if not len(tokens):

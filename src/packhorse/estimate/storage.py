@@ -1,4 +1,4 @@
-"""Host memory of a node and room on disk: what loading, offload, saving and checkpoints take."""
+"""Host memory of a node and disk space: what loading, offload, saving and checkpoints need."""
 
 from __future__ import annotations
 
@@ -7,36 +7,35 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final
 
-from packhorse.estimate import states
+from packhorse.estimate import training_state
 from packhorse.estimate.activations import count_activations
-from packhorse.estimate.component import Component, total_bytes
-from packhorse.estimate.held import WIDTHS, Held, compute_width, held_weights
+from packhorse.estimate.checkpoint_size import copies_bytes, space_of
 from packhorse.estimate.packs import PackFigures
-from packhorse.estimate.saved import copies_bytes, room_of
+from packhorse.estimate.training_state import ALL_LIVE, FP32, Component, total_bytes
+from packhorse.estimate.weights import WIDTHS, WeightTensor, compute_width, list_weights
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.checkpoints.pinned_slabs import pinned_bytes
 
-FP32: Final = 4
 # Python with torch, transformers, peft and their CUDA libraries: 1.6 to 2.4 GB resident on Linux; an assumption.
 PROCESS_BYTES: Final = 2_000_000_000
 TOKEN_BYTES: Final = 5
-"""A token on disk: its id in 4 bytes at most, and its mask."""
+"""A token on disk: its id in at most 4 bytes, and its loss mask."""
 BATCH_BYTES: Final = 4 * 8
-"""A token of a batch: id, position, and where it is trained on its place and its target, in 64 bits each."""
+"""A token of a batch: id, position, and the index and target of its label, in 64 bits each."""
 BATCHES: Final = 3
-"""Steps that `data/packs/loader.py` holds: the one that trains and the next two."""
-PINNING: Final = "torch rounds pinned memory up to powers of two; parts that DeepSpeed joins stay beside the whole"
+"""Steps that `data/packs/loader.py` holds: the current one and the next two."""
+PINNING: Final = "torch rounds pinned memory up to powers of two; parts that DeepSpeed joins exist twice"
 
 
 @dataclass(frozen=True)
 class StorageEstimate:
-    """What a run takes beside its devices.
+    """Memory and disk space of a run outside its devices.
 
     Attributes:
         host: Memory of one node, by component, at its fullest moment.
-        disk: Room below the runs folder.
-        local_disk: Room below `parallel.nvme` on each node.
+        disk: Space below the runs folder.
+        local_disk: Space below `parallel.nvme` on each node.
     """
 
     host: tuple[Component, ...]
@@ -49,29 +48,32 @@ class StorageEstimate:
         return total_bytes(self.host)
 
 
-def estimate_storage(plan: RunPlan, shape: Shape, packs: PackFigures) -> StorageEstimate | None:
-    """Counts host memory and disk.
+def estimate_storage(
+    plan: RunPlan, shape: Shape, packs: PackFigures, weights: tuple[WeightTensor, ...] | None = None
+) -> StorageEstimate | None:
+    """Count host memory and disk space.
 
     Args:
-        plan: Of the run.
-        shape: Of its model.
-        packs: That it trains on.
+        plan: Plan of the run.
+        shape: Shape of its model.
+        packs: Its training packs.
+        weights: Result of `list_weights`, where the caller has it.
 
     Returns:
-        None where only the library knows what the method trains.
+        None where peft alone decides what the method trains.
     """
-    held = held_weights(plan, shape)
-    if held is None:
+    weights = weights or list_weights(plan, shape)
+    if weights is None:
         return None
     host = (
         *_processes(plan),
-        *_offloaded(plan, held),
-        *_activations(plan, shape, held, packs),
+        *_offloaded(plan, weights),
+        *_activations(plan, shape, weights, packs),
         *_batches(plan, packs),
-        *_fullest(plan, held),
+        _loading_or_saving(plan, weights),
     )
-    disk = (*_checkpoints(plan, held), *_result(plan, held), *_store(plan, packs))
-    local = _nvme(plan, held)
+    disk = (_checkpoints(plan, weights), _result(plan, weights), _store(plan, packs))
+    local = _nvme(plan, weights)
     return StorageEstimate(*(tuple(part for part in parts if part.bytes) for parts in (host, disk, local)))
 
 
@@ -81,116 +83,121 @@ def _processes(plan: RunPlan) -> list[Component]:
     return [Component("processes", number * PROCESS_BYTES, reason)]
 
 
-def _offloaded(plan: RunPlan, held: tuple[Held, ...]) -> list[Component]:
-    """Of all ranks of the node; DeepSpeed pins what it offloads."""
+def _offloaded(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> list[Component]:
+    """Return what all ranks of the node keep on the host; DeepSpeed pins what it offloads."""
     ranks = plan.topology.processes_per_node
     parts = []
-    if states.pages(plan):
-        size = ranks * states.optimizer_states(plan, held)
+    if training_state.uses_paging(plan):
+        size = ranks * training_state.optimizer_bytes(plan, weights)
         parts.append(Component("optimizer states", size, "paged out while the devices are full"))
-    if not states.offloads(plan):
+    if not training_state.offloads(plan):
         return parts
-    gradients = ranks * states.kept_gradients(plan, held)
+    gradients = ranks * training_state.zero3_gradient_bytes(plan, weights)
     parts.append(Component("gradients", gradients, "the ranks' parts, pinned"))
+    share = training_state.trained_share(plan, weights)
     if plan.topology.engine == "zero3_offload":
-        weights = ranks * sum(states.own_bytes(plan, each) for each in held)
-        stepped = ranks * (states.masters(plan, held) + states.optimizer_states(plan, held))
-        again = ranks * FP32 * states.trained_share(plan, held)
-        parts.append(Component("weights", weights, "the ranks' parts, pinned"))
-        parts.append(Component("optimizer states", stepped, "float32 weights and their states"))
-        parts.append(Component("step gradients", again, "the ranks' parts once more in float32, for the step, pinned"))
-        parts.append(Component("pinning", ranks * _pinning(plan, held), PINNING))
-        return parts
-    swap = states.zero_settings(plan)["offload_param"]
+        own = ranks * sum(training_state.shard_bytes(plan, weight) for weight in weights)
+        states = training_state.master_bytes(plan, weights) + training_state.optimizer_bytes(plan, weights)
+        reason = "the ranks' parts once more in float32, for the update, pinned"
+        return [
+            *parts,
+            Component("weights", own, "the ranks' parts, pinned"),
+            Component("optimizer states", ranks * states, "float32 weights and their states"),
+            Component("step gradients", ranks * FP32 * share, reason),
+            Component("pinning", ranks * _pinning(plan, weights), PINNING),
+        ]
+    swap = training_state.zero_settings(plan)["offload_param"]
     size = ranks * int(swap["buffer_size"]) * int(swap["buffer_count"]) * compute_width(plan)
-    parts.append(Component("swap buffers", size, "buffer_count x buffer_size of the DeepSpeed JSON, pinned"))
-    tile = min(states.trained_share(plan, held), states.ALL_LIVE)
-    # Two sets, so that one is read while the other is stepped: weight, two states and gradient in float32.
-    parts.append(Component("step buffers", ranks * 2 * 4 * FP32 * tile, "what is stepped at a time, read and written"))
-    return parts
+    # Two sets, so that one is read while the other is updated: weight, two states and gradient in float32.
+    buffers = ranks * 2 * 4 * FP32 * min(share, ALL_LIVE)
+    return [
+        *parts,
+        Component("swap buffers", size, "buffer_count x buffer_size of the DeepSpeed JSON, pinned"),
+        Component("step buffers", buffers, "what is updated at a time, read and written"),
+    ]
 
 
-def _pinning(plan: RunPlan, held: tuple[Held, ...]) -> int:
-    """What pinned memory takes beside the numbers in it, on a rank.
+def _pinning(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> int:
+    """Return what pinned memory takes on one rank in addition to the data in it.
 
-    DeepSpeed pins each weight's part by itself (`partition_parameters.py`), then all that are trained as one piece
+    DeepSpeed pins each weight's part separately (`partition_parameters.py`), then all trained ones as one tensor
     (`stage3.py`); torch keeps the memory of the former. Read in DeepSpeed 0.19 and torch 2.13, not measured.
     """
     if plan.topology.device == "cpu":
         return 0
-    own = [(each.trained, states.own_bytes(plan, each)) for each in states.by_persistence(plan, held)[1]]
+    _, sharded = training_state.split_persistent(plan, weights)
+    own = [(weight.trained, training_state.shard_bytes(plan, weight)) for weight in sharded]
     flat = sum(size for trained, size in own if trained)
-    share = states.trained_share(plan, held)
-    tiles, rest = divmod(share, states.ALL_LIVE)
-    pinned = [size for _, size in own] + [flat, states.kept_gradients(plan, held)]
-    pinned += [FP32 * states.ALL_LIVE] * tiles + [FP32 * rest]
-    exact = sum(pinned) - flat
-    return sum(pinned_bytes(size) for size in pinned) - exact
+    tiles, rest = divmod(training_state.trained_share(plan, weights), ALL_LIVE)
+    pinned = [size for _, size in own] + [flat, training_state.zero3_gradient_bytes(plan, weights)]
+    pinned += [FP32 * ALL_LIVE] * tiles + [FP32 * rest]
+    return sum(pinned_bytes(size) for size in pinned) - (sum(pinned) - flat)
 
 
 def _batches(plan: RunPlan, packs: PackFigures) -> list[Component]:
-    """Packs of a group of sequence ranks are laid out by each of them."""
+    """Return the batches that wait; each rank of a sequence group lays out the whole packs."""
     tokens = math.ceil(plan.batch.packs_per_step / plan.topology.data_ranks * packs.tokens_mean)
     size = plan.topology.processes_per_node * BATCHES * BATCH_BYTES * tokens
-    return [Component("batches", size, "the step that trains and the next two, of each process")]
+    return [Component("batches", size, "the current step and the next two, for each process")]
 
 
-def _activations(plan: RunPlan, shape: Shape, held: tuple[Held, ...], packs: PackFigures) -> list[Component]:
-    on_host = count_activations(plan, shape, held, packs).on_host * plan.topology.processes_per_node
+def _activations(plan: RunPlan, shape: Shape, weights: tuple[WeightTensor, ...], packs: PackFigures) -> list[Component]:
+    if not plan.recipe.parallel.offload_activations:
+        return []
+    on_host = count_activations(plan, shape, weights, packs).on_host * plan.topology.processes_per_node
     return [Component("activations", on_host, "inputs of recomputed layers, pinned")]
 
 
-def _fullest(plan: RunPlan, held: tuple[Held, ...]) -> list[Component]:
-    """The larger of loading and saving."""
-    loading, saving = _loading(plan, held), _saving(plan, held)
-    return [max(loading, saving, key=lambda part: part.bytes)]
+def _loading_or_saving(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> Component:
+    """Return the larger of the two, which never coincide."""
+    return max(_loading(plan, weights), _saving(plan, weights), key=lambda part: part.bytes)
 
 
-def _loading(plan: RunPlan, held: tuple[Held, ...]) -> Component:
-    width = WIDTHS[plan.chosen("model.dtype")]
-    if plan.recipe.model.config is not None and states.cuts_weights(plan):
-        whole = sum(each.size for each in held if each.kind == "base") * width * plan.topology.processes_per_node
-        return Component("loading", whole, "a fresh model, drawn whole by each process before it is sharded")
+def _loading(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> Component:
+    width, ranks = WIDTHS[plan.chosen("model.dtype")], plan.topology.processes_per_node
+    if plan.recipe.model.config is not None and training_state.shards_weights(plan):
+        whole = sum(weight.size for weight in weights if weight.kind == "base") * width * ranks
+        return Component("loading", whole, "a fresh model, which each process initialises whole before sharding")
     units: dict[str, int] = {}
-    for each in held:
-        units[each.unit] = units.get(each.unit, 0) + each.size * width
-    size = max(units.values()) * plan.topology.processes_per_node
-    return Component("loading", size, "a unit of each process; pages of the mapped files can be given up")
+    for weight in weights:
+        units[weight.unit] = units.get(weight.unit, 0) + weight.size * width
+    reason = "one unit per process; the system can drop pages of the mapped files"
+    return Component("loading", max(units.values()) * ranks, reason)
 
 
-def _saving(plan: RunPlan, held: tuple[Held, ...]) -> Component:
-    beside = plan.recipe.checkpoint.asynchronous
-    reason = "copies that checkpoints are written from, kept from save to save" if beside else "what is being written"
-    return Component("saving", copies_bytes(plan, held), f"{reason}, and the weights that come out at the end")
+def _saving(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> Component:
+    asynchronous = plan.recipe.checkpoint.asynchronous
+    reason = "copies for checkpoints, kept from save to save" if asynchronous else "what is being written"
+    return Component("saving", copies_bytes(plan, weights), f"{reason}, and the trained weights at the end")
 
 
-def _checkpoints(plan: RunPlan, held: tuple[Held, ...]) -> list[Component]:
-    room = room_of(plan, held)
-    reason = f"{room.count} at once at most, each {room.each_bytes:,} bytes: weights and optimizer states"
-    return [Component("checkpoints", room.total_bytes, reason)]
+def _checkpoints(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> Component:
+    space = space_of(plan, weights)
+    reason = f"at most {space.count} at once, {space.each_bytes:,} bytes each: weights and optimizer states"
+    return Component("checkpoints", space.total_bytes, reason)
 
 
-def _result(plan: RunPlan, held: tuple[Held, ...]) -> list[Component]:
-    """In the type that training computed in, written beside the one before it."""
+def _result(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> Component:
+    """Return the trained model or adapter, which is written before the one of an earlier attempt is removed."""
     if plan.recipe.method.trains_base:
-        size = sum(each.size for each in held) * compute_width(plan)
+        size = sum(weight.size for weight in weights) * compute_width(plan)
     else:
-        size = sum(prod(each.shape) for each in held if each.trained) * FP32
-    return [Component("result", size, "the model or adapter that comes out")]
+        size = sum(prod(weight.shape) for weight in weights if weight.trained) * FP32
+    return Component("result", size, "the trained model or adapter")
 
 
-def _store(plan: RunPlan, packs: PackFigures) -> list[Component]:
+def _store(plan: RunPlan, packs: PackFigures) -> Component:
     tokens = plan.data.num_tokens if plan.data else int((packs.num_packs or 0) * packs.tokens_mean)
-    return [Component("data store", tokens * TOKEN_BYTES, f"{tokens:,} tokens with their masks")]
+    return Component("data store", tokens * TOKEN_BYTES, f"{tokens:,} tokens with their loss masks")
 
 
-def _nvme(plan: RunPlan, held: tuple[Held, ...]) -> list[Component]:
+def _nvme(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> list[Component]:
     if plan.topology.engine != "zero3_nvme":
         return []
     ranks = plan.topology.processes_per_node
-    weights = ranks * sum(states.own_bytes(plan, each) for each in held)
-    stepped = ranks * (states.masters(plan, held) + states.optimizer_states(plan, held))
+    own = ranks * sum(training_state.shard_bytes(plan, weight) for weight in weights)
+    states = training_state.master_bytes(plan, weights) + training_state.optimizer_bytes(plan, weights)
     return [
-        Component("weights", weights, "the ranks' parts"),
-        Component("optimizer states", stepped, "float32 weights and their states"),
+        Component("weights", own, "the ranks' parts"),
+        Component("optimizer states", ranks * states, "float32 weights and their states"),
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from packhorse.durable import size
 from packhorse.errors import UserError
-from packhorse.estimate.saved import CheckpointRoom
+from packhorse.estimate.checkpoint_size import CheckpointSpace
 from packhorse.plan.command import nvme_folder
 from packhorse.plan.compatibility import IN_8_BITS, NO_RESUME_FROM_NVME
 from packhorse.plan.run_plan import RunPlan
@@ -118,7 +118,7 @@ def check_nvme(plan: RunPlan) -> None:
         )
 
 
-def disk_still_needed(plan: RunPlan, room: CheckpointRoom) -> CheckpointRoom:
+def disk_still_needed(plan: RunPlan, room: CheckpointSpace) -> CheckpointSpace:
     """Return the disk space for the checkpoints that the run will still write.
 
     Args:
@@ -129,7 +129,7 @@ def disk_still_needed(plan: RunPlan, room: CheckpointRoom) -> CheckpointRoom:
     return replace(room, count=max(1, room.count - existing))
 
 
-def check_disk(plan: RunPlan, room: CheckpointRoom | None) -> None:
+def check_disk(plan: RunPlan, room: CheckpointSpace | None) -> None:
     """Refuse a disk that the run's checkpoints would fill, except those that exist already.
 
     Args:

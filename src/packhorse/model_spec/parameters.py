@@ -1,7 +1,7 @@
 """Every parameter of a model by name and shape, from its configuration alone: no torch, no weights.
 
-The families below are written down as transformers builds them; the tests compare each name and shape with the model
-that transformers makes on the meta device. What is not here is made there and looked at (`train/anatomy.py`).
+The families below are described as transformers builds them; the tests compare each name and shape with the model that
+transformers builds on the meta device. A model of another family is measured (`estimate/measure/fake_tensors.py`).
 
 Letters: V vocabulary, H hidden width, I width of the MLP, E experts.
 """
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from packhorse.model_spec.anatomy import LLAMA, Anatomy, Names, Parameter
 from packhorse.model_spec.configuration import Configuration
+from packhorse.model_spec.measured_model import LLAMA, MeasuredModel, Names, Parameter
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class _Family:
     """How a family differs from Llama.
 
     Attributes:
-        defaults: Values of the configuration's class for keys that config.json may leave out.
-        query_bias: Biases on queries, keys and values, whatever the configuration says.
-        head_norms: A norm over each head's queries and keys.
-        fused: Queries, keys and values are one layer, and so are gate and up.
+        defaults: Values of the configuration's class for keys that config.json may omit.
+        query_bias: Whether queries, keys and values have biases, whatever the configuration sets.
+        head_norms: Whether each head's queries and keys have a norm.
+        fused: Whether queries, keys and values are one layer, and gate and up another.
         norms: Names of the norms of width H in a layer.
     """
 
@@ -72,18 +72,27 @@ _NEEDED: Final = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a configuration that parameters come from, complete.
+    """The numbers of a configuration that determine the parameters.
 
     Attributes:
-        family: Its `model_type`.
+        family: `model_type` of the configuration.
+        vocabulary: V.
+        hidden: H.
+        mlp_width: I.
+        layers: Number of decoder layers.
+        heads: Query heads.
+        key_value_heads: Key/value heads.
         head_width: Width of one attention head.
-        experts: Experts in a layer that has them, else 0.
-        active_experts: Experts that each token goes through, of those.
+        tied: Whether the output head is the embedding.
+        attention_bias: Whether attention's linear layers have biases.
+        mlp_bias: Whether the MLP's linear layers have biases.
+        experts: E in a layer that has experts, otherwise 0.
+        active_experts: Experts per token.
         expert_width: Width of one expert's MLP.
-        sparse_layers: Layers that have experts in place of an MLP.
-        windows: For each layer, how many tokens back attention looks; None: to the document's start.
-        names: What its parts are called.
-        anatomy: What was found in the model itself, of a family that is not described here.
+        sparse_layers: Indices of layers that have experts in place of an MLP.
+        windows: For each layer, how many tokens attention looks back; None: to the document's start.
+        names: Names of its parts.
+        measured_model: Measured facts, for a family that is not described here.
     """
 
     family: str
@@ -103,11 +112,11 @@ class Shape:
     sparse_layers: frozenset[int]
     windows: tuple[int | None, ...]
     names: Names = LLAMA
-    anatomy: Anatomy | None = None
+    measured_model: MeasuredModel | None = None
 
 
 def read_shape(configuration: Configuration | None) -> Shape | None:
-    """Reads the numbers; None for a family that is not described here, or where a number is missing."""
+    """Return the shape; None for a family that is not described here, or where a number is missing."""
     if configuration is None or configuration.get("model_type") not in FAMILIES:
         return None
     name = str(configuration["model_type"])
@@ -118,7 +127,7 @@ def read_shape(configuration: Configuration | None) -> Shape | None:
     layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
     experts = fields.get({"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}.get(name, ""), 0)
     if name == "qwen3_moe":
-        # transformers 5 writes the key's other name.
+        # transformers 5 writes another name of the key.
         experts = known.get("num_experts", known.get("num_local_experts", experts))
     dense, every = fields.get("mlp_only_layers", ()), fields.get("decoder_sparse_step", 1)
     return Shape(
@@ -142,8 +151,8 @@ def read_shape(configuration: Configuration | None) -> Shape | None:
 
 
 def _windows(family: str, configuration: Configuration, layers: int) -> tuple[int | None, ...]:
-    """As the configuration classes of transformers fill in what config.json leaves out."""
-    # A Mistral that says null looks at all; one that says nothing does not.
+    """Return the windows as transformers' configuration classes complete what config.json omits."""
+    # A Mistral with null has no window; one without the key has the class's default.
     window = configuration.get("sliding_window", {"mistral": 4096, "gemma3_text": 4096}.get(family))
     slides = family in ("mistral", "mixtral", "phi3", "gemma3_text") or configuration.get("use_sliding_window", False)
     if window is None or not slides:
@@ -159,32 +168,33 @@ def _windows(family: str, configuration: Configuration, layers: int) -> tuple[in
 
 
 def norm_widths(shape: Shape) -> int:
-    """Numbers that go through the norms of one layer, for each token."""
-    if shape.anatomy is not None:
-        return shape.anatomy.norm_widths
+    """Return the elements per token that pass through the norms of one layer."""
+    if shape.measured_model is not None:
+        return shape.measured_model.norm_widths
     family = FAMILIES[shape.family]
     heads = (shape.heads + shape.key_value_heads) * shape.head_width if family.head_norms else 0
     return len(family.norms) * shape.hidden + heads
 
 
 def list_parameters(shape: Shape) -> list[Parameter]:
-    """Every parameter, as `named_parameters` of the transformers model lists them; a tied head is not listed."""
-    if shape.anatomy is not None:
-        return list(shape.anatomy.parameters)
+    """List every parameter in the order of the transformers model's `named_parameters`, without a tied head."""
+    if shape.measured_model is not None:
+        return list(shape.measured_model.parameters)
     listed = [Parameter("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))]
+    # Layers with experts are alike, and so are those without.
+    dense, sparse = list(_layer(shape, False)), list(_layer(shape, True)) if shape.sparse_layers else []
     for layer in range(shape.layers):
-        listed += [
-            Parameter(f"model.layers.{layer}.{part.name}", part.shape, part.linear) for part in _layer(shape, layer)
-        ]
+        parts = sparse if layer in shape.sparse_layers else dense
+        listed += [Parameter(f"model.layers.{layer}.{part.name}", part.shape, part.linear) for part in parts]
     listed.append(Parameter("model.norm.weight", (shape.hidden,)))
     if not shape.tied:
         listed.append(Parameter("lm_head.weight", (shape.vocabulary, shape.hidden)))
     return listed
 
 
-def _layer(shape: Shape, layer: int) -> Iterator[Parameter]:
+def _layer(shape: Shape, sparse: bool) -> Iterator[Parameter]:
     yield from _attention(shape)
-    yield from _experts(shape) if layer in shape.sparse_layers else _mlp(shape)
+    yield from _experts(shape) if sparse else _mlp(shape)
     for norm in FAMILIES[shape.family].norms:
         yield Parameter(f"{norm}.weight", (shape.hidden,))
 
@@ -196,7 +206,7 @@ def _attention(shape: Shape) -> Iterator[Parameter]:
         yield from _linear("self_attn.o_proj", shape.hidden, query, bias=False)
         yield from _linear("self_attn.qkv_proj", query + 2 * key_value, shape.hidden, bias=False)
         return
-    # Mistral's configurations have no such key, and its layers no biases.
+    # Mistral's configuration classes ignore the key, and its layers have no biases.
     bias = shape.attention_bias and shape.family not in ("mistral", "mixtral", "qwen2")
     for name, outputs in (("q_proj", query), ("k_proj", key_value), ("v_proj", key_value)):
         yield from _linear(f"self_attn.{name}", outputs, shape.hidden, bias=bias or family.query_bias)
@@ -217,7 +227,7 @@ def _mlp(shape: Shape) -> Iterator[Parameter]:
 
 
 def _experts(shape: Shape) -> Iterator[Parameter]:
-    # transformers keeps all experts of a layer in two tensors; the router is a weight, not a linear layer.
+    # transformers stores all experts of a layer in two tensors; the router is a weight, not a linear layer.
     yield Parameter("mlp.experts.gate_up_proj", (shape.experts, 2 * shape.expert_width, shape.hidden))
     yield Parameter("mlp.experts.down_proj", (shape.experts, shape.hidden, shape.expert_width))
     yield Parameter("mlp.gate.weight", (shape.experts, shape.hidden))

@@ -1,4 +1,4 @@
-"""Architectures that cannot be trained here as they are: refused by name before anything is loaded."""
+"""Architectures that Packhorse cannot train correctly: refused by name before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from packhorse.errors import UserError
 from packhorse.model_spec.configuration import Configuration, find_configuration
 from packhorse.recipe.schema import Recipe
 
-# model_type -> what its layers do that packed attention or the chunked loss does not, and what to take instead.
+# model_type -> what its layers do that packed attention or the chunked loss does not, and a model to use instead.
 _REFUSED: Final[Mapping[str, tuple[str, str]]] = {
     "gemma2": (
         "caps the scores of its attention, which packed attention does not compute",
@@ -31,12 +31,12 @@ _REFUSED: Final[Mapping[str, tuple[str, str]]] = {
 
 
 def check_model(recipe: Recipe) -> None:
-    """Refuses a model that would be trained as another one, as far as its configuration is at hand.
+    """Refuse a model that would be trained incorrectly, as far as its configuration is on this machine.
 
-    What only shows in the loaded model is told by the parity probe before the first step.
+    The parity probe before the first step finds what only the loaded model shows.
 
     Raises:
-        UserError: The architecture is one of those, reads more than text, or balances its experts by a loss.
+        UserError: The architecture is not supported, reads more than text, or balances its experts by a loss.
     """
     configuration = find_configuration(recipe)
     if configuration is None:
@@ -48,8 +48,8 @@ def check_model(recipe: Recipe) -> None:
     _refuse_other_inputs(kind, configuration)
     if configuration.get("output_router_logits"):
         raise UserError(
-            "the model's configuration sets output_router_logits, to balance its experts by a loss of their own.",
-            "Packhorse trains on the loss of the tokens alone and would leave it out.",
+            "the model's configuration sets output_router_logits, which adds a loss that balances its experts.",
+            "Packhorse trains on the loss of the tokens alone and would ignore it.",
             "set output_router_logits to false in config.json or model.config.",
         )
 
@@ -59,6 +59,6 @@ def _refuse_other_inputs(kind: str, configuration: Configuration) -> None:
     if parts:
         raise UserError(
             f"the model is a {kind} with {' and '.join(parts)}: it reads more than text.",
-            "rows are text, so those weights would never see a gradient, and distributed engines wait for one.",
+            "rows are text, so those weights would never have a gradient, and distributed engines wait for one.",
             "set model.id to a text model, such as google/gemma-3-1b-it or Qwen/Qwen3-8B.",
         )

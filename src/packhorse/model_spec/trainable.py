@@ -1,9 +1,9 @@
-"""What each method trains, counted before anything is loaded: exact, or not said.
+"""Number of weights that each method trains, before anything is loaded: exact, or None.
 
 r is the rank of LoRA; a linear layer has `outputs` and `inputs`.
 
-    lora, qlora    r x (inputs + outputs) a layer, + outputs under DoRA; experts: so many times; + whole modules
-    ia3            outputs a layer, or inputs of those in `feedforward`
+    lora, qlora    r x (inputs + outputs) per layer, + outputs under DoRA, x number of experts; + whole modules
+    ia3            outputs per layer, or inputs of those in `feedforward`
     prompt_tuning  virtual tokens x H
     prefix_tuning  virtual tokens x layers x 2 x key/value heads x head width
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
 
-from packhorse.model_spec.anatomy import Names, Parameter
 from packhorse.model_spec.configuration import Configuration
+from packhorse.model_spec.measured_model import Names, Parameter
 from packhorse.model_spec.parameters import Shape, list_parameters, read_shape
 from packhorse.recipe.methods import (
     Ia3Method,
@@ -27,7 +27,7 @@ from packhorse.recipe.methods import (
     PromptTuningMethod,
 )
 
-# peft's own choice for each architecture (peft.utils.constants), with what is scaled at the input.
+# peft's choice for each architecture (peft.utils.constants): all targets, and those that are scaled at the input.
 IA3_TARGETS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "llama": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
     "mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
@@ -45,11 +45,11 @@ class ModuleCount:
     """Modules of one kind.
 
     Attributes:
-        name: Their name below the layers.
-        count: How many there are.
-        shape: Of their weight.
-        total: Their parameters, all together.
-        trainable: What is trained in them or beside them, all together.
+        name: Name inside the layers.
+        count: Number of modules.
+        shape: Shape of one module's weight.
+        total: Parameters of all modules together.
+        trainable: Trained weights of all modules and their adapters together.
     """
 
     name: str
@@ -61,13 +61,13 @@ class ModuleCount:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model and what a method trains of them.
+    """Parameters of a model, and how many a method trains.
 
     Attributes:
         base: Parameters of the model alone.
-        trainable: What is trained.
-        total: All that is held: the model, and adapters or copies beside it.
-        modules: The same by kind of module, in the model's order.
+        trainable: Trained weights.
+        total: Parameters of the model, its adapters and trained copies.
+        modules: Counts by kind of module, in the model's order.
     """
 
     base: int
@@ -77,18 +77,13 @@ class ParameterCounts:
 
 
 def count_parameters(configuration: Configuration | None, method: Method) -> ParameterCounts | None:
-    """Counts; None where the family is not known here or the method's choice depends on the library.
-
-    Args:
-        configuration: Of the model, as config.json has it.
-        method: The recipe's method.
-    """
+    """Count parameters; None where the family is not described, or peft decides what the method trains."""
     shape = read_shape(configuration)
-    return None if shape is None else count_of(shape, method)
+    return None if shape is None else count_shape(shape, method)
 
 
-def count_of(shape: Shape, method: Method) -> ParameterCounts | None:
-    """The same of a shape; None where the method's choice depends on the library."""
+def count_shape(shape: Shape, method: Method) -> ParameterCounts | None:
+    """Count the parameters of a shape; None where peft decides what the method trains."""
     parameters = list_parameters(shape)
     base = sum(parameter.size for parameter in parameters)
     if isinstance(method, (PromptTuningMethod, PrefixTuningMethod)):
@@ -102,14 +97,14 @@ def count_of(shape: Shape, method: Method) -> ParameterCounts | None:
     if trained is None:
         return None
     trainable = sum(trained.values())
-    beside = 0 if method.trains_base else trainable
-    return ParameterCounts(base, trainable, base + beside, _by_module(parameters, trained, shape.names))
+    added = 0 if method.trains_base else trainable
+    return ParameterCounts(base, trainable, base + added, _by_module(parameters, trained, shape.names))
 
 
 def trained_by_name(parameters: Sequence[Parameter], method: Method, shape: Shape) -> dict[str, int] | None:
-    """Number of trained weights by name of the parameter that they are, or stand beside.
+    """Return the number of trained weights by the name of their parameter, or of the one that their adapter changes.
 
-    None where the choice is the library's; prompt and prefix tuning train nothing that stands beside a parameter.
+    None where peft decides what is trained. Prompt and prefix tuning train weights without such a parameter.
     """
     if isinstance(method, LoraMethod):
         return _lora(parameters, method, shape)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from packhorse.errors import EXIT_USER_ERROR, UserError
-from packhorse.estimate.saved import CheckpointRoom, checkpoint_room
+from packhorse.estimate.checkpoint_size import CheckpointSpace, checkpoint_space
 from packhorse.launching import preflight
 from packhorse.launching.preflight import check_disk
 from packhorse.model_spec.configuration import find_configuration
@@ -29,10 +29,10 @@ def plan_of(folder: Path, **sections: Any) -> RunPlan:
     return make_plan(Recipe.model_validate(fields), DeviceRequest(None), detect_hardware(), DATA)
 
 
-def room_of(plan: RunPlan) -> CheckpointRoom:
+def space_of(plan: RunPlan) -> CheckpointSpace:
     shape = read_shape(find_configuration(plan.recipe, 512))
     assert shape is not None
-    room = checkpoint_room(plan, shape)
+    room = checkpoint_space(plan, shape)
     assert room is not None
     return room
 
@@ -56,7 +56,7 @@ def test_all_checkpoints_on_disk_at_one_time_must_fit(
     checkpoint: dict[str, Any], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(tmp_path, checkpoint=checkpoint)
-    room = room_of(plan)
+    room = space_of(plan)
     assert room.count == count
     free(monkeypatch, room.each_bytes * count)
     check_disk(plan, room)
@@ -71,7 +71,7 @@ def test_existing_checkpoints_need_no_more_space(tmp_path: Path, monkeypatch: py
     for step in (2, 4):
         save_at(trainer, step)
     plan = plan_of(tmp_path, checkpoint={"every_steps": 2})
-    room = room_of(plan)
+    room = space_of(plan)
     free(monkeypatch, room.each_bytes * 2)
     check_disk(plan, room)
     free(monkeypatch, room.each_bytes * 2 - 1)

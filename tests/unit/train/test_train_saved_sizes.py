@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from packhorse.estimate import saved
+from packhorse.estimate import checkpoint_size as saved
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.checkpoints.pinned_slabs import pinned_bytes, slabs_bytes
@@ -35,7 +35,7 @@ def test_the_count_is_what_a_checkpoint_takes(name: str, tmp_path: Path) -> None
     (checkpoint,) = trainer.checkpoints.folder.iterdir()
     taken = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
     held = weights_of(plan, **WIDE)
-    assert 0.96 < saved.room_of(plan, held).each_bytes / taken < 1.0, "headers of safetensors are the rest"
+    assert 0.96 < saved.space_of(plan, held).each_bytes / taken < 1.0, "headers of safetensors are the rest"
     assert saved.buffers_bytes(plan, held) == pytest.approx(buffers_of(trainer), rel=2e-3)
 
 

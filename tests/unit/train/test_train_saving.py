@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from packhorse.errors import EXIT_DISK, UserError
-from packhorse.estimate.saved import buffers_bytes
+from packhorse.estimate.checkpoint_size import buffers_bytes
 from packhorse.plan.run_plan import Topology
 from packhorse.run_folder.checkpoints.listing import find_newest_sound
 from packhorse.run_folder.checkpoints.manifest import read_manifest

@@ -1,8 +1,7 @@
-"""A small copy of a planned run: its architecture, method, engine and mesh, few and narrow layers, and made-up rows.
+"""A small copy of a planned run, with few and narrow layers and synthetic rows, which runs on a CPU.
 
-What stays: model type, heads, experts, method, engine, processes, groups, passes, packs of a step, optimizer and the
-DeepSpeed JSON. What shrinks: layers, widths, vocabulary, tokens of a pack. It runs on a CPU, in bfloat16 in place of
-fp16.
+It keeps model type, heads, experts, method, engine, processes, groups, passes, packs of a step, optimizer and the
+DeepSpeed JSON. It reduces layers, widths, vocabulary and tokens of a pack, and uses bfloat16 in place of fp16.
 """
 
 from __future__ import annotations
@@ -35,28 +34,23 @@ CONTENT_HASH: Final = "0" * 16
 WORD: Final = "a"
 STOP: Final = "</s>"
 MOST_PARAMETERS: Final = 300_000_000
-"""About 4 GB of host memory for a rank that trains and holds them whole."""
+"""About 4 GB of host memory for a rank that trains the whole model."""
 
 
 def make_miniature(plan: RunPlan, configuration: Mapping[str, Any] | None, folder: Path) -> RunPlan:
-    """Writes model and rows below `folder`.
-
-    Args:
-        plan: Of the run.
-        configuration: Of its model, as in config.json.
-        folder: Empty; a few hundred MB at most.
+    """Write model and rows below `folder`.
 
     Returns:
-        A plan that the engines of the run can execute on a CPU, for just one step.
+        A plan of one step that the run's engine can execute on a CPU.
 
     Raises:
-        UserError: The architecture is not known, or cannot be made small.
+        UserError: The architecture is not known, or has no small form.
     """
     if configuration is None:
         raise UserError(
             f"the architecture of {plan.recipe.model.id or plan.recipe.model.path} is not known.",
-            "a rehearsal trains a small model of it, and there is no config.json on this machine.",
-            "fetch config.json into the hub's cache, or give model.path.",
+            "a rehearsal trains a small model of it, and needs its config.json on this machine.",
+            "download config.json into the hub's cache, or set model.path.",
         )
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -64,31 +58,28 @@ def make_miniature(plan: RunPlan, configuration: Mapping[str, Any] | None, folde
     data = _write_rows(plan, folder)
     recipe = _recipe(plan, folder, data.num_tokens // data.num_packs)
     topology = plan.topology.model_copy(update={"device": "cpu", "threads_per_process": torch.get_num_threads()})
-    reason = Decision(name="processes", value=str(topology.world_size), reason="those of the plan")
+    reason = Decision(name="processes", value=str(topology.world_size), reason="as the plan has them")
     return plan_for_topology(recipe, topology, reason, data)
 
 
 def small_fields(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the same architecture with few and narrow layers.
-
-    Args:
-        configuration: As in config.json.
+    """Return a configuration of the same architecture with few and narrow layers.
 
     Raises:
         UserError: transformers has no such architecture.
     """
-    fields = {name: value for name, value in configuration.items() if name not in _LEFT_OUT}
+    fields = {name: value for name, value in configuration.items() if name not in _DROPPED}
     kind = fields.pop("model_type", None)
     try:
         whole = AutoConfig.for_model(kind, **fields)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"transformers makes no fresh model of model_type {kind}.",
+            f"transformers cannot build a fresh model of model_type {kind}.",
             "a rehearsal trains a small model of the architecture, without its weights.",
-            "rehearse a recipe whose model is of a type that transformers has.",
+            "set model.id to a model of a type that transformers has, or omit --dry-run.",
         ) from error
     heads = whole.num_attention_heads
-    wanted = {
+    reduced = {
         "vocab_size": VOCABULARY,
         "hidden_size": heads * HEAD_WIDTH,
         "intermediate_size": 2 * heads * HEAD_WIDTH,
@@ -97,22 +88,21 @@ def small_fields(configuration: Mapping[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": LAYERS,
     }
     if "head_dim" in fields and "qk_rope_head_dim" not in fields:
-        wanted["head_dim"] = HEAD_WIDTH
-    for name, size in wanted.items():
+        reduced["head_dim"] = HEAD_WIDTH
+    for name, size in reduced.items():
         if isinstance(getattr(whole, name, None), int):
-            own = whole.attribute_map.get(name, name)
-            fields[own] = min(size, getattr(whole, name))
+            fields[whole.attribute_map.get(name, name)] = min(size, getattr(whole, name))
     for name, value in list(fields.items()):
         if isinstance(value, list) and len(value) == whole.num_hidden_layers:
             fields[name] = value[:LAYERS]
     return {**fields, "model_type": kind, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 
 
-_LEFT_OUT: Final = (
+_DROPPED: Final = (
     "architectures",
     "auto_map",
     "quantization_config",
-    "rope_scaling",  # some hold a factor for each number of a head, which has fewer here
+    "rope_scaling",  # some have a factor for each element of a head, which is narrower here
     "rope_parameters",
     "dtype",
     "torch_dtype",
@@ -128,8 +118,8 @@ def _write_model(plan: RunPlan, configuration: Mapping[str, Any], folder: Path) 
     if size > MOST_PARAMETERS:
         raise UserError(
             f"a model of {kind} with {LAYERS} narrow layers has {size:,} parameters.",
-            f"a rehearsal trains it on this machine, and takes {MOST_PARAMETERS:,} at most.",
-            "rehearse with a smaller model of the same architecture in model.config.",
+            f"a rehearsal trains it on this machine, with at most {MOST_PARAMETERS:,} parameters.",
+            "set model.config to a smaller model of the same architecture.",
         )
     with torch.random.fork_rng():
         torch.manual_seed(plan.recipe.seed)
@@ -137,7 +127,7 @@ def _write_model(plan: RunPlan, configuration: Mapping[str, Any], folder: Path) 
 
 
 def _write_rows(plan: RunPlan, folder: Path) -> DataFacts:
-    """The packs of one step, one document each."""
+    """Write the packs of one step, one document each."""
     batch = plan.batch
     length = min(batch.length_tokens, TOKENS_PER_RANK * plan.topology.sequence)
     ids = np.arange(length) % (VOCABULARY - 2) + 2
@@ -164,7 +154,7 @@ def _write_rows(plan: RunPlan, folder: Path) -> DataFacts:
         length_tokens=length,
         settings={},
         shares=(1.0, 0.0, 0.0),
-        shares_reason="made up",
+        shares_reason="synthetic rows",
         sources=(),
         splits={"train": counts},
         fields=(),
@@ -180,13 +170,13 @@ def _write_rows(plan: RunPlan, folder: Path) -> DataFacts:
 
 
 def _recipe(plan: RunPlan, folder: Path, length: int) -> Recipe:
-    """The same maths and system on the small model."""
+    """Return the recipe with the same maths and system for the small model."""
     recipe = plan.recipe
     model = recipe.model.model_copy(
         update={"id": None, "revision": None, "config": None, "path": str(folder / "model"), "tokenizer": None}
         | {"new_tokens": [], "attention": "auto"}
     )
-    # On a CPU nothing is paged, and DeepSpeed has no fp16.
+    # On a CPU no optimizer is paged, and DeepSpeed has no fp16.
     optimizer = recipe.optimizer.model_copy(update={"name": recipe.optimizer.name.removeprefix("paged_")})
     return recipe.model_copy(
         update={

@@ -1,9 +1,9 @@
-"""One optimizer step of a planned run as one of its many ranks, in one process without the others.
+"""Runs one optimizer step of a planned run as one of its ranks, in one process without the others.
 
-Torch's fake process group (`torch.testing._internal.distributed.fake_pg`) takes part in every collective and sends
-nothing, so that accelerate, DeepSpeed and FSDP2 are set up as on all ranks: with the launch's own environment, meshes
-and groups, shards and batch split. What comes back from a collective is no other rank's, so neither loss nor gradient
-mean anything; what is held, how it is cut, and what would be sent do.
+Torch's fake process group (`torch.testing._internal.distributed.fake_pg`) accepts every collective and sends nothing,
+so accelerate, DeepSpeed and FSDP2 are set up as on all ranks: with the launch's own environment, meshes and groups,
+shards and batch split. A collective returns nothing from other ranks, so loss and gradients are meaningless; memory,
+sharding and the collectives are real.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from transformers import PreTrainedTokenizerFast
 
 from packhorse.data.packs.loader import StepBatch
 from packhorse.errors import UserError
-from packhorse.estimate.held import held_weights
-from packhorse.estimate.measure.anatomy import shape_of_configuration
+from packhorse.estimate.measure.fake_tensors import measure_shape
 from packhorse.estimate.measure.miniature import make_miniature
-from packhorse.estimate.measure.resident import (
+from packhorse.estimate.measure.rank_tensors import (
     Sizes,
     bytes_of,
     gradient_tensors,
@@ -43,8 +42,9 @@ from packhorse.estimate.measure.resident import (
     state_tensors,
     weight_tensors,
 )
+from packhorse.estimate.weights import list_weights
 from packhorse.model.sequence import SequenceGroup, join_sequence_group
-from packhorse.model_spec.anatomy import NotMeasuredError
+from packhorse.model_spec.measured_model import NotMeasuredError
 from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.engine.engine import Engine, start_accelerator, start_engine
@@ -61,18 +61,18 @@ NOT_REHEARSED: Final = ("zero3_offload", "zero3_nvme")
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one rank had, held and would have sent in one step of the small model.
+    """One step of one rank with the small model.
 
     Attributes:
-        rank: Which of the ranks.
-        world_size: Of all.
-        runs: The engine as it says itself: its class, stage, formats, accumulation.
-        groups: Ranks of each group that this one is in, by name.
+        rank: Rank that was rehearsed.
+        world_size: Number of ranks.
+        runs: The engine's own report: class, stage, formats, accumulation.
+        groups: Ranks of each group that contains this one, by name.
         passes: Packs of each pass of this rank.
-        num_parameters: Of the small model, whole, with its adapter.
+        num_parameters: Parameters of the small model, unsharded, with its adapter.
         held: Bytes on this rank, by component.
-        planned: The same as the plan counts it; None where it cannot.
-        collectives: How often each was called in the step.
+        planned: Bytes that the plan counts, by component; None where it cannot.
+        collectives: Number of calls of each collective in the step.
     """
 
     rank: int
@@ -87,31 +87,31 @@ class Rehearsal:
 
 
 def rehearse(plan: RunPlan, configuration: Mapping[str, Any] | None, rank: int = 0) -> Rehearsal:
-    """Runs one step as `rank`; for a process of its own, whose environment and libraries it changes for good.
+    """Run one step as `rank`, in a separate process: its environment and libraries are changed permanently.
 
     Args:
-        plan: Of the run.
-        configuration: Of its model, as in config.json.
-        rank: Less than the plan's processes.
+        plan: Plan of the run.
+        configuration: Configuration of its model, as in config.json.
+        rank: Rank below the plan's number of processes.
 
     Raises:
-        UserError: The engine or the architecture cannot be rehearsed, or something else runs than was planned.
+        UserError: The engine or the architecture cannot be rehearsed, or the engine differs from the plan.
     """
     engine = plan.topology.engine
     if engine in NOT_REHEARSED:
         raise UserError(
-            f"parallel.engine is {engine}, which is not rehearsed.",
-            "DeepSpeed compiles its host optimizer or opens its files before the first step: a short run tries that.",
-            "rehearse with parallel.engine=zero3, which shards in the same way.",
+            f"parallel.engine is {engine}, which cannot be rehearsed.",
+            "DeepSpeed compiles its host optimizer or opens its files before the first step.",
+            "set parallel.engine=zero3, which shards in the same way.",
         )
     quiet_libraries(is_main=True)
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
     with tempfile.TemporaryDirectory(prefix="packhorse-rehearsal-") as folder:
         small = make_miniature(plan, configuration, Path(folder))
-        planned = _planned(small)  # before DeepSpeed puts its linear layers in the place of torch's
+        planned = _planned(small)  # before DeepSpeed replaces torch's linear layers by its own
         os.environ.update(rank_environment(small, rank))
         if small.deepspeed is not None:
-            _ask_nobody()
+            _disable_rank_checks()
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=small.topology.world_size)
         try:
@@ -121,47 +121,47 @@ def rehearse(plan: RunPlan, configuration: Mapping[str, Any] | None, rank: int =
                 dist.destroy_process_group()
 
 
-def _ask_nobody() -> None:
-    """DeepSpeed compares its order of modules with rank 0's, and compiles a way through shared memory to it."""
+def _disable_rank_checks() -> None:
+    """Disable what needs other ranks: DeepSpeed's comparison of module order, and its shared memory."""
     import_module("deepspeed").ops.__compatible_ops__["deepspeed_shm_comm"] = False
     coordinator: Any = import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
     coordinator.assert_ints_same_as_other_ranks = lambda ints: None
 
 
 def rank_environment(plan: RunPlan, rank: int) -> dict[str, str]:
-    """Variables that `accelerate launch` with the plan's words would set for a rank, by accelerate's own hand."""
+    """Return the variables that `accelerate launch` with the plan's arguments sets for a rank."""
     topology = plan.topology
     per_node = topology.processes_per_node
-    agent = {
+    rank_variables = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank % per_node),
         "WORLD_SIZE": str(topology.world_size),
         "LOCAL_WORLD_SIZE": str(per_node),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",  # nobody listens there, and nobody calls
+        "MASTER_PORT": "29500",  # not used: nothing listens on it
     }
     if topology.world_size == 1 and topology.engine in ("single", "ddp"):
         return plan.env
-    words = [*plan.argv[2:4], "--main_process_port", "0", *plan.argv[4:]]
-    parsed = launch.launch_command_parser().parse_args(words)
+    argv = [*plan.argv[2:4], "--main_process_port", "0", *plan.argv[4:]]
+    parsed = launch.launch_command_parser().parse_args(argv)
     arguments, _, _ = launch._validate_launch_command(parsed)
     if arguments.use_deepspeed:
-        arguments.deepspeed_fields_from_accelerate_config = ""  # the plan's own JSON has them all
-        told: dict[str, str] = prepare_deepspeed_cmd_env(arguments)[1]
+        arguments.deepspeed_fields_from_accelerate_config = ""  # the plan's own JSON has all fields
+        variables: dict[str, str] = prepare_deepspeed_cmd_env(arguments)[1]
     else:
-        told = prepare_multi_gpu_env(arguments)
-    return {**told, **plan.env, **agent}
+        variables = prepare_multi_gpu_env(arguments)
+    return {**variables, **plan.env, **rank_variables}
 
 
 def _planned(plan: RunPlan) -> Sizes | None:
-    """What the plan counts for the small model; None where its parts, or what the method trains, cannot be told."""
+    """Return what the plan counts for the small model; None where it cannot count it."""
     assert plan.base_model is not None
     text = (Path(plan.base_model) / "config.json").read_text(encoding="utf-8")
     try:
-        shape = read_shape(json.loads(text)) or shape_of_configuration(text)
+        shape = read_shape(json.loads(text)) or measure_shape(text)
     except NotMeasuredError:
         return None
-    weights = held_weights(plan, shape)
+    weights = list_weights(plan, shape)
     return None if weights is None else planned_sizes(plan, weights)
 
 
@@ -175,7 +175,7 @@ def _step(plan: RunPlan, rank: int, planned: Sizes | None) -> Rehearsal:
     if isinstance(optimizer, InBackwardOptimizer):
         optimizer.step_in_backward()
     if isinstance(engine.model, DistributedDataParallel):
-        # Its own all-reduce asks the backend for a result, which the fake one does not give.
+        # DDP's own all-reduce needs a result from the backend, which the fake one does not give.
         engine.model.register_comm_hook(None, lambda _, bucket: _all_reduced(bucket))
     sequence = join_sequence_group(plan.topology.sequence, GROUP_TIMEOUT)
     batch = _batch(plan, rank)
@@ -191,7 +191,7 @@ def _step(plan: RunPlan, rank: int, planned: Sizes | None) -> Rehearsal:
     return Rehearsal(
         rank=rank,
         world_size=plan.topology.world_size,
-        runs=_said(engine),
+        runs=_engine_report(engine),
         groups=_groups(engine.model, sequence),
         passes=tuple(len(micro_batch.document_lengths) for micro_batch in batch.micro_batches),
         num_parameters=sum(int(getattr(each, "ds_numel", each.numel())) for each in model.parameters()),
@@ -202,7 +202,7 @@ def _step(plan: RunPlan, rank: int, planned: Sizes | None) -> Rehearsal:
 
 
 def _batch(plan: RunPlan, rank: int) -> StepBatch:
-    """This rank's share of the first step, as the worker's loader deals it."""
+    """Return this rank's share of the first step, from the worker's loader."""
     loader = step_loader(plan, rank, pinned=False)
     try:
         return loader.step(0)
@@ -211,7 +211,7 @@ def _batch(plan: RunPlan, rank: int) -> StepBatch:
 
 
 def _train(engine: Engine, batch: StepBatch, sequence: SequenceGroup | None) -> int:
-    """All passes of a step, as the step loop has them; returns the bytes of the gradients before the update."""
+    """Run all passes of a step as the step loop does; return the bytes of the gradients before the update."""
     factor, count = engine.gradient_factor / batch.num_supervised_tokens, len(batch.micro_batches)
     gradients = 0
     for index, micro_batch in enumerate(batch.micro_batches, start=1):
@@ -233,12 +233,12 @@ def _all_reduced(bucket: Any) -> torch.futures.Future[Tensor]:  # noqa: ANN401
     return done
 
 
-def _said(engine: Engine) -> dict[str, str]:
-    """What the engine itself says that it is."""
+def _engine_report(engine: Engine) -> dict[str, str]:
+    """Return the engine's own description of itself."""
     model: Any = engine.model
-    said = {"class": type(model).__name__}
+    report = {"class": type(model).__name__}
     if engine.is_deepspeed:
-        said |= {
+        report |= {
             "ZeRO stage": str(model.zero_optimization_stage()),
             "data-parallel ranks": str(model.dp_world_size),
             "accumulation": str(model.gradient_accumulation_steps()),
@@ -247,11 +247,11 @@ def _said(engine: Engine) -> dict[str, str]:
             "clipping": str(model.gradient_clipping()),
         }
     meshes = {each.device_mesh for each in model.parameters() if isinstance(each, DTensor)}
-    said |= {"mesh": " and ".join(sorted(_mesh_words(mesh) for mesh in meshes))} if meshes else {}
-    return said
+    report |= {"mesh": " and ".join(sorted(_mesh_text(mesh) for mesh in meshes))} if meshes else {}
+    return report
 
 
-def _mesh_words(mesh: Any) -> str:  # noqa: ANN401
+def _mesh_text(mesh: Any) -> str:  # noqa: ANN401
     return " x ".join(f"{size} {name}" for name, size in zip(mesh.mesh_dim_names, mesh.shape, strict=True))
 
 
@@ -270,10 +270,10 @@ def _groups(model: nn.Module, sequence: SequenceGroup | None) -> dict[str, tuple
 
 
 class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts every collective that is started, whoever starts it.
+    """Counts every collective that is started, by any library.
 
     Attributes:
-        counts: Name to number.
+        counts: Number of calls by name.
     """
 
     def __init__(self) -> None:
@@ -287,7 +287,7 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Any = (),  # noqa: ANN401
         kwargs: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Runs the operator."""
+        """Run the operator."""
         space, _, name = str(func.name()).partition("::")
         if space in ("c10d", "_c10d_functional", "_c10d_functional_autograd") and name in _COLLECTIVES:
             self.counts[_COLLECTIVES[name]] += 1

@@ -1,7 +1,7 @@
-"""How far a recipe scales: the same plan on more and more GPUs, and what stops it.
+"""How far a recipe scales: its plan on more and more GPUs, and what stops it.
 
-Weak scaling gives every GPU as much as before, so a step learns from more packs; strong scaling shares the recipe's own
-packs, as the maths of a run demands.
+Weak scaling keeps the work of each GPU, so a step learns from more packs; strong scaling divides the packs of the
+recipe, which are the maths of a run.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from packhorse.estimate.gpus import GpuProfile
 from packhorse.estimate.memory import estimate_memory
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.speed import SpeedEstimate, estimate_speed
+from packhorse.estimate.weights import list_weights
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 
 Mode = Literal["weak", "strong"]
-Counted = dict[tuple[int, int, bool], int]
-"""Bytes of a GPU by number of GPUs, packs a pass, and whether a step has several passes."""
+MemoryByScale = dict[tuple[int, int, bool], int]
+"""Bytes of a GPU by number of GPUs, packs per pass, and whether a step has several passes."""
 
 COUNTS: Final = tuple(2**power for power in range(13))
 """1 to 4,096."""
 WORTHWHILE: Final = 0.5
-"""Below this share of the first point's speed per GPU, more GPUs are mostly waited for."""
+"""Share of the first point's speed per GPU below which more GPUs are not worth their price."""
 
 
 @dataclass(frozen=True)
 class ScalePoint:
-    """One number of GPUs.
+    """The estimate for one number of GPUs.
 
     Attributes:
-        gpus: In all.
-        packs: Of a step.
-        estimate: Its time; None where the packs or the model cannot be shared by so many.
-        efficiency: Tokens per second of a GPU over those of the first point.
-        waiting: Share of the step that is spent on transfers that nothing hides.
+        gpus: Number of GPUs.
+        packs: Packs of a step.
+        estimate: Its speed; None where the packs or the model cannot be divided by this number.
+        efficiency: Tokens per second of a GPU divided by those of the first point.
+        waiting: Share of the step that is spent on transfers that do not overlap with computation.
         refused: Why there is no estimate.
-        required_bytes: Memory of one GPU; the numbers that hold the run are for the reader to see.
+        required_bytes: Memory of one GPU.
     """
 
     gpus: int
@@ -54,7 +55,7 @@ class ScalePoint:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs together."""
+        """Tokens per second of all GPUs together."""
         return 0.0 if self.estimate is None else self.estimate.tokens_per_second_per_gpu * self.gpus
 
 
@@ -63,10 +64,11 @@ class Scaling:
     """A recipe over numbers of GPUs.
 
     Attributes:
-        points: From few to many.
-        stopped_at: The first number of GPUs that is not worth its price or cannot be had; None if all are.
+        mode: Weak or strong scaling.
+        points: Estimates for rising numbers of GPUs.
+        stopped_at: First number of GPUs that is not possible or not worth its price; None if all are.
         stopped_by: `batch`, `communication` or `fixed costs`.
-        reason: In words.
+        reason: Explanation for the user.
     """
 
     mode: Mode
@@ -84,19 +86,19 @@ def scale(
     mode: Mode,
     counts: Sequence[int] = COUNTS,
     network_gb: float | None = None,
-    counted: Counted | None = None,
+    counted: MemoryByScale | None = None,
 ) -> Scaling:
-    """Plans the recipe for each number of GPUs and finds what stops it.
+    """Plan the recipe for each number of GPUs and find what stops it.
 
     Args:
-        recipe: Its engine and batch are kept; weak scaling takes its packs for those of 8 GPUs, or of the first count.
-        shape: Of its model.
-        packs: What they hold.
-        gpu: Of which kind.
-        mode: What grows with the GPUs.
+        recipe: Recipe whose engine and batch are kept; weak scaling takes its packs for those of 8 GPUs.
+        shape: Shape of its model.
+        packs: Sizes of its packs.
+        gpu: Kind of GPU.
+        mode: Weak or strong scaling.
         counts: Numbers of GPUs, rising.
         network_gb: GB/s of one GPU between nodes; None takes the profile's.
-        counted: Memory of a GPU, filled: another mode of the same recipe need not count it again.
+        counted: Cache of the memory of a GPU, which another mode of the same recipe can use.
     """
     counted = {} if counted is None else counted
     points: list[ScalePoint] = []
@@ -106,15 +108,14 @@ def scale(
         if point.estimate is not None:
             best = best or point.estimate.tokens_per_second_per_gpu
             efficiency = point.estimate.tokens_per_second_per_gpu / best
-            waiting = waiting_share(point.estimate)
-            point = replace(point, efficiency=efficiency, waiting=waiting)
+            point = replace(point, efficiency=efficiency, waiting=waiting_share(point.estimate))
         points.append(point)
     return Scaling(mode, tuple(points), *_stop(points))
 
 
 def waiting_share(estimate: SpeedEstimate) -> float:
-    """Share of a step in which GPUs wait for transfers."""
-    names = {each.name for each in estimate.exchanges}
+    """Return the share of a step in which GPUs wait for transfers."""
+    names = {each.name for each in estimate.transfers}
     waited = sum(p.seconds for p in estimate.parts if p.name in names or p.name.startswith("waiting"))
     return waited / estimate.step_seconds
 
@@ -127,40 +128,38 @@ def _point(
     mode: Mode,
     count: int,
     network_gb: float | None,
-    counted: Counted,
+    counted: MemoryByScale,
 ) -> ScalePoint:
     step_packs = recipe.batch.packs if mode == "strong" else max(1, recipe.batch.packs // 8) * count
     try:
         plan = make_plan(recipe.changed("batch", packs=step_packs), DeviceRequest(count), Hardware(1, ()), None)
     except UserError as error:
         return ScalePoint(count, step_packs, None, 0.0, 0.0, error.mistakes[0].fact)
+    weights = list_weights(plan, shape)
     # All that memory depends on as the number of GPUs and of packs changes.
-    depends = (count, plan.batch.micro_packs, plan.batch.accumulation_steps > 1)
-    if depends not in counted:
-        memory = estimate_memory(plan, shape, packs)
-        counted[depends] = memory.required_bytes if memory is not None else 0
-    speed = estimate_speed(plan, shape, packs, gpu, network_gb)
-    return ScalePoint(count, step_packs, speed, 0.0, 0.0, required_bytes=counted[depends])
+    key = (count, plan.batch.micro_packs, plan.batch.accumulation_steps > 1)
+    if key not in counted:
+        memory = estimate_memory(plan, shape, packs, weights=weights)
+        counted[key] = memory.required_bytes if memory is not None else 0
+    speed = estimate_speed(plan, shape, packs, gpu, network_gb, weights=weights)
+    return ScalePoint(count, step_packs, speed, 0.0, 0.0, required_bytes=counted[key])
 
 
 def _stop(points: Sequence[ScalePoint]) -> tuple[int | None, str, str]:
     most = max((point.gpus for point in points if point.estimate is not None), default=0)
     first = next((point.gpus for point in points if point.estimate is not None), 0)
     for point in points:
-        # Too few GPUs for the mesh stop nothing.
+        # Too few GPUs for the mesh are not a limit.
         if point.estimate is None and point.gpus > most:
             return point.gpus, "batch", point.refused
         if point.estimate is not None and point.efficiency < WORTHWHILE:
             waits = point.waiting > 1 - WORTHWHILE / 2 or point.waiting > 0.3
             cause = "communication" if waits else "fixed costs"
+            part = max(point.estimate.parts, key=lambda each: each.seconds)
+            longest = f"the longest part is {part.name} ({part.seconds / point.estimate.step_seconds:.0%})"
             reason = (
-                f"a GPU does {point.efficiency:.0%} of what it does on {first}; {point.waiting:.0%} of a step"
-                f" is spent waiting for transfers: {_longest(point.estimate)}"
+                f"a GPU is {point.efficiency:.0%} as fast as with {first} GPUs; {point.waiting:.0%} of a step"
+                f" is spent waiting for transfers: {longest}"
             )
             return point.gpus, cause, reason
     return None, "", "every number of GPUs is worth its price"
-
-
-def _longest(estimate: SpeedEstimate) -> str:
-    part = max(estimate.parts, key=lambda each: each.seconds)
-    return f"most of all {part.name} ({part.seconds / estimate.step_seconds:.0%})"

@@ -1,4 +1,4 @@
-"""What this rank holds from step to step, in bytes: weights, gradients, optimizer states; and what the plan says."""
+"""Weights, gradients and optimizer states that this rank keeps from step to step, and the planned bytes of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from packhorse.estimate import states
-from packhorse.estimate.held import Held
+from packhorse.estimate import training_state
+from packhorse.estimate.weights import WeightTensor
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.engine.engine import Engine
 
@@ -17,28 +17,25 @@ Sizes = dict[str, int]
 """Bytes by component: `weights`, `gradients`, `optimizer`."""
 
 
-def planned_sizes(plan: RunPlan, held: Iterable[Held]) -> Sizes:
-    """What the plan says that a rank holds at the end of a step's last backward pass.
-
-    Args:
-        plan: Of the run.
-        held: Every tensor of weights (`estimate/held.py`).
-    """
-    every = tuple(held)
+def planned_sizes(plan: RunPlan, weights: Iterable[WeightTensor]) -> Sizes:
+    """Return the planned bytes of one rank at the end of a step's last backward pass."""
+    listed = tuple(weights)
+    components = training_state.weight_components(plan, listed)
+    gradients = training_state.final_gradient_bytes(plan, listed) + training_state.zero3_gradient_bytes(plan, listed)
     return {
-        "weights": sum(part.bytes for part in states.weights(plan, every) if part.name != "persistent weights"),
-        "gradients": states.final_gradients(plan, every) + states.kept_gradients(plan, every),
-        "optimizer": states.optimizer_states(plan, every) + states.masters(plan, every),
+        "weights": sum(part.bytes for part in components if part.name != "persistent weights"),
+        "gradients": gradients,
+        "optimizer": training_state.optimizer_bytes(plan, listed) + training_state.master_bytes(plan, listed),
     }
 
 
 def weight_tensors(model: nn.Module) -> list[Tensor]:
-    """This rank's parts of all weights, and what belongs to packed ones."""
+    """Return this rank's parts of all weights, and the scales of quantised ones."""
     found: list[Tensor] = []
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             found.append(getattr(parameter, "ds_tensor", parameter))
-            # FSDP2's parameter is another object than the packed one, and only the layer still has the scales.
+            # FSDP2's parameter is another object than the quantised one, and only the layer still has the scales.
             scales = getattr(parameter, "quant_state", getattr(module, "quant_state", None))
             if scales is not None:
                 found += [scales.absmax, scales.code]
@@ -49,7 +46,7 @@ def weight_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def gradient_tensors(engine: Engine) -> list[Tensor]:
-    """This rank's parts of all gradients, between the last backward pass of a step and its update."""
+    """Return this rank's parts of all gradients, between the last backward pass of a step and its update."""
     if not engine.is_deepspeed:
         return [parameter.grad for parameter in engine.model.parameters() if parameter.grad is not None]
     optimizer: Any = engine.model.optimizer
@@ -59,7 +56,7 @@ def gradient_tensors(engine: Engine) -> list[Tensor]:
 
 
 def state_tensors(engine: Engine) -> list[Tensor]:
-    """This rank's optimizer states, and the float32 weights that DeepSpeed steps; there after the first step."""
+    """Return this rank's optimizer states and DeepSpeed's float32 master weights, which exist after the first step."""
     optimizer: Any = engine.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -71,12 +68,12 @@ def state_tensors(engine: Engine) -> list[Tensor]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of all storages together, each once; of a sharded tensor this rank's part."""
+    """Return the bytes of all storages, each counted once; of a sharded tensor this rank's part."""
     local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
     return sum({address_of(each): each.untyped_storage().nbytes() for each in local}.values())
 
 
 def address_of(tensor: Tensor) -> int:
-    """Where the storage of this rank's part begins."""
+    """Return the address of the storage of this rank's part."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Memory beside what others published: torchtune's README, Llama 3.1 8B on one RTX 4090, 2 packs of 2,048 tokens."""
+"""Predicted and published memory: torchtune's README, Llama 3.1 8B on one RTX 4090, 2 packs of 2,048 tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LORA = {"kind": "lora", "rank": 8, "dropout": 0.0}
 
 @dataclass(frozen=True)
 class Row:
-    """A published run as a recipe of ours: layers recomputed, weights in 16 bit; adapters are float32 here."""
+    """A published run as a recipe: layers recomputed, weights in 16 bit; adapters are float32 here."""
 
     name: str
     gib: float
@@ -52,21 +52,21 @@ class Row:
         return estimate
 
     @property
-    def told(self) -> float:
-        """GiB of torch's allocator, as theirs are."""
+    def predicted(self) -> float:
+        """GiB of torch's allocator, as the published ones."""
         return self.estimate().peak.bytes / 2**30
 
     @property
     def gap(self) -> float:
-        return self.told / self.gib - 1
+        return self.predicted / self.gib - 1
 
     @property
     def line(self) -> str:
-        return f"| {self.name} | {self.gib:.1f} | {self.told:.1f} | {self.gap:+.0%} | {self.reason} |"
+        return f"| {self.name} | {self.gib:.1f} | {self.predicted:.1f} | {self.gap:+.0%} | {self.reason} |"
 
 
 IN_BACKWARD = {"name": "paged_adamw_8bit", "in_backward": True, "clip_norm": None}
-COMPILED = "compiled: a layer gone back through holds fewer results between its operations than it does here"
+COMPILED = "compiled: the backward pass of a layer holds fewer intermediate results than in eager mode"
 ROWS = [
     Row("8B full, stepped in the backward pass", 18.9, "full", IN_BACKWARD),
     Row("8B LoRA", 16.2, LORA, {}),
@@ -83,7 +83,7 @@ def test_predicted_beside_published_memory(row: Row) -> None:
 def test_what_compilation_saves_is_enough_to_explain_it() -> None:
     row = ROWS[-1]
     parts = {part.name: part.bytes / 2**30 for part in row.estimate().peak.components}
-    assert row.told - parts["recomputation"] - parts["backward room"] < row.gib
+    assert row.predicted - parts["recomputation"] - parts["backward workspace"] < row.gib
 
 
 def test_the_table_of_the_documentation_is_this() -> None:

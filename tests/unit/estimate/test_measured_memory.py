@@ -1,4 +1,4 @@
-"""What the plan says of memory, held against what the real model, engine and optimizer hold: each part within 2 %."""
+"""Planned memory compared with what the real model, engine and optimizer hold: each part within 2 %."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def _fresh_accelerator() -> Any:
     AcceleratorState._reset_state(True)
 
 
-def assert_close(found: Figures, told: Figures) -> None:
+def assert_close(found: Figures, planned: Figures) -> None:
     for part, size in found.items():
-        assert told[part] == pytest.approx(size, rel=0.02), part
-    assert sum(told.values()) == pytest.approx(sum(found.values()), rel=0.05)
+        assert planned[part] == pytest.approx(size, rel=0.02), part
+    assert sum(planned.values()) == pytest.approx(sum(found.values()), rel=0.05)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -146,7 +146,7 @@ WIDE = {**LLAMA, "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 70
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_fullest_moment(method: str, precision: str, checkpointing: bool, tmp_path: Path) -> None:
-    """Every tensor that exists at once, gradients on their way too; never told by more than 3 % too little."""
+    """Every tensor that exists at once, including gradients in transit; the plan is never more than 3 % too low."""
     save_model(tmp_path, WIDE)
     parallel = {"checkpointing": checkpointing}
     plan = plan_of(tmp_path, (1024,), method=METHODS[method], precision=precision, parallel=parallel)
@@ -154,10 +154,10 @@ def test_fullest_moment(method: str, precision: str, checkpointing: bool, tmp_pa
     assert estimate is not None
     # In float32 the loss makes its gradients in the forward pass, where its logits are not seen.
     phases = ("loss", "backward") if precision == "bf16" else ("backward",)
-    told = max(estimate.phase(name).bytes for name in phases)
+    planned = max(estimate.phase(name).bytes for name in phases)
     found = measured_peak(plan, (1024,))
-    print(f"{method} {precision} {checkpointing}: {told:,} of {found:,}")
-    assert 0.97 * found < told < 1.06 * found
+    print(f"{method} {precision} {checkpointing}: {planned:,} of {found:,}")
+    assert 0.97 * found < planned < 1.06 * found
 
 
 # ZeRO-3 last: DeepSpeed leaves its own linear function in torch, for the rest of the process.
@@ -178,9 +178,9 @@ def test_two_processes(llama: Path, cases: list[Case], tmp_path: Path, monkeypat
     mp.spawn(measure_ranks, (2, str(tmp_path), free_ports(len(cases)), cases, [200, 56]), nprocs=2)
     results = json.loads((tmp_path / "measured.json").read_text(encoding="utf-8"))
     assert len(results) == len(cases)
-    for case, (found, told) in zip(cases, results, strict=True):
-        print(case, {part: f"{told[part]:,} of {size:,}" for part, size in found.items()})
-        assert_close(found, told)
+    for case, (found, planned) in zip(cases, results, strict=True):
+        print(case, {part: f"{planned[part]:,} of {size:,}" for part, size in found.items()})
+        assert_close(found, planned)
 
 
 def free_ports(count: int) -> list[int]:

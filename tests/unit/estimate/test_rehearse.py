@@ -1,6 +1,6 @@
 """One step as a rank of 32 in one process: the real engines, meshes and batch split, without the other ranks.
 
-Each in a process of its own, because DeepSpeed changes torch for good.
+Each runs in a separate process, because DeepSpeed changes torch permanently.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import pytest
 from cli import packhorse
 from packhorse.commands.rehearse import too_much
 from packhorse.errors import UserError
-from packhorse.estimate.held import held_weights
 from packhorse.estimate.measure.miniature import small_fields
 from packhorse.estimate.measure.rehearse import Rehearsal, rehearse
-from packhorse.estimate.states import touched_by_rank
+from packhorse.estimate.training_state import touched_by_rank
+from packhorse.estimate.weights import list_weights
 from packhorse.model_spec.configuration import find_configuration, published
 from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.make_plan import make_plan
@@ -41,7 +41,7 @@ class Case:
     words: tuple[str, ...]
     rank: int
     groups: dict[str, list[int]]
-    said: dict[str, str]
+    report: dict[str, str]
     collectives: dict[str, int]
     shares: dict[str, float]
     """Bytes a parameter of the whole model, of each component."""
@@ -136,7 +136,7 @@ def test_a_rank_of_32(name: str, tmp_path: Path) -> None:
     found = rehearsed(plan, case.rank, tmp_path)
     assert (found["world_size"], found["rank"]) == (WORLD, case.rank)
     assert found["groups"] == case.groups
-    assert case.said.items() <= found["runs"].items()
+    assert case.report.items() <= found["runs"].items()
     assert case.collectives.items() <= found["collectives"].items()
     assert len(found["passes"]) == case.passes == plan.batch.accumulation_steps
     assert sum(found["passes"]) * plan.topology.data_ranks == plan.batch.packs_per_step
@@ -152,7 +152,7 @@ def test_zero1_keeps_whole_gradients_of_what_it_steps_a_part_of(tmp_path: Path) 
     plan = planned(CASES["zero1"])
     shape = read_shape({**small_fields(find_configuration(plan.recipe) or {})})
     assert shape is not None
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     touched = touched_by_rank([each for each in held if each.trained], WORLD)
     fullest = touched.index(max(touched))
@@ -197,7 +197,7 @@ def test_more_than_the_plan_counts_is_told() -> None:
 
 def test_what_is_not_rehearsed_is_said() -> None:
     plan = planned(Case(words("zero3_offload"), 0, {}, {}, {}, {}))
-    with pytest.raises(UserError, match="not rehearsed"):
+    with pytest.raises(UserError, match="cannot be rehearsed"):
         rehearse(plan, find_configuration(plan.recipe))
     with pytest.raises(UserError, match="architecture of .* is not known"):
         rehearse(planned(CASES["fsdp2"]), None)

@@ -1,4 +1,4 @@
-"""Memory that the plan tells, against what papers and libraries' documentation say, by hand."""
+"""Planned memory compared with figures of papers and libraries' documentation, computed by hand."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from packhorse.estimate import activations, states
-from packhorse.estimate.component import total_bytes
-from packhorse.estimate.held import Held, held_weights
+from packhorse.estimate import activations, training_state
 from packhorse.estimate.memory import MemoryEstimate, Phase, estimate_memory
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.storage import StorageEstimate, estimate_storage
+from packhorse.estimate.training_state import total_bytes
+from packhorse.estimate.weights import WeightTensor, list_weights
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.parameters import Shape, list_parameters, read_shape
 from packhorse.model_spec.trainable import count_parameters
@@ -91,17 +91,17 @@ def test_states_of_a_full_fine_tune_are_those_of_the_zero_paper(engine: str) -> 
         of(step, "gradients"),
         of(step, "masters") + of(step, "optimizer states"),
     )
-    told = [each * EIGHT_B_WEIGHTS for each in BYTES[engine]]
+    expected_bytes = [each * EIGHT_B_WEIGHTS for each in BYTES[engine]]
     if engine == "zero1":
         # Its part begins and ends within a matrix, whose gradient stays whole.
-        assert told[1] < found[1] < 1.1 * told[1]
-        told[1] = found[1]
-    assert found == pytest.approx(told, rel=2e-3)
+        assert expected_bytes[1] < found[1] < 1.1 * expected_bytes[1]
+        expected_bytes[1] = found[1]
+    assert found == pytest.approx(expected_bytes, rel=2e-3)
 
 
 def test_4_bit_weights_take_half_a_byte_and_their_doubly_quantised_scales_an_eighth_of_a_bit_more_than_an_8th() -> None:
     plan = planned(1, engine="single", method="qlora")
-    held = held_weights(plan, shape_of(plan))
+    held = list_weights(plan, shape_of(plan))
     assert held is not None
     packed = [each for each in held if each.storage == "nf4"]
     size = sum(each.size for each in packed)
@@ -110,14 +110,14 @@ def test_4_bit_weights_take_half_a_byte_and_their_doubly_quantised_scales_an_eig
     # QLoRA, section 3: 8/64 + 32/(64 x 256) = 0.127 bits a weight.
     assert sum(each.constant_bytes for each in packed) * 8 / size == pytest.approx(0.127, abs=5e-4)
     single = planned(1, engine="single", method={"kind": "qlora", "double_quantization": False})
-    plain = held_weights(single, shape_of(single))
+    plain = list_weights(single, shape_of(single))
     assert plain is not None
     assert sum(each.constant_bytes for each in plain) * 8 / size == pytest.approx(0.5, abs=5e-4)
 
 
 def test_experts_are_not_quantised_because_bitsandbytes_takes_linear_layers_only() -> None:
     plan = planned(1, "mistralai/Mixtral-8x7B-v0.1", "single", method={"kind": "qlora", "target": ["q_proj"]})
-    held = held_weights(plan, shape_of(plan))
+    held = list_weights(plan, shape_of(plan))
     assert held is not None
     experts = [each for each in held if ".experts." in each.name]
     assert experts
@@ -138,12 +138,12 @@ OPTIMIZERS = {
 def test_each_optimizer_keeps_what_its_page_says(name: str) -> None:
     betas = {"betas": [0.9, 0.99]} if "lion" in name else {}
     plan = planned(1, engine="single", optimizer={"name": name, "learning_rate": 1e-5, **betas})
-    held = held_weights(plan, shape_of(plan))
+    held = list_weights(plan, shape_of(plan))
     assert held is not None
     expected = OPTIMIZERS[name] * EIGHT_B_WEIGHTS
     if name == "muon":
         expected += 4 * 2 * 128_256 * 4096  # AdamW's for embedding and head
-    assert states.optimizer_states(plan, held) == pytest.approx(expected, rel=2e-3, abs=2e-3 * EIGHT_B_WEIGHTS)
+    assert training_state.optimizer_bytes(plan, held) == pytest.approx(expected, rel=2e-3, abs=2e-3 * EIGHT_B_WEIGHTS)
 
 
 def test_paged_states_lie_on_the_host() -> None:
@@ -228,7 +228,7 @@ def test_offload_leaves_no_states_on_the_device_and_all_of_them_on_the_host() ->
     expected = {"weights": 2, "gradients": 4, "step gradients": 4, "optimizer states": 12}
     found = {name: of(host, name) / EIGHT_B_WEIGHTS for name in expected}
     assert found == pytest.approx(expected, rel=1e-3)
-    # 4 GB of gradients a rank, twice, come as 4 GiB of pinned memory; the weights' parts stay beside the whole.
+    # 4 GB of gradients a rank, twice, are 4 GiB of pinned memory; the weights' parts exist in addition.
     assert 8 * 2 * (4 * GIB - 4 * EIGHT_B_WEIGHTS / 8) + 2 * EIGHT_B_WEIGHTS < of(host, "pinning") < 6 * EIGHT_B_WEIGHTS
     two_nodes = storage(planned(16, engine="zero3_offload", nodes=2))
     assert of(Phase("", two_nodes.host), "weights") == pytest.approx(EIGHT_B_WEIGHTS, rel=1e-3)
@@ -273,7 +273,7 @@ def test_every_shipped_recipe_is_estimated_and_every_component_says_why(name: st
     plan = make_plan(recipe, DeviceRequest(gpus=8), LAPTOP, None)
     shape = shape_of(plan)
     counts = count_parameters(find_configuration(recipe), recipe.method)
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     assert counts is not None
     assert (sum(e.size for e in held), sum(e.size for e in held if e.trained)) == (counts.total, counts.trainable)
@@ -295,6 +295,8 @@ def test_an_estimate_imports_no_torch() -> None:
 
 def test_held_covers_every_parameter_of_the_model() -> None:
     plan = planned()
-    held = held_weights(plan, shape_of(plan))
+    held = list_weights(plan, shape_of(plan))
     assert held is not None
-    assert [each.name for each in held if isinstance(each, Held)] == [e.name for e in list_parameters(shape_of(plan))]
+    assert [each.name for each in held if isinstance(each, WeightTensor)] == [
+        e.name for e in list_parameters(shape_of(plan))
+    ]

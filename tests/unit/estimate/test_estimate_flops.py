@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.data.packs.loader import lay_out
 from packhorse.estimate.flops import PassWork, pairs_of_pack, pass_work
-from packhorse.estimate.measure.anatomy import shape_of_configuration
+from packhorse.estimate.measure.fake_tensors import measure_shape
 from packhorse.estimate.packs import PackFigures
 from packhorse.model.attention import register_attention
 from packhorse.model.methods.attach import Start, attach
@@ -47,7 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", **SMALL, "head_dim": 16},
     "phi3": {"model_type": "phi3", **SMALL, "pad_token_id": 0},
     "mixtral": {"model_type": "mixtral", **SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
-    # These are not described: they are made without memory, and looked at.
+    # These are not described: they are measured on fake tensors.
     "gpt_neox": {"model_type": "gpt_neox", **SMALL},
     "olmo2": {"model_type": "olmo2", **SMALL, "pad_token_id": 0},
     "gpt2": {"model_type": "gpt2", **SMALL, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -91,7 +91,7 @@ def counted(model: dict[str, Any], method: Any, **parallel: Any) -> tuple[float,
         sum(LENGTHS),
         np.array([[sum(LENGTHS)], [sum(LENGTHS) - len(LENGTHS)], [sum(length**2 for length in LENGTHS)]]),
     )
-    shape = read_shape(model) or shape_of_configuration(json.dumps(model))
+    shape = read_shape(model) or measure_shape(json.dumps(model))
     work = pass_work(plan, shape, packs)
     assert work is not None
     config = AutoConfig.for_model(**model)
@@ -114,7 +114,7 @@ def counted(model: dict[str, Any], method: Any, **parallel: Any) -> tuple[float,
 
 def _flash(query: Any, key: Any, *_: Any, **__: Any) -> float:
     rows, heads, length, width = query
-    # Half of the square, and what stands before the document in whole.
+    # Half of the square, and all virtual tokens in front of the document.
     return 4 * rows * heads * width * (length**2 / 2 + length * (key[2] - length))
 
 

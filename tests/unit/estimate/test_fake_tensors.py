@@ -1,4 +1,4 @@
-"""What is told of models that no description covers, held against the described ones and against the real thing."""
+"""Figures of models whose family is not described, compared with described families and with the real models."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from packhorse.commands.parameters import Unknown, known_shape
 from packhorse.errors import UserError
 from packhorse.estimate.activations import count_activations
 from packhorse.estimate.flops import pass_work
-from packhorse.estimate.held import held_weights
-from packhorse.estimate.measure.anatomy import shape_of_configuration
-from packhorse.estimate.measure.resident import planned_sizes
+from packhorse.estimate.measure.fake_tensors import measure_shape
+from packhorse.estimate.measure.rank_tensors import planned_sizes
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.weights import list_weights
 from packhorse.model_spec.parameters import Shape, read_shape
-from packhorse.model_spec.trainable import count_of
+from packhorse.model_spec.trainable import count_shape
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
@@ -77,7 +77,7 @@ def configuration(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def built(fields: dict[str, Any]) -> Shape:
-    return shape_of_configuration(json.dumps(fields))
+    return measure_shape(json.dumps(fields))
 
 
 @pytest.fixture(autouse=True)
@@ -96,14 +96,14 @@ def test_each_part_is_what_the_real_model_holds(
     chosen = {"kind": "lora", "target": ATTENTION.get(kind, "all-linear")} if method == "lora" else method
     parallel = {"checkpointing": checkpointing}
     plan = plan_of(tmp_path, (100, 100), method=chosen, precision=precision, parallel=parallel)
-    found, told = measured(plan, (100, 100)), predicted(plan, tmp_path)
+    found, planned = measured(plan, (100, 100)), predicted(plan, tmp_path)
     for part, size in found.items():
-        assert told[part] == pytest.approx(size, rel=0.01), part
+        assert planned[part] == pytest.approx(size, rel=0.01), part
 
 
 def predicted(plan: RunPlan, folder: Path) -> Figures:
     shape = built(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     kept = count_activations(plan, shape, held, figures_of((100, 100))).kept
     return planned_sizes(plan, held) | {"activations": kept}
@@ -115,7 +115,7 @@ DESCRIBED: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gemma3_text": {"head_dim": 16},
 }
-WAYS: dict[str, tuple[Any, str, Any, str]] = {
+CONFIGURATIONS: dict[str, tuple[Any, str, Any, str]] = {
     "full, one GPU": ("full", "single", False, "bf16"),
     "full, ddp, recomputed": ("full", "ddp", True, "bf16"),
     "full, zero2": ("full", "zero2", 2, "bf16"),
@@ -133,12 +133,12 @@ WAYS: dict[str, tuple[Any, str, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("configuration_name", CONFIGURATIONS)
 @pytest.mark.parametrize("kind", DESCRIBED)
-def test_a_described_family_is_told_the_same_either_way(kind: str, way: str) -> None:
+def test_a_described_family_and_its_measurement_agree(kind: str, configuration_name: str) -> None:
     """On GPUs too, whose kernels cannot run here: described families count them operation by operation."""
     fields = configuration(kind, {**DESCRIBED[kind], "tie_word_embeddings": False, "sliding_window": None})
-    method, engine, checkpointing, precision = WAYS[way]
+    method, engine, checkpointing, precision = CONFIGURATIONS[configuration_name]
     plan = gpu_plan(fields, method, engine, checkpointing, precision)
     shape = read_shape(fields)
     assert shape is not None
@@ -154,7 +154,7 @@ def gpu_plan(fields: dict[str, Any], method: Any, engine: str, checkpointing: An
 
 def figures(plan: RunPlan, shape: Shape) -> dict[str, float]:
     packs = PackFigures.full(512)
-    held, work = held_weights(plan, shape), pass_work(plan, shape, packs)
+    held, work = list_weights(plan, shape), pass_work(plan, shape, packs)
     assert held is not None
     assert work is not None
     kept = count_activations(plan, shape, held, packs)
@@ -189,7 +189,7 @@ def figures(plan: RunPlan, shape: Shape) -> dict[str, float]:
     ids=["gpt2", "pythia-6.9b", "olmo2-7b"],
 )
 def test_a_published_total(fields: dict[str, Any], total: int) -> None:
-    counts = count_of(built(fields), FullMethod())
+    counts = count_shape(built(fields), FullMethod())
     assert counts is not None
     assert counts.base == counts.trainable == total
     assert sum(module.total for module in counts.modules) == total
@@ -205,7 +205,7 @@ def test_all_experts_are_in_memory_and_active_ones_in_flops() -> None:
     assert many is not None
     of_experts = [sum(each.model_flops for each in work.products if each.part == "experts") for work in (few, many)]
     assert of_experts[1] == 2 * of_experts[0] > 0
-    assert count_of(built(fields), FullMethod()) == count_of(built(more), FullMethod())
+    assert count_shape(built(fields), FullMethod()) == count_shape(built(more), FullMethod())
 
 
 def test_what_training_refuses_is_refused_and_what_cannot_be_run_is_not_known() -> None:
@@ -224,7 +224,7 @@ def test_what_training_refuses_is_refused_and_what_cannot_be_run_is_not_known() 
 def test_dropout_of_attention_is_refused_where_the_kernel_has_none() -> None:
     plan = gpu_plan(configuration("gpt2", {}), "full", "single", False, "bf16")
     shape = built(configuration("gpt2", {}))
-    held = held_weights(plan, shape)
+    held = list_weights(plan, shape)
     assert held is not None
     with pytest.raises(UserError, match="attention_dropout is 0.1"):
         count_activations(plan, shape, held, PackFigures.full(512))
@@ -246,7 +246,7 @@ def recipe_of(fields: dict[str, Any], method: Any, **sections: Any) -> Recipe:
 
 
 def test_an_adapter_is_as_large_as_peft_makes_it() -> None:
-    counts = count_of(built({"model_type": "gpt2"}), LoraMethod(rank=8))
+    counts = count_shape(built({"model_type": "gpt2"}), LoraMethod(rank=8))
     assert counts is not None
     # Of each of 12 layers: attention in 768 x 2304 and out 768 x 768, MLP 768 x 3072 and back.
     assert counts.trainable == 12 * 8 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))

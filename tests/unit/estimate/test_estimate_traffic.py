@@ -1,4 +1,4 @@
-"""Bytes beside the matrix products against those of every kernel that torch runs while the real model trains."""
+"""Planned bytes without matrix products compared with those of every kernel that torch runs for the real model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.data.packs.loader import lay_out
 from packhorse.estimate.flops import pass_work
-from packhorse.estimate.held import held_weights
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.traffic import pass_traffic
 from packhorse.model.attention import register_attention
@@ -89,10 +88,9 @@ def moved(family: str, method: Any, engine: str) -> tuple[tuple[int, int], tuple
     plan = make_plan(recipe, DeviceRequest(1), Hardware(2, ()), None)
     shape = read_shape(model)
     assert shape is not None
-    work, held = pass_work(plan, shape, PackFigures.full(TOKENS)), held_weights(plan, shape)
+    work = pass_work(plan, shape, PackFigures.full(TOKENS))
     assert work is not None
-    assert held is not None
-    planned = [each for each in pass_traffic(plan, shape, held, work) if each.name != "copies"]
+    planned = pass_traffic(plan, shape, work)
     seen = step(model, recipe, autocast=engine == "single")
     return seen, (sum(each.forward for each in planned), sum(each.backward for each in planned))
 

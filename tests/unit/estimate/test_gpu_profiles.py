@@ -55,7 +55,7 @@ def test_what_is_typed(typed: str, count: int, name: str | None) -> None:
 
 
 @pytest.mark.parametrize("typed", ["", "0", "0xH100", "x", "-8"])
-def test_what_is_no_request_says_how_to_write_one(typed: str) -> None:
+def test_a_wrong_request_is_refused_with_an_example(typed: str) -> None:
     with pytest.raises(UserError, match=r"8xH100-80GB|no GPU is called"):
         parse_gpus(typed)
 
@@ -75,7 +75,7 @@ def test_nvidia_smi_names_are_known() -> None:
     assert gpu_of_device("NVIDIA GeForce GTX 1080") is None
 
 
-def test_a_file_of_ones_own_adds_and_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_file_adds_and_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = "H100-96GB:\n  extends: H100-80GB\n  memory_mib: 97871\n  bandwidth_gb: 2400\nL4-24GB:\n  extends: A10-24GB\n"
     Path(OWN_FILE).write_text(own)
     ours = parse_gpus("8xH100-96GB").gpu
@@ -91,7 +91,7 @@ def test_a_file_of_ones_own_adds_and_replaces(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("Mine:\n  memory_mib: 100\n", "Mine.bf16_tflops is missing"),
         ("Mine:\n  extends: H100-80GB\n  memory: 100\n", "Mine.memory is not a field of a GPU profile"),
@@ -102,9 +102,9 @@ def test_a_file_of_ones_own_adds_and_replaces(tmp_path: Path, monkeypatch: pytes
         ("Mine: [\n", "not YAML"),
     ],
 )
-def test_a_wrong_file_of_ones_own_is_told(text: str, said: str) -> None:
+def test_a_wrong_user_file_is_refused(text: str, message: str) -> None:
     Path(OWN_FILE).write_text(text)
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         find_gpu("Mine")
     assert OWN_FILE in str(raised.value)
 

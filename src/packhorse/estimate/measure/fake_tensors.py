@@ -1,8 +1,8 @@
-"""Any causal language model of transformers, made without memory: its parameters, and what a pass of it keeps.
+"""Measures any causal language model of transformers on fake tensors: its parameters, and what a pass keeps.
 
-The real model, with the real method attached, runs forward on fake tensors, which have shapes and no numbers, and
-autograd tells what it would keep. What fake tensors of the CPU cannot show is put in by hand (`train/kernels.py`).
-A pass keeps so much, and so much more a token: two short passes tell both, and so what any length keeps.
+The real model, with the real method attached, runs forward on fake tensors, which have shapes and no data, and autograd
+reports what it would save. `recorder.py` substitutes what fake tensors of the CPU cannot show. The bytes that a pass
+keeps are linear in its tokens: two short passes give them for any length.
 """
 
 from __future__ import annotations
@@ -23,95 +23,95 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.pytorch_utils import Conv1D
 
 from packhorse.errors import UserError
-from packhorse.estimate.measure.kernels import Attended, Met, Passing, Recorder, attend
+from packhorse.estimate.measure.recorder import AttentionCall, PassRecorder, RunAsPlanned, WeightUse, attend
 from packhorse.model.attention import Documents, register_kernel
 from packhorse.model.methods.attach import Start, attach
 from packhorse.model.units import layers_of, units_of
-from packhorse.model_spec.anatomy import (
-    PLAIN,
-    Anatomy,
-    Formats,
-    Kept,
-    LayerKept,
-    Line,
+from packhorse.model_spec.measured_model import (
+    CPU_FLOAT32,
+    KeptBytes,
+    LayerKeptBytes,
+    LinearBytes,
+    MeasuredModel,
     Names,
     NotMeasuredError,
     Parameter,
+    PassFormats,
 )
 from packhorse.model_spec.parameters import Shape
 from packhorse.recipe.methods import LoraMethod, Method, PromptTuningMethod
 
 DOCUMENT_TOKENS = (64, 128)
-"""Lengths of the two passes, of each document."""
+"""Document lengths of the two passes."""
 KERNEL = "measured"
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 
 
 @cache
-def shape_of_configuration(configuration: str) -> Shape:
-    """Builds the model that a configuration describes, on torch's meta device, and looks at its parts.
+def measure_shape(configuration: str) -> Shape:
+    """Build the model of a configuration on torch's meta device and measure it.
 
     Args:
         configuration: config.json as text.
 
     Raises:
-        NotMeasuredError: transformers has no such model, or it cannot be made or run in this way.
+        NotMeasuredError: transformers has no such model, or it cannot be built or run on fake tensors.
         UserError: Packed documents cannot be trained with it.
     """
     fields = json.loads(configuration)
-    with _told(fields):
+    with _library_errors(fields):
         model = _build(fields, torch.float32)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            _without_memory(model)
-            recorder = _pass(model, model, PLAIN, DOCUMENT_TOKENS[0])
+            _make_fake(model)
+            recorder = _forward(model, model, CPU_FLOAT32, DOCUMENT_TOKENS[0])
     return _shape(fields, model, recorder)
 
 
-class Meter:
-    """Measures passes of the model of one configuration."""
+class FakeTensorMeter:
+    """Measures forward passes of the model of one configuration, each combination of method and formats once."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = fields
-        self._found: dict[tuple[str, Formats], Kept] = {}
+        self._measured: dict[tuple[str, PassFormats], KeptBytes] = {}
 
-    def kept(self, method: Method, formats: Formats) -> Kept:
-        """What a pass up to the output head keeps for the backward pass.
+    def kept(self, method: Method, formats: PassFormats) -> KeptBytes:
+        """Return the bytes that a pass up to the output head keeps for the backward pass.
 
         Raises:
-            UserError: The method cannot be done on this model.
-            NotMeasuredError: The model cannot be run without numbers under this method.
+            UserError: The method cannot be used on this model.
+            NotMeasuredError: The model cannot run on fake tensors under this method.
         """
         key = (method.model_dump_json(), formats)
-        if key not in self._found:
-            with _told(self._fields):
-                self._found[key] = self._measured(method, formats)
-        return self._found[key]
+        if key not in self._measured:
+            with _library_errors(self._fields):
+                self._measured[key] = self._measure(method, formats)
+        return self._measured[key]
 
-    def _measured(self, method: Method, formats: Formats) -> Kept:
+    def _measure(self, method: Method, formats: PassFormats) -> KeptBytes:
         base = _build(self._fields, DTYPES[formats.base])
-        model: Any = attach(base, _without_weights(method), Start())
+        model: Any = attach(base, _without_initialization(method), Start())
         for parameter in model.parameters():
             if parameter.requires_grad and not method.trains_base:
                 parameter.data = parameter.data.to(DTYPES[formats.adapter])
         if formats.input_gradients:
             model.enable_input_require_grads()
         with FakeTensorMode(allow_non_fake_inputs=True):
-            _without_memory(model)
-            short, long = (_pass(base, model.train(), formats, tokens) for tokens in DOCUMENT_TOKENS)
+            _make_fake(model)
+            short, long = (_forward(base, model.train(), formats, tokens) for tokens in DOCUMENT_TOKENS)
         return _kept(short, long)
 
 
-def _without_weights(method: Method) -> Method:
-    """The same sizes, from a start that reads neither weights nor texts."""
+def _without_initialization(method: Method) -> Method:
+    """Return a method of the same sizes whose initialization reads neither weights nor texts."""
     if isinstance(method, LoraMethod):
         return method.model_copy(update={"initialization": "default"})
     return method.model_copy(update={"text": None}) if isinstance(method, PromptTuningMethod) else method
 
 
 @contextmanager
-def _told(fields: Mapping[str, Any]) -> Iterator[None]:
-    """Turns what a library raises about one of its hundreds of models into the reason why that is not measured."""
-    # What libraries write about a model is for those who run it.
+def _library_errors(fields: Mapping[str, Any]) -> Iterator[None]:
+    """Turn an error that a library raises about the model into the reason why it is not measured."""
+    # Libraries' logs and warnings about a model are for those who run it.
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -126,7 +126,7 @@ def _told(fields: Mapping[str, Any]) -> Iterator[None]:
             raise NotMeasuredError(_own_attention(kind, 0)) from error
         first = (str(error).strip().splitlines() or [""])[0]
         raise NotMeasuredError(
-            f"a {kind} model cannot be made or run without its weights ({type(error).__name__}: {first})"
+            f"a {kind} model cannot be built or run without its weights ({type(error).__name__}: {first})"
         ) from error
     finally:
         logging.disable(before)
@@ -142,7 +142,7 @@ def _own_attention(kind: object, layer: int) -> str:
 def _build(fields: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     kind = fields.get("model_type")
     if kind not in CONFIG_MAPPING:
-        raise NotMeasuredError(f"model_type is {kind!r}, which transformers does not know by itself")
+        raise NotMeasuredError(f"model_type is {kind!r}, which transformers does not know")
     config = CONFIG_MAPPING[kind].from_dict(dict(fields))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise NotMeasuredError(f"transformers has no causal language model of model_type {kind!r}")
@@ -153,8 +153,8 @@ def _build(fields: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     return model.to(dtype).train()
 
 
-def _without_memory(model: nn.Module) -> None:
-    """Gives fake tensors of the CPU to a model on the meta device: autocast knows none of the latter."""
+def _make_fake(model: nn.Module) -> None:
+    """Replace the tensors of a model on the meta device, which autocast does not support, by fake CPU tensors."""
     known: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -172,37 +172,37 @@ class _HeadReachedError(Exception):
     """Ends a pass where the loss begins."""
 
 
-def _pass(base: Any, model: Any, formats: Formats, document_tokens: int) -> Recorder:  # noqa: ANN401
-    """One forward pass up to the output head.
+def _forward(base: Any, model: Any, formats: PassFormats, document_tokens: int) -> PassRecorder:  # noqa: ANN401
+    """Run one forward pass up to the output head.
 
     Args:
         base: The model without a method around it, which may be `model` itself.
-        model: What is called.
-        formats: How.
+        model: The module that is called.
+        formats: Number formats and kernels.
         document_tokens: Length of each of `formats.documents` documents.
     """
     tokens = document_tokens * formats.documents
     layers = [base.get_submodule(name) for name in layers_of(base)]
     ids = torch.zeros(1, tokens, dtype=torch.long)
-    recorder = Recorder(model, base.get_output_embeddings(), formats)
+    recorder = PassRecorder(model, base.get_output_embeddings(), formats)
     recorder.ignore(ids)
     documents = Documents(
         (document_tokens,) * formats.documents, torch.zeros(formats.documents + 1, dtype=torch.int32), document_tokens
     )
 
-    def ends(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def end(_: nn.Module, given: tuple[Tensor, ...]) -> None:
         recorder.head_input = given[0]
         raise _HeadReachedError
 
     with ExitStack() as stack:
-        hook = base.get_output_embeddings().register_forward_pre_hook(ends)
+        hook = base.get_output_embeddings().register_forward_pre_hook(end)
         stack.callback(hook.remove)
-        alike: dict[Any, int] = {}
+        first_alike: dict[Any, int] = {}
         for index, layer in enumerate(layers):
-            stack.enter_context(_Watched(layer, index, recorder, alike))
+            stack.enter_context(_RecordedLayer(layer, index, recorder, first_alike))
         if formats.autocast:
             stack.enter_context(torch.autocast("cpu", DTYPES[formats.compute]))
-        stack.enter_context(Passing(recorder))
+        stack.enter_context(RunAsPlanned(recorder))
         stack.enter_context(saved_tensors_hooks(recorder.keep, lambda tensor: tensor))
         try:
             model(input_ids=ids, position_ids=ids, documents=documents, use_cache=False)
@@ -211,43 +211,43 @@ def _pass(base: Any, model: Any, formats: Formats, document_tokens: int) -> Reco
     raise NotMeasuredError("the model's forward pass does not end in its output head")
 
 
-class _Watched:
-    """Tells the recorder when a layer begins and ends; of layers that are alike, only the first is run."""
+class _RecordedLayer:
+    """Reports the start and end of a layer to the recorder; of equal layers only the first is run."""
 
-    def __init__(self, layer: nn.Module, index: int, recorder: Recorder, alike: dict[Any, int]) -> None:
-        self._layer, self._index, self._recorder, self._alike = layer, index, recorder, alike
-        self._build = _build_of(layer)
+    def __init__(self, layer: nn.Module, index: int, recorder: PassRecorder, first_alike: dict[Any, int]) -> None:
+        self._layer, self._index, self._recorder, self._first_alike = layer, index, recorder, first_alike
+        self._identity = _identity_of(layer)
 
     def __enter__(self) -> None:
         self._forward = self._layer.forward
-        self._layer.forward = self._watch
+        self._layer.forward = self._run
 
     def __exit__(self, *_: object) -> None:
         self._layer.forward = self._forward
 
-    def _watch(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _run(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        like = (self._build, hidden.dtype, hidden.requires_grad)
+        key = (self._identity, hidden.dtype, hidden.requires_grad)
         self._recorder.begin(self._index, hidden, (args[1:], kwargs))
-        first = self._alike.setdefault(like, self._index)
+        first = self._first_alike.setdefault(key, self._index)
         if first != self._index:
-            return _again(self._recorder.repeat(self._index, first))
+            return _same_form(self._recorder.repeat(self._index, first))
         out = self._forward(*args, **kwargs)
         self._recorder.end(self._index, out)
         return out
 
 
-def _again(out: Any) -> Any:  # noqa: ANN401
-    """A result like that of the layer that was run: what follows asks for its shape, and whether it has a gradient."""
+def _same_form(out: Any) -> Any:  # noqa: ANN401
+    """Return new tensors with the shape, type and gradient flag of the layer's that was run."""
     if isinstance(out, tuple):
-        return tuple(_again(each) for each in out)
+        return tuple(_same_form(each) for each in out)
     if not isinstance(out, Tensor):
         return out
     return torch.empty(out.shape, dtype=out.dtype, requires_grad=out.requires_grad)
 
 
-def _build_of(layer: nn.Module) -> tuple[Any, ...]:
-    """All that tells layers apart but their number: modules, settings, weights and what of them is trained."""
+def _identity_of(layer: nn.Module) -> tuple[Any, ...]:
+    """Return all that distinguishes layers, without their index: modules, settings, weights and what is trained."""
     found: list[Any] = []
     for name, module in layer.named_modules():
         plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
@@ -257,20 +257,21 @@ def _build_of(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _kept(short: Recorder, long: Recorder) -> Kept:
-    def line(part: str, unit: int | None) -> Line:
+def _kept(short: PassRecorder, long: PassRecorder) -> KeptBytes:
+    def line(part: str, unit: int | None) -> LinearBytes:
         few, many = short.bytes_of(unit, part), long.bytes_of(unit, part)
         slope = (many - few) / (long.tokens - short.tokens)
-        return Line(few - slope * short.tokens, slope)
+        return LinearBytes(few - slope * short.tokens, slope)
 
-    def width(hidden: Tensor) -> Line:
-        return Line(0.0, hidden.shape[-1] * hidden.element_size())
+    def width(hidden: Tensor) -> LinearBytes:
+        return LinearBytes(0.0, hidden.shape[-1] * hidden.element_size())
 
     layers = tuple(
-        LayerKept(line("attention", at), line("rest", at), width(hidden)) for at, hidden in enumerate(long.inputs)
+        LayerKeptBytes(line("attention", index), line("rest", index), width(hidden))
+        for index, hidden in enumerate(long.inputs)
     )
     assert long.head_input is not None
-    return Kept(
+    return KeptBytes(
         line("rest", None),
         line("shared", None),
         layers,
@@ -280,20 +281,20 @@ def _kept(short: Recorder, long: Recorder) -> Kept:
     )
 
 
-# --- what the model is made of ----------------------------------------------------------------------
+# --- parameters and their order -----------------------------------------------------------------------
 
 
-def _shape(fields: Mapping[str, Any], model: Any, recorder: Recorder) -> Shape:  # noqa: ANN401
+def _shape(fields: Mapping[str, Any], model: Any, recorder: PassRecorder) -> Shape:  # noqa: ANN401
     names, calls = _names(model), recorder.attended
     layers = len(recorder.inputs)
-    lost = [at for at in range(layers) if at not in calls]
-    if lost:
-        raise NotMeasuredError(_own_attention(fields["model_type"], lost[0]))
-    listed = tuple(_parameters(model))
-    stages, queries = _stages(recorder.met, names)
-    first: Attended = calls[0]
+    without = [index for index in range(layers) if index not in calls]
+    if without:
+        raise NotMeasuredError(_own_attention(fields["model_type"], without[0]))
+    parameters = tuple(_parameters(model))
+    stages, queries = _stages(recorder.uses, names)
+    first: AttentionCall = calls[0]
     head = model.get_output_embeddings().weight
-    inside = [each for each in listed if names.layer_of(each.name) is not None]
+    inside = [each for each in parameters if names.layer_of(each.name) is not None]
     after = [each.shape[1] for each in inside if each.linear and stages.get(names.in_layer(each.name), 0) > queries + 1]
     experts = [each for each in inside if len(each.shape) == 3 and ".experts." in each.name]
     hidden = recorder.inputs[0].shape[-1]
@@ -312,10 +313,12 @@ def _shape(fields: Mapping[str, Any], model: Any, recorder: Recorder) -> Shape: 
         experts=experts[0].shape[0] if experts else 0,
         active_experts=recorder.active_experts,
         expert_width=min((side for each in experts for side in each.shape[1:] if side != hidden), default=hidden),
-        sparse_layers=frozenset(at for each in experts if (at := names.layer_of(each.name)) is not None),
-        windows=tuple(calls[at].window for at in range(layers)),
+        sparse_layers=frozenset(index for each in experts if (index := names.layer_of(each.name)) is not None),
+        windows=tuple(calls[index].window for index in range(layers)),
         names=names,
-        anatomy=Anatomy(listed, stages, queries, _norm_widths(inside, names), first.scores_kept, Meter(fields)),
+        measured_model=MeasuredModel(
+            parameters, stages, queries, _norm_widths(inside, names), first.scores_kept, FakeTensorMeter(fields)
+        ),
     )
 
 
@@ -336,33 +339,33 @@ def _parameters(model: Any) -> Iterator[Parameter]:  # noqa: ANN401
     linear: dict[int, bool] = {}
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-            # GPT-2's own linear layer holds its weight the other way round.
+            # GPT-2's own linear layer stores its weight transposed.
             linear[id(module.weight)] = isinstance(module, Conv1D)
     for name, parameter in model.named_parameters():
-        turned = linear.get(id(parameter))
+        transposed = linear.get(id(parameter))
         shape = tuple(parameter.shape)
-        yield Parameter(name, shape[::-1] if turned else shape, turned is not None)
+        yield Parameter(name, shape[::-1] if transposed else shape, transposed is not None)
 
 
-def _stages(met: list[Met], names: Names) -> tuple[dict[str, int], int]:
-    """In which order weights are met in a layer, and after which of these steps attention runs."""
+def _stages(uses: list[WeightUse], names: Names) -> tuple[dict[str, int], int]:
+    """Return the stage of each weight in a layer, and the stage after which attention runs."""
     stages: dict[str, int] = {}
     queries = stage = last = layer = -1
-    for each in met:
-        if each.layer != layer:
-            layer, stage, last = each.layer, -1, -1
-        if each.name is None:
+    for use in uses:
+        if use.layer != layer:
+            layer, stage, last = use.layer, -1, -1
+        if use.name is None:
             queries = stage
             continue
-        if each.input != last:
-            stage, last = stage + 1, each.input
-        name = names.in_layer(each.name)
+        if use.input != last:
+            stage, last = stage + 1, use.input
+        name = names.in_layer(use.name)
         stages.setdefault(name, stage)
         stages.setdefault(f"{name.removesuffix('.weight')}.bias", stage)
     return stages, queries
 
 
 def _norm_widths(inside: list[Parameter], names: Names) -> int:
-    """Numbers that go through the norms of the first layer, for each token."""
+    """Return the elements per token that pass through the norms of the first layer."""
     weights = (each for each in inside if names.layer_of(each.name) == 0 and each.name.endswith(".weight"))
     return sum(each.size for each in weights if len(each.shape) == 1)

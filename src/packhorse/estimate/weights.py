@@ -1,6 +1,6 @@
-"""The weights of a run, tensor by tensor: what is frozen, trained or quantised, and in how many bytes it is stored.
+"""The weight tensors of a run: which are frozen, trained or quantised, and in how many bytes they are stored.
 
-A number format is written as its width: 4 bytes for float32, 2 for bfloat16 and float16.
+A number format is given by its width: 4 bytes for float32, 2 for bfloat16 and float16.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 from math import prod
 from typing import Final, Literal
 
-from packhorse.model_spec.anatomy import Parameter
+from packhorse.model_spec.measured_model import Parameter
 from packhorse.model_spec.parameters import Shape, list_parameters
 from packhorse.model_spec.trainable import trained_by_name
 from packhorse.plan.run_plan import RunPlan
@@ -25,26 +25,26 @@ from packhorse.recipe.methods import (
 
 WIDTHS: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK: Final = 64
-"""Weights that share a scale in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)."""
+"""Weights that share one scale in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)."""
 SCALE_BLOCK: Final = 256
-"""Scales that share a scale of their own under double quantisation."""
+"""Scales that share one second-level scale under double quantisation."""
 
 Kind = Literal["base", "adapter"]
 Storage = Literal["plain", "nf4", "fp4", "int8"]
 
 
 @dataclass(frozen=True)
-class Held:
-    """A tensor of weights.
+class WeightTensor:
+    """One weight tensor.
 
     Attributes:
-        name: Of the parameter that it is, or stands beside.
-        unit: What is loaded and sharded with it: `embedding`, `layer N` or `head`.
-        shape: As the model has it.
-        width: Bytes of a weight on the device, where it is not quantised.
+        name: Name of the parameter; an adapter has the name of the parameter that it changes.
+        unit: The unit that it is loaded and sharded with: `embedding`, `layer N` or `head`.
+        shape: Shape in the model.
+        width: Bytes per weight on the device, where it is not quantised.
         trained: Whether it has gradients and optimizer states.
-        kind: Of the base model, or beside it.
-        storage: How it is packed.
+        kind: Part of the base model or of an adapter.
+        storage: Quantisation format, or `plain`.
         double: Whether the scales of 4-bit weights are quantised too.
     """
 
@@ -64,24 +64,27 @@ class Held:
 
     @cached_property
     def data_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor as it is stored; 4-bit weights lie two to a byte in elements of `width` bytes."""
+        """Shape of the stored tensor; 4-bit weights are packed two per byte into elements of `width` bytes."""
         if self.storage in ("nf4", "fp4"):
             return (-(-self.size // (2 * self.width)), 1)
         return self.shape
 
     @cached_property
+    def data_size(self) -> int:
+        """Number of stored elements."""
+        return prod(self.data_shape)
+
+    @cached_property
     def data_bytes(self) -> int:
-        """Bytes of the numbers."""
-        if self.storage == "int8":
-            return self.size
-        return prod(self.data_shape) * self.width
+        """Bytes of the stored tensor, without scales."""
+        return self.size if self.storage == "int8" else self.data_size * self.width
 
     @property
     def constant_bytes(self) -> int:
-        """Bytes of the scales that belong to quantised numbers, which no engine shards.
+        """Bytes of the scales of quantised weights, which no engine shards.
 
-        4 bits: one scale for 64 weights, in float32 or, doubly quantised, in 8 bits with a float32 for 256 of these
-        (QLoRA, arXiv 2305.14314, section 3), beside 16 code values and their mean. 8 bits: a float32 a row.
+        4 bits: one scale per 64 weights, in float32 or, doubly quantised, in 8 bits with one float32 per 256 scales
+        (QLoRA, arXiv 2305.14314, section 3), and 16 code values and their mean. 8 bits: one float32 per row.
         """
         if self.storage == "plain":
             return 0
@@ -92,80 +95,71 @@ class Held:
         return blocks + 4 * -(-blocks // SCALE_BLOCK) + 4 + code if self.double else 4 * blocks + code
 
 
-def held_weights(plan: RunPlan, shape: Shape) -> tuple[Held, ...] | None:
-    """Every tensor of weights that a rank would hold if nothing were sharded, in the model's order.
-
-    Args:
-        plan: Of the run.
-        shape: Of its model.
+def list_weights(plan: RunPlan, shape: Shape) -> tuple[WeightTensor, ...] | None:
+    """List every weight tensor, unsharded, in the model's order.
 
     Returns:
-        None where only the library knows what the method trains.
+        None where peft alone decides what the method trains, or the method cannot be used on the model.
     """
     method = plan.recipe.method
-    listed = list_parameters(shape)
+    parameters = list_parameters(shape)
     virtual = isinstance(method, (PromptTuningMethod, PrefixTuningMethod))
-    trained = {} if virtual else trained_by_name(listed, method, shape)
-    if trained is None or (shape.anatomy is not None and not shape.anatomy.takes(method)):
+    trained = {} if virtual else trained_by_name(parameters, method, shape)
+    if trained is None or (shape.measured_model is not None and not shape.measured_model.supports(method)):
         return None
-    held: list[Held] = []
-    for parameter in listed:
-        held.append(_base(plan, shape, parameter, method.trains_base and parameter.name in trained))
+    width = base_width(plan)
+    weights: list[WeightTensor] = []
+    for parameter in parameters:
+        weights.append(_base(plan, shape, parameter, width, method.trains_base and parameter.name in trained))
         if not method.trains_base and parameter.name in trained:
-            held += _beside(plan, shape, parameter)
+            weights += _adapters_of(plan, shape, parameter)
     if isinstance(method, PromptTuningMethod):
-        held.append(_adapter(plan, "prompt", "head", (method.virtual_tokens, shape.hidden)))
+        weights.append(_adapter(plan, "prompt", "head", (method.virtual_tokens, shape.hidden)))
     if isinstance(method, PrefixTuningMethod):
         width = 2 * shape.layers * shape.key_value_heads * shape.head_width
-        held.append(_adapter(plan, "prefix", "head", (method.virtual_tokens, width)))
-    held += _token_rows(plan, shape)
-    return tuple(held)
+        weights.append(_adapter(plan, "prefix", "head", (method.virtual_tokens, width)))
+    weights += _token_rows(plan, shape)
+    return tuple(weights)
 
 
 def compute_width(plan: RunPlan) -> int:
-    """Bytes of a number in matrix products."""
+    """Return the bytes per element in matrix products."""
     return 4 if plan.recipe.precision == "fp32" else 2
 
 
 def casts_weights(plan: RunPlan) -> bool:
-    """Whether the engine itself computes with 16-bit weights; else autocast makes copies as it meets them."""
+    """Return whether the engine itself casts weights to 16 bits; otherwise autocast copies them at each use."""
     sharded = plan.topology.engine in ("fsdp2", "hsdp") or plan.topology.engine.startswith("zero")
     return sharded and plan.recipe.precision != "fp32"
 
 
 def base_width(plan: RunPlan) -> int:
-    """Bytes of a base weight on the device, as the engine keeps it."""
+    """Return the bytes of a base weight on the device, as the engine keeps it."""
     if plan.topology.engine.startswith("zero") and plan.recipe.precision != "fp32":
         return 2
     return WIDTHS[plan.chosen("model.dtype")]
 
 
 def unit_of(parameter: Parameter, shape: Shape) -> str:
-    """The unit that a parameter is loaded and sharded with, as `model/units.py` cuts the model."""
+    """Return the unit that a parameter is loaded and sharded with, as `model/units.py` divides the model."""
     layer = shape.names.layer_of(parameter.name)
     if layer is not None:
         return f"layer {layer}"
-    tail = parameter.name.removesuffix(".bias") in (_stem(shape.names.head), _stem(shape.names.norm))
-    return (
-        "head" if not shape.tied and (tail or parameter.name in (shape.names.head, shape.names.norm)) else "embedding"
-    )
+    in_tail = parameter.module in (shape.names.head.removesuffix(".weight"), shape.names.norm.removesuffix(".weight"))
+    return "head" if in_tail and not shape.tied else "embedding"
 
 
-def _stem(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _base(plan: RunPlan, shape: Shape, parameter: Parameter, trained: bool) -> Held:
+def _base(plan: RunPlan, shape: Shape, parameter: Parameter, width: int, trained: bool) -> WeightTensor:
     method = plan.recipe.method
     storage: Storage = "plain"
-    # bitsandbytes takes linear layers; the output head, embeddings, norms and fused experts stay as they are.
+    # bitsandbytes quantises linear layers; the output head, embeddings, norms and fused experts stay unchanged.
     if isinstance(method, QloraMethod) and parameter.linear and len(parameter.shape) == 2:
         storage = method.quantization
-    return Held(
+    return WeightTensor(
         name=parameter.name,
         unit=unit_of(parameter, shape),
         shape=parameter.shape,
-        width=base_width(plan),
+        width=width,
         trained=trained,
         kind="base",
         storage=storage,
@@ -173,7 +167,7 @@ def _base(plan: RunPlan, shape: Shape, parameter: Parameter, trained: bool) -> H
     )
 
 
-def _beside(plan: RunPlan, shape: Shape, parameter: Parameter) -> Iterator[Held]:
+def _adapters_of(plan: RunPlan, shape: Shape, parameter: Parameter) -> Iterator[WeightTensor]:
     method, unit = plan.recipe.method, unit_of(parameter, shape)
     if isinstance(method, Ia3Method):
         scaled = 1 if _scales_inputs(parameter, shape, method) else 0
@@ -198,14 +192,14 @@ def _scales_inputs(parameter: Parameter, shape: Shape, method: Ia3Method) -> boo
     return outputs != inputs and trained[parameter.name] == inputs
 
 
-def _token_rows(plan: RunPlan, shape: Shape) -> Iterator[Held]:
-    """Rows of embedding and head that are trained beside low-rank adapters for new tokens."""
+def _token_rows(plan: RunPlan, shape: Shape) -> Iterator[WeightTensor]:
+    """Yield the rows of embedding and head that are trained together with low-rank adapters for new tokens."""
     new = len(plan.recipe.model.new_tokens)
     if new and isinstance(plan.recipe.method, LoraMethod):
         for unit in ("embedding",) if shape.tied else ("embedding", "head"):
             yield _adapter(plan, "new tokens", unit, (new, shape.hidden))
 
 
-def _adapter(plan: RunPlan, name: str, unit: str, shape: tuple[int, ...]) -> Held:
+def _adapter(plan: RunPlan, name: str, unit: str, shape: tuple[int, ...]) -> WeightTensor:
     in_16_bit = plan.topology.engine.startswith("zero") and plan.recipe.precision != "fp32"
-    return Held(name=name, unit=unit, shape=shape, width=2 if in_16_bit else 4, trained=True, kind="adapter")
+    return WeightTensor(name=name, unit=unit, shape=shape, width=2 if in_16_bit else 4, trained=True, kind="adapter")

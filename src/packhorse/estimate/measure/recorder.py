@@ -1,13 +1,15 @@
-"""What fake tensors on the CPU do not show of a pass: packed attention, and what CUDA, DeepSpeed or bitsandbytes do.
+"""Records what a forward pass on fake tensors saves for the backward pass, as CUDA and the run's engine would.
 
-Each stands here by what it keeps for the backward pass:
+Fake tensors on the CPU do not show what these save; it is substituted here:
 
     attention      queries, keys, values, output, and the logarithm of each softmax's sum
-    dropout        its mask: a byte an element on CUDA, the element's own width on the CPU
-    quantised      nothing: the weight is unpacked again (bitsandbytes)
-    ZeRO-3         a linear layer keeps its input even where the weight is frozen (DeepSpeed's own function)
-    grouped        experts' products keep their input where the weight is trained
+    dropout        its mask: one byte per element on CUDA, the element's own width on the CPU
+    quantised      nothing: the weight is dequantised again (bitsandbytes)
+    ZeRO-3         a linear layer saves its input even where the weight is frozen (DeepSpeed's own function)
+    grouped        experts' products save their input where the weight is trained
     norms          CUDA's autocast computes layer norm and softmax in float32 (torch's notes on autocast)
+
+Shapes: T tokens, H query heads, K key/value heads, E head width, D documents, P virtual tokens, S rows of all experts.
 """
 
 from __future__ import annotations
@@ -25,23 +27,23 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from packhorse.model.attention import Documents, refuse_dropout
-from packhorse.model_spec.anatomy import Formats
+from packhorse.model_spec.measured_model import PassFormats
 
-_recorder: ContextVar[Recorder] = ContextVar("recorder")
+_recorder: ContextVar[PassRecorder] = ContextVar("recorder")
 COMPUTE: Final = {4: torch.float32, 2: torch.bfloat16}
 IN_FLOAT32: Final = (F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, F.softplus, torch.rsqrt)
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttentionCall:
     """One call of attention.
 
     Attributes:
-        heads: Of queries.
-        key_value_heads: Of keys and values.
-        width: Of a head, mean of keys' and values'.
-        window: How many tokens back it looks; None: to the document's start.
-        scores_kept: How often SDPA on the CPU keeps a number for each query and key.
+        heads: Query heads.
+        key_value_heads: Key/value heads.
+        width: Head width, mean of keys' and values'.
+        window: Tokens that attention looks back; None: to the document's start.
+        scores_kept: Times that SDPA on the CPU saves an element for each query and key.
     """
 
     heads: int
@@ -52,13 +54,13 @@ class Attended:
 
 
 @dataclass(frozen=True)
-class Met:
-    """A weight as the pass comes to it, or attention.
+class WeightUse:
+    """Use of a weight, or of attention, in a pass.
 
     Attributes:
-        layer: In which.
-        name: Of the parameter; None for attention.
-        input: Which tensor it is given.
+        layer: Index of the layer.
+        name: Name of the parameter; None for attention.
+        input: Storage of the tensor that it is applied to.
     """
 
     layer: int
@@ -66,15 +68,15 @@ class Met:
     input: int
 
 
-class Recorder:
-    """Notes what a pass keeps and meets, by layer: 0 to N - 1, None before them, N after."""
+class PassRecorder:
+    """Records saved tensors and used weights by layer: 0 to N - 1, None in front of them, N behind."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, formats: Formats) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, formats: PassFormats) -> None:
         self.formats = formats
         self.inputs: list[Tensor] = []
         self.head_input: Tensor | None = None
-        self.attended: dict[int, Attended] = {}
-        self.met: list[Met] = []
+        self.attended: dict[int, AttentionCall] = {}
+        self.uses: list[WeightUse] = []
         self.active_experts = 0
         self.in_attention = False
         self._unit: int | None = None
@@ -90,73 +92,73 @@ class Recorder:
 
     @property
     def tokens(self) -> int:
-        """Of the row."""
+        """Tokens of the row."""
         return int(self.inputs[0].shape[-2])
 
     def begin(self, layer: int, hidden: Tensor, others: object) -> None:
-        """A layer's forward pass begins; `others` is what it is given beside its input."""
+        """Record the start of a layer's forward pass; `others` are its arguments other than the hidden states."""
         self._unit = layer
         self.inputs.append(hidden)
         self._shared |= {storage_of(each) for each in tree_leaves(others) if isinstance(each, Tensor)}
 
     def end(self, layer: int, out: Any) -> None:  # noqa: ANN401
-        """A layer's forward pass is over; what follows the last is behind the layers."""
+        """Record the end of a layer's forward pass; what follows the last layer is behind the layers."""
         self._results[layer] = out
         self._unit = len(self.inputs)
 
     def repeat(self, layer: int, like: int) -> Any:  # noqa: ANN401
-        """A layer is like one that was run, whose result is returned."""
+        """Record that a layer equals one that has run, and return that one's result."""
         self._like[layer] = like
         self.attended |= {layer: self.attended[like]} if like in self.attended else {}
         self._unit = len(self.inputs)
         return self._results[like]
 
     def ignore(self, tensor: Tensor) -> None:
-        """A tensor that is counted elsewhere: the row's token ids and positions."""
+        """Do not count a tensor that the plan counts elsewhere: the row's token ids and positions."""
         self._fixed.add(storage_of(tensor))
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Of autograd: a tensor is kept; each storage counts once, weights do not."""
+        """Record a tensor that autograd saves; each storage counts once, weights do not."""
         key = storage_of(tensor)
         if key not in self._fixed and key not in self._kept:
-            # Held, so that no other storage gets its place.
+            # The reference prevents that another storage gets the same address.
             part = "attention" if self.in_attention else "rest"
             self._kept[key] = (None, "shared", tensor) if key in self._shared else (self._unit, part, tensor)
         return tensor
 
-    def meet(self, weight: Tensor, given: Tensor) -> None:
-        """A weight is multiplied with `given`."""
+    def use(self, weight: Tensor, given: Tensor) -> None:
+        """Record that a weight is applied to `given`."""
         name = self._weights.get(storage_of(weight))
         if name is not None and self._unit is not None:
-            self.met.append(Met(self._unit, name, storage_of(given)))
+            self.uses.append(WeightUse(self._unit, name, storage_of(given)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scores_kept: int) -> None:
-        """Attention is called; query [1, H, T, E], key and value [1, K, T, E]."""
+        """Record a call of attention; query [1, H, T, E], key and value [1, K, T, E]."""
         if self._unit is None:
             return
         width = (key.shape[-1] + value.shape[-1]) // 2
-        self.attended.setdefault(self._unit, Attended(query.shape[1], key.shape[1], width, window, scores_kept))
-        self.met.append(Met(self._unit, None, storage_of(query)))
+        self.attended.setdefault(self._unit, AttentionCall(query.shape[1], key.shape[1], width, window, scores_kept))
+        self.uses.append(WeightUse(self._unit, None, storage_of(query)))
 
     def bytes_of(self, unit: int | None, part: str) -> int:
-        """Kept in a layer, by attention or by the rest; by all layers as `shared`."""
-        wanted = self._like.get(unit, unit) if unit is not None else None
-        kept = (tensor for at, what, tensor in self._kept.values() if at == wanted and what == part)
+        """Return the bytes saved in a layer, by `attention` or by the `rest`; by all layers as `shared`."""
+        unit = self._like.get(unit, unit) if unit is not None else None
+        kept = (tensor for own, own_part, tensor in self._kept.values() if own == unit and own_part == part)
         return sum(each.untyped_storage().nbytes() for each in kept)
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Which storage a tensor is a view of; fake ones have no address."""
+    """Return the identity of a tensor's storage; fake tensors have no address."""
     return int(tensor.untyped_storage()._cdata)
 
 
-class Passing(TorchFunctionMode):
-    """Runs torch's functions as the run's own device and engine would keep things, and tells the recorder."""
+class RunAsPlanned(TorchFunctionMode):
+    """Runs torch's functions so that they save what the run's own device and engine would save."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: PassRecorder) -> None:
         super().__init__()
         self._recorder = recorder
-        self._token: Token[Recorder] | None = None
+        self._token: Token[PassRecorder] | None = None
 
     def __enter__(self) -> Any:  # noqa: ANN401
         self._token = _recorder.set(self._recorder)
@@ -170,21 +172,21 @@ class Passing(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # noqa: ANN401
-        """One call."""
+        """Run one call."""
         kwargs, recorder = kwargs or {}, self._recorder
         formats = recorder.formats
         if func is F.linear:
-            recorder.meet(args[1], args[0])
+            recorder.use(args[1], args[0])
             if id(args[1]) in recorder.quantized:
                 return _Product.apply(args[0], args[1].shape[0], False)  # type: ignore[no-untyped-call]
             if formats.keeps_inputs and not args[1].requires_grad and args[0].requires_grad:
                 return _Product.apply(args[0], args[1].shape[0], True)  # type: ignore[no-untyped-call]
         elif func is torch.addmm:
-            recorder.meet(args[2], args[1])
+            recorder.use(args[2], args[1])
             if id(args[2]) in recorder.quantized:
                 return _Product.apply(args[1], args[2].shape[1], False)  # type: ignore[no-untyped-call]
         elif func in (F.grouped_mm, torch._grouped_mm):
-            recorder.meet(args[1], args[0])
+            recorder.use(args[1], args[0])
             recorder.active_experts = args[0].shape[0] // recorder.tokens
             return _Grouped.apply(args[0], args[1])  # type: ignore[no-untyped-call]
         elif func is F.dropout:
@@ -192,7 +194,7 @@ class Passing(TorchFunctionMode):
         elif getattr(func, "__name__", "") != "__get__":
             for weight in args:
                 if isinstance(weight, nn.Parameter) and weight.dim() == 1:
-                    recorder.meet(weight, weight)
+                    recorder.use(weight, weight)
         if func in IN_FLOAT32 and formats.on_cuda and formats.autocast:
             args = (args[0].float(), *args[1:])
         return func(*args, **kwargs)
@@ -215,25 +217,25 @@ def attend(
         query, key = query.to(value.dtype), key.to(value.dtype)
     elif formats.autocast:
         query, key, value = (each.to(COMPUTE[formats.compute]) for each in (query, key, value))
-    # Of SDPA's kernels on the CPU only the plain one has dropout, and heads of two widths.
+    # Of SDPA's kernels on the CPU only the plain one supports dropout, and keys and values of different widths.
     scores = 3 if dropout else int(key.shape[-1] != value.shape[-1])
     recorder.attend(query, key, value, window, scores)
     if scores and not formats.on_cuda:
-        return _plainly(recorder, query, key, value)
+        return _attend_plain(recorder, query, key, value)
     heads = key.shape[1]
-    # Ranks that share a row have whole key/value heads: where these are fewer, they are repeated.
+    # Ranks that share a row have whole key/value heads, which are repeated where there are fewer than ranks.
     repeated = -(-max(heads, formats.sequence) // formats.sequence) * formats.sequence // heads
     if repeated > 1:
         key, value = (each.repeat(1, repeated, 1, 1) for each in (key, value))
     recorder.in_attention = True
     out: Tensor = _Attention.apply(query, key, value, True)  # type: ignore[no-untyped-call]
     recorder.in_attention = False
-    # Parts by document are put together in a new tensor.
+    # Outputs by document are concatenated into a new tensor.
     return out if formats.varlen else out.clone()
 
 
-def _plainly(recorder: Recorder, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same by plain products, in float32, with scaled queries and keys; scores are counted by the plan."""
+def _attend_plain(recorder: PassRecorder, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """SDPA's plain kernel: float32 products of scaled queries and keys; the plan counts the scores."""
     key, value = (
         each.repeat_interleave(query.shape[1] // each.shape[1], 1) if each.shape[1] != query.shape[1] else each
         for each in (key, value)
@@ -268,7 +270,7 @@ class _Product(torch.autograd.Function):
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401
-        """given [S, inputs], weight [E, inputs, outputs] -> [S, outputs]."""
+        """given [S, inputs], weight [experts, inputs, outputs] -> [S, outputs]."""
         ctx.save_for_backward(*((given,) if weight.requires_grad else ()), weight)
         return given.new_empty(given.shape[0], weight.shape[2])
 
@@ -276,7 +278,7 @@ class _Grouped(torch.autograd.Function):
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, mask: Tensor) -> Tensor:  # noqa: ANN401
-        """The mask is kept."""
+        """Save the mask."""
         ctx.save_for_backward(mask)
         return torch.empty_like(given)
 
@@ -284,5 +286,6 @@ class _Dropout(torch.autograd.Function):
 def _dropped(on_cuda: bool, given: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not training or p == 0.0:
         return given
-    out: Tensor = _Dropout.apply(given, torch.empty_like(given, dtype=torch.bool if on_cuda else given.dtype))  # type: ignore[no-untyped-call]
+    mask = torch.empty_like(given, dtype=torch.bool if on_cuda else given.dtype)
+    out: Tensor = _Dropout.apply(given, mask)  # type: ignore[no-untyped-call]
     return out

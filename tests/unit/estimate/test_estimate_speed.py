@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from packhorse.estimate.communication import CONTENTION, RING, Exchange, Fabric, Group
+from packhorse.estimate.communication import CONTENTION, RING_NODE_SECONDS, RING_SHARE, Group, Links, Transfer
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.packs import PackFigures
-from packhorse.estimate.search.scaling import COUNTS, Counted, Mode, Scaling, scale
+from packhorse.estimate.search.scaling import COUNTS, MemoryByScale, Mode, Scaling, scale
 from packhorse.estimate.speed import (
     SpeedEstimate,
     estimate_speed,
@@ -60,7 +60,7 @@ PARALLEL = {"engine", "checkpointing", "sequence", "shard_group", "offload_activ
 
 
 def moved(found: SpeedEstimate, *names: str) -> float:
-    return sum(each.bytes * each.times for each in found.exchanges if not names or each.name in names)
+    return sum(each.bytes * each.times for each in found.transfers if not names or each.name in names)
 
 
 def seconds(found: SpeedEstimate, name: str) -> float:
@@ -104,23 +104,22 @@ def test_quantised_weights_are_gathered_as_they_are_stored() -> None:
 def test_hsdp_gathers_within_a_node_and_sums_shards_between_nodes() -> None:
     flat = estimate(count=64, nodes=8, packs=64, engine="fsdp2")
     mesh = estimate(count=64, nodes=8, packs=64, engine="hsdp")
-    between = [each for each in mesh.exchanges if each.name == "gradients between copies"]
+    between = [each for each in mesh.transfers if each.name == "gradients between copies"]
     assert [each.bytes for each in between] == [pytest.approx(2 * 4 * WEIGHTS / 8 * 7 / 8)]
     gathers = {
-        name: sum(e.seconds for e in one.exchanges if e.name == "weights")
+        name: sum(e.seconds for e in one.transfers if e.name == "weights")
         for name, one in (("flat", flat), ("mesh", mesh))
     }
     assert gathers["mesh"] < gathers["flat"]
 
 
 def test_a_ring_within_a_node_takes_what_its_links_give() -> None:
-    fabric = Fabric(find_gpu("H100"), 50e9)
-    share, inside, _ = RING[0]
-    one = fabric.gather(8e9, Group(8, 8))
-    assert one == pytest.approx(7e9 / (450e9 * 0.8) / share + 7 * inside * CONTENTION + 20e-6)
+    links = Links(find_gpu("H100"), 50e9)
+    one = links.gather(8e9, Group(8, 8))
+    assert one == pytest.approx(7e9 / (450e9 * 0.8) / RING_SHARE + 7 * RING_NODE_SECONDS * CONTENTION + 20e-6)
     # Between nodes the network decides: 7/8 of it into a node of 8 GPUs with 50 GB/s each.
-    assert fabric.gather(64e9, Group(64, 8)) == pytest.approx(56e9 / (8 * 50e9 * 0.85), rel=0.15)
-    assert fabric.gather(8e9, Group(1, 1)) == 0
+    assert links.gather(64e9, Group(64, 8)) == pytest.approx(56e9 / (8 * 50e9 * 0.85) / RING_SHARE, rel=0.07)
+    assert links.gather(8e9, Group(1, 1)) == 0
 
 
 def test_parts_add_up_and_speed_follows() -> None:
@@ -191,7 +190,7 @@ def test_offloaded_activations_and_shared_packs_are_paid_for() -> None:
     # The same arithmetic in all; queries, outputs and as many keys and values are sent.
     assert shared.model_flops == pytest.approx(kept.model_flops)
     tokens, width = 4096 / 4, 2 * 2 * (32 + 8) * 128
-    sent = [each.bytes for each in shared.exchanges if each.name == "sequence" and each.phase == "forward"]
+    sent = [each.bytes for each in shared.transfers if each.name == "sequence" and each.phase == "forward"]
     assert sent == [pytest.approx(32 * tokens * width)]
 
 
@@ -268,9 +267,9 @@ def test_what_one_mode_has_counted_is_what_the_other_would_count() -> None:
     recipe = load_recipe("llama3.1-8b/full", ["parallel.engine=fsdp2", "batch.micro=1"], check_environment=False)
     shape = read_shape(find_configuration(recipe))
     assert shape is not None
-    counted: Counted = {}
+    counted: MemoryByScale = {}
 
-    def found(mode: Mode, counted: Counted | None) -> Scaling:
+    def found(mode: Mode, counted: MemoryByScale | None) -> Scaling:
         return scale(recipe, shape, PackFigures.full(2048), find_gpu("H100"), mode, (8, 32, 64), counted=counted)
 
     assert found("weak", counted) == found("weak", None)
@@ -311,17 +310,17 @@ def test_a_faster_network_and_copies_of_the_weights_carry_further() -> None:
 
     def at_512(engine: str, network_gb: float) -> float:
         parallel = recipe.parallel.model_copy(update={"engine": engine})
-        asked = recipe.model_copy(update={"parallel": parallel})
-        found = scale(asked, shape, PackFigures.full(4096), find_gpu("H100"), "weak", (8, 512), network_gb)
+        changed = recipe.model_copy(update={"parallel": parallel})
+        found = scale(changed, shape, PackFigures.full(4096), find_gpu("H100"), "weak", (8, 512), network_gb)
         return points(found)[512]
 
     assert at_512("fsdp2", 3.0) < at_512("fsdp2", 50.0)
     assert at_512("fsdp2", 3.0) < at_512("hsdp", 3.0)
 
 
-def test_exchanges_are_told_with_reasons() -> None:
+def test_every_transfer_has_a_reason() -> None:
     for engine in ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"):
-        for each in estimate(engine=engine).exchanges:
-            assert isinstance(each, Exchange)
+        for each in estimate(engine=engine).transfers:
+            assert isinstance(each, Transfer)
             assert each.reason
             assert each.seconds > 0

@@ -227,7 +227,7 @@ def test_a_local_configuration_wins_over_the_shipped_table(tmp_path: Any, monkey
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ([], "8,030,261,248"),
         (["model.id=nobody/nothing"], "`hf download nobody/nothing config.json` fetches it"),
@@ -236,9 +236,9 @@ def test_a_local_configuration_wins_over_the_shipped_table(tmp_path: Any, monkey
     ],
     ids=["counted", "unknown model", "new tokens", "unknown choice"],
 )
-def test_what_is_told_of_a_recipe(words: list[str], told: str) -> None:
+def test_the_lines_of_a_recipe(words: list[str], expected: str) -> None:
     lines = dict(parameter_lines(load_recipe("llama3.1-8b/lora", words), None))
-    assert lines["parameters"].endswith(told)
+    assert lines["parameters"].endswith(expected)
     assert ("trainable" in lines) == (not words)
 
 
@@ -253,9 +253,9 @@ def test_a_fresh_models_vocabulary_is_its_tokenizers(prepared: int | None) -> No
 
 def test_a_fresh_model_without_a_tokenizer_at_hand_says_what_fetches_it(tmp_path: Path) -> None:
     recipe = load_recipe("quickstart/full", ["model.tokenizer=nobody/nothing"])
-    told = dict(parameter_lines(recipe, None))["parameters"]
-    assert "nobody/nothing has no tokenizer.json" in told
-    assert "packhorse prepare" in told
+    line = dict(parameter_lines(recipe, None))["parameters"]
+    assert "nobody/nothing has no tokenizer.json" in line
+    assert "packhorse prepare" in line
     words = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
     words.save(str(tmp_path / "tokenizer.json"))
     words.add_tokens(["<d>"])

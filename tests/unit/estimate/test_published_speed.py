@@ -1,4 +1,4 @@
-"""Predicted beside published: every row of the figures that others measured and told, with the reason of each gap."""
+"""Predicted and published speed: every published figure, with the reason of each gap."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ IN_BACKWARD = {"name": "paged_adamw_8bit", "in_backward": True, "clip_norm": Non
 
 @dataclass(frozen=True)
 class Row:
-    """A published run, said as a recipe of ours; what the source does not say is chosen as it would have to be."""
+    """A published run as a recipe; what the source does not state is set as its run must have had it."""
 
     name: str
     tokens_per_second: float
@@ -84,19 +84,19 @@ class Row:
         return estimate
 
 
-COMPILED = "compiled: norms, rotary embedding, activation and adapters are fused there, eager here"
+COMPILED = "compiled: norms, rotary embedding, activation and adapters are fused, in Packhorse they are eager"
 TITAN = {"bandwidth_gb": 2400.0}
 SHARDED: dict[str, Any] = {"engine": "fsdp2", "checkpointing": True}
 A100 = {"gpu": "A100-80GB", "model": "3B", "length": 4096, "micro": 2}
 ROWS = [
     Row(
         "8B LoRA, NeMo AutoModel", 12_473, "H100", "8B", LORA, 4096, packs=32,
-        reason="theirs has fused kernels for LoRA and norms; here peft lifts the adapters' inputs to float32",
+        reason="fused kernels for LoRA and norms; in Packhorse peft casts the adapters' inputs to float32",
     ),
     Row(
         "8B full, torchtitan, eager", 5_762, "H100", "8B", "full", 8192, micro=2, count=8,
         engine="fsdp2", checkpointing=2, other_gpu=TITAN,
-        reason="their H100 are held to 500 W of 700; their selective checkpointing is taken for every second layer",
+        reason="H100 limited to 500 of 700 W; selective checkpointing is predicted as every second layer",
     ),
     Row(
         "8B full, torchtitan, compiled", 6_667, "H100", "8B", "full", 8192, micro=2, count=8,
@@ -107,18 +107,18 @@ ROWS = [
     Row(
         "70B full, torchtune, offloaded", 196, "A100-80GB", "70B", "full", 2048, micro=2, count=8,
         engine="zero3_offload", checkpointing=True,
-        reason="their AdamW steps bfloat16 weights on the host, ours float32 masters; the host's speed is assumed",
+        reason="AdamW updates bfloat16 weights on the host, in Packhorse float32 ones; the host's speed is assumed",
     ),
     Row(
         "70B QLoRA, fsdp_qlora", 786, "H100", "Llama 2 70B", QLORA, 2048, micro=8, count=4, **SHARDED,
-        reason="software of early 2024 gave the H100 1.9 times the A100; their products differ by 2.9",
+        reason="with software of early 2024 the H100 was 1.9 times as fast as the A100; its products are 2.9 times",
     ),
     Row("70B QLoRA, fsdp_qlora", 390, "A100-40GB", "Llama 2 70B", QLORA, 2048, micro=4, count=8, **SHARDED),
     Row("70B QLoRA, fsdp_qlora", 414, "A100-40GB", "Llama 2 70B", QLORA, 2048, micro=4, count=4, **SHARDED),
     Row("8B full, torchtune", 1_650, "4090", "8B", "full", 2048, 2, checkpointing=True, optimizer=IN_BACKWARD),
     Row(
         "8B LoRA, torchtune", 3_083, "4090", "8B", LORA, 2048, micro=2, checkpointing=True,
-        reason="compiled, and the 72 MB of cache of a 4090 keep some of what is taken to go through its memory",
+        reason="compiled; the 72 MB cache of a 4090 holds part of what the prediction sends through its memory",
     ),
     Row("8B QLoRA, torchtune", 2_413, "4090", "8B", QLORA, 2048, micro=2, checkpointing=True, reason=COMPILED),
     Row("3B full, torchtune, packed", 7_075, method="full", **A100),
@@ -134,18 +134,18 @@ ROWS = [
     Row(
         "7B LoRA DDP, fsdp_qlora", 2_400, "4090", "Llama 2 7B", LORA, 2048, micro=4, count=2,
         engine="ddp", checkpointing=True,
-        reason="theirs keeps adapters in bfloat16; under ddp ours are float32, and peft lifts their inputs",
+        reason="adapters in bfloat16; in Packhorse they are float32 under ddp, and peft casts their inputs",
     ),
     Row("7B LoRA FSDP, fsdp_qlora", 2_180, "4090", "Llama 2 7B", LORA, 2048, micro=6, count=2, **SHARDED),
     Row(
         "7B QLoRA DDP, fsdp_qlora", 2_330, "4090", "Llama 2 7B", QLORA, 2048, micro=8, count=2,
         engine="ddp", checkpointing=True,
-        reason="theirs keeps adapters in bfloat16; under ddp ours are float32, and peft lifts their inputs",
+        reason="adapters in bfloat16; in Packhorse they are float32 under ddp, and peft casts their inputs",
     ),
     Row(
         "7B LoRA DDP, fsdp_qlora", 1_190, "3090", "Llama 2 7B", LORA, 2048, micro=4, count=2,
         engine="ddp", checkpointing=True,
-        reason="as on the 4090; theirs are held to 280 W of 350",
+        reason="as on the 4090; limited to 280 of 350 W",
     ),
 ]  # fmt: skip
 IDS = [f"{row.name}, {row.count} x {row.gpu}" for row in ROWS]
@@ -156,7 +156,7 @@ def gap(row: Row) -> float:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
-def test_predicted_beside_published(row: Row) -> None:
+def test_predicted_and_published(row: Row) -> None:
     assert abs(gap(row)) < 0.46
     assert bool(row.reason) == (abs(gap(row)) > 0.10)
 
@@ -170,14 +170,15 @@ def test_what_compilation_fuses_is_enough_to_explain_it(row: Row) -> None:
     assert slow < row.tokens_per_second < 1.05 * slow * estimate.step_seconds / rest
 
 
-def test_the_uncertainty_that_is_told_holds_for_three_quarters_of_them() -> None:
+def test_three_quarters_are_within_the_stated_uncertainty() -> None:
     within = [abs(gap(row)) <= PUBLISHED for row in ROWS]
     assert sum(within) / len(within) >= 0.75
+    assert median(abs(gap(row)) for row in ROWS) <= 0.20
     assert median(gap(row) for row in ROWS) < 0  # rather too slow than too fast: most of these are compiled
 
 
 def test_the_order_of_the_3b_ladder_is_theirs() -> None:
-    """Checkpointing costs; 8-bit Adam and adapters cost nothing much beside it; QLoRA is a little slower than LoRA."""
+    """Checkpointing costs; 8-bit Adam and adapters cost little in addition; QLoRA is a little slower than LoRA."""
     speed = {row.name: row.estimate().tokens_per_second_per_gpu for row in ROWS if row.model == "3B"}
     assert speed["3B full, + checkpointing"] < 0.85 * speed["3B full, torchtune, packed"]
     assert 0.95 < speed["3B QLoRA, torchtune"] / speed["3B LoRA, torchtune"] < 1
