@@ -1,4 +1,4 @@
-"""Reads a site profile; tells every mistake in it at once, by file and line."""
+"""Load a site profile; one error lists every mistake in it, with file and line."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from packhorse.recipe.shipped import shipped_folder
 from packhorse.yaml_source.nodes import Node, kind_of, parse_yaml, plain
 
 SCHEMA: dict[str, Any] = SiteProfile.model_json_schema()
-WORDS = {"string": "text", "boolean": "true or false", "integer": "a whole number", "number": "a number"}
+TYPES = {"string": "text", "boolean": "true or false", "integer": "a whole number", "number": "a number"}
 
 
 def load_site(name_or_path: str | None) -> SiteProfile:
-    """Loads a profile.
+    """Load a profile.
 
     Args:
-        name_or_path: A YAML file, or a shipped profile's name; None takes `site.yaml` of this folder.
+        name_or_path: A YAML file, or the name of a shipped profile; None for `site.yaml` in this folder.
 
     Raises:
-        UserError: There is no such profile, or it has mistakes; all are told at once.
+        UserError: There is no such profile, or it has mistakes.
     """
     path = _locate(name_or_path)
     shown = os.path.relpath(path) if not os.path.relpath(path).startswith("..") else str(path)
@@ -38,8 +38,8 @@ def load_site(name_or_path: str | None) -> SiteProfile:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{shown} cannot be read: {error}.",
-            "it says what the cluster is like.",
-            "name a text file that you may read.",
+            "it describes the cluster.",
+            "give a text file that you may read.",
             f"{shown}:1",
         ) from None
     root, mistakes = parse_yaml(text, shown)
@@ -47,14 +47,14 @@ def load_site(name_or_path: str | None) -> SiteProfile:
         raise UserError(
             f"the file holds {kind_of(root.value)}, not keys with values.",
             "a site profile is a mapping such as `partition: gpu`.",
-            f"begin with a shipped one ({join_words(shipped_sites())}), or with `packhorse site`.",
+            f"copy a shipped one ({join_words(shipped_sites())}), or run `packhorse site`.",
             f"{shown}:1",
         )
     return _checked(root, mistakes)
 
 
 def shipped_sites() -> list[str]:
-    """Names of the profiles that come with Packhorse."""
+    """Return the names of the shipped profiles."""
     return sorted(path.stem for path in (shipped_folder("slurm") / "sites").glob("*.yaml"))
 
 
@@ -68,7 +68,7 @@ def _locate(name_or_path: str | None) -> Path:
     if not name_or_path:
         raise UserError(
             f"there is no {SITE_FILE} here, and --site is not given.",
-            "it says how jobs are asked for on this cluster: partition, account, GPUs of a node.",
+            "it defines how jobs are requested on this cluster: partition, account, GPUs per node.",
             "write a first one with `packhorse site`, read it, and try again.",
         )
     close = difflib.get_close_matches(path.stem, shipped_sites(), n=1)
@@ -97,7 +97,7 @@ def _mistakes(error: ValidationError, root: Node) -> Iterator[Mistake]:
         node, _ = node_at(root, path)
         if detail["type"] == "value_error":
             fact = detail["msg"].removeprefix("Value error, ")
-            yield Mistake(f"{fact}.", "each thing is said in one place.", "take one of the two out.", f"{node.file}:1")
+            yield Mistake(f"{fact}.", "each setting has one place.", "remove one of the two.", f"{node.file}:1")
         elif detail["type"] == "missing":
             yield Mistake(f"{dotted(path)} is missing.", _purpose(path), f"add {dotted(path)}.", node.where)
         elif detail["type"] == "extra_forbidden":
@@ -117,31 +117,31 @@ def _unknown(path: KeyPath, node: Node) -> Mistake:
     close = difflib.get_close_matches(str(path[-1]), fields, n=1)
     return Mistake(
         f"{dotted(path)} is not a field of a site profile.",
-        "a key that nobody reads would change nothing, silently.",
+        "an unknown key would be ignored without a message.",
         f"write `{close[0]}`." if close else f"remove it, or use one of {', '.join(fields)}.",
         node.where,
     )
 
 
 def _of_site(mistake: Mistake) -> Mistake:
-    why = "the profile is shared, and stands in every job script, which all users of the cluster may read."
+    why = "the profile becomes part of every job script, which other users of the cluster may read."
     return Mistake(mistake.fact, why, mistake.fix, mistake.where)
 
 
 def _schema_at(path: KeyPath) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = SCHEMA
+    schema: dict[str, Any] | None = SCHEMA
     for step in path:
-        if found is None:
+        if schema is None:
             return None
-        options = [_resolved(each) for each in found.get("anyOf", [found])]
+        options = [_resolved(option) for option in schema.get("anyOf", [schema])]
         children = [
-            each.get("properties", {}).get(step)
-            or next(iter(each.get("patternProperties", {}).values()), None)
-            or each.get("items")
-            for each in options
+            option.get("properties", {}).get(step)
+            or next(iter(option.get("patternProperties", {}).values()), None)
+            or option.get("items")
+            for option in options
         ]
-        found = next((_resolved(child) for child in children if isinstance(child, dict)), None)
-    return found
+        schema = next((_resolved(child) for child in children if isinstance(child, dict)), None)
+    return schema
 
 
 def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
@@ -154,11 +154,11 @@ def _takes(path: KeyPath, of_key: bool) -> str:
     if of_key:
         return "names of variables: letters, digits and `_`, no digit first"
     schema = _schema_at(path) or {}
-    options = [each for each in map(_resolved, schema.get("anyOf", [schema])) if each.get("type") != "null"]
-    return join_words([_words(each) for each in options])
+    options = [option for option in map(_resolved, schema.get("anyOf", [schema])) if option.get("type") != "null"]
+    return join_words([_describe(option) for option in options])
 
 
-def _words(schema: dict[str, Any]) -> str:
+def _describe(schema: dict[str, Any]) -> str:
     if "takes" in schema:
         return str(schema["takes"])
     if "enum" in schema:
@@ -169,13 +169,13 @@ def _words(schema: dict[str, Any]) -> str:
     if kind in ("integer", "number"):
         low, high = schema.get("minimum"), schema.get("maximum")
         least = f" above {schema['exclusiveMinimum']}" if "exclusiveMinimum" in schema else ""
-        return WORDS[kind] + (f" from {low} to {high}" if high is not None else least)
-    return {"array": "a list", "object": "a section"}.get(kind) or WORDS.get(kind, "another value")
+        return TYPES[kind] + (f" from {low} to {high}" if high is not None else least)
+    return {"array": "a list", "object": "a section"}.get(kind) or TYPES.get(kind, "another value")
 
 
 def _purpose(path: KeyPath) -> str:
     about = str((_schema_at(path) or {}).get("description", "")).split("\n", maxsplit=1)[0]
-    return f"it stands for: {about}" if about or len(path) < 2 else _purpose(path[:-1])
+    return f"it means: {about}" if about or len(path) < 2 else _purpose(path[:-1])
 
 
 def _line(mistake: Mistake) -> int:
