@@ -9,7 +9,7 @@ from rich.console import Console
 
 from packhorse.commands.planned_jobs import Submission, planned_jobs
 from packhorse.commands.sending import show_jobs
-from packhorse.launching.slurm.lead import signal_lead
+from packhorse.launching.slurm.script import signal_lead
 from packhorse.launching.slurm.site_load import load_site, shipped_sites
 from packhorse.plan.hardware import Hardware
 from packhorse.plan.make_plan import make_plan

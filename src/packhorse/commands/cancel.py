@@ -15,8 +15,8 @@ from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.client import JobState
 from packhorse.launching.slurm.client import cancel as cancel_jobs
+from packhorse.launching.slurm.job_reports import jobs_of_runs
 from packhorse.launching.slurm.jobs import JobRecord, live_jobs, read_jobs
-from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.lock import holder
 from packhorse.run_folder.processes import process

@@ -40,7 +40,7 @@ from packhorse.estimate.search.changes import Change, changes_that_fit
 from packhorse.estimate.search.compare import Wanted, chosen_of, every_way
 from packhorse.estimate.search.least import least_hardware
 from packhorse.estimate.search.scaling import Counted, scale
-from packhorse.launching.places.lines import lines_of_nodes
+from packhorse.launching.places.node_commands import launch_commands
 from packhorse.plan.command import job_argv, launch_files
 from packhorse.plan.difference import differences
 from packhorse.plan.run_plan import RunPlan
@@ -102,7 +102,7 @@ def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
     case = None if isinstance(basis, Unknown) else case_of(made, basis)
     if wish.argv:
         one = made.topology.num_nodes == 1
-        text = shown(made.argv) if one else lines_of_nodes(made)
+        text = shown(made.argv) if one else launch_commands(made)
         console.print(text, soft_wrap=True, highlight=False, markup=False)
     elif wish.diff:
         _diff(console, open_run(wish.diff), made, wish.as_json)

@@ -14,7 +14,7 @@ from packhorse.commands.status_jobs import clock, failure_lines, job_lines, read
 from packhorse.commands.status_sweep import show_sweep
 from packhorse.errors import EXIT_OK
 from packhorse.launching.local.outcome import newest_step, where
-from packhorse.launching.slurm.stages import Stage
+from packhorse.launching.slurm.job_reports import JobReport
 from packhorse.run_folder.attempts import AttemptRecord, has_ended, lost_steps, made_steps, read_attempts
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.heartbeat import Heartbeat, read_heartbeats
@@ -84,7 +84,7 @@ def is_under_way(folder: Path) -> bool:
     )
 
 
-def _state(now: Status, beats: Sequence[Heartbeat], runs: bool, stages: Sequence[Stage]) -> list[tuple[str, str]]:
+def _state(now: Status, beats: Sequence[Heartbeat], runs: bool, stages: Sequence[JobReport]) -> list[tuple[str, str]]:
     state_text = now.state + (f": {now.message}" if now.message else "")
     if not runs and (queued := state_words(stages)):
         state_text = f"{now.state}; {queued}"

@@ -10,8 +10,8 @@ from pathlib import Path
 from packhorse.launching.local.first_failure import first_failure
 from packhorse.launching.slurm.chain import CANCEL_FILE
 from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmError
+from packhorse.launching.slurm.job_reports import JobReport, read_ends, report_jobs
 from packhorse.launching.slurm.jobs import JobRecord, read_jobs, with_states
-from packhorse.launching.slurm.stages import Stage, read_ends, stages_of
 from packhorse.plan.run_plan import read_plan
 from packhorse.run_folder.attempts import AttemptRecord
 from packhorse.run_folder.folder import relative
@@ -26,7 +26,7 @@ LABELS = {
 }
 
 
-def read_stages(run_folder: Path) -> tuple[list[Stage], str]:
+def read_stages(run_folder: Path) -> tuple[list[JobReport], str]:
     """The jobs of a run and what became of them; beside it why Slurm does not tell, empty where it does."""
     records = read_jobs(run_folder)
     try:
@@ -36,7 +36,7 @@ def read_stages(run_folder: Path) -> tuple[list[Stage], str]:
     return stages_of_run(run_folder, jobs, asked=True), ""
 
 
-def stages_of_run(run_folder: Path, jobs: Sequence[tuple[JobRecord, JobState | None]], asked: bool) -> list[Stage]:
+def stages_of_run(run_folder: Path, jobs: Sequence[tuple[JobRecord, JobState | None]], asked: bool) -> list[JobReport]:
     """What became of these jobs of a run.
 
     Args:
@@ -47,10 +47,10 @@ def stages_of_run(run_folder: Path, jobs: Sequence[tuple[JobRecord, JobState | N
     if not jobs:
         return []
     has_data = read_plan(run_folder).data is not None
-    return stages_of(jobs, read_ends(run_folder), read_status(run_folder), has_data, asked)
+    return report_jobs(jobs, read_ends(run_folder), read_status(run_folder), has_data, asked)
 
 
-def job_lines(run_folder: Path, stages: Sequence[Stage], silent: str) -> list[tuple[str, str]]:
+def job_lines(run_folder: Path, stages: Sequence[JobReport], silent: str) -> list[tuple[str, str]]:
     """A line a job, those that others took the place of in one; then what to do where some did not end well."""
     shown = [stage for stage in stages if stage.became != "replaced"]
     earlier = [f"{stage.record.job_id} ({stage.record.kind})" for stage in stages if stage.became == "replaced"]
@@ -65,7 +65,7 @@ def job_lines(run_folder: Path, stages: Sequence[Stage], silent: str) -> list[tu
     return lines
 
 
-def words_of(stage: Stage) -> str:
+def words_of(stage: JobReport) -> str:
     """What a job does, in words."""
     state = stage.state
     if stage.became == "runs" and state is not None:
@@ -79,7 +79,7 @@ def words_of(stage: Stage) -> str:
     return said + (f"; it may begin at {clock(expected)}" if expected and expected > time.time() else "")
 
 
-def state_words(stages: Sequence[Stage]) -> str:
+def state_words(stages: Sequence[JobReport]) -> str:
     """What is said in place of `killed` of a run whose job waits in the queue; empty where none does."""
     trains = [stage for stage in stages if stage.record.kind == "train"]
     waiting = next((stage for stage in trains if stage.became == "waits"), None)

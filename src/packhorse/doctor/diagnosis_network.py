@@ -115,7 +115,9 @@ def clock_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
         return Row("clocks", "not tried", "the nodes did not meet; see above")
     worst = max(known, key=lambda node: abs(node.network.clock_skew_seconds or 0.0))
     seconds = worst.network.clock_skew_seconds or 0.0
-    fact = f"the clock of {worst.host} is {abs(seconds):.3g} s {'ahead of' if seconds > 0 else 'behind'} the first node's"
+    fact = (
+        f"the clock of {worst.host} is {abs(seconds):.3g} s {'ahead of' if seconds > 0 else 'behind'} the first node's"
+    )
     fix = "switch on NTP or chrony on that node: heartbeats and logs of nodes are compared."
     if abs(seconds) > MAX_SKEW_SECONDS:
         return Row("clocks", "broken", fact, fix)

@@ -52,9 +52,7 @@ def _find_model(request: DoctorRequest) -> tuple[str, str]:
         return str(folder), weights_fault(folder)
     if not request.model_id:
         return "", ""
-    cached = try_to_load_from_cache(
-        request.model_id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=request.model_revision
-    )
+    cached = try_to_load_from_cache(request.model_id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=request.model_revision)
     if not isinstance(cached, str):
         return "", f"{request.model_id} is not in {HUB_CACHE}"
     folder = Path(cached).parent

@@ -109,9 +109,7 @@ def from_lines(lines: Iterable[str]) -> list[NodeFacts]:
     return [NodeFacts.model_validate_json(base64.b64decode(text)) for text in texts]
 
 
-def _measure_bandwidth(
-    node_id: int, request: DoctorRequest, network: NodeNetwork, end: float
-) -> BandwidthFacts | None:
+def _measure_bandwidth(node_id: int, request: DoctorRequest, network: NodeNetwork, end: float) -> BandwidthFacts | None:
     """Run this node's ranks of the timed all-reduce; the node of rank 0 has the result, any node may have an error."""
     ranks = request.gpus_per_node or 1
     if ranks * request.num_nodes < 2:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from packhorse.doctor.facts import (
     BandwidthFacts,
     Choice,
+    DoctorRequest,
     FolderFacts,
     Gpu,
     GpuFacts,
     NetworkFacts,
     NodeFacts,
-    Question,
     RoomFacts,
     StoreFacts,
 )
 
 GB = 10**9
-QUESTION = Question(
+QUESTION = DoctorRequest(
     num_nodes=2,
     gpus_per_node=2,
     folder="/shared/runs/first",

@@ -14,12 +14,12 @@ from doctor_cases import QUESTION, sound_nodes
 
 from packhorse.cli.main import main
 from packhorse.doctor.__main__ import main as in_job
-from packhorse.doctor.examination import short_job_words
-from packhorse.doctor.facts import Question
-from packhorse.doctor.judge import judge
-from packhorse.doctor.meeting import open_port
+from packhorse.doctor.diagnosis import diagnose
+from packhorse.doctor.facts import DoctorRequest
 from packhorse.doctor.node import first_host, from_lines, to_lines
-from packhorse.doctor.rows import first_broken
+from packhorse.doctor.rendezvous import open_port
+from packhorse.doctor.run_checks import short_job_arguments
+from packhorse.doctor.table import first_broken
 from packhorse.launching.slurm.site import SiteProfile
 from tiny import write_tiny
 
@@ -53,11 +53,11 @@ def test_a_node_with_another_version_of_packhorse_is_heard() -> None:
     (line,) = [json.loads(base64.b64decode("".join(each.split()[-1] for each in to_lines(sound_nodes()[1]))))]
     text = json.dumps(line | {"versions": line["versions"] | {"packhorse": "9.0"}, "of_tomorrow": 1})
     other = f"packhorse-doctor 1 0 1 {base64.b64encode(text.encode()).decode()}"
-    rows = judge(QUESTION, from_lines([*to_lines(sound_nodes()[0]), other]))
+    rows = diagnose(QUESTION, from_lines([*to_lines(sound_nodes()[0]), other]))
     assert first_broken(rows).fact == "packhorse is 0.1.0 on gpu1, 9.0 on gpu2"
 
 
-def ask_two_nodes(question: Question, environment: dict[str, str] | None = None) -> list[str]:
+def ask_two_nodes(question: DoctorRequest, environment: dict[str, str] | None = None) -> list[str]:
     """Both nodes' part, as srun starts it; they share this machine."""
     command = [sys.executable, "-m", "packhorse.doctor.node", question.model_dump_json()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (environment or {})
@@ -69,12 +69,12 @@ def ask_two_nodes(question: Question, environment: dict[str, str] | None = None)
 
 
 @pytest.fixture
-def question(tmp_path: Path) -> Question:
+def question(tmp_path: Path) -> DoctorRequest:
     with open_port(0) as probe:
         port = probe.getsockname()[1]
     (tmp_path / ".packhorse-doctor-ab").mkdir()
     (tmp_path / ".packhorse-doctor-ab/start").write_text("ab")
-    return Question(
+    return DoctorRequest(
         num_nodes=2,
         gpus_per_node=0,
         folder=str(tmp_path),
@@ -85,16 +85,16 @@ def question(tmp_path: Path) -> Question:
     )
 
 
-def test_two_nodes_meet_and_are_judged(question: Question) -> None:
+def test_two_nodes_meet_and_are_judged(question: DoctorRequest) -> None:
     found = from_lines(ask_two_nodes(question, {"GLOO_SOCKET_IFNAME": "lo"}))
-    rows = judge(question, found)
+    rows = diagnose(question, found)
     assert first_broken(rows) is None, rows
     assert {row.name: row.verdict for row in rows}["between nodes"] == "ok"
     assert max(node.seconds for node in found) < 5
 
 
-def test_an_interface_that_is_not_there(question: Question) -> None:
-    rows = judge(question, from_lines(ask_two_nodes(question, {"GLOO_SOCKET_IFNAME": "ib9"})))
+def test_an_interface_that_is_not_there(question: DoctorRequest) -> None:
+    rows = diagnose(question, from_lines(ask_two_nodes(question, {"GLOO_SOCKET_IFNAME": "ib9"})))
     broken = first_broken(rows)
     assert broken is not None
     assert broken.name == "interface"
@@ -115,7 +115,7 @@ def test_a_job_of_three_minutes_asks_for_what_the_site_says() -> None:
             "options": ["--exclusive"],
         }
     )
-    words = short_job_words(QUESTION, site, "/shared/venv/bin")
+    words = short_job_arguments(QUESTION, site, "/shared/venv/bin")
     assert words[: words.index("bash")] == [
         "--job-name=packhorse-doctor", "--account=proj", "--partition=gpu", "--nodes=2", "--ntasks-per-node=1",
         "--gres=gpu:h100:2", "--time=00:03:00", "--exclusive", "--ntasks=2", "--label", "--kill-on-bad-exit=0",
@@ -193,6 +193,6 @@ def test_the_two_halves_of_a_job_script(
         (run / "said").write_text(lines)
         with (run / "said").open() as said:
             monkeypatch.setattr("sys.stdin", said)
-            assert in_job(["judge", text]) == code
+            assert in_job(["diagnose", text]) == code
         assert words in " ".join(capsys.readouterr().err.split())
     assert not [path for path in run.iterdir() if path.name.startswith(".packhorse-doctor")]

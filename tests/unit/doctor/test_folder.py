@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.doctor import folder as module
-from packhorse.doctor.facts import FolderFacts, Question
-from packhorse.doctor.folder import examine_folder, meeting_place, open_place
-from packhorse.doctor.meeting import Hub, Meeting, join, open_port
+from packhorse.doctor import shared_folder as module
+from packhorse.doctor.facts import DoctorRequest, FolderFacts
+from packhorse.doctor.rendezvous import Hub, Meeting, join, open_port
+from packhorse.doctor.shared_folder import examine_folder, meeting_place, open_place
 
 FULL_DISK = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from packhorse.doctor.facts import Question
-from packhorse.doctor.folder import examine_folder
-from packhorse.doctor.meeting import Meeting
+from packhorse.doctor.facts import DoctorRequest
+from packhorse.doctor.shared_folder import examine_folder
+from packhorse.doctor.rendezvous import Meeting
 
-asked = Question(num_nodes=1, gpus_per_node=0, folder=sys.argv[1], token="0", fast=True)
+asked = DoctorRequest(num_nodes=1, gpus_per_node=0, folder=sys.argv[1], token="0", fast=True)
 print(examine_folder(0, asked, Meeting()).model_dump_json())
 """
 
@@ -36,11 +36,11 @@ def meetings() -> list[Meeting]:
     hub.close()
 
 
-def asked(folder: Path, **more: object) -> Question:
-    return Question(num_nodes=2, gpus_per_node=0, folder=str(folder), token="0123", **more)
+def asked(folder: Path, **more: object) -> DoctorRequest:
+    return DoctorRequest(num_nodes=2, gpus_per_node=0, folder=str(folder), token="0123", **more)
 
 
-def examine(questions: list[Question], meetings: list[Meeting]) -> list[FolderFacts]:
+def examine(questions: list[DoctorRequest], meetings: list[Meeting]) -> list[FolderFacts]:
     """Both nodes at once, each with its own view of the folder."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda number: examine_folder(number, questions[number], meetings[number]), range(2)))
@@ -99,7 +99,7 @@ def test_a_stale_handle_is_told_apart(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    alone = Question(num_nodes=1, gpus_per_node=0, folder=str(tmp_path / "no"), token="0", fast=True)
+    alone = DoctorRequest(num_nodes=1, gpus_per_node=0, folder=str(tmp_path / "no"), token="0", fast=True)
     (tmp_path / "no").touch()
     found = examine_folder(0, alone, Meeting())
     assert (found.exists, found.write_error) == (False, "Not a directory")

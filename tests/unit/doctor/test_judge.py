@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from doctor_cases import GB, QUESTION, sound_nodes
 
+from packhorse.doctor.diagnosis import diagnose
 from packhorse.doctor.facts import Choice, Failed, Gpu, NodeFacts
-from packhorse.doctor.judge import judge
-from packhorse.doctor.rows import first_broken
+from packhorse.doctor.table import first_broken
 
 Break = Callable[[list[NodeFacts]], list[NodeFacts]]
 
@@ -135,7 +135,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
 
 
 def test_all_is_well() -> None:
-    rows = judge(QUESTION, sound_nodes())
+    rows = diagnose(QUESTION, sound_nodes())
     assert [row for row in rows if row.verdict != "ok"] == []
     assert [row.name for row in rows] == [
         "nodes", "versions", "GPUs", "free GPUs", "driver", "name", "port", "interface", "between nodes", "clocks",
@@ -149,7 +149,7 @@ def test_all_is_well() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_fault_is_named(name: str) -> None:
     breaks, row_name, fact = CASES[name]
-    rows = judge(QUESTION, breaks(sound_nodes()))
+    rows = diagnose(QUESTION, breaks(sound_nodes()))
     broken = first_broken(rows)
     assert broken is not None
     assert (broken.name, broken.fix != "") == (row_name, True)
@@ -177,7 +177,7 @@ def test_a_fault_is_named(name: str) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_only_slow_or_later_is_a_note(breaks: Break, row_name: str, fact: str) -> None:
-    rows = judge(QUESTION, breaks(sound_nodes()))
+    rows = diagnose(QUESTION, breaks(sound_nodes()))
     assert first_broken(rows) is None
     found = [row for row in rows if row.verdict == "note"]
     assert [row.name for row in found] == [row_name]
@@ -190,14 +190,14 @@ def test_what_a_blocked_port_hides_is_not_called_broken() -> None:
     blocked = on_second("network", hub_error="no answer", met=(), ways=0, clock_skew_seconds=None)(nodes)
     seen = [node.model_copy(update={"folder": node.folder.model_copy(update={"sees": (0,)})}) for node in blocked]
     seen = [node.model_copy(update={"bandwidth": None}) for node in seen]
-    verdicts = {row.name: row.verdict for row in judge(QUESTION, seen)}
+    verdicts = {row.name: row.verdict for row in diagnose(QUESTION, seen)}
     assert [name for name, verdict in verdicts.items() if verdict == "broken"] == ["port"]
     hidden = [name for name, verdict in verdicts.items() if verdict == "not tried"]
     assert hidden == ["between nodes", "clocks", "bandwidth"]
 
 
 def test_nobody_answers() -> None:
-    rows = judge(QUESTION, [], "bash: python: command not found")
+    rows = diagnose(QUESTION, [], "bash: python: command not found")
     assert [row.name for row in rows] == ["nodes"]
     assert "bash: python: command not found" in rows[0].fact
 
@@ -205,13 +205,13 @@ def test_nobody_answers() -> None:
 def test_a_host_without_a_name_is_told_only_where_there_are_others() -> None:
     nameless = Choice(library="gloo", interface="lo", address="127.0.0.1", error="laptop is no known name")
     nodes = on_first("network", choices=(nameless,))(sound_nodes())
-    assert first_broken(judge(QUESTION, nodes)).name == "interface"
+    assert first_broken(diagnose(QUESTION, nodes)).name == "interface"
     alone = QUESTION.model_copy(update={"num_nodes": 1, "gpus_per_node": 0, "fast": True})
-    assert first_broken(judge(alone, nodes[:1])) is None
+    assert first_broken(diagnose(alone, nodes[:1])) is None
 
 
 def test_one_machine_without_gpus_has_rows_of_its_own_only() -> None:
     alone = QUESTION.model_copy(update={"num_nodes": 1, "gpus_per_node": 0, "fast": True})
-    rows = judge(alone, sound_nodes()[:1])
+    rows = diagnose(alone, sound_nodes()[:1])
     assert first_broken(rows) is None
     assert {"GPUs", "driver", "port", "clocks", "rename", "bandwidth"}.isdisjoint(row.name for row in rows)

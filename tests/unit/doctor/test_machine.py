@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.doctor.facts import Question
+from packhorse.doctor.facts import DoctorRequest
+from packhorse.doctor.inputs import store_facts, weights_fault
 from packhorse.doctor.machine import file_system, gpu_facts, memory_limit, room_facts, torch_built_for, versions
-from packhorse.doctor.store import store_facts, weights_fault
 
 SMI = "0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 4\n1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 20000\n"
 
@@ -135,7 +135,9 @@ def test_weights_that_are_not_whole(tmp_path: Path) -> None:
 
 
 def test_a_variable_in_the_models_path_is_the_nodes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Question(num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", model_folder="${env:MODELS}/base")
+    asked = DoctorRequest(
+        num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", model_folder="${env:MODELS}/base"
+    )
     monkeypatch.delenv("MODELS", raising=False)
     assert "MODELS is not set" in store_facts(1, asked).model_fault
     monkeypatch.setenv("MODELS", str(tmp_path))
@@ -145,7 +147,7 @@ def test_a_variable_in_the_models_path_is_the_nodes_own(tmp_path: Path, monkeypa
 def test_what_is_not_there_is_told_without_a_look_at_the_hub(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    asked = Question(num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", fast=True)
+    asked = DoctorRequest(num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", fast=True)
     found = store_facts(0, asked.model_copy(update={"model_id": "org/nothing", "data_folder": str(data)}))
     assert "org/nothing is not in " in found.model_fault
     assert found.data_fault == f"{data} holds no prepared data"

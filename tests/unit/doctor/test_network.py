@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from packhorse.doctor.interfaces import choices, gloo_choice, interfaces, link_mbit, nccl_choice
-from packhorse.doctor.meeting import Hub, Meeting, join, open_port
+from packhorse.doctor.rendezvous import Hub, Meeting, join, open_port
 
 UP = {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0": "192.168.0.7", "ib0": "10.0.0.7"}
 

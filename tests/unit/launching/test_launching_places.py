@@ -13,9 +13,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from packhorse.cli.main import main
 from packhorse.errors import UserError
-from packhorse.launching.places.lines import ADDRESS, engine_environment, lines_of_nodes
-from packhorse.launching.places.request import name_of
+from packhorse.launching.places.node_commands import ADDRESS, engine_environment, launch_commands
 from packhorse.launching.places.start import launch_of
+from packhorse.launching.places.task_files import name_of
 from packhorse.plan.command import launch_argv
 from packhorse.plan.run_plan import RunPlan, Topology
 from packhorse.run_folder.folder import open_run
@@ -67,7 +67,7 @@ def test_torchrun_is_given_what_accelerate_would_set(engine: str) -> None:
 def test_each_node_has_a_line_that_bash_reads_back(plan: RunPlan, tmp_path: Path) -> None:
     hostile = str(tmp_path / "a $(touch canary) 'b'" / "plan.json")
     two = plan.model_copy(update={"topology": two_nodes("fsdp2"), "argv": (*plan.argv[:-1], hostile)})
-    text = lines_of_nodes(two)
+    text = launch_commands(two)
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     lines = [line for line in text.splitlines() if not line.startswith(("#", "export "))]
     assert len(lines) == 4

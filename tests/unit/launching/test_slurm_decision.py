@@ -8,7 +8,7 @@ import pytest
 
 from packhorse.errors import EXIT_BUG, EXIT_DISK, EXIT_LOST, EXIT_MEMORY, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from packhorse.launching.local.outcome import Outcome
-from packhorse.launching.slurm.decision import Asked, Situation, decide
+from packhorse.launching.slurm.next_action import Asked, Situation, decide
 from packhorse.run_folder.attempts import AttemptRecord
 
 STOPPED = Outcome(EXIT_STOPPED, "stopped; it goes on from step 7", "stopped")

@@ -13,9 +13,9 @@ from launching_cases import PREPARED, planned
 
 from packhorse.errors import EXIT_LOST, EXIT_STOPPED, UserError
 from packhorse.launching.slurm.chain import CANCEL_FILE
-from packhorse.launching.slurm.decision import Asked
 from packhorse.launching.slurm.in_job import EXIT_IN_VAIN, begin, end, followed, main
 from packhorse.launching.slurm.jobs import append_job, read_jobs
+from packhorse.launching.slurm.next_action import Asked
 from packhorse.plan.run_plan import RunPlan, write_plan
 from packhorse.run_folder.attempts import read_attempts
 from packhorse.run_folder.checkpoints.manifest import CheckpointManifest, RunFacts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packhorse.launching.slurm.lead import signal_lead
+from packhorse.launching.slurm.script import signal_lead
 
 
 def test_short_steps_get_the_least() -> None:

@@ -35,7 +35,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told(said: str, site: SiteProfile = SITE, asked: JobRequest = ASKED) -> str:
-    return str(refusals.explained(SlurmError("sbatch", said, ""), site, asked))
+    return str(refusals.explain_refusal(SlurmError("sbatch", said, ""), site, asked))
 
 
 @pytest.mark.parametrize(

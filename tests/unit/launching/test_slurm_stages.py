@@ -13,10 +13,10 @@ from launching_cases import PREPARED, planned
 from packhorse.commands import status_jobs
 from packhorse.commands.status import is_under_way, status
 from packhorse.launching.slurm import chain
-from packhorse.launching.slurm.chain import follow, left_of, submit_again
+from packhorse.launching.slurm.chain import follow, resubmit, unfinished_jobs
 from packhorse.launching.slurm.client import JobState, NoSlurmError
+from packhorse.launching.slurm.job_reports import JobReport, read_ends, record_end, report_jobs
 from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, read_jobs
-from packhorse.launching.slurm.stages import Stage, read_ends, record_end, stages_of
 from packhorse.plan.run_plan import write_plan
 from packhorse.run_folder.attempts import Begun, begin_attempt
 from packhorse.run_folder.heartbeat import Heartbeat
@@ -41,7 +41,7 @@ def chained(first: int = 11, goes_on_from: str | None = None) -> list[JobRecord]
     ]
 
 
-def told(stages: list[Stage]) -> list[tuple[str, str, str]]:
+def told(stages: list[JobReport]) -> list[tuple[str, str, str]]:
     return [(stage.record.kind, stage.became, stage.why) for stage in stages]
 
 
@@ -55,7 +55,7 @@ def test_the_rest_of_a_chain_waits_for_the_job_before() -> None:
         JobState("12", "RUNNING", nodes="node1"),
         *(JobState(number, "PENDING", "Dependency") for number in ("13", "14")),
     ]
-    assert told(stages_of(list(zip(chained(), states, strict=True)), {}, now("training"), has_data=True)) == [
+    assert told(report_jobs(list(zip(chained(), states, strict=True)), {}, now("training"), has_data=True)) == [
         ("prepare", "done", ""),
         ("train", "runs", ""),
         ("evaluate", "waits", "it begins when job 12 (train) has ended well"),
@@ -72,7 +72,7 @@ def test_after_a_failed_job_the_rest_do_not_run_and_say_why(forgotten: bool) -> 
     ]
     jobs = list(zip(chained(), [None] * 4 if forgotten else states, strict=True))
     status = now("failed", "rank 1 failed: RuntimeError: no\nsecond line")
-    assert told(stages_of(jobs, {}, status, has_data=True)) == [
+    assert told(report_jobs(jobs, {}, status, has_data=True)) == [
         ("prepare", "done", ""),
         ("train", "failed", "rank 1 failed: RuntimeError: no"),
         ("evaluate", "not run", "job 12 (train) did not end well"),
@@ -82,13 +82,13 @@ def test_after_a_failed_job_the_rest_do_not_run_and_say_why(forgotten: bool) -> 
 
 def test_what_a_job_said_of_its_end_outlives_what_slurm_remembers(tmp_path: Path) -> None:
     record_end(tmp_path, "evaluate", "13", 2)
-    stages = stages_of([(record, None) for record in chained()], read_ends(tmp_path), now("finished"), has_data=True)
+    stages = report_jobs([(record, None) for record in chained()], read_ends(tmp_path), now("finished"), has_data=True)
     assert told(stages)[1:] == [
         ("train", "done", ""),
         ("evaluate", "failed", "exit code 2"),
         ("verify", "not run", "job 13 (evaluate) did not end well"),
     ]
-    assert [record.job_id for record in left_of(stages)] == ["13", "14"]
+    assert [record.job_id for record in unfinished_jobs(stages)] == ["13", "14"]
 
 
 def test_a_job_that_was_submitted_again_takes_the_place_of_the_failed_one() -> None:
@@ -98,7 +98,7 @@ def test_a_job_that_was_submitted_again_takes_the_place_of_the_failed_one() -> N
         JobRecord(job_id="21", kind="verify", submitted_at=1.0, argv=("sbatch",), depends_on=("20",)),
     ]
     live = [(again[0], JobState("20", "RUNNING")), (again[1], JobState("21", "PENDING", "Dependency"))]
-    stages = stages_of([*jobs, *live], {}, now("finished"), has_data=True)
+    stages = report_jobs([*jobs, *live], {}, now("finished"), has_data=True)
     assert [stage.became for stage in stages] == ["done", "done", "replaced", "replaced", "runs", "waits"]
     assert stages[2].why == "job 20 took its place"
 
@@ -107,7 +107,7 @@ def test_jobs_after_training_wait_for_the_job_that_goes_on_with_it() -> None:
     follower = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch",), goes_on_from="12")
     states = [None, JobState("12", "TIMEOUT"), *(JobState(each, "PENDING", "Dependency") for each in ("13", "14"))]
     jobs = [*zip(chained(), states, strict=True), (follower, JobState("30", "PENDING", "Priority"))]
-    stages = stages_of(jobs, {}, now("stopped"), has_data=True)
+    stages = report_jobs(jobs, {}, now("stopped"), has_data=True)
     assert told(stages)[2] == ("evaluate", "waits", "it begins when job 30 (train) has ended well")
     assert told(stages)[4] == ("train", "waits", "other jobs come first (Priority)")
 
@@ -117,7 +117,7 @@ def test_a_job_that_stands_by_is_not_what_others_wait_for_while_the_first_one_tr
     stands_by = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch",), goes_on_from="12")
     waiting = [JobState(each, "PENDING", "Dependency") for each in ("13", "14", "30")]
     jobs = list(zip([*chained()[1:], stands_by], [JobState("12", "RUNNING"), *waiting], strict=True))
-    stages = stages_of(jobs, {}, now("training"), has_data=True)
+    stages = report_jobs(jobs, {}, now("training"), has_data=True)
     assert told(stages)[1] == ("evaluate", "waits", "it begins when job 12 (train) has ended well")
     assert told(stages)[3] == ("train", "waits", "it begins only if job 12 is cut short")
     assert status_jobs.state_words(stages) == ""
@@ -128,9 +128,9 @@ def test_a_job_that_stood_by_for_nothing_is_neither_the_result_nor_what_is_submi
     stood_by = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch", "RUN"), goes_on_from="12")
     ended = JobState("12", "COMPLETED" if state == "finished" else "FAILED")
     jobs = [(chained()[1], ended), (stood_by, JobState("30", "CANCELLED", "DependencyNeverSatisfied"))]
-    stages = stages_of([*jobs, (chained()[2], None)], {}, now(state), has_data=True)
+    stages = report_jobs([*jobs, (chained()[2], None)], {}, now(state), has_data=True)
     assert [stage.became for stage in stages[:2]] == ["done" if state == "finished" else "failed", "replaced"]
-    assert [record.job_id for record in left_of(stages)] == (["13"] if state == "finished" else ["12", "13"])
+    assert [record.job_id for record in unfinished_jobs(stages)] == (["13"] if state == "finished" else ["12", "13"])
     if state == "failed":
         assert stages[2].why == "job 12 (train) did not end well"
 
@@ -139,9 +139,9 @@ def test_what_went_on_with_a_job_is_submitted_again_as_that_job_was() -> None:
     """A follower is submitted by the job itself, from a copy of the script that is gone when it ends."""
     follower = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch", "RUN"), goes_on_from="12")
     jobs = [(chained()[1], JobState("12", "TIMEOUT")), (follower, JobState("30", "FAILED"))]
-    stages = stages_of(jobs, {}, now("failed", "x"), has_data=True)
+    stages = report_jobs(jobs, {}, now("failed", "x"), has_data=True)
     assert [stage.became for stage in stages] == ["replaced", "failed"]
-    assert left_of(stages) == [chained()[1]]
+    assert unfinished_jobs(stages) == [chained()[1]]
 
 
 @pytest.mark.parametrize(
@@ -159,24 +159,24 @@ def test_what_went_on_with_a_job_is_submitted_again_as_that_job_was() -> None:
 )
 def test_a_reason_is_told_in_words_and_as_slurm_has_it(reason: str, words: str) -> None:
     jobs = [(chained()[1], JobState("12", "PENDING", reason))]
-    assert stages_of(jobs, {}, now("prepared"), has_data=True)[0].why.startswith(words)
+    assert report_jobs(jobs, {}, now("prepared"), has_data=True)[0].why.startswith(words)
 
 
 def test_a_job_that_ended_while_its_run_says_nothing_is_told_by_slurm() -> None:
     jobs = [(chained()[1], JobState("12", "OUT_OF_MEMORY", "OutOfMemory", exit_code="0:125"))]
-    why = stages_of(jobs, {}, now("training"), has_data=True)[0].why
+    why = report_jobs(jobs, {}, now("training"), has_data=True)[0].why
     assert why == "OUT_OF_MEMORY, exit code 0:125: it took more memory than it had asked for (OutOfMemory)"
 
 
 def test_the_job_scripts_own_exit_codes_are_told_in_words() -> None:
     jobs = [(chained()[1], JobState("12", "FAILED", "NonZeroExitCode", exit_code="20:0"))]
-    why = stages_of(jobs, {}, now("prepared"), has_data=True)[0].why
+    why = report_jobs(jobs, {}, now("prepared"), has_data=True)[0].why
     assert why == "FAILED, exit code 20:0: a node cannot do its part, told in its log"
 
 
 def test_why_a_cancelled_job_had_waited_is_not_told_as_how_it_ended() -> None:
     jobs = [(chained()[1], JobState("12", "CANCELLED", "Resources", exit_code="0:0"))]
-    assert stages_of(jobs, {}, now("prepared"), has_data=True)[0].why == "CANCELLED"
+    assert report_jobs(jobs, {}, now("prepared"), has_data=True)[0].why == "CANCELLED"
 
 
 # --- status ---
@@ -286,7 +286,7 @@ def test_what_is_left_is_submitted_as_before_each_after_the_one_before(run: Path
     typed: list[list[str]] = []
     sent = lambda words: str(typed.append(list(words)) or 50 + len(typed))  # noqa: E731
     monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", sent)
-    again = submit_again(run, chained()[1:])
+    again = resubmit(run, chained()[1:])
     assert typed == [
         ["train.sbatch", "RUN"],
         ["--dependency=afterok:51", "--kill-on-invalid-dep=yes", "evaluate.sbatch", "RUN"],

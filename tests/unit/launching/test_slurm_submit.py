@@ -10,7 +10,7 @@ import yaml
 
 from packhorse.cli.main import main
 from packhorse.errors import UserError
-from packhorse.launching.slurm.client import Expected
+from packhorse.launching.slurm.client import StartEstimate
 from packhorse.launching.slurm.submit import only_submission
 from packhorse.run_folder.folder import open_run
 from packhorse.run_folder.lock import hold_for_job, release_job
@@ -131,7 +131,7 @@ def waiting_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return number
 
     monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", submit_script)
-    monkeypatch.setattr("packhorse.commands.sending.check_jobs", lambda site, jobs: [Expected(1.0, "n1", "p")] * 2)
+    monkeypatch.setattr("packhorse.commands.sending.check_jobs", lambda site, jobs: [StartEstimate(1.0, "n1", "p")] * 2)
     assert main(["submit", "tiny.yaml", "--nodes", "2"]) == 0
     return run
 

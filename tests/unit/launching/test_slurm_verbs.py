@@ -17,8 +17,9 @@ from packhorse.commands import logs as logs_verb
 from packhorse.commands import resume as resume_verb
 from packhorse.commands import sending, status_jobs, submit_sweep
 from packhorse.errors import UserError
-from packhorse.launching.slurm import chain, sweep_jobs
-from packhorse.launching.slurm.client import Expected, JobState, SlurmError
+from packhorse.launching.slurm import chain
+from packhorse.launching.slurm import job_reports as sweep_jobs
+from packhorse.launching.slurm.client import JobState, SlurmError, StartEstimate
 from packhorse.launching.slurm.jobs import JobRecord, Kind, append_job, read_jobs
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.load import load_recipe
@@ -276,7 +277,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         monkeypatch.setattr(module, "with_states", lambda records: [(record, None) for record in records])
     monkeypatch.setattr(sweep_jobs, "job_states", lambda _: {})
     for module in (submit_sweep, sending):
-        monkeypatch.setattr(module, "check_jobs", lambda _, jobs: [Expected(None, "", "") for _ in jobs])
+        monkeypatch.setattr(module, "check_jobs", lambda _, jobs: [StartEstimate(None, "", "") for _ in jobs])
     return typed
 
 

@@ -53,7 +53,7 @@ class StartEstimate:
     """Answer of `sbatch --test-only`, which queues nothing.
 
     Attributes:
-        starts_at: Expected start in Unix seconds; None where Slurm gives none.
+        starts_at: Start in Unix seconds, as Slurm expects it; None where it gives none.
         nodes: Nodes as Slurm writes them, such as `node[1-2]`.
         partition: Partition that the job would run in.
         note: Why the job may not start for now; empty without such a reason.

@@ -101,7 +101,7 @@ def report_jobs(
     """Report each job of a run, in the order of submission.
 
     Args:
-        jobs: Jobs of one run, as `with_states` returns them.
+        jobs: All jobs of one run, as `with_states` returns them.
         ends: Recorded ends of jobs.
         run_status: Status of the run.
         has_data: Whether the run's data is prepared.

@@ -196,7 +196,9 @@ def _optional_lines(nodes: Sequence[Record]) -> list[ProfileLine]:
     return [
         ProfileLine("constraint", "", comment, features[0] if features else "a100"),
         ProfileLine("modules", "", "`module avail` lists them", "[cuda/12.8]"),
-        ProfileLine("container", "", "prefix of each command on a node", "[apptainer, exec, --nv, /shared/packhorse.sif]"),
+        ProfileLine(
+            "container", "", "prefix of each command on a node", "[apptainer, exec, --nv, /shared/packhorse.sif]"
+        ),
         ProfileLine("environment", "", "environment variables; never a secret", "{NCCL_IB_HCA: mlx5}"),
         ProfileLine("network_interface", "", "if NCCL selects a wrong one; `ip -br link` on a node lists them", "ib0"),
         ProfileLine("scratch", "", "a fast local folder of each node", "${env:TMPDIR}"),
