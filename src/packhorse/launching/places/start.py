@@ -1,7 +1,7 @@
 """Start one node in a container: `python -m packhorse.launching.places.start RUN NODE_RANK ADDRESS PORT`.
 
-The task files run this module and not `accelerate launch`, because the path of Packhorse in the container is known only
-there. A container receives SIGTERM only in its first process: this one passes it to all ranks as RUN/STOP, so they save.
+The task files run this module and not `accelerate launch`, because only the container knows where Packhorse is
+installed in it. A container receives SIGTERM only in its first process: this one asks all ranks to save, by RUN/STOP.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def find_excess(site: SiteProfile, request: JobRequest) -> UserError | None:
                 why,
                 f"set --time to {_hours(longest)} or less: a longer run resumes in the next job."
                 if request.signal_seconds is not None
-                else f"set cpu_jobs.time of {site.name} to {_hours(longest)} or less, or cpu_jobs.partition to another.",
+                else f"set cpu_jobs.time of {site.name} to {_hours(longest)} or less, or change cpu_jobs.partition.",
             )
     return None
 
