@@ -52,7 +52,9 @@ def status(run: str) -> int:
     if now is not None:
         lines += _state(now, beats, runs or _is_held(folder), stages)
     lines += job_lines(folder, stages, silent)
-    if not runs and (any(stage.became == "failed" for stage in stages) or (now is not None and now.state == "failed")):
+    if not runs and (
+        any(stage.condition == "failed" for stage in stages) or (now is not None and now.state == "failed")
+    ):
         lines += failure_lines(folder, attempts)
     checkpoint = newest_step(folder)
     lines += [("checkpoint", f"step {checkpoint:,} is the newest complete one" if checkpoint else "none yet")]
@@ -60,7 +62,7 @@ def status(run: str) -> int:
         finished = now is not None and now.state == "finished"
         reached = max((beat.step for beat in beats), default=0) if runs or finished else checkpoint
         # A job's ranks have no heartbeat before they begin.
-        begins = any(stage.record.kind == "train" and stage.became == "runs" for stage in stages)
+        begins = any(stage.record.kind == "train" and stage.condition == "runs" for stage in stages)
         live = runs or (begins and not has_ended(folder, attempts[-1].attempt))
         lines += [("attempts", _attempt(attempt, live and attempt is attempts[-1])) for attempt in attempts]
         lines += _lost(attempts, figures, reached, time.time() if runs else attempts[-1].ended_at)
@@ -80,7 +82,7 @@ def is_under_way(folder: Path) -> bool:
     return (
         _ranks_live(folder, attempts, beats)
         or _is_held(folder)
-        or any(stage.became in ("waits", "runs") for stage in stages)
+        or any(stage.condition in ("waits", "runs") for stage in stages)
     )
 
 

@@ -52,14 +52,14 @@ def stages_of_run(run_folder: Path, jobs: Sequence[tuple[JobRecord, JobState | N
 
 def job_lines(run_folder: Path, stages: Sequence[JobReport], silent: str) -> list[tuple[str, str]]:
     """A line a job, those that others took the place of in one; then what to do where some did not end well."""
-    shown = [stage for stage in stages if stage.became != "replaced"]
-    earlier = [f"{stage.record.job_id} ({stage.record.kind})" for stage in stages if stage.became == "replaced"]
+    shown = [stage for stage in stages if stage.condition != "replaced"]
+    earlier = [f"{stage.record.job_id} ({stage.record.kind})" for stage in stages if stage.condition == "replaced"]
     lines = [("jobs before", ", ".join(earlier))] if earlier else []
     lines += [("job", f"{stage.record.job_id} {stage.record.kind}: {words_of(stage)}") for stage in shown]
     if silent:
         lines.append(("Slurm", f"what its jobs do now is not known: {silent}"))
-    broken = any(stage.became in ("failed", "not run") for stage in shown)
-    if broken and not any(stage.became in ("waits", "runs") for stage in shown):
+    broken = any(stage.condition in ("failed", "not run") for stage in shown)
+    if broken and not any(stage.condition in ("waits", "runs") for stage in shown):
         first = "it was cancelled" if (run_folder / CANCEL_FILE).exists() else "mend what failed"
         lines.append(("next", f"{first}; `packhorse resume {relative(run_folder)}` goes on from there"))
     return lines
@@ -68,24 +68,24 @@ def job_lines(run_folder: Path, stages: Sequence[JobReport], silent: str) -> lis
 def words_of(stage: JobReport) -> str:
     """What a job does, in words."""
     state = stage.state
-    if stage.became == "runs" and state is not None:
+    if stage.condition == "runs" and state is not None:
         again = f", queued again {state.restarts} time{'s' * (state.restarts > 1)}" if state.restarts else ""
         since = f" since {clock(state.expected_start)}" if state.expected_start else ""
         limit = f", time limit {state.time_limit}" if state.time_limit else ""
         ends = "" if state.state == "RUNNING" else f" ({state.state})"
         return f"runs{ends} on {state.nodes}{since}{limit}{again}"
-    said = LABELS[stage.became] + (f": {stage.why}" if stage.why else "")
-    expected = state.expected_start if state is not None and stage.became == "waits" else None
+    said = LABELS[stage.condition] + (f": {stage.reason}" if stage.reason else "")
+    expected = state.expected_start if state is not None and stage.condition == "waits" else None
     return said + (f"; it may begin at {clock(expected)}" if expected and expected > time.time() else "")
 
 
 def state_words(stages: Sequence[JobReport]) -> str:
     """What is said in place of `killed` of a run whose job waits in the queue; empty where none does."""
     trains = [stage for stage in stages if stage.record.kind == "train"]
-    waiting = next((stage for stage in trains if stage.became == "waits"), None)
-    if waiting is None or any(stage.became == "runs" for stage in trains):
+    waiting = next((stage for stage in trains if stage.condition == "waits"), None)
+    if waiting is None or any(stage.condition == "runs" for stage in trains):
         return ""
-    why = f": {waiting.why}" if waiting.why else ""
+    why = f": {waiting.reason}" if waiting.reason else ""
     return f"job {waiting.record.job_id} waits in the queue{why}"
 
 

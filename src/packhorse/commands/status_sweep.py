@@ -115,9 +115,9 @@ def best_of(lines: Sequence[Line]) -> Line | None:
 
 def _state(state: str, stages: Sequence[JobReport]) -> str:
     train = next((stage for stage in reversed(stages) if stage.record.kind == "train"), None)
-    if train is None or state == "finished" or train.became in ("runs", "done", "replaced"):
+    if train is None or state == "finished" or train.condition in ("runs", "done", "replaced"):
         return state
-    return words_of(train) if train.became in LABELS else state
+    return words_of(train) if train.condition in LABELS else state
 
 
 def _number(value: float) -> str:

@@ -13,7 +13,7 @@ from packhorse.commands.lines import pairs
 from packhorse.commands.planned_jobs import Asked, Submission, planned_jobs, programs_of, submission
 from packhorse.commands.sending import make_run, show_plain, size_words, when_words
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.slurm.client import NoSlurmError, SlurmError, StartEstimate, cancel
+from packhorse.launching.slurm.client import NoSlurmError, SlurmClient, SlurmError, StartEstimate
 from packhorse.launching.slurm.jobs import JobRecord, append_job, submit_job
 from packhorse.launching.slurm.refusals import explain_refusal
 from packhorse.launching.slurm.script import command_script, cpu_request, show, train_request, train_script
@@ -129,7 +129,7 @@ def _send(sweep: Sweep, expected: Sequence[StartEstimate]) -> list[JobRecord]:
             record = submit_job(words, job.kind, depends_on, None if depends_on else start.starts_at)
         except SlurmError as error:
             if records:
-                cancel([each.job_id for each in records])
+                SlurmClient().cancel([each.job_id for each in records])
             raise explain_refusal(error, sweep.found[0].site, job.request) from error
         append_job(folder, record)
         for run in sweep.runs:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from packhorse.errors import UserError
-from packhorse.launching.slurm.client import JobState, job_states, submit_script
+from packhorse.launching.slurm.client import JobState, SlurmClient
 from packhorse.plan.run_plan import PlanPart, RunPlan
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.json_lines import append_line, read_lines
@@ -50,7 +50,7 @@ def submit_job(
         SlurmError: It is refused.
     """
     return JobRecord(
-        job_id=submit_script(words),
+        job_id=SlurmClient().submit(words),
         kind=kind,
         submitted_at=time.time(),
         argv=("sbatch", "--parsable", *words),
@@ -87,7 +87,7 @@ def with_states(records: Sequence[JobRecord]) -> list[tuple[JobRecord, JobState 
         NoSlurmError: There is no Slurm here, and there are jobs.
         SlurmError: Slurm does not answer.
     """
-    states = job_states([record.job_id for record in records]) if records else {}
+    states = SlurmClient().job_states([record.job_id for record in records]) if records else {}
     found: list[tuple[JobRecord, JobState | None]] = []
     for record in records:
         own = [state for state in states.values() if state.job_id.partition("_")[0] == record.job_id.partition("_")[0]]
