@@ -10,6 +10,7 @@ from packhorse.doctor.diagnosis_network import (
     bandwidth_row,
     clock_row,
     connection_row,
+    first_hosts,
     interface_row,
     name_row,
     port_row,
@@ -56,6 +57,7 @@ def diagnose(request: DoctorRequest, nodes: Sequence[NodeFacts], other_output: s
         port_row,
         interface_row,
         connection_row,
+        first_hosts,
         clock_row,
         folder_row,
         rename_row,
@@ -100,7 +102,7 @@ def versions_row(_: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row:
         for node in nodes:
             by_version.setdefault(node.versions.get(name, "absent"), []).append(node.host)
         if len(by_version) > 1:
-            versions = ", ".join(f"{version} on {_first_hosts(hosts)}" for version, hosts in by_version.items())
+            versions = ", ".join(f"{version} on {first_hosts(hosts)}" for version, hosts in by_version.items())
             differing.append(f"{name} is {versions}")
     if not differing:
         own = nodes[0].versions
@@ -244,10 +246,6 @@ def rank_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row:
         parts.append(f"{numbers} on {node.host}" + (f" GPU {gpus}" if gpus else ""))
     what = "rank" if request.gpus_per_node else "launcher"
     return Row("rank map", "ok", f"{what} {_first_items(parts, 16)}")
-
-
-def _first_hosts(hosts: Sequence[str]) -> str:
-    return ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
 
 
 def _first_items(items: Iterable[str], most: int = 4) -> str:

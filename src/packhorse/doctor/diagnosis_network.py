@@ -55,7 +55,7 @@ def port_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
         return Row("port", "broken", first_error, "set MASTER_PORT to a port that is free there, for example 29511.")
     failed = [node for node in nodes if node.network.rendezvous_error]
     if failed:
-        hosts = _first_hosts([node.host for node in failed])
+        hosts = first_hosts([node.host for node in failed])
         network = failed[0].network
         return Row(
             "port",
@@ -63,7 +63,7 @@ def port_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
             f"{hosts} cannot reach port {port} of {master} ({network.resolved}): {network.rendezvous_error}",
             "open TCP ports 20000 to 65535 between the nodes in their firewall, or set MASTER_PORT to an open one.",
         )
-    return Row("port", "ok", f"{_first_hosts([node.host for node in nodes[1:]])} can reach port {port} of {master}")
+    return Row("port", "ok", f"{first_hosts([node.host for node in nodes[1:]])} can reach port {port} of {master}")
 
 
 def interface_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row:
@@ -174,5 +174,6 @@ def _all_met(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> bool:
     return all(len(node.network.met_nodes) == request.num_nodes for node in nodes)
 
 
-def _first_hosts(hosts: Sequence[str]) -> str:
+def first_hosts(hosts: Sequence[str]) -> str:
+    """Return the first four names, and the number of the others."""
     return ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")

@@ -21,17 +21,8 @@ from packhorse.errors import UserError
 from packhorse.recipe.locate import path_of
 from packhorse.version import VERSION
 
-PACKAGES: Final = (
-    "torch",
-    "accelerate",
-    "deepspeed",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "bitsandbytes",
-    "safetensors",
-    "numpy",
-)
+PACKAGES: Final = {"torch", "accelerate", "deepspeed", "transformers", "tokenizers", "peft", "bitsandbytes",
+                   "safetensors", "numpy"}  # fmt: skip
 NCCL: Final = re.compile(r"nvidia-nccl-cu\d+")
 SMI_SECONDS: Final = 15.0
 GPU_FIELDS: Final = "index,uuid,name,memory.total,memory.used"

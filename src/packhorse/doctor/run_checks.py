@@ -26,15 +26,7 @@ MAX_SECONDS: Final = 58.0
 """Limit of the checks, from the time when the nodes are available."""
 JOB_TIME: Final = "00:03:00"
 NODE_MODULE: Final = "packhorse.doctor.node"
-NOT_FOR_SRUN: Final = (
-    "--signal",
-    "--requeue",
-    "--no-requeue",
-    "--open-mode",
-    "--output",
-    "--mail-user",
-    "--mail-type",
-)
+SBATCH_ONLY: Final = {"--signal", "--requeue", "--no-requeue", "--open-mode", "--output", "--mail-user", "--mail-type"}
 MAX_LAST_LINES: Final = 3
 PrintLine = Callable[[str], None]
 
@@ -78,7 +70,7 @@ def short_job_arguments(request: DoctorRequest, site: SiteProfile, programs: str
     """Return the arguments of `srun` without the request itself; the lines of the site run first on each node."""
     lines = directives(site, _job_request(request, site))
     words = [line.removeprefix(DIRECTIVE).split(" #")[0].strip() for line in lines]
-    options = [word for word in words if word.partition("=")[0] not in NOT_FOR_SRUN]
+    options = [word for word in words if word.partition("=")[0] not in SBATCH_ONLY]
     prologue = "\n".join([*site_lines(site, programs, trains=False), 'exec "${container[@]}" "$@"'])
     return [*options, *_one_task_per_node(request)[2:], "bash", "-c", prologue, "-", "python", "-m", NODE_MODULE]
 

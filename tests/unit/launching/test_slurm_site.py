@@ -1,4 +1,4 @@
-"""Site profiles: what is shipped loads; every mistake is told by file and line; nothing hostile gets through."""
+"""Site profiles: shipped ones load; every mistake has its file and line; hostile values are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOSTILE = [
     "\u2028a",
     "a#b",
 ]
-# Fields whose values stand in a #SBATCH line, or in a list of them.
+# Fields whose values become part of a #SBATCH line.
 IN_THE_BLOCK = [
     "account",
     "partition",
@@ -64,20 +64,20 @@ def test_three_kinds_of_cluster_are_shipped() -> None:
 
 @pytest.mark.parametrize("value", HOSTILE, ids=ascii)
 @pytest.mark.parametrize("field", IN_THE_BLOCK)
-def test_a_value_that_could_end_the_block_is_refused_by_name(field: str, value: str, tmp_path: Path) -> None:
+def test_a_value_that_could_end_the_block_is_refused(field: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"my.yaml:\d+: {field} is "):
         load_site(write(tmp_path, **{field: value}))
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=ascii)
 @pytest.mark.parametrize("field", ["modules", "options", "shared"])
-def test_and_so_is_an_item_of_a_list(field: str, value: str, tmp_path: Path) -> None:
+def test_an_item_of_a_list_that_could_end_the_block_is_refused(field: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"my.yaml:\d+: {field}(.0 is| holds) "):
         load_site(write(tmp_path, **{field: [value]}))
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=ascii)
-def test_and_the_name_of_a_variable(value: str, tmp_path: Path) -> None:
+def test_a_hostile_name_of_a_variable_is_refused(value: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names of variables"):
         load_site(write(tmp_path, environment={value: "1"}))
 
@@ -89,15 +89,15 @@ def test_a_line_break_in_text_is_refused(field: str, tmp_path: Path) -> None:
         load_site(write(tmp_path, **{field: value}))
 
 
-def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path: Path) -> None:
+def test_one_error_lists_all_mistakes_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(
         "nam: x\npartition: a b\ngpus_per_node: many\ncpu_jobs: {cpus: 0, tim: 1}\ngpus_asked_by: gre\nmodules: cuda\n"
     )
     with pytest.raises(UserError) as raised:
         load_site(str(path))
-    told = {(mistake.where.rpartition(":")[2], mistake.fact) for mistake in raised.value.mistakes}
-    assert told == {
+    mistakes = {(mistake.where.rpartition(":")[2], mistake.fact) for mistake in raised.value.mistakes}
+    assert mistakes == {
         ("1", "name is missing."),
         ("1", "nam is not a field of a site profile."),
         ("2", "partition is 'a b'; it takes a name of letters, digits, `.`, `_`, `-`."),
@@ -107,11 +107,11 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path: Path) -> Non
         ("5", "gpus_asked_by is 'gre'; it takes one of gpus-per-node, gres."),
         ("6", "modules is 'cuda'; it takes a list."),
     }
-    assert next(each.fix for each in raised.value.mistakes if "nam " in each.fact) == "write `name`."
+    assert next(mistake.fix for mistake in raised.value.mistakes if "nam " in mistake.fact) == "write `name`."
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "fact"),
     [
         ({"options": ["--nodes=3"]}, "options holds --nodes=3"),
         ({"options": ["--output=/etc/passwd"]}, "options holds --output"),
@@ -125,12 +125,12 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path: Path) -> Non
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_does_not_go_together_is_refused(fields: dict[str, object], said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
+def test_conflicting_fields_are_refused(fields: dict[str, object], fact: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=fact):
         load_site(write(tmp_path, **fields))
 
 
-def test_no_profile_says_how_to_write_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_profile_the_message_names_packhorse_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="packhorse site"):
         load_site(None)
@@ -147,7 +147,7 @@ def test_units() -> None:
     assert [mebibytes_of(text) for text in ("64G", "1T", "1025K", "5M")] == [65536, 2**20, 2, 5]
 
 
-def test_the_documentation_has_every_field_in_its_own_words() -> None:
+def test_the_documentation_lists_every_field() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "slurm.md").read_text(encoding="utf-8")
-    fields = {**SiteProfile.model_fields, **{f"cpu_jobs.{name}": each for name, each in CpuJobs.model_fields.items()}}
-    assert [name for name, each in fields.items() if f"| `{name}` | {each.description} |\n" not in page] == []
+    fields = {**SiteProfile.model_fields, **{f"cpu_jobs.{name}": field for name, field in CpuJobs.model_fields.items()}}
+    assert [name for name, field in fields.items() if f"| `{name}` | {field.description} |\n" not in page] == []
