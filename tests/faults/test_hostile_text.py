@@ -231,7 +231,7 @@ def test_the_job_script_gives_the_launch_the_words_of_the_plan(inner: Path) -> N
         timeout=60,
     )
     # The doctor wrote into a folder of that name; the launch that trains nothing is told, with the same name.
-    assert "10 rows looked at, 10 ok" in done.stderr
+    assert "10 checks, 10 ok" in done.stderr
     assert f"the ranks ended without a word; its last lines (all of it in {run.relative_to(inner)}/logs/" in done.stderr
     words = (inner / "words").read_bytes().decode().split("\0")[:-1]
     assert tuple(words[-len(open_run(str(run)).argv[2:]) :]) == open_run(str(run)).argv[2:]
