@@ -60,29 +60,29 @@ RESERVED_OPTIONS: Final = (
 
 
 class CpuJobs(Section):
-    """Jobs without GPUs, such as the one that prepares data."""
+    """Jobs that need no GPU, such as preparing the data before the training job starts."""
 
     partition: Word | None = None
     """Partition of these jobs; default: the partition of training."""
     qos: Word | None = None
     """QOS of these jobs; default: the QOS of training."""
     cpus: PositiveInt = 8
-    """CPUs per job."""
+    """CPUs of each job."""
     memory: Memory | None = None
-    """Memory per job; default: the partition's default."""
+    """Memory of each job; default: the default of the partition."""
     time: Duration = "04:00:00"
-    """Time limit per job."""
+    """Time limit of each job."""
 
 
 class SiteProfile(Section):
-    """A cluster: how jobs are requested, and the environment on its nodes."""
+    """A cluster: how to request jobs, and what its nodes provide."""
 
     name: Name
     """Name of the profile in messages."""
     account: Word | None = None
-    """Account that is charged (`sacctmgr show assoc user=$USER` lists yours)."""
+    """Account to charge (`sacctmgr show assoc user=$USER` lists yours)."""
     partition: Word | None = None
-    """Partition, or several separated by commas; default: the site's default partition."""
+    """Partition, or several separated by commas; default: the default of the site."""
     qos: Word | None = None
     """Quality of service."""
     constraint: Constraint | None = None
@@ -90,49 +90,49 @@ class SiteProfile(Section):
     options: list[Option] = []
     """Further options of sbatch, such as `--exclusive` or `--reservation=course`."""
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 8
-    """GPUs per node; 0: the nodes have none, and training runs on their CPUs."""
+    """GPUs of each node; 0: the nodes have none, and training runs on their CPUs."""
     gpus_asked_by: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     """Option that requests GPUs: `--gpus-per-node=8`, or `--gres=gpu:8` if the site requires it."""
     gpu_type: Word | None = None
-    """Slurm's name of the GPUs, if the site requires one: `h100` becomes `--gres=gpu:h100:8`."""
+    """Name of the GPUs in Slurm, if the site requires one: `h100` requests `--gres=gpu:h100:8`."""
     gpu: Line | None = None
-    """Name of the GPUs for the memory check, as for `packhorse plan --gpus`, such as `H100-80GB`."""
+    """Name of the GPUs for the memory check, as in `packhorse plan --gpus`, such as `H100-80GB`."""
     network_gbit: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)] | None = None
-    """Network bandwidth between nodes in Gbit/s per GPU, for the speed estimate."""
+    """Network bandwidth of one GPU between nodes in Gbit/s, for the time that the plan predicts."""
     cpus_per_gpu: PositiveInt | None = None
-    """CPUs per GPU; default: the site's default."""
+    """CPUs to request per GPU; default: the default of the site."""
     cpus_per_node: PositiveInt | None = None
-    """CPUs per node, for nodes without GPUs."""
+    """CPUs to request on each node without GPUs."""
     memory_per_gpu: Memory | None = None
-    """Host memory per GPU; default: the partition's default."""
+    """Host memory to request per GPU; default: the default of the partition."""
     memory_per_node: Memory | None = None
-    """Host memory per node, instead of `memory_per_gpu`."""
+    """Host memory to request per node, instead of `memory_per_gpu`."""
     time: Duration = "24:00:00"
-    """Default of `--time`, the time limit of a job; a longer run resumes in the next job."""
+    """Time limit of a job if `--time` is not given; a longer run resumes in the next job."""
     longest_time: Duration | None = None
     """Longest time limit that the site allows; a longer one is refused before submission."""
     requeue: bool = True
-    """Whether the site allows requeue; if not, a second, dependent job resumes the run."""
+    """Whether Slurm may requeue a job; if not, the run resumes in a dependent job."""
     attempts_without_progress: PositiveInt = 3
-    """Consecutive attempts without a new step after which a run gives up; attempts with progress are unlimited."""
+    """Consecutive attempts without a completed step after which a run ends; attempts with steps are unlimited."""
     cpu_jobs: CpuJobs = CpuJobs()
-    """Jobs without GPUs."""
+    """Jobs that need no GPU."""
     modules: list[Module] = []
     """Environment modules to load, in this order, after `module purge`."""
     programs: Folder | None = None
-    """Folder of python and accelerate on the nodes; default: the folder of the submitting Packhorse."""
+    """Folder of python and accelerate on the nodes; default: the one of the Packhorse that submits."""
     environment: dict[Variable, Line] = {}
-    """Environment variables; `${env:NAME}` in a value refers to another one. Never a secret."""
+    """Variables to set; `${env:NAME}` in a value refers to another variable. Never a secret."""
     container: list[Line] = []
-    """Prefix of each command on a node, such as `[apptainer, exec, --nv, /shared/packhorse.sif]`."""
+    """Words to put before each command on a node, such as `[apptainer, exec, --nv, /shared/packhorse.sif]`."""
     network_interface: Interface | None = None
     """Network interface between the nodes, if NCCL and Gloo would select another one."""
     scratch: Folder | None = None
     """Fast local folder of each node; default: `$TMPDIR` or /tmp."""
     shared: list[Folder] = []
-    """Folders that every node mounts; a run folder elsewhere is refused. Empty: not checked."""
+    """Folders that all nodes share; a run folder elsewhere is refused. Empty: not checked."""
     mail: Mail | None = None
-    """Mail address for notifications."""
+    """Address to which Slurm sends mail."""
     mail_on: list[Event] = ["END", "FAIL"]
     """Events for which Slurm sends mail."""
 
