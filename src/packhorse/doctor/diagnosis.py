@@ -57,7 +57,6 @@ def diagnose(request: DoctorRequest, nodes: Sequence[NodeFacts], other_output: s
         port_row,
         interface_row,
         connection_row,
-        first_hosts,
         clock_row,
         folder_row,
         rename_row,
