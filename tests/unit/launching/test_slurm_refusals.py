@@ -36,7 +36,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def explained(output: str, site: SiteProfile = SITE, request: JobRequest = REQUEST) -> str:
+def message_of(output: str, site: SiteProfile = SITE, request: JobRequest = REQUEST) -> str:
     return str(refusals.explain_refusal(SlurmError("sbatch", output, ""), site, request))
 
 
@@ -65,7 +65,7 @@ def explained(output: str, site: SiteProfile = SITE, request: JobRequest = REQUE
 def test_each_message_names_the_field_and_its_values(
     output: str, changes: dict[str, object], fact: str, fix: str
 ) -> None:
-    fact_line, why_line, fix_line = explained(output, request=replace(REQUEST, **changes)).split("\n")
+    fact_line, why_line, fix_line = message_of(output, request=replace(REQUEST, **changes)).split("\n")
     assert fact in fact_line
     assert output in why_line
     assert fix in fix_line
@@ -74,12 +74,12 @@ def test_each_message_names_the_field_and_its_values(
 def test_a_partition_of_other_accounts_names_them() -> None:
     site = SITE.model_copy(update={"account": "open"})
     output = "Invalid account or account/partition combination specified"
-    assert "account is open, and partition gpu is for lab." in explained(output, site)
+    assert "account is open, and partition gpu is for lab." in message_of(output, site)
 
 
 def test_a_gpu_type_that_no_node_has() -> None:
     site = SITE.model_copy(update={"gpu_type": "h100"})
-    assert "set gpu_type of here to one of a100." in explained("Invalid generic resource (gres) specification", site)
+    assert "set gpu_type of here to one of a100." in message_of("Invalid generic resource (gres) specification", site)
 
 
 def test_a_job_that_slurm_would_never_start_is_refused() -> None:
