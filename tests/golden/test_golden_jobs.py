@@ -1,4 +1,4 @@
-"""Job scripts for three kinds of cluster and the commands that send them, pinned as text for an administrator's eye."""
+"""Job scripts for three kinds of cluster and the commands that submit them, as text for review by an administrator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from packhorse.commands.planned_jobs import Submission, planned_jobs
 from packhorse.commands.sending import show_jobs
-from packhorse.launching.slurm.lead import signal_lead
+from packhorse.launching.slurm.script import signal_lead
 from packhorse.launching.slurm.site import load_site, shipped_sites
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import DeviceRequest, Hardware
@@ -20,7 +20,7 @@ RUNS = {"cloud": "/fsx/runs", "container": "/p/scratch/runs", "university": "/wo
 
 
 @pytest.mark.parametrize("name", shipped_sites())
-def test_text_is_as_reviewed(
+def test_job_scripts_are_as_reviewed(
     name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site = load_site(name)

@@ -1,4 +1,4 @@
-"""What other places are given, pinned as text (`--write-golden` writes it anew) and valid by the published schemas."""
+"""SkyPilot and Kubeflow files as reviewed text (`--write-golden` rewrites it), validated with the published schemas."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def validator(kind: str) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator({**whole, "$ref": f"#/$defs/{KUBEFLOW[kind]}"})
 
 
-def told(name: str, kind: str, capsys: pytest.CaptureFixture[str], *more: str) -> str:
-    place = ["--to", kind, "--image", "registry.example/packhorse:0.1", "--volume", "training:/mnt/training"]
-    words = ["manifest", *CASES[name], *place, "runs_folder=/mnt/training/runs", *more]
+def printed(name: str, kind: str, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    options = ["--to", kind, "--image", "registry.example/packhorse:0.1", "--volume", "training:/mnt/training"]
+    words = ["manifest", *CASES[name], *options, "runs_folder=/mnt/training/runs", *more]
     assert main(words) == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
@@ -45,10 +45,10 @@ def _no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["sky", "trainjob", "pytorchjob"])
 @pytest.mark.parametrize("name", CASES)
-def test_manifest_is_as_reviewed_and_valid(
+def test_task_files_are_as_reviewed_and_valid(
     name: str, kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = told(name, kind, capsys)
+    text = printed(name, kind, capsys)
     validator(kind).validate(yaml.safe_load(text))
     golden = HERE / "manifests" / f"{name}.{kind}.yaml"
     if request.config.getoption("--write-golden"):
@@ -66,14 +66,14 @@ def test_manifest_is_as_reviewed_and_valid(
         ("pytorchjob", ("spec", "pytorchReplicaSpecs", "Master", "template", "spec", "volume")),
     ],
 )
-def test_the_schemas_see_a_field_that_is_none(kind: str, path: tuple, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = yaml.safe_load(told("two-nodes", kind, capsys))
-    place = manifest
+def test_the_schemas_refuse_an_unknown_field(kind: str, path: tuple, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(printed("two-nodes", kind, capsys))
+    part = content
     for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = "x"
+        part = part[step]
+    part[path[-1]] = "x"
     with pytest.raises(jsonschema.ValidationError):
-        validator(kind).validate(manifest)
+        validator(kind).validate(content)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,10 @@ def test_the_schemas_see_a_field_that_is_none(kind: str, path: tuple, capsys: py
         (["--volume", "tr:/mnt/tr$(touch canary)"], "--volume is"),
         (["--volume", "training:/elsewhere"], "which is not below /elsewhere"),
         (["runs_folder=/mnt/training/a $(touch canary)"], "takes plain paths only"),
-        (["--gpus", "8"], "the plan is for 8 GPUs, of no kind"),
+        (["--gpus", "8"], "the plan is for 8 GPUs, without a name"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_wrong_options_are_refused(
     words: list[str], fact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"--to": "sky", "--image": "p:1", "--volume": "training:/mnt/training", "--gpus": "16xH100-80GB"}

@@ -94,10 +94,10 @@ def test_two_sound_nodes(place: Place) -> None:
     assert "first broken" not in told.out
     for said in (
         "nodes ok 2 nodes answered: node1, node2",
-        "interface ok gloo takes eth0",
-        "between nodes ok each reaches each other one (2 ways)",
-        "each node sees what every other wrote",
-        "reads while the file was replaced: always whole",
+        "interface ok gloo uses eth0",
+        "between nodes ok every node reaches every other (2 connections)",
+        "every node sees the files of all others",
+        "reads while the file was replaced: always complete",
         "gloo, 2 ranks:",
         "launcher 0 on node1; 1 on node2",
     ):
@@ -117,7 +117,7 @@ def test_an_interface_that_leads_nowhere(place: Place) -> None:
     with on_nodes(place, ["node1", "node2"], make, "ip link del bad0"):
         told = place.doctor("--fast", site=["network_interface: bad0"])
     assert told.code == 1
-    assert "first broken: between nodes: node1 does not reach node2 at 172.31.7.1 (bad0, which gloo takes)" in told.out
+    assert "first broken: between nodes: node1 cannot reach node2 at 172.31.7.1 (bad0, used by gloo)" in told.out
 
 
 def test_a_port_that_is_blocked(place: Place) -> None:
@@ -145,7 +145,7 @@ def test_a_folder_that_is_not_shared(place: Place) -> None:
     told = place.doctor("--fast", folder=place.private)
     assert told.code == 1
     assert "first broken: shared folder: node1 does not see in" in told.out
-    assert "(it lies on tmpfs there)" in told.out
+    assert "(the file system there is tmpfs)" in told.out
 
 
 def test_a_disk_that_is_full(place: Place) -> None:
@@ -176,7 +176,7 @@ def test_a_node_with_a_gpu_less(place: Place) -> None:
     ("site", "words", "fact"),
     [
         ("partition: nowhere", [], "set partition of there to one of debug, low, high, team"),
-        ("partition: debug", ["--nodes", "3"], "the job asks for 3 nodes, and partition debug has 2"),
+        ("partition: debug", ["--nodes", "3"], "the job requests 3 nodes, and partition debug has 2"),
     ],
 )
 def test_slurm_refuses_the_nodes(site: str, words: list[str], fact: str, place: Place) -> None:

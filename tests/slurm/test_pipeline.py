@@ -79,7 +79,7 @@ def test_a_stage_that_fails_stops_the_rest_and_resume_goes_on_from_there(
     assert [job.kind for job in jobs] == ["prepare", "train", "evaluate", "verify"]
     assert [job.depends_on for job in jobs[1:]] == [(job.job_id,) for job in jobs[:-1]]
     prepare, train, evaluate, verify = (job.job_id for job in jobs)
-    assert f"job {train} train: waits: it begins when job {prepare} (prepare) has ended well" in told(
+    assert f"job {train} train: waits: it starts after job {prepare} (prepare) succeeds" in told(
         capsys, "status", "chain"
     )
     assert ended(cluster, jobs) == ["COMPLETED", "FAILED", "CANCELLED", "CANCELLED"], cluster.told(train)
@@ -87,7 +87,7 @@ def test_a_stage_that_fails_stops_the_rest_and_resume_goes_on_from_there(
     text = told(capsys, "status", "chain")
     assert f"job {prepare} prepare: done" in text
     assert f"job {train} train: did not end well: rank 0 failed: RuntimeError: a fault was injected here" in text
-    assert f"job {evaluate} evaluate: does not run: job {train} (train) did not end well" in text
+    assert f"job {evaluate} evaluate: does not run: job {train} (train) did not succeed" in text
     assert f"job {verify} verify: does not run: job {evaluate} (evaluate) did not run" in text
     assert "failed first rank 0; its last lines" in text
     assert "`packhorse resume runs/chain` goes on from there" in text

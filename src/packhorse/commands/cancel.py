@@ -13,9 +13,8 @@ from rich.console import Console
 
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.slurm.client import JobState
-from packhorse.launching.slurm.client import cancel as cancel_jobs
+from packhorse.launching.slurm.job_reports import jobs_of_runs
 from packhorse.launching.slurm.jobs import live_jobs
-from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.heartbeat import find_process
 from packhorse.run_folder.jobs import JobRecord, read_jobs
@@ -85,7 +84,7 @@ def _cancel_jobs(folder: Path, live: Sequence[Live], now: bool) -> list[str]:
     # One job may prepare the data of many runs. What waits for a job goes before it, or Slurm would name it as broken.
     ended = {each.record.job_id: each.state.state.lower() for each in reversed(others)}
     if ended:
-        cancel_jobs(list(ended))
+        SlurmClient().cancel(list(ended))
     lines = [f"job {each.record.job_id} is asked to save and to end; --now ends it at once" for each in saving]
     lines += [f"job {job_id} is cancelled; it was {state}" for job_id, state in reversed(ended.items())]
     return [*lines, f"to go on: packhorse resume {relative(folder)}"]

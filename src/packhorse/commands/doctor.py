@@ -8,12 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.doctor.examination import examine_here, examine_in_job, examine_in_short_job, short_job_words
-from packhorse.doctor.facts import Question
-from packhorse.doctor.judge import judge
-from packhorse.doctor.question import question_of_place, question_of_run
-from packhorse.doctor.rows import EXIT_BROKEN
-from packhorse.doctor.table import summary
+from packhorse.doctor.diagnosis import diagnose
+from packhorse.doctor.facts import DoctorRequest
+from packhorse.doctor.request import request_for_folder, request_for_run
+from packhorse.doctor.run_checks import (
+    check_nodes_in_short_job,
+    check_nodes_of_job,
+    check_this_machine,
+    short_job_arguments,
+)
+from packhorse.doctor.table import EXIT_BROKEN, print_table
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.slurm.script import show
 from packhorse.launching.slurm.site import SiteProfile, load_site
@@ -31,25 +35,25 @@ def doctor(
     if profile is not None:
         programs = profile.programs or str(Path(sys.executable).parent)
         if dry_run:
-            words = ["srun", *short_job_words(question, profile, programs), question.model_dump_json()]
+            words = ["srun", *short_job_arguments(question, profile, programs), question.model_dump_json()]
             console.print(show(words), soft_wrap=True, highlight=False, markup=False)
             return EXIT_OK
-        found, said = examine_in_short_job(question, profile, programs, lambda line: print(line, file=sys.stderr))  # noqa: T201
+        found, said = check_nodes_in_short_job(question, profile, programs, lambda line: print(line, file=sys.stderr))  # noqa: T201
     else:
-        found, said = examine_in_job(question) if in_job else examine_here(question)
-    return EXIT_BROKEN if summary(console, judge(question, found, said), all_rows=True) else EXIT_OK
+        found, said = check_nodes_of_job(question) if in_job else check_this_machine(question)
+    return EXIT_BROKEN if print_table(console, diagnose(question, found, said), all_rows=True) else EXIT_OK
 
 
 def _question(
     run: str, site: str, nodes: int | None, gpus_per_node: int | None, fast: bool, in_job: bool
-) -> tuple[Question, SiteProfile | None]:
+) -> tuple[DoctorRequest, SiteProfile | None]:
     """What to ask, and the profile of the cluster where a job must be had for it."""
     plan = open_run(run) if run else None
     wanted_nodes = nodes or (plan.topology.num_nodes if plan is not None else 1)
     profile = load_site(site or None) if site or (wanted_nodes > 1 and not in_job) else None
     scratch = (profile.scratch or "") if profile is not None else ""
     if plan is not None:
-        question = question_of_run(plan, scratch, fast)
+        question = request_for_run(plan, scratch, fast)
         return _same_size(question, run, nodes, gpus_per_node), profile
     folder = Path("runs") if Path("runs").is_dir() else Path.cwd()
     if profile is not None:
@@ -60,10 +64,10 @@ def _question(
     else:
         gpus = len(detect_hardware().gpus)
     gpus = gpus if gpus_per_node is None else gpus_per_node
-    return question_of_place(folder, wanted_nodes, gpus, scratch, fast), profile
+    return request_for_folder(folder, wanted_nodes, gpus, scratch, fast), profile
 
 
-def _same_size(question: Question, run: str, nodes: int | None, gpus_per_node: int | None) -> Question:
+def _same_size(question: DoctorRequest, run: str, nodes: int | None, gpus_per_node: int | None) -> DoctorRequest:
     """The question of a run, which has its nodes and GPUs in its plan.
 
     Raises:

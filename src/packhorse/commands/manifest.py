@@ -10,8 +10,7 @@ from packhorse.commands.inquiry import inquire, read_gpus
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.estimate.plan_estimate import estimate_plan
 from packhorse.estimate.search.auto import plan_best
-from packhorse.launching.places.manifests import KINDS, manifest_text
-from packhorse.launching.places.request import read_request
+from packhorse.launching.places.task_files import KINDS, read_container_settings, task_file
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.load import load_recipe
 from packhorse.run_folder.folder import open_run
@@ -29,7 +28,7 @@ def manifest(
             f"write --to {', --to '.join(KINDS)}.",
         )
     plan = _plan_of(recipe, overrides, gpus, nodes)
-    sys.stdout.write(manifest_text(to, plan, read_request(plan, image, volume)))
+    sys.stdout.write(task_file(to, plan, read_container_settings(plan, image, volume)))
     return EXIT_OK
 
 

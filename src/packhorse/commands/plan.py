@@ -39,7 +39,7 @@ from packhorse.estimate.search.auto import least_hardware, plan_best
 from packhorse.estimate.search.candidates import SearchRequest, all_candidates, automatic_choice
 from packhorse.estimate.search.changes import Change, changes_that_fit
 from packhorse.estimate.search.scaling import MemoryByScale, scale
-from packhorse.launching.places.lines import lines_of_nodes
+from packhorse.launching.places.node_commands import launch_commands
 from packhorse.plan.command import job_argv, launch_files
 from packhorse.plan.run_plan import RunPlan, differences
 from packhorse.plan.topology import DeviceRequest
@@ -100,7 +100,7 @@ def plan(recipe: str, overrides: Sequence[str], asked: dict[str, Any]) -> int:
     case = None if isinstance(basis, Unknown) else estimate_plan(made, basis)
     if wish.argv:
         one = made.topology.num_nodes == 1
-        text = shown(made.argv) if one else lines_of_nodes(made)
+        text = shown(made.argv) if one else launch_commands(made)
         console.print(text, soft_wrap=True, highlight=False, markup=False)
     elif wish.diff:
         _diff(console, open_run(wish.diff), made, wish.as_json)

@@ -20,8 +20,15 @@ from packhorse.errors import UserError
 from packhorse.estimate.checkpoint_size import CheckpointSpace
 from packhorse.estimate.search.candidates import SearchRequest
 from packhorse.launching.preflight import check_base_model, check_disk, check_resumable, check_writable
-from packhorse.launching.slurm.lead import Lead, signal_lead
-from packhorse.launching.slurm.script import check_path, command_script, cpu_request, train_request, train_script
+from packhorse.launching.slurm.script import (
+    SignalLead,
+    check_path,
+    command_script,
+    cpu_request,
+    signal_lead,
+    train_request,
+    train_script,
+)
 from packhorse.launching.slurm.site import DURATION, SITE_FILE, SiteProfile, load_site, seconds_of
 from packhorse.launching.slurm.submit import PlannedJob
 from packhorse.plan.make_plan import run_folder_of
@@ -80,7 +87,7 @@ class Submission:
     plan: RunPlan
     site: SiteProfile
     is_new: bool
-    lead: Lead
+    lead: SignalLead
     memory_words: str
     is_replanned: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
@@ -281,7 +288,7 @@ def _node(site: SiteProfile) -> Hardware:
     return Hardware(num_cores=site.cpus_per_node or 1, gpus=())
 
 
-def _lead(plan: RunPlan, room: CheckpointSpace | None) -> Lead:
+def _lead(plan: RunPlan, room: CheckpointSpace | None) -> SignalLead:
     return signal_lead(
         read_metrics(Path(plan.run_folder) / METRICS_FILE),
         plan.predicted.step_seconds if plan.predicted is not None else None,

@@ -9,11 +9,10 @@ from rich.console import Console
 
 from packhorse.commands.train import train
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.slurm.chain import left_of, submit_again
+from packhorse.launching.slurm.chain import resubmit, unfinished_jobs
+from packhorse.launching.slurm.job_reports import read_ends, report_jobs
 from packhorse.launching.slurm.jobs import with_states
-from packhorse.launching.slurm.stages import read_ends, stages_of
 from packhorse.launching.slurm.submit import only_submission
-from packhorse.launching.slurm.sweep_jobs import jobs_of_runs
 from packhorse.plan.run_plan import read_plan
 from packhorse.run_folder.attempts import newest_chain
 from packhorse.run_folder.folder import open_run, relative
@@ -89,10 +88,10 @@ def _again(folder: Path) -> list[JobRecord]:
     has_data = read_plan(folder).data is not None
     with only_submission(folder):
         jobs = with_states(read_jobs(folder))
-        left = left_of(stages_of(jobs, read_ends(folder), read_status(folder), has_data))
+        left = unfinished_jobs(report_jobs(jobs, read_ends(folder), read_status(folder), has_data))
         if left:
             (folder / CANCEL_FILE).unlink(missing_ok=True)
-        return submit_again(folder, left)
+        return resubmit(folder, left)
 
 
 def _say(folder: Path, submitted: Sequence[JobRecord]) -> None:

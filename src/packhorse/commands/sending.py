@@ -11,10 +11,10 @@ from rich.console import Console
 from packhorse.commands.lines import pairs
 from packhorse.commands.planned_jobs import TIME_WORDS, Submission
 from packhorse.errors import EXIT_OK
-from packhorse.launching.slurm.client import Expected, NoSlurmError, SlurmError
-from packhorse.launching.slurm.refusals import explained
+from packhorse.launching.slurm.client import NoSlurmError, SlurmError, StartEstimate
+from packhorse.launching.slurm.refusals import explain_refusal
 from packhorse.launching.slurm.script import show
-from packhorse.launching.slurm.submit import PlannedJob, check_jobs, refuse_live, sbatch_words, send
+from packhorse.launching.slurm.submit import PlannedJob, check_jobs, refuse_live, sbatch_arguments, send
 from packhorse.plan.replan import replace_plan
 from packhorse.run_folder.folder import create_run, relative
 from packhorse.run_folder.jobs import JobRecord
@@ -47,7 +47,7 @@ def show_or_send(found: Submission, jobs: Sequence[PlannedJob], dry_run: bool) -
     try:
         records = send(folder, jobs, expected)
     except SlurmError as error:
-        raise explained(error, found.site, jobs[-1].request) from error
+        raise explain_refusal(error, found.site, jobs[-1].request) from error
     _tell(console, found, jobs, records, expected)
     return EXIT_OK
 
@@ -73,7 +73,7 @@ def show_jobs(console: Console, folder: Path, jobs: Sequence[PlannedJob]) -> Non
         show_plain(console, f"# {folder / job.script_name}\n{job.script}")
     show_plain(console, "# commands")
     for job in jobs:
-        show_plain(console, show(["sbatch", "--parsable", *sbatch_words(folder, job, before)]))
+        show_plain(console, show(["sbatch", "--parsable", *sbatch_arguments(folder, job, before)]))
         before = (f"JOB_{job.kind}",)
 
 
@@ -87,7 +87,7 @@ def _tell(
     found: Submission,
     jobs: Sequence[PlannedJob],
     records: Sequence[JobRecord],
-    expected: Sequence[Expected],
+    expected: Sequence[StartEstimate],
 ) -> None:
     plan, folder = found.plan, relative(found.plan.run_folder)
     topology = plan.topology
@@ -111,7 +111,7 @@ def size_words(job: PlannedJob) -> str:
     return f"{', '.join(parts)}, {asked.time} {TIME_WORDS}"
 
 
-def when_words(record: JobRecord, start: Expected) -> str:
+def when_words(record: JobRecord, start: StartEstimate) -> str:
     """When a job may begin."""
     if record.depends_on:
         return f"begins when job {' and '.join(record.depends_on)} has ended well"

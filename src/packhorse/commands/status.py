@@ -14,7 +14,7 @@ from packhorse.commands.status_jobs import clock, failure_lines, job_lines, read
 from packhorse.commands.status_sweep import show_sweep
 from packhorse.errors import EXIT_OK
 from packhorse.launching.local.outcome import describe_phase, newest_step
-from packhorse.launching.slurm.stages import Stage
+from packhorse.launching.slurm.job_reports import JobReport
 from packhorse.run_folder.attempts import AttemptRecord, has_ended, lost_steps, made_steps, read_attempts
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.heartbeat import Heartbeat, find_process, read_heartbeats
@@ -52,7 +52,9 @@ def status(run: str) -> int:
     if now is not None:
         lines += _state(now, beats, runs or _is_held(folder), stages)
     lines += job_lines(folder, stages, silent)
-    if not runs and (any(stage.became == "failed" for stage in stages) or (now is not None and now.state == "failed")):
+    if not runs and (
+        any(stage.condition == "failed" for stage in stages) or (now is not None and now.state == "failed")
+    ):
         lines += failure_lines(folder, attempts)
     checkpoint = newest_step(folder)
     lines += [("checkpoint", f"step {checkpoint:,} is the newest complete one" if checkpoint else "none yet")]
@@ -60,7 +62,7 @@ def status(run: str) -> int:
         finished = now is not None and now.state == "finished"
         reached = max((beat.step for beat in beats), default=0) if runs or finished else checkpoint
         # A job's ranks have no heartbeat before they begin.
-        begins = any(stage.record.kind == "train" and stage.became == "runs" for stage in stages)
+        begins = any(stage.record.kind == "train" and stage.condition == "runs" for stage in stages)
         live = runs or (begins and not has_ended(folder, attempts[-1].attempt))
         lines += [("attempts", _attempt(attempt, live and attempt is attempts[-1])) for attempt in attempts]
         lines += _lost(attempts, figures, reached, time.time() if runs else attempts[-1].ended_at)
@@ -80,11 +82,11 @@ def is_under_way(folder: Path) -> bool:
     return (
         _ranks_live(folder, attempts, beats)
         or _is_held(folder)
-        or any(stage.became in ("waits", "runs") for stage in stages)
+        or any(stage.condition in ("waits", "runs") for stage in stages)
     )
 
 
-def _state(now: Status, beats: Sequence[Heartbeat], runs: bool, stages: Sequence[Stage]) -> list[tuple[str, str]]:
+def _state(now: Status, beats: Sequence[Heartbeat], runs: bool, stages: Sequence[JobReport]) -> list[tuple[str, str]]:
     state_text = now.state + (f": {now.message}" if now.message else "")
     if not runs and (queued := state_words(stages)):
         state_text = f"{now.state}; {queued}"

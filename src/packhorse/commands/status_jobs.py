@@ -9,8 +9,8 @@ from pathlib import Path
 
 from packhorse.launching.local.failure_logs import find_first_failure
 from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmError
+from packhorse.launching.slurm.job_reports import JobReport, read_ends, report_jobs
 from packhorse.launching.slurm.jobs import with_states
-from packhorse.launching.slurm.stages import Stage, read_ends, stages_of
 from packhorse.plan.run_plan import read_plan
 from packhorse.run_folder.attempts import AttemptRecord
 from packhorse.run_folder.folder import relative
@@ -27,7 +27,7 @@ LABELS = {
 }
 
 
-def read_stages(run_folder: Path) -> tuple[list[Stage], str]:
+def read_stages(run_folder: Path) -> tuple[list[JobReport], str]:
     """The jobs of a run and what became of them; beside it why Slurm does not tell, empty where it does."""
     records = read_jobs(run_folder)
     try:
@@ -37,7 +37,7 @@ def read_stages(run_folder: Path) -> tuple[list[Stage], str]:
     return stages_of_run(run_folder, jobs, asked=True), ""
 
 
-def stages_of_run(run_folder: Path, jobs: Sequence[tuple[JobRecord, JobState | None]], asked: bool) -> list[Stage]:
+def stages_of_run(run_folder: Path, jobs: Sequence[tuple[JobRecord, JobState | None]], asked: bool) -> list[JobReport]:
     """What became of these jobs of a run.
 
     Args:
@@ -48,45 +48,45 @@ def stages_of_run(run_folder: Path, jobs: Sequence[tuple[JobRecord, JobState | N
     if not jobs:
         return []
     has_data = read_plan(run_folder).data is not None
-    return stages_of(jobs, read_ends(run_folder), read_status(run_folder), has_data, asked)
+    return report_jobs(jobs, read_ends(run_folder), read_status(run_folder), has_data, asked)
 
 
-def job_lines(run_folder: Path, stages: Sequence[Stage], silent: str) -> list[tuple[str, str]]:
+def job_lines(run_folder: Path, stages: Sequence[JobReport], silent: str) -> list[tuple[str, str]]:
     """A line a job, those that others took the place of in one; then what to do where some did not end well."""
-    shown = [stage for stage in stages if stage.became != "replaced"]
-    earlier = [f"{stage.record.job_id} ({stage.record.kind})" for stage in stages if stage.became == "replaced"]
+    shown = [stage for stage in stages if stage.condition != "replaced"]
+    earlier = [f"{stage.record.job_id} ({stage.record.kind})" for stage in stages if stage.condition == "replaced"]
     lines = [("jobs before", ", ".join(earlier))] if earlier else []
     lines += [("job", f"{stage.record.job_id} {stage.record.kind}: {words_of(stage)}") for stage in shown]
     if silent:
         lines.append(("Slurm", f"what its jobs do now is not known: {silent}"))
-    broken = any(stage.became in ("failed", "not run") for stage in shown)
-    if broken and not any(stage.became in ("waits", "runs") for stage in shown):
+    broken = any(stage.condition in ("failed", "not run") for stage in shown)
+    if broken and not any(stage.condition in ("waits", "runs") for stage in shown):
         first = "it was cancelled" if (run_folder / CANCEL_FILE).exists() else "mend what failed"
         lines.append(("next", f"{first}; `packhorse resume {relative(run_folder)}` goes on from there"))
     return lines
 
 
-def words_of(stage: Stage) -> str:
+def words_of(stage: JobReport) -> str:
     """What a job does, in words."""
     state = stage.state
-    if stage.became == "runs" and state is not None:
+    if stage.condition == "runs" and state is not None:
         again = f", queued again {state.restarts} time{'s' * (state.restarts > 1)}" if state.restarts else ""
         since = f" since {clock(state.expected_start)}" if state.expected_start else ""
         limit = f", time limit {state.time_limit}" if state.time_limit else ""
         ends = "" if state.state == "RUNNING" else f" ({state.state})"
         return f"runs{ends} on {state.nodes}{since}{limit}{again}"
-    said = LABELS[stage.became] + (f": {stage.why}" if stage.why else "")
-    expected = state.expected_start if state is not None and stage.became == "waits" else None
+    said = LABELS[stage.condition] + (f": {stage.reason}" if stage.reason else "")
+    expected = state.expected_start if state is not None and stage.condition == "waits" else None
     return said + (f"; it may begin at {clock(expected)}" if expected and expected > time.time() else "")
 
 
-def state_words(stages: Sequence[Stage]) -> str:
+def state_words(stages: Sequence[JobReport]) -> str:
     """What is said in place of `killed` of a run whose job waits in the queue; empty where none does."""
     trains = [stage for stage in stages if stage.record.kind == "train"]
-    waiting = next((stage for stage in trains if stage.became == "waits"), None)
-    if waiting is None or any(stage.became == "runs" for stage in trains):
+    waiting = next((stage for stage in trains if stage.condition == "waits"), None)
+    if waiting is None or any(stage.condition == "runs" for stage in trains):
         return ""
-    why = f": {waiting.why}" if waiting.why else ""
+    why = f": {waiting.reason}" if waiting.reason else ""
     return f"job {waiting.record.job_id} waits in the queue{why}"
 
 

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from packhorse.commands.status_jobs import LABELS, stages_of_run, words_of
 from packhorse.launching.slurm.client import NoSlurmError, SlurmError
-from packhorse.launching.slurm.stages import Stage
-from packhorse.launching.slurm.sweep_jobs import Jobs, jobs_of_runs
+from packhorse.launching.slurm.job_reports import JobReport, JobsWithStates, jobs_of_runs
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.jobs import read_jobs
 from packhorse.run_folder.layout import METRICS_FILE
@@ -47,7 +46,7 @@ class Line:
 def show_sweep(folder: Path, console: Console) -> None:
     """Prints the table, the best run first named, and what to do where runs did not end well."""
     members, silent = read_sweep(folder).runs, ""
-    jobs: Mapping[Path, Jobs] = {}
+    jobs: Mapping[Path, JobsWithStates] = {}
     try:
         jobs = jobs_of_runs(folder)
     except (NoSlurmError, SlurmError) as error:
@@ -65,7 +64,7 @@ def show_sweep(folder: Path, console: Console) -> None:
         console.print(f"lowest {HELD_OUT}: {name}, {best.held_out:.4g}", highlight=False, soft_wrap=True, markup=False)
 
 
-def line_of(folder: Path, member: SweepMember, jobs: Mapping[Path, Jobs], asked: bool) -> Line:
+def line_of(folder: Path, member: SweepMember, jobs: Mapping[Path, JobsWithStates], asked: bool) -> Line:
     """Where one run stands.
 
     Args:
@@ -115,11 +114,11 @@ def best_of(lines: Sequence[Line]) -> Line | None:
     return min((line for line in lines if math.isfinite(line.held_out)), key=lambda line: line.held_out, default=None)
 
 
-def _state(state: str, stages: Sequence[Stage]) -> str:
+def _state(state: str, stages: Sequence[JobReport]) -> str:
     train = next((stage for stage in reversed(stages) if stage.record.kind == "train"), None)
-    if train is None or state == "finished" or train.became in ("runs", "done", "replaced"):
+    if train is None or state == "finished" or train.condition in ("runs", "done", "replaced"):
         return state
-    return words_of(train) if train.became in LABELS else state
+    return words_of(train) if train.condition in LABELS else state
 
 
 def _number(value: float) -> str:

@@ -13,11 +13,11 @@ from packhorse.commands.lines import pairs
 from packhorse.commands.planned_jobs import Asked, Submission, planned_jobs, programs_of, submission
 from packhorse.commands.sending import make_run, show_plain, size_words, when_words
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.slurm.client import Expected, NoSlurmError, SlurmError, cancel
+from packhorse.launching.slurm.client import NoSlurmError, SlurmError, StartEstimate
 from packhorse.launching.slurm.jobs import submit_job
-from packhorse.launching.slurm.refusals import explained
+from packhorse.launching.slurm.refusals import explain_refusal
 from packhorse.launching.slurm.script import command_script, cpu_request, show, train_request, train_script
-from packhorse.launching.slurm.submit import PlannedJob, check_jobs, sbatch_words
+from packhorse.launching.slurm.submit import PlannedJob, check_jobs, sbatch_arguments
 from packhorse.plan.make_plan import run_folder_of
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import SweepRun, expand
@@ -117,7 +117,7 @@ def _jobs(folder: Path, runs: Sequence[SweepRun], found: Sequence[Submission]) -
     return jobs
 
 
-def _send(sweep: Sweep, expected: Sequence[Expected]) -> list[JobRecord]:
+def _send(sweep: Sweep, expected: Sequence[StartEstimate]) -> list[JobRecord]:
     """Submits the jobs, and writes them down for the sweep and for each run as that run alone would be submitted."""
     folder = sweep.folder
     records: list[JobRecord] = []
@@ -126,13 +126,13 @@ def _send(sweep: Sweep, expected: Sequence[Expected]) -> list[JobRecord]:
     for job, start in zip(sweep.jobs, expected, strict=True):
         depends_on = tuple(each.job_id for each in records)
         options = array_words(sweep) if job.kind == "train" else []
-        words = sbatch_words(folder, job, depends_on, options)
+        words = sbatch_arguments(folder, job, depends_on, options)
         try:
             record = submit_job(words, job.kind, depends_on, None if depends_on else start.starts_at)
         except SlurmError as error:
             if records:
-                cancel([each.job_id for each in records])
-            raise explained(error, sweep.found[0].site, job.request) from error
+                SlurmClient().cancel([each.job_id for each in records])
+            raise explain_refusal(error, sweep.found[0].site, job.request) from error
         append_job(folder, record)
         for run in sweep.runs:
             append_job(member_folder(folder, run.number), _of_one(record, sweep, job, run.number))
@@ -163,12 +163,12 @@ def _show(console: Console, sweep: Sweep) -> None:
     for job in sweep.jobs:
         show_plain(console, f"# {folder / job.script_name}\n{job.script}")
         options = array_words(sweep) if job.kind == "train" else []
-        commands.append(show(["sbatch", "--parsable", *sbatch_words(folder, job, before, options)]))
+        commands.append(show(["sbatch", "--parsable", *sbatch_arguments(folder, job, before, options)]))
         before = (f"JOB_{job.kind}",)
     show_plain(console, "\n".join(["# commands", *commands]))
 
 
-def _tell(console: Console, sweep: Sweep, records: Sequence[JobRecord], expected: Sequence[Expected]) -> None:
+def _tell(console: Console, sweep: Sweep, records: Sequence[JobRecord], expected: Sequence[StartEstimate]) -> None:
     lines = [("sweep", f"{relative(sweep.folder)}, {len(sweep.runs)} runs")]
     lines += [(f"run {run.number}", f"{run.recipe.name}: {' '.join(run.overrides)}") for run in sweep.runs]
     for job, record, start in zip(sweep.jobs, records, expected, strict=True):

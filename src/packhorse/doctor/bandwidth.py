@@ -1,7 +1,7 @@
-"""One rank of an all-reduce that is timed: `python -m packhorse.doctor.bandwidth`, with torch's own variables set.
+"""One rank of a timed all-reduce: `python -m packhorse.doctor.bandwidth BACKEND`, with torch's variables set.
 
-Rank 0 prints a line of JSON. Bus bandwidth is that of nccl-tests (doc/PERFORMANCE.md): 2 (n - 1)/n x bytes / seconds,
-which a ring of n ranks moves over the slowest link, whatever n is.
+Rank 0 prints one line of JSON. Bus bandwidth is that of nccl-tests (doc/PERFORMANCE.md): 2 (n - 1)/n x bytes / seconds,
+the rate at which a ring of n ranks loads its slowest link, independent of n.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TIMEOUT: Final = timedelta(seconds=25)
 
 
 def main() -> int:
-    """Measures, and prints what it measured on rank 0."""
+    """Measure the all-reduce; rank 0 prints the result."""
     backend = sys.argv[1]
     on_gpu = backend == "nccl"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -36,7 +36,7 @@ def main() -> int:
     large = _seconds(LARGE_BYTES[backend], LARGE_TIMES[backend], device)
     dist.destroy_process_group()
     if rank == 0:
-        answer = {
+        result = {
             "world_size": world,
             "backend": backend,
             "small_bytes": SMALL_BYTES,
@@ -44,12 +44,12 @@ def main() -> int:
             "large_bytes": LARGE_BYTES[backend],
             "bus_bytes_per_second": 2 * (world - 1) / world * LARGE_BYTES[backend] / large,
         }
-        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 
 def _seconds(num_bytes: int, times: int, device: torch.device) -> float:
-    """Of one all-reduce of fp32 zeros, after two that warm up."""
+    """Return the seconds of one all-reduce of fp32 zeros, after two warm-up runs."""
     values = torch.zeros(num_bytes // 4, device=device)
     for _ in range(2):
         dist.all_reduce(values)

@@ -1,51 +1,52 @@
-"""What the doctor asks each node, and what a node says of itself: values that travel as JSON."""
+"""The doctor's request to each node and a node's answer, as values that travel as JSON."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
 
-class Part(BaseModel):
-    """A part of a question or an answer; a node with another version of Packhorse may say more, or less."""
+class Message(BaseModel):
+    """Part of a request or an answer; unknown fields are ignored, since a node may have another Packhorse version."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
-class Question(Part):
-    """What every node is asked."""
+class DoctorRequest(Message):
+    """What every node checks."""
 
     num_nodes: int
     gpus_per_node: int
-    """0: the run computes on CPUs."""
+    """GPUs per node; 0: the run computes on CPUs."""
     folder: str
-    """Absolute folder that every node must see: the run's, or the one that runs lie in."""
+    """Absolute folder that every node must see: the run folder, or the parent of run folders."""
     token: str
-    """Names the files of this examination."""
+    """Random part of the names of the files of this request."""
     plan_sha256: str = ""
-    """Of the run's plan.json as whoever asks sees it; empty where no run is named."""
+    """Hash of the run's plan.json where the request is made; empty without a run."""
     needed_bytes: int = 0
-    """That the checkpoints of the run still need."""
+    """Disk space that the run's checkpoints still need."""
     weights_bytes: int = 0
-    """Of the model that the run starts from; 0 where it is not known."""
+    """Size of the base model; 0 if unknown."""
     model_folder: str = ""
-    """May hold `${env:NAME}`, which each node reads for itself."""
+    """Folder of the base model; may contain `${env:NAME}`, which each node expands itself."""
     model_id: str = ""
-    """Hub name, looked for in the cache."""
+    """Hub name of the base model, which is looked up in the cache."""
     model_revision: str | None = None
     data_folder: str = ""
     scratch: str = ""
-    """Folder for what only one node needs, as the site profile names it; empty: TMPDIR of the node, or /tmp."""
+    """Local folder of each node, from the site profile; empty for TMPDIR of the node, or /tmp."""
     wandb: str = "off"
     """track.wandb of the recipe."""
     fast: bool = False
-    """Without what takes more than a few seconds: bandwidth, renames under a reader, W&B."""
+    """Skip checks of more than a few seconds: bandwidth, renames during reads, W&B."""
     master_addr: str = ""
-    """Empty: the first node of the allocation."""
+    """Host name of the first node; empty: taken from the allocation."""
     master_port: int = 0
+    """Port of the rendezvous; 0: computed from the job's number."""
 
 
-class Gpu(Part):
-    """One GPU as nvidia-smi shows it."""
+class Gpu(Message):
+    """One GPU as reported by nvidia-smi."""
 
     index: str
     name: str
@@ -53,34 +54,34 @@ class Gpu(Part):
     used_mib: int
 
 
-class GpuFacts(Part):
-    """GPUs of a node, its driver, and what torch was built for."""
+class GpuFacts(Message):
+    """GPUs of a node, its driver, and the build of torch."""
 
     gpus: tuple[Gpu, ...] = ()
-    """Those that CUDA_VISIBLE_DEVICES leaves."""
+    """GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
     installed: int = 0
     visible: str | None = None
     """CUDA_VISIBLE_DEVICES."""
     error: str = ""
     driver_cuda: str = ""
-    """Newest CUDA that the driver can run; empty without a driver."""
+    """Newest CUDA version that the driver can run; empty without a driver."""
     torch_cuda: str = ""
-    """CUDA that torch was built with; empty in a build for CPUs."""
+    """CUDA version that torch was built with; empty in a CPU build."""
     torch_rocm: str = ""
 
 
-class Choice(Part):
-    """The network interface that a library will take."""
+class InterfaceChoice(Message):
+    """Network interface that a library will use."""
 
     library: str
     interface: str
     address: str
     error: str = ""
-    """Why it has none."""
+    """Why the library finds no interface."""
 
 
-class Failed(Part):
-    """A connection to another node that could not be made."""
+class FailedConnection(Message):
+    """A failed connection to another node."""
 
     node_id: int
     library: str
@@ -88,41 +89,41 @@ class Failed(Part):
     error: str
 
 
-class NetworkFacts(Part):
-    """How a node is called, and whom it reaches."""
+class NetworkFacts(Message):
+    """Names, interfaces and connections of a node."""
 
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[InterfaceChoice, ...] = ()
     interfaces: dict[str, str] = {}
-    """Name to IPv4 address, of those that are up."""
+    """IPv4 address by name, of the interfaces that are up."""
     master_addr: str = ""
     master_port: int = 0
     resolved: str = ""
-    """Address of the first node's name here."""
+    """Address of the first node's name, as this node resolves it."""
     resolve_error: str = ""
-    hub_error: str = ""
-    """Why the first node's port could not be opened there, or reached from here."""
-    met: tuple[int, ...] = ()
-    """Nodes that came to the first one, itself too."""
-    ways: int = 0
-    """To other nodes that were tried: each address that a library of theirs will take."""
-    failed: tuple[Failed, ...] = ()
+    rendezvous_error: str = ""
+    """Why the first node could not open its port, or why this node could not reach it."""
+    met_nodes: tuple[int, ...] = ()
+    """Nodes that joined the rendezvous, including this one."""
+    num_connections: int = 0
+    """Connections tried to other nodes: one per address that a library there will use."""
+    failed_connections: tuple[FailedConnection, ...] = ()
     clock_skew_seconds: float | None = None
-    """Of this clock against the first node's."""
+    """Difference of this node's clock from the first node's."""
     link_mbit: int | None = None
-    """Of the chosen interface, or of all InfiniBand ports together."""
+    """Rate of the chosen interface, or of all InfiniBand ports together."""
 
 
-class FolderFacts(Part):
-    """What a node sees of the folder that is to be shared."""
+class FolderFacts(Message):
+    """View of a node on the shared folder."""
 
     exists: bool = False
     kind: str = ""
-    """File system type."""
+    """Type of the file system."""
     plan_sha256: str = ""
-    sees_start: bool = False
-    """The file that whoever asks wrote before."""
-    sees: tuple[int, ...] = ()
-    """Nodes whose file it read."""
+    sees_request_file: bool = False
+    """Whether the node sees the file that was written before the nodes started."""
+    sees_nodes: tuple[int, ...] = ()
+    """Nodes whose file this node has read."""
     write_error: str = ""
     lock_error: str = ""
     free_bytes: int = 0
@@ -132,7 +133,7 @@ class FolderFacts(Part):
     rename_fault: str = ""
 
 
-class RoomFacts(Part):
+class ResourceFacts(Message):
     """Memory and local disk of a node."""
 
     scratch: str = ""
@@ -141,28 +142,28 @@ class RoomFacts(Part):
     scratch_kind: str = ""
     shm_bytes: int = 0
     memory_bytes: int = 0
-    """Of the machine, or of the cgroup where that is less."""
+    """Memory that a process may use: the least of machine, cgroup and Slurm job."""
     memory_from: str = ""
     locked_bytes: int = -1
-    """That may be locked (RLIMIT_MEMLOCK); -1: as much as there is."""
+    """Memory that may be locked (RLIMIT_MEMLOCK); -1: unlimited."""
     infiniband: bool = False
 
 
-class StoreFacts(Part):
-    """Whether what the run reads is there."""
+class InputFacts(Message):
+    """Whether the node finds the weights, the data and W&B."""
 
     model_fault: str = ""
     may_fetch: bool = False
-    """HF_HUB_OFFLINE is off: what is not there is fetched when it is loaded."""
+    """HF_HUB_OFFLINE is off: a missing model is downloaded when it is loaded."""
     model_found: str = ""
     data_fault: str = ""
     wandb_error: str = ""
     wandb_host: str = ""
-    """Empty where it was not tried."""
+    """Host of W&B; empty if it was not tried."""
 
 
-class BandwidthFacts(Part):
-    """All-reduce over all nodes, as rank 0 measured it."""
+class BandwidthFacts(Message):
+    """All-reduce over all nodes, as measured by rank 0."""
 
     world_size: int = 0
     backend: str = ""
@@ -173,8 +174,8 @@ class BandwidthFacts(Part):
     error: str = ""
 
 
-class NodeFacts(Part):
-    """What one node says."""
+class NodeFacts(Message):
+    """Answer of one node."""
 
     node_id: int
     host: str
@@ -182,8 +183,8 @@ class NodeFacts(Part):
     gpu: GpuFacts = GpuFacts()
     network: NetworkFacts = NetworkFacts()
     folder: FolderFacts = FolderFacts()
-    room: RoomFacts = RoomFacts()
-    store: StoreFacts = StoreFacts()
+    resources: ResourceFacts = ResourceFacts()
+    inputs: InputFacts = InputFacts()
     bandwidth: BandwidthFacts | None = None
     seconds: float = 0.0
-    """That it took."""
+    """Duration of the checks."""

@@ -1,4 +1,4 @@
-"""What a node finds of the network: the first node's name and port, and every other node at the address it will use."""
+"""Network checks of a node: the first node's name and port, and every other node at the addresses it will use."""
 
 from __future__ import annotations
 
@@ -8,78 +8,85 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final
 
-from packhorse.doctor.facts import Failed, NetworkFacts, Question
-from packhorse.doctor.interfaces import choices, interfaces, link_mbit
-from packhorse.doctor.meeting import MEET_SECONDS, Hub, Meeting, in_words, join, open_port, read_line, write_line
+from packhorse.doctor.facts import DoctorRequest, FailedConnection, NetworkFacts
+from packhorse.doctor.interfaces import interface_choices, interfaces, link_mbit
+from packhorse.doctor.rendezvous import (
+    Rendezvous,
+    RendezvousServer,
+    describe_error,
+    join_rendezvous,
+    open_port,
+    read_line,
+    write_line,
+)
 
-PEER_SECONDS: Final = 5.0
-AT_ONCE: Final = 32
+CONNECT_SECONDS: Final = 5.0
+MAX_THREADS: Final = 32
 
 
-class Network:
-    """A node in the network of an examination; closed at its end."""
+class NodeNetwork:
+    """Ports and connections of one node during the checks."""
 
-    def __init__(self, node_id: int, question: Question, meet_seconds: float = MEET_SECONDS) -> None:
-        """Meets the other nodes; goes on alone where it cannot."""
-        self.node_id, self._question = node_id, question
+    def __init__(self, node_id: int, request: DoctorRequest) -> None:
+        """Join the rendezvous; without it this node continues alone."""
+        self.node_id, self._request = node_id, request
         self.interfaces = interfaces()
-        self.choices = choices(self.interfaces, gpus=question.gpus_per_node > 0)
+        self.choices = interface_choices(self.interfaces, gpus=request.gpus_per_node > 0)
         self._listener = open_port(0)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._greet, daemon=True).start()
-        self._hub: Hub | None = None
-        self._resolved, self._resolve_error = _resolve(question.master_addr)
-        self.meeting = self._meet(meet_seconds)
+        self._server: RendezvousServer | None = None
+        self._resolved, self._resolve_error = _resolve(request.master_addr)
+        self.rendezvous = self._join()
 
-    def facts(self) -> NetworkFacts:
-        """What was found; tries every other node now."""
-        met = self.meeting.members
-        tried = _try_all(self.node_id, met)
-        chosen = self.choices[-1].interface
+    def check(self) -> NetworkFacts:
+        """Connect to every other node, and return all network facts."""
+        members = self.rendezvous.members
+        results = _connect_to_all(self.node_id, members)
         return NetworkFacts(
             choices=self.choices,
             interfaces=self.interfaces,
-            master_addr=self._question.master_addr,
-            master_port=self._question.master_port,
+            master_addr=self._request.master_addr,
+            master_port=self._request.master_port,
             resolved=self._resolved,
             resolve_error=self._resolve_error,
-            hub_error=self.meeting.error,
-            met=tuple(sorted(met)),
-            ways=len(tried),
-            failed=tuple(each for each in tried if each is not None),
-            clock_skew_seconds=self.meeting.clock_skew_seconds,
-            link_mbit=link_mbit(chosen, gpus=self._question.gpus_per_node > 0),
+            rendezvous_error=self.rendezvous.error,
+            met_nodes=tuple(sorted(members)),
+            num_connections=len(results),
+            failed_connections=tuple(failure for failure in results if failure is not None),
+            clock_skew_seconds=self.rendezvous.clock_skew_seconds,
+            link_mbit=link_mbit(self.choices[-1].interface, gpus=self._request.gpus_per_node > 0),
         )
 
     def close_listener(self) -> None:
-        """Closes the port that greets other nodes."""
+        """Close the port that answers other nodes."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def close(self) -> None:
-        """Closes this node's ports."""
+        """Close this node's ports and its connection to the rendezvous."""
         self.close_listener()
-        self.meeting.close()
-        if self._hub is not None:
-            self._hub.close()
+        self.rendezvous.close()
+        if self._server is not None:
+            self._server.close()
 
-    def _meet(self, seconds: float) -> Meeting:
-        port = self._question.master_port
+    def _join(self) -> Rendezvous:
+        port = self._request.master_port
         if self.node_id == 0:
             try:
-                self._hub = Hub(port, self._question.num_nodes, seconds)
+                self._server = RendezvousServer(port, self._request.num_nodes)
             except OSError as error:
-                return Meeting(error=f"port {port} cannot be opened on the first node: {in_words(error)}")
+                return Rendezvous(error=f"the first node cannot open port {port}: {describe_error(error)}")
         elif self._resolve_error:
-            return Meeting(error="not tried")
+            return Rendezvous(error="not tried")
         member = {
             "node_id": self.node_id,
             "port": self.port,
             "addresses": {choice.library: choice.address for choice in self.choices if choice.address},
         }
-        # The first node asks itself without the network: what is wrong with that is said by the others.
-        return join("127.0.0.1" if self.node_id == 0 else self._question.master_addr, port, member, seconds)
+        # The first node joins without its network, whose faults the other nodes report.
+        return join_rendezvous("127.0.0.1" if self.node_id == 0 else self._request.master_addr, port, member)
 
     def _greet(self) -> None:
         while True:
@@ -93,34 +100,34 @@ class Network:
 
 def _resolve(name: str) -> tuple[str, str]:
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        return "", in_words(error)
-    return str(found[0][4][0]), ""
+        return "", describe_error(error)
+    return str(addresses[0][4][0]), ""
 
 
-def _try_all(node_id: int, met: dict[int, dict[str, object]]) -> list[Failed | None]:
-    """Every other node, at each address that a library of it will give to the others."""
-    wanted = []
-    for other, member in sorted(met.items()):
+def _connect_to_all(node_id: int, members: dict[int, dict[str, object]]) -> list[FailedConnection | None]:
+    """Connect to every other node, at each address that one of its libraries announces."""
+    targets = []
+    for other, member in sorted(members.items()):
         addresses, port = member["addresses"], member["port"]
         assert isinstance(addresses, dict)
         assert isinstance(port, int)
         if other != node_id:
-            once = {address: library for library, address in reversed(addresses.items())}
-            wanted += [(other, library, address, port) for address, library in once.items()]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda each: _try(*each), wanted))
+            library_of = {address: library for library, address in reversed(addresses.items())}
+            targets += [(other, library, address, port) for address, library in library_of.items()]
+    with ThreadPoolExecutor(MAX_THREADS) as pool:
+        return list(pool.map(lambda target: _connect(*target), targets))
 
 
-def _try(node_id: int, library: str, address: str, port: int) -> Failed | None:
+def _connect(node_id: int, library: str, address: str, port: int) -> FailedConnection | None:
     try:
         with (
-            socket.create_connection((address, port), timeout=PEER_SECONDS) as connection,
+            socket.create_connection((address, port), timeout=CONNECT_SECONDS) as connection,
             connection.makefile("rb") as stream,
         ):
-            answered = read_line(stream)["node_id"]
-            error = "" if answered == node_id else f"another node answered there: number {answered}"
+            answer = read_line(stream)["node_id"]
+            error = "" if answer == node_id else f"another node answered there: number {answer}"
     except (OSError, ValueError, KeyError) as fault:
-        error = in_words(fault)
-    return Failed(node_id=node_id, library=library, address=address, error=error) if error else None
+        error = describe_error(fault)
+    return FailedConnection(node_id=node_id, library=library, address=address, error=error) if error else None

@@ -1,7 +1,7 @@
-"""One node's part of an examination: `python -m packhorse.doctor.node QUESTION`, once a node, started by srun.
+"""Checks of one node: `python -m packhorse.doctor.node REQUEST`, which srun starts once per node.
 
-It says what it found in short lines on standard output, which srun carries to whoever asked: the shared folder may be
-what is broken. It ends within the examination's time, whatever is broken, and imports no torch.
+The answer is printed as short lines on standard output, which srun forwards: the shared folder may be broken. The
+process ends within a minute in any case, and imports no torch.
 """
 
 from __future__ import annotations
@@ -18,109 +18,108 @@ from collections.abc import Iterable, Sequence
 from socket import gethostname
 from typing import Final
 
-from packhorse.doctor.facts import BandwidthFacts, NodeFacts, Question
-from packhorse.doctor.folder import examine_folder
-from packhorse.doctor.machine import gpu_facts, room_facts, versions
-from packhorse.doctor.meeting import open_port
-from packhorse.doctor.network import Network
-from packhorse.doctor.store import store_facts
+from packhorse.doctor.facts import BandwidthFacts, DoctorRequest, NodeFacts
+from packhorse.doctor.inputs import check_inputs
+from packhorse.doctor.machine import gpu_facts, resource_facts, versions
+from packhorse.doctor.network import NodeNetwork
+from packhorse.doctor.rendezvous import open_port
+from packhorse.doctor.shared_folder import check_shared_folder
 
 MARK: Final = "packhorse-doctor"
-PIECE: Final = 600
-"""Characters a line: srun may cut longer ones in two."""
-LAST_SECOND: Final = 57
-BANDWIDTH_ENDS: Final = 54.0
-"""Seconds from this node's start; torch takes some to import, and may be waiting for others then."""
-LOWEST_PORT, PORTS = 20000, 12000
+PIECE_CHARACTERS: Final = 600
+"""Characters per line: srun may split longer lines."""
+MAX_SECONDS: Final = 57
+BANDWIDTH_END_SECONDS: Final = 54.0
+"""End of the bandwidth check, in seconds from this node's start."""
+LOWEST_PORT, NUM_PORTS = 20000, 12000
 
 
 def main() -> int:
-    """Answers the question on the command line."""
-    signal.alarm(LAST_SECOND)  # ends the process: to be silent is an answer too
-    question = Question.model_validate_json(sys.argv[1])
+    """Answer the request on the command line."""
+    signal.alarm(MAX_SECONDS)  # ends the process without an answer, which the diagnosis reports
+    request = DoctorRequest.model_validate_json(sys.argv[1])
     node_id = int(os.environ.get("SLURM_NODEID", "0"))
-    for line in to_lines(examine(node_id, at_first_node(question))):
+    for line in to_lines(check_node(node_id, with_master(request))):
         sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-    # Threads that still wait for another node, or for a name, must not keep this one.
+    # Threads may still wait for another node or a name server, and must not delay the exit.
     os._exit(0)
 
 
-def at_first_node(question: Question) -> Question:
-    """The question with the first node's name and a port of the job, where they are not given."""
-    name = question.master_addr or first_host(os.environ.get("SLURM_STEP_NODELIST", "")) or gethostname()
-    # Below what the kernel hands out to others (32768 and up).
-    port = question.master_port or LOWEST_PORT + int(os.environ.get("SLURM_JOB_ID", str(os.getpid()))) % PORTS
-    return question.model_copy(update={"master_addr": name, "master_port": port})
+def with_master(request: DoctorRequest) -> DoctorRequest:
+    """Return the request with the first node's name, and a port computed from the job, unless they are given."""
+    name = request.master_addr or first_host(os.environ.get("SLURM_STEP_NODELIST", "")) or gethostname()
+    # Below the kernel's ephemeral range (32768 and up).
+    port = request.master_port or LOWEST_PORT + int(os.environ.get("SLURM_JOB_ID", str(os.getpid()))) % NUM_PORTS
+    return request.model_copy(update={"master_addr": name, "master_port": port})
 
 
-def examine(node_id: int, question: Question) -> NodeFacts:
-    """Looks at this node, and from it at the others."""
+def check_node(node_id: int, request: DoctorRequest) -> NodeFacts:
+    """Run all checks of this node, including connections to the others."""
     began = time.monotonic()
-    network = Network(node_id, question)
+    network = NodeNetwork(node_id, request)
     try:
-        met = network.facts()
-        network.meeting.wait_for_all("network")
-        folder = examine_folder(node_id, question, network.meeting)
+        network_facts = network.check()
+        network.rendezvous.wait_for_all("network")
+        folder = check_shared_folder(node_id, request, network.rendezvous)
         facts = NodeFacts(
             node_id=node_id,
             host=gethostname(),
             versions=versions(),
             gpu=gpu_facts(),
-            network=met,
+            network=network_facts,
             folder=folder,
-            room=room_facts(question.scratch),
-            store=store_facts(node_id, question),
+            resources=resource_facts(request.scratch),
+            inputs=check_inputs(node_id, request),
         )
-        everybody = len(met.met) == question.num_nodes and not met.failed
-        if not question.fast and everybody:
-            facts = facts.model_copy(
-                update={"bandwidth": _bandwidth(node_id, question, network, began + BANDWIDTH_ENDS)}
-            )
+        all_reachable = len(network_facts.met_nodes) == request.num_nodes and not network_facts.failed_connections
+        if not request.fast and all_reachable:
+            bandwidth = _measure_bandwidth(node_id, request, network, began + BANDWIDTH_END_SECONDS)
+            facts = facts.model_copy(update={"bandwidth": bandwidth})
     finally:
         network.close()
     return facts.model_copy(update={"seconds": round(time.monotonic() - began, 2)})
 
 
-def first_host(names: str) -> str:
-    """The first of a list of nodes as Slurm writes it: `gpu[03-05,9],login` -> `gpu03`; empty of an empty one."""
-    first = re.split(r",(?![^\[]*\])", names)[0]
+def first_host(nodes: str) -> str:
+    """Return the first node of Slurm's list: `gpu[03-05,9],login` -> `gpu03`; empty for an empty list."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def to_lines(facts: NodeFacts) -> list[str]:
-    """Facts as short lines."""
+    """Encode facts as short lines."""
     text = base64.b64encode(facts.model_dump_json().encode()).decode()
-    pieces = [text[at : at + PIECE] for at in range(0, len(text), PIECE)]
+    pieces = [text[at : at + PIECE_CHARACTERS] for at in range(0, len(text), PIECE_CHARACTERS)]
     return [f"{MARK} {facts.node_id} {index} {len(pieces)} {piece}" for index, piece in enumerate(pieces)]
 
 
 def from_lines(lines: Iterable[str]) -> list[NodeFacts]:
-    """Facts of all nodes whose lines are all there, by number; other lines are passed over."""
+    """Decode the facts of all nodes without a missing line, by number; other lines are ignored."""
     pieces: dict[int, dict[int, str]] = {}
     counts: dict[int, int] = {}
     for line in lines:
-        found = re.search(rf"{MARK} (\d+) (\d+) (\d+) (\S+)\s*$", line)
-        if found:
-            node_id, index, count = (int(found[group]) for group in (1, 2, 3))
-            pieces.setdefault(node_id, {})[index] = found[4]
+        match = re.search(rf"{MARK} (\d+) (\d+) (\d+) (\S+)\s*$", line)
+        if match:
+            node_id, index, count = (int(match[group]) for group in (1, 2, 3))
+            pieces.setdefault(node_id, {})[index] = match[4]
             counts[node_id] = count
-    whole = [node_id for node_id in sorted(pieces) if len(pieces[node_id]) == counts[node_id]]
-    texts = ["".join(pieces[node_id][index] for index in range(counts[node_id])) for node_id in whole]
+    complete = [node_id for node_id in sorted(pieces) if len(pieces[node_id]) == counts[node_id]]
+    texts = ["".join(pieces[node_id][index] for index in range(counts[node_id])) for node_id in complete]
     return [NodeFacts.model_validate_json(base64.b64decode(text)) for text in texts]
 
 
-def _bandwidth(node_id: int, question: Question, network: Network, end: float) -> BandwidthFacts | None:
-    """Starts this node's ranks of the timed all-reduce; only rank 0's node has an answer, each may have an error."""
-    ranks = question.gpus_per_node or 1
-    if ranks * question.num_nodes < 2:
+def _measure_bandwidth(node_id: int, request: DoctorRequest, network: NodeNetwork, end: float) -> BandwidthFacts | None:
+    """Run this node's ranks of the timed all-reduce; the node of rank 0 has the result, any node may have an error."""
+    ranks = request.gpus_per_node or 1
+    if ranks * request.num_nodes < 2:
         return None
-    port = _agreed_port(node_id, network)
-    backend = "nccl" if question.gpus_per_node else "gloo"
+    port = _agree_on_port(node_id, network)
+    backend = "nccl" if request.gpus_per_node else "gloo"
     common = {
         **os.environ,
-        "WORLD_SIZE": str(ranks * question.num_nodes),
-        "MASTER_ADDR": question.master_addr,
+        "WORLD_SIZE": str(ranks * request.num_nodes),
+        "MASTER_ADDR": request.master_addr,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
@@ -136,36 +135,37 @@ def _bandwidth(node_id: int, question: Question, network: Network, end: float) -
         )
         for local in range(ranks)
     ]
-    return _answer(children, end)
+    return _result_of(children, end)
 
 
-def _agreed_port(node_id: int, network: Network) -> int:
-    """A free port of the first node: that of its greeting, which it gives up after everybody has heard of it."""
-    port = int(network.meeting.members[0]["port"])
-    network.meeting.wait_for_all("port")
+def _agree_on_port(node_id: int, network: NodeNetwork) -> int:
+    """Return a free port of the first node: its listener's, which it closes after all nodes know the number."""
+    port = int(network.rendezvous.members[0]["port"])
+    network.rendezvous.wait_for_all("port")
     if node_id == 0:
         network.close_listener()
-        open_port(port).close()  # it is free again
-    network.meeting.wait_for_all("free")
+        open_port(port).close()  # fails if the port is not free again
+    network.rendezvous.wait_for_all("free")
     return port
 
 
-def _answer(children: Sequence[subprocess.Popen[str]], end: float) -> BandwidthFacts:
-    answer: dict[str, object] = {}
+def _result_of(children: Sequence[subprocess.Popen[str]], end: float) -> BandwidthFacts:
+    result: dict[str, object] = {}
     error = ""
     for child in children:
         try:
-            out, said = child.communicate(timeout=max(0.1, end - time.monotonic()))
+            out, err = child.communicate(timeout=max(0.1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
             child.communicate()
-            error = error or "not done within a minute"
+            error = error or "not finished within a minute"
             continue
         if child.returncode:
-            last = next((line for line in reversed(said.splitlines()) if line.strip()), "nothing said")
-            error = error or f"ended with {child.returncode}: {last.strip()[:300]}"
-        answer = json.loads(out.splitlines()[-1]) if out.strip() and not child.returncode else answer
-    return BandwidthFacts.model_validate({**answer, "error": error})
+            last = next((line for line in reversed(err.splitlines()) if line.strip()), "no output")
+            error = error or f"exit code {child.returncode}: {last.strip()[:300]}"
+        elif out.strip():
+            result = json.loads(out.splitlines()[-1])
+    return BandwidthFacts.model_validate({**result, "error": error})
 
 
 if __name__ == "__main__":

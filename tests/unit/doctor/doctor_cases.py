@@ -1,22 +1,22 @@
-"""Two nodes with two GPUs each, of which everything is as it should be; tests break one thing."""
+"""Answers of two sound nodes with two GPUs each; tests break one thing."""
 
 from __future__ import annotations
 
 from packhorse.doctor.facts import (
     BandwidthFacts,
-    Choice,
+    DoctorRequest,
     FolderFacts,
     Gpu,
     GpuFacts,
+    InputFacts,
+    InterfaceChoice,
     NetworkFacts,
     NodeFacts,
-    Question,
-    RoomFacts,
-    StoreFacts,
+    ResourceFacts,
 )
 
 GB = 10**9
-QUESTION = Question(
+REQUEST = DoctorRequest(
     num_nodes=2,
     gpus_per_node=2,
     folder="/shared/runs/first",
@@ -31,7 +31,9 @@ QUESTION = Question(
 
 
 def sound_node(node_id: int) -> NodeFacts:
-    choices = tuple(Choice(library=name, interface="ib0", address=f"10.0.0.{node_id + 1}") for name in ("gloo", "nccl"))
+    choices = tuple(
+        InterfaceChoice(library=name, interface="ib0", address=f"10.0.0.{node_id + 1}") for name in ("gloo", "nccl")
+    )
     return NodeFacts(
         node_id=node_id,
         host=f"gpu{node_id + 1}",
@@ -48,8 +50,8 @@ def sound_node(node_id: int) -> NodeFacts:
             master_addr="gpu1",
             master_port=20123,
             resolved="192.168.0.1",
-            met=(0, 1),
-            ways=1,
+            met_nodes=(0, 1),
+            num_connections=1,
             clock_skew_seconds=0.002 * node_id,
             link_mbit=400_000,
         ),
@@ -57,13 +59,13 @@ def sound_node(node_id: int) -> NodeFacts:
             exists=True,
             kind="lustre",
             plan_sha256="a" * 64,
-            sees_start=True,
-            sees=(0, 1),
+            sees_request_file=True,
+            sees_nodes=(0, 1),
             free_bytes=900 * GB,
             write_bytes_per_second=1.5 * GB if node_id == 0 else None,
             rename_reads=400 * node_id,
         ),
-        room=RoomFacts(
+        resources=ResourceFacts(
             scratch="/tmp",
             scratch_free_bytes=200 * GB,
             scratch_kind="ext4",
@@ -72,7 +74,7 @@ def sound_node(node_id: int) -> NodeFacts:
             memory_from="its Slurm job",
             infiniband=True,
         ),
-        store=StoreFacts(model_found="/shared/hf/model", wandb_host="api.wandb.ai" if node_id == 0 else ""),
+        inputs=InputFacts(model_found="/shared/hf/model", wandb_host="api.wandb.ai" if node_id == 0 else ""),
         bandwidth=BandwidthFacts(
             world_size=4,
             backend="nccl",

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.doctor.facts import Question
-from packhorse.doctor.machine import file_system, gpu_facts, memory_limit, room_facts, torch_built_for, versions
-from packhorse.doctor.store import store_facts, weights_fault
+from packhorse.doctor.facts import DoctorRequest
+from packhorse.doctor.inputs import check_inputs, weights_fault
+from packhorse.doctor.machine import file_system, gpu_facts, memory_limit, resource_facts, torch_built_for, versions
 
 SMI = "0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 4\n1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 20000\n"
 
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program of that name that prints what stands in a file; there is no GPU here."""
-    (tmp_path / "said").write_text(SMI)
+    """A program of that name that prints a file, in place of a GPU."""
+    (tmp_path / "output").write_text(SMI)
     program = tmp_path / "nvidia-smi"
-    program.write_text(f'#!/bin/sh\ncat "{tmp_path}/said"; exit $(cat "{tmp_path}/code" 2>/dev/null || echo 0)\n')
+    program.write_text(f'#!/bin/sh\ncat "{tmp_path}/output"; exit $(cat "{tmp_path}/code" 2>/dev/null || echo 0)\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -63,10 +63,10 @@ def test_gpus_that_the_job_may_see(
     assert [gpu.used_mib for gpu in found.gpus if gpu.index == "1"] == [20000] * ("1" in indices)
 
 
-def test_a_driver_that_fails_is_told(nvidia_smi: Path) -> None:
-    (nvidia_smi / "said").write_text("Unable to determine the device handle for GPU 0000:4E:00.0: Unknown Error\n")
+def test_an_error_of_nvidia_smi_is_reported(nvidia_smi: Path) -> None:
+    (nvidia_smi / "output").write_text("Unable to determine the device handle for GPU 0000:4E:00.0: Unknown Error\n")
     (nvidia_smi / "code").write_text("9")
-    assert "ended with 9: Unable to determine the device handle" in gpu_facts().error
+    assert "failed with exit code 9: Unable to determine the device handle" in gpu_facts().error
 
 
 def test_cuda_of_torch_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,41 +111,43 @@ def test_file_system_of_a_path(tmp_path: Path) -> None:
 
 def test_scratch_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    assert "Not a directory" in room_facts(str(tmp_path / "file" / "scratch")).scratch_error
-    assert "NO_SUCH_VARIABLE is not set" in room_facts("${env:NO_SUCH_VARIABLE}").scratch_error
+    assert "Not a directory" in resource_facts(str(tmp_path / "file" / "scratch")).scratch_error
+    assert "NO_SUCH_VARIABLE is not set" in resource_facts("${env:NO_SUCH_VARIABLE}").scratch_error
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    found = room_facts("")
+    found = resource_facts("")
     assert (found.scratch, found.scratch_error) == (str(tmp_path), "")
     assert found.scratch_free_bytes > 0
 
 
-def test_weights_that_are_not_whole(tmp_path: Path) -> None:
-    assert weights_fault(tmp_path) == f"{tmp_path} holds no config.json"
+def test_incomplete_weights(tmp_path: Path) -> None:
+    assert weights_fault(tmp_path) == f"{tmp_path} has no config.json"
     (tmp_path / "config.json").write_text("{}")
-    assert weights_fault(tmp_path) == f"{tmp_path} holds no weights"
+    assert weights_fault(tmp_path) == f"{tmp_path} has no weights"
     (tmp_path / "model-1.safetensors").touch()
     assert weights_fault(tmp_path) == ""
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
     # A file of the hub's cache is a link, which stays when what it leads to is gone.
     (tmp_path / "model-2.safetensors").symlink_to(tmp_path / "gone")
-    assert weights_fault(tmp_path) == f"{tmp_path} lacks 1 of 2 files of weights: model-2.safetensors"
+    assert weights_fault(tmp_path) == f"{tmp_path} lacks 1 of 2 weight files: model-2.safetensors"
     index.write_text("{")
     assert "cannot be read" in weights_fault(tmp_path)
 
 
 def test_a_variable_in_the_models_path_is_the_nodes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Question(num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", model_folder="${env:MODELS}/base")
+    request = DoctorRequest(
+        num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", model_folder="${env:MODELS}/base"
+    )
     monkeypatch.delenv("MODELS", raising=False)
-    assert "MODELS is not set" in store_facts(1, asked).model_fault
+    assert "MODELS is not set" in check_inputs(1, request).model_fault
     monkeypatch.setenv("MODELS", str(tmp_path))
-    assert store_facts(1, asked).model_fault == f"{tmp_path}/base holds no config.json"
+    assert check_inputs(1, request).model_fault == f"{tmp_path}/base has no config.json"
 
 
-def test_what_is_not_there_is_told_without_a_look_at_the_hub(tmp_path: Path) -> None:
+def test_missing_inputs_are_found_without_the_hub(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    asked = Question(num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", fast=True)
-    found = store_facts(0, asked.model_copy(update={"model_id": "org/nothing", "data_folder": str(data)}))
+    request = DoctorRequest(num_nodes=1, gpus_per_node=0, folder=str(tmp_path), token="0", fast=True)
+    found = check_inputs(0, request.model_copy(update={"model_id": "org/nothing", "data_folder": str(data)}))
     assert "org/nothing is not in " in found.model_fault
-    assert found.data_fault == f"{data} holds no prepared data"
+    assert found.data_fault == f"{data} has no prepared data"

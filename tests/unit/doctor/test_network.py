@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from packhorse.doctor.interfaces import choices, gloo_choice, interfaces, link_mbit, nccl_choice
-from packhorse.doctor.meeting import Hub, Meeting, join, open_port
+from packhorse.doctor.interfaces import gloo_choice, interface_choices, interfaces, link_mbit, nccl_choice
+from packhorse.doctor.rendezvous import Rendezvous, RendezvousServer, join_rendezvous, open_port
 
 UP = {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0": "192.168.0.7", "ib0": "10.0.0.7"}
 
@@ -21,32 +21,32 @@ def port() -> int:
         return int(probe.getsockname()[1])
 
 
-def meet(port: int, numbers: list[int], seconds: float = 5.0) -> list[Meeting]:
+def meet(port: int, numbers: list[int], seconds: float = 5.0) -> list[Rendezvous]:
     with ThreadPoolExecutor(len(numbers)) as pool:
-        return list(pool.map(lambda number: join("127.0.0.1", port, {"node_id": number}, seconds), numbers))
+        return list(pool.map(lambda number: join_rendezvous("127.0.0.1", port, {"node_id": number}, seconds), numbers))
 
 
-def test_all_learn_of_all_and_of_the_first_ones_clock(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(port, 3, 5.0)
+def test_all_nodes_know_all_nodes_and_the_first_ones_clock(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = RendezvousServer(port, 3, 5.0)
     found = meet(port, [0, 1, 2])
     assert [sorted(each.members) for each in found] == [[0, 1, 2]] * 3
     assert all(abs(each.clock_skew_seconds or 9.0) < 0.5 for each in found)
-    hub.close()
+    server.close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=1)
 
 
 def test_a_clock_that_goes_ahead_is_seen(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(port, 1, 5.0)
+    server = RendezvousServer(port, 1, 5.0)
     real, here = time.time, threading.current_thread()
     monkeypatch.setattr(time, "time", lambda: real() + (100.0 if threading.current_thread() is here else 0.0))
-    found = join("127.0.0.1", port, {"node_id": 0}, 5.0)
-    hub.close()
+    found = join_rendezvous("127.0.0.1", port, {"node_id": 0}, 5.0)
+    server.close()
     assert found.clock_skew_seconds == pytest.approx(100.0, abs=0.5)
 
 
-def test_nobody_goes_on_before_all_have_come(port: int) -> None:
-    hub = Hub(port, 2, 5.0)
+def test_no_node_continues_before_all_have_arrived(port: int) -> None:
+    server = RendezvousServer(port, 2, 5.0)
     first, second = meet(port, [0, 1])
     passed: list[str] = []
 
@@ -60,33 +60,33 @@ def test_nobody_goes_on_before_all_have_come(port: int) -> None:
     first.wait_for_all("here")
     passed.append("first")
     thread.join()
-    hub.close()
+    server.close()
     assert passed == ["second", "first"]
 
 
 def test_a_node_that_is_gone_is_not_waited_for(port: int) -> None:
-    hub = Hub(port, 2, 5.0)
+    server = RendezvousServer(port, 2, 5.0)
     first, second = meet(port, [0, 1])
     second.close()
     began = time.monotonic()
     first.wait_for_all("here")
-    hub.close()
+    server.close()
     assert time.monotonic() - began < 5
 
 
-def test_who_comes_waits_only_so_long_for_the_others(port: int) -> None:
-    hub = Hub(port, 2, 0.3)
+def test_a_node_waits_a_limited_time_for_the_others(port: int) -> None:
+    server = RendezvousServer(port, 2, 0.3)
     (found,) = meet(port, [0])
-    hub.close()
+    server.close()
     assert sorted(found.members) == [0]
 
 
-def test_a_first_node_that_is_not_there_is_told(port: int) -> None:
-    found = join("127.0.0.1", port, {"node_id": 1}, 0.3)
+def test_an_absent_first_node_is_reported(port: int) -> None:
+    found = join_rendezvous("127.0.0.1", port, {"node_id": 1}, 0.3)
     assert (found.error, found.members) == ("Connection refused", {})
 
 
-def test_another_service_at_the_port_is_told(port: int) -> None:
+def test_another_service_at_the_port_is_reported(port: int) -> None:
     with open_port(port) as server:
 
         def answer() -> None:
@@ -97,19 +97,19 @@ def test_another_service_at_the_port_is_told(port: int) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        found = join("127.0.0.1", port, {"node_id": 1}, 2.0)
+        found = join_rendezvous("127.0.0.1", port, {"node_id": 1}, 2.0)
         thread.join()
-    assert found.error.startswith("what answers there is not the first node")
+    assert found.error.startswith("another program answers at that port")
 
 
 def test_a_port_that_is_taken(port: int) -> None:
     with open_port(port), pytest.raises(OSError, match="in use"):
-        Hub(port, 2)
+        RendezvousServer(port, 2)
 
 
 # Rows: NCCL's documentation of NCCL_SOCKET_IFNAME.
 @pytest.mark.parametrize(
-    ("asked", "interface"),
+    ("variable", "interface"),
     [
         ("", "ib0"),
         ("eth", "eth0"),
@@ -117,28 +117,28 @@ def test_a_port_that_is_taken(port: int) -> None:
         ("eth0,ib0", "eth0"),
         ("^ib,docker,lo", "eth0"),
         ("^=ib0,lo,docker0", "eth0"),
-        ("^docker0", "lo"),  # the kernel's first is lo: leave that out too
+        ("^docker0", "lo"),  # the kernel's first is lo, unless it is excluded too
     ],
 )
-def test_what_nccl_takes(asked: str, interface: str) -> None:
-    assert nccl_choice(UP, asked).interface == interface
+def test_the_choice_of_nccl(variable: str, interface: str) -> None:
+    assert nccl_choice(UP, variable).interface == interface
 
 
-def test_names_that_no_interface_has_are_told() -> None:
+def test_names_without_an_interface_are_reported() -> None:
     assert "=eth" in nccl_choice(UP, "=eth").error
     found = gloo_choice(UP, "eth")
     assert (found.interface, found.address) == ("eth", "")
     assert "the interfaces that are up are lo, docker0, eth0, ib0" in found.error
 
 
-def test_gloo_takes_what_the_hosts_own_name_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_uses_the_address_of_the_hosts_name(monkeypatch: pytest.MonkeyPatch) -> None:
     named: dict[str, Any] = {"gpu7": "10.0.0.7"}
     monkeypatch.setattr(socket, "gethostname", lambda: "gpu7")
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_: [(0, 0, 0, "", (named[host], 0))])
     assert gloo_choice(UP, "").interface == "ib0"
     named["gpu7"] = "127.0.1.1"
     assert gloo_choice(UP, "").interface == "lo"
-    assert [each.library for each in choices(UP, gpus=True, environment={})] == ["gloo", "nccl"]
+    assert [each.library for each in interface_choices(UP, gpus=True, environment={})] == ["gloo", "nccl"]
 
 
 def test_this_machines_interfaces() -> None:

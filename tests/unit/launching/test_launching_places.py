@@ -1,4 +1,4 @@
-"""The launch of a node outside of schedulers: lines, their environment, and what a container's first process does."""
+"""The launch of a node without a scheduler: commands, their environment, and a container's first process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from packhorse.cli.main import main
 from packhorse.errors import UserError
-from packhorse.launching.places.lines import ADDRESS, engine_environment, lines_of_nodes
-from packhorse.launching.places.request import name_of
-from packhorse.launching.places.start import launch_of
+from packhorse.launching.places.node_commands import ADDRESS, engine_environment, launch_commands
+from packhorse.launching.places.start import launch_of_node
+from packhorse.launching.places.task_files import dns_name
 from packhorse.plan.command import launch_argv
 from packhorse.plan.run_plan import RunPlan, Topology
 from packhorse.run_folder.folder import open_run
@@ -24,7 +24,7 @@ from tiny import write_tiny
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds a run that is planned for two processes."""
+    """A folder with a run that is planned for two processes."""
     folder = tmp_path_factory.mktemp("places")
     write_tiny(folder)
     with contextlib.chdir(folder):
@@ -46,7 +46,7 @@ def two_nodes(engine: str) -> Topology:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp"])
-def test_torchrun_is_given_what_accelerate_would_set(engine: str) -> None:
+def test_torchrun_has_the_variables_of_accelerate(engine: str) -> None:
     topology = two_nodes(engine)
     words = list(launch_argv(topology, Path("/run")))[2:]
     arguments = launch_command_parser().parse_args([*words[:-2], "--machine_rank", "1", words[-2]])
@@ -59,15 +59,15 @@ def test_torchrun_is_given_what_accelerate_would_set(engine: str) -> None:
         theirs = prepare_multi_gpu_env(arguments)
     ours = engine_environment(topology)
     assert {name: theirs[name] for name in ours} == ours
-    # And none of these is left out.
+    # Every kind that accelerate sets is among them.
     kinds = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
     assert {kind for kind in kinds if theirs.get(kind) == "true"} == set(kinds) & set(ours)
 
 
-def test_each_node_has_a_line_that_bash_reads_back(plan: RunPlan, tmp_path: Path) -> None:
+def test_each_node_has_a_command_that_bash_parses(plan: RunPlan, tmp_path: Path) -> None:
     hostile = str(tmp_path / "a $(touch canary) 'b'" / "plan.json")
     two = plan.model_copy(update={"topology": two_nodes("fsdp2"), "argv": (*plan.argv[:-1], hostile)})
-    text = lines_of_nodes(two)
+    text = launch_commands(two)
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     lines = [line for line in text.splitlines() if not line.startswith(("#", "export "))]
     assert len(lines) == 4
@@ -86,7 +86,7 @@ def test_each_node_has_a_line_that_bash_reads_back(plan: RunPlan, tmp_path: Path
     assert ADDRESS in shlex.split(lines[2])
 
 
-def test_plan_prints_them(plan: RunPlan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_the_commands(plan: RunPlan, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["plan", "tiny.yaml", "name=other", "--gpus", "4", "--nodes", "2", "--argv"]) == 0
     text = capsys.readouterr().out
@@ -94,18 +94,18 @@ def test_plan_prints_them(plan: RunPlan, capsys: pytest.CaptureFixture[str]) -> 
     assert text.count("torchrun --nnodes 2 --nproc-per-node 2 --node-rank") == 2
 
 
-def test_a_name_for_dns(plan: RunPlan) -> None:
+def test_dns_name(plan: RunPlan) -> None:
     def named(name: str) -> str:
-        return name_of(plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"name": name})}))
+        return dns_name(plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"name": name})}))
 
     assert named("Llama3.1_8B-lora") == "llama3-1-8b-lora"
     assert named("70b") == "run-70b"
     assert len(named("x" * 120)) == 50
 
 
-def test_a_pod_starts_its_share(plan: RunPlan) -> None:
+def test_a_pod_starts_its_ranks(plan: RunPlan) -> None:
     pod = {"RANK": "1", "WORLD_SIZE": "2", "PET_NNODES": "2", "HF_HUB_OFFLINE": "1", "PATH": "/bin"}
-    words, environment = launch_of("runs/tiny", "0", "first.default.svc", "23456", pod)
+    words, environment = launch_of_node("runs/tiny", "0", "first.default.svc", "23456", pod)
     assert words[:8] == [
         "accelerate", "launch", "--machine_rank", "0", "--main_process_ip", "first.default.svc",
         "--main_process_port", "23456",
@@ -114,4 +114,4 @@ def test_a_pod_starts_its_share(plan: RunPlan) -> None:
     assert {"RANK", "WORLD_SIZE", "PET_NNODES"}.isdisjoint(environment)
     assert environment["PET_SIGNALS_TO_HANDLE"] == "SIGINT"
     with pytest.raises(UserError, match="this is node 1, and the plan of runs/tiny has nodes 0 to 0"):
-        launch_of("runs/tiny", "1", "first", "1", pod)
+        launch_of_node("runs/tiny", "1", "first", "1", pod)

@@ -1,4 +1,4 @@
-"""A first site profile from what Slurm says: it loads, and what Slurm cannot know is left to the reader."""
+"""A first site profile from what Slurm reports: it loads, and what Slurm cannot know is commented out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from packhorse.cli.main import main
 from packhorse.errors import UserError
 from packhorse.launching.slurm import site_probe
-from packhorse.launching.slurm.client import NoSlurmError
+from packhorse.launching.slurm.client import NoSlurmError, SlurmClient
 from packhorse.launching.slurm.site import load_site
 
 GPU = {"CPUTot": "128", "RealMemory": "1031000", "Gres": "gpu:a100:8(S:0-1)", "AvailableFeatures": "a100,ib"}
@@ -27,9 +27,9 @@ NODES = [
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site_probe, "partitions", lambda: PARTITIONS)
-    monkeypatch.setattr(site_probe, "nodes", lambda: NODES)
-    monkeypatch.setattr(site_probe, "associations", lambda: [("lab", "", ("normal", "long")), ("mine", "", ())])
+    monkeypatch.setattr(SlurmClient, "partitions", lambda _: PARTITIONS)
+    monkeypatch.setattr(SlurmClient, "nodes", lambda _: NODES)
+    monkeypatch.setattr(SlurmClient, "associations", lambda _: [("lab", "", ("normal", "long")), ("mine", "", ())])
 
 
 def loaded(text: str, folder: Path):
@@ -38,7 +38,7 @@ def loaded(text: str, folder: Path):
     return load_site(str(path))
 
 
-def test_gpus_are_found_also_where_they_are_not_the_default(cluster: None, tmp_path: Path) -> None:
+def test_a_partition_with_gpus_is_preferred_to_the_default(cluster: None, tmp_path: Path) -> None:
     text = site_probe.probe_site("", "")
     site = loaded(text, tmp_path)
     assert (site.name, site.partition, site.account) == ("gpu", "gpu", "lab")
@@ -48,7 +48,7 @@ def test_gpus_are_found_also_where_they_are_not_the_default(cluster: None, tmp_p
     assert (site.cpu_jobs.partition, site.cpu_jobs.cpus, site.cpu_jobs.time) == ("std", 4, "04:00:00")
     assert "# constraint: a100" in text
     assert "features of the nodes: a100, ib" in text
-    assert "you may name long, normal" in text
+    assert "you may set long, normal" in text
 
 
 def test_each_line_is_explained(cluster: None) -> None:
@@ -62,17 +62,17 @@ def test_nodes_without_gpus(cluster: None, tmp_path: Path) -> None:
     assert (site.longest_time, site.account) == (None, None)
 
 
-def test_jobs_that_prepare_data_keep_to_a_short_partition(cluster: None, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(site_probe, "partitions", lambda: [{**PARTITIONS[0], "MaxTime": "01:00:00"}])
+def test_jobs_that_prepare_data_respect_a_short_limit(cluster: None, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(SlurmClient, "partitions", lambda _: [{**PARTITIONS[0], "MaxTime": "01:00:00"}])
     assert loaded(site_probe.probe_site("", ""), tmp_path).cpu_jobs.time == "01:00:00"
 
 
 def test_a_partition_that_is_not_there(cluster: None) -> None:
-    with pytest.raises(UserError, match="name one of std, gpu"):
+    with pytest.raises(UserError, match="give one of std, gpu"):
         site_probe.probe_site("", "gp u")
 
 
-def test_no_file_is_written_over_and_none_without_slurm(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_no_file_is_overwritten_and_none_written_without_slurm(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(NoSlurmError):

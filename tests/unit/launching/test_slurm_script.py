@@ -1,4 +1,4 @@
-"""Job scripts: golden text, and no value that ends the #SBATCH block or is run."""
+"""Job scripts: no value ends the #SBATCH block or is executed; the lead of the signal."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from packhorse.launching.slurm.script import (
     command_script,
     cpu_request,
     quoted,
+    signal_lead,
     site_lines,
     train_request,
     train_script,
@@ -57,7 +58,7 @@ def train_of(site: SiteProfile, programs: str = "/shared/packhorse/.venv/bin") -
 
 
 def block(text: str) -> list[str]:
-    """What Slurm reads: it stops at the first line that is neither empty nor a comment."""
+    """Return the directives that Slurm reads: up to the first line that is neither empty nor a comment."""
     lines = []
     for line in text.splitlines():
         if line and not line.startswith("#"):
@@ -76,7 +77,7 @@ def bash(text: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", shipped_sites())
-def test_every_directive_is_one_word_and_all_stand_before_the_first_command(name: str) -> None:
+def test_every_directive_is_one_word_before_the_first_command(name: str) -> None:
     site = load_site(name)
     for text in (train_of(site), command_script(site, cpu_request(site, "first", LOGS, "prepare"), None)):
         assert [line for line in block(text) if " " in line or not line.startswith("--")] == []
@@ -85,7 +86,7 @@ def test_every_directive_is_one_word_and_all_stand_before_the_first_command(name
         assert (checked.returncode, checked.stderr) == (0, "")
 
 
-def test_what_a_job_asks_for() -> None:
+def test_resources_of_a_job() -> None:
     asked = block(train_of(load_site("cloud")))
     for word in ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:h100:8", "--cpus-per-task=192", "--mem=1966080M"):
         assert word in asked
@@ -99,7 +100,7 @@ def test_what_a_job_asks_for() -> None:
     assert "--no-requeue" in block(train_of(load_site("container")))
 
 
-def test_jobs_without_gpus_ask_for_none_and_stand_where_the_site_says() -> None:
+def test_jobs_without_gpus_request_none_in_the_partition_of_the_site() -> None:
     site = load_site("university")
     asked = block(command_script(site, cpu_request(site, "first", LOGS, "prepare"), None))
     assert not [word for word in asked if "gpu" in word or "constraint" in word]
@@ -114,7 +115,7 @@ def test_nodes_without_gpus() -> None:
 
 
 @pytest.mark.parametrize("value", NASTY, ids=ascii)
-def test_text_of_the_site_reaches_the_job_as_it_is(value: str, tmp_path: Path) -> None:
+def test_text_of_the_site_reaches_the_job_unchanged(value: str, tmp_path: Path) -> None:
     site = SiteProfile(name="nasty", environment={"GIVEN": value}, container=["run", value])
     text = train_of(site)
     between = text[text.index(SITE_BEGINS) : text.rindex(SITE_ENDS)]
@@ -124,13 +125,13 @@ def test_text_of_the_site_reaches_the_job_as_it_is(value: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("value", [value for value in NASTY if value], ids=ascii)
-def test_and_the_folder_of_our_programs(value: str, tmp_path: Path) -> None:
+def test_the_folder_of_programs_reaches_the_job_unchanged(value: str, tmp_path: Path) -> None:
     lines = "\n".join(site_lines(SiteProfile(name="nasty"), f"/opt/{value}/bin", trains=True))
     assert bash(f'{lines}\necho "${{PATH%%:*}}"', tmp_path) == f"/opt/{value}/bin\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reference_becomes_the_variable_of_the_job_and_nothing_else_is_expanded(tmp_path: Path) -> None:
+def test_only_references_to_variables_are_expanded(tmp_path: Path) -> None:
     site = SiteProfile(
         name="here", scratch="${env:TMPDIR}/mine", environment={"X": "$HOME ${env:HOME} ${HOME}"}, container=[]
     )
@@ -146,17 +147,41 @@ def test_a_name_that_would_break_the_block_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("folder", ["/a b", "/a\nb", "/a%j", "/$(id)", "/a'b", "relative"], ids=ascii)
-def test_and_so_is_the_path_of_a_run(folder: str) -> None:
+def test_a_path_that_would_break_the_block_is_refused(folder: str) -> None:
     site = load_site("cloud")
     with pytest.raises(UserError, match="set runs_folder to"):
         train_script(site, train_request(site, "x", Path(folder) / "logs", 1, 8, site.time, 180), None)
 
 
-def test_all_but_the_block_and_the_site_stands_as_it_is_shipped() -> None:
+def test_everything_after_the_site_is_as_shipped() -> None:
     one, other = train_of(load_site("cloud")), train_of(load_site("university"))
     assert one[one.index(SITE_ENDS) :] == other[other.index(SITE_ENDS) :]
 
 
-def test_quoted_is_plain_where_nothing_needs_it() -> None:
+def test_plain_words_are_not_quoted() -> None:
     assert quoted("/shared/x.sif") == "/shared/x.sif"
     assert quoted("") == "''"
+
+
+def test_short_steps_get_the_least_lead() -> None:
+    lead = signal_lead([], None, None)
+    assert lead.seconds == 180
+    assert lead.reason == "the duration of a step and a save is unknown, 120 s at least, plus 60 s to exit"
+
+
+def test_the_longest_measured_step_and_save_count() -> None:
+    lines = [
+        {"step": 1, "speed/step_seconds": 30.0},
+        {"step": 2, "speed/step_seconds": 45.0, "checkpoint/seconds": 500.0},
+        {"step": 3, "speed/step_seconds": 20.0, "checkpoint/seconds": 400.5},
+    ]
+    lead = signal_lead(lines, 1.0, 10**9)
+    assert lead.seconds == 45 + 500 + 60
+    assert lead.reason == "a step of 45.0 s and a save of 500.0 s were measured, plus 60 s to exit"
+
+
+def test_without_a_measured_save_the_checkpoint_size_counts() -> None:
+    # A checkpoint of an 8B model with Adam in float32 is 96 GB: eight minutes at 200 MB/s.
+    lead = signal_lead([], 20.0, 96 * 10**9)
+    assert lead.seconds == 20 + 480 + 60
+    assert "expected" in lead.reason

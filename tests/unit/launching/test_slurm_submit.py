@@ -1,4 +1,4 @@
-"""`packhorse submit` up to the point where Slurm is asked, and runs that wait for their data."""
+"""`packhorse submit` up to the call of Slurm, and runs that wait for their data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 from packhorse.cli.main import main
 from packhorse.errors import UserError
-from packhorse.launching.slurm.client import Expected
+from packhorse.launching.slurm.client import SlurmClient, StartEstimate
 from packhorse.launching.slurm.submit import only_submission
 from packhorse.run_folder.folder import open_run
 from packhorse.run_folder.lock import lock_for_job, release_job_lock
@@ -116,22 +116,22 @@ def test_an_override_never_reaches_a_script(folder: Path, capsys) -> None:
 
 
 def waiting_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As it is once `submit` has sent the two jobs; no Slurm is asked."""
+    """Return a run after `submit` has sent two jobs to a replaced Slurm."""
     sent: list[list[str]] = []
     run = folder / "runs" / "first"
 
-    def submit_script(words: list[str]) -> str:
+    def submit(_: SlurmClient, words: list[str]) -> str:
         sent.append(words)
         number = str(10 + len(sent))
-        # A job may begin before the next one is sent, and holds the run then.
+        # A job may start before the next one is sent, and then holds the run.
         lock_for_job(run, number, number)
         release_job_lock(run, number)
         with pytest.raises(UserError, match="is being submitted by another process"), only_submission(run):
             pass
         return number
 
-    monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", submit_script)
-    monkeypatch.setattr("packhorse.commands.sending.check_jobs", lambda site, jobs: [Expected(1.0, "n1", "p")] * 2)
+    monkeypatch.setattr(SlurmClient, "submit", submit)
+    monkeypatch.setattr("packhorse.commands.sending.check_jobs", lambda site, jobs: [StartEstimate(1.0, "n1", "p")] * 2)
     assert main(["submit", "tiny.yaml", "--nodes", "2"]) == 0
     return run
 

@@ -1,4 +1,4 @@
-"""`cancel`, `logs`, `resume` and sweeps: what is asked of Slurm, what a user reads, what stands in the run folders."""
+"""`cancel`, `logs`, `resume` and sweeps: requests to Slurm, messages, and files in the run folders."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from packhorse.commands import logs as logs_verb
 from packhorse.commands import resume as resume_verb
 from packhorse.commands import sending, status_jobs, submit_sweep
 from packhorse.errors import UserError
-from packhorse.launching.slurm import chain, sweep_jobs
-from packhorse.launching.slurm.client import Expected, JobState, SlurmError
+from packhorse.launching.slurm.client import JobState, SlurmClient, SlurmError, StartEstimate
+from packhorse.launching.slurm.job_reports import find_state
 from packhorse.plan.run_plan import read_plan
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.sweep import expand
@@ -49,10 +49,10 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The jobs that Slurm was asked to end."""
-    found: list[str] = []
-    monkeypatch.setattr(cancel_verb, "cancel_jobs", found.extend)
-    return found
+    """The jobs that were cancelled in Slurm."""
+    cancelled: list[str] = []
+    monkeypatch.setattr(SlurmClient, "cancel", lambda _, job_ids: cancelled.extend(job_ids))
+    return cancelled
 
 
 def live(monkeypatch: pytest.MonkeyPatch, folder: Path, *jobs: tuple[JobRecord, str]) -> None:
@@ -109,11 +109,11 @@ def test_of_a_sweep_only_the_runs_that_train_are_asked_to_save(
 
 
 def slurm_knows(monkeypatch: pytest.MonkeyPatch, asked: list[str], states: dict[str, str]) -> None:
-    def job_states(ids: list[str]) -> dict[str, JobState]:
+    def job_states(_: SlurmClient, ids: list[str]) -> dict[str, JobState]:
         asked.extend(ids)
         return {job_id: JobState(job_id, state) for job_id, state in states.items()}
 
-    monkeypatch.setattr(sweep_jobs, "job_states", job_states)
+    monkeypatch.setattr(SlurmClient, "job_states", job_states)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def slurm_knows(monkeypatch: pytest.MonkeyPatch, asked: list[str], states: dict[
 )
 def test_a_task_that_waits_with_others_has_their_state(job_id: str, group: str | None) -> None:
     names = ("7_2", "7_[3-5,8%2]", "7_[11-15:2]", "8")
-    state = sweep_jobs.state_of(job_id, {name: JobState(name, "PENDING") for name in names})
+    state = find_state(job_id, {name: JobState(name, "PENDING") for name in names})
     assert (state.job_id if state else None) == group
 
 
@@ -266,17 +266,17 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What is handed to sbatch; jobs are numbered from 101, and nothing that was submitted lives."""
     typed: list[list[str]] = []
 
-    def submit(words: list[str]) -> str:
+    def submit(_: SlurmClient, words: list[str]) -> str:
         typed.append(list(words))
         return str(100 + len(typed))
 
-    monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", submit)
+    monkeypatch.setattr(SlurmClient, "submit", submit)
     monkeypatch.setattr("packhorse.launching.slurm.submit.refuse_live", lambda _: None)
     for module in (resume_verb, status_jobs):
         monkeypatch.setattr(module, "with_states", lambda records: [(record, None) for record in records])
-    monkeypatch.setattr(sweep_jobs, "job_states", lambda _: {})
+    monkeypatch.setattr(SlurmClient, "job_states", lambda *_: {})
     for module in (submit_sweep, sending):
-        monkeypatch.setattr(module, "check_jobs", lambda _, jobs: [Expected(None, "", "") for _ in jobs])
+        monkeypatch.setattr(module, "check_jobs", lambda _, jobs: [StartEstimate(None, "", "") for _ in jobs])
     return typed
 
 
@@ -302,7 +302,7 @@ def test_a_job_that_was_ended_hard_holds_its_run_no_longer_than_slurm_says(
     said(run, 1, rank_0="x")
     (run / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "n", "since": "x", "job": "9", "chain": "9"}))
     found = {"7_2": JobState("7_2", state)} if state else {}
-    monkeypatch.setattr(chain, "job_states", lambda ids: found if ids == ["9"] else {})
+    monkeypatch.setattr(SlurmClient, "job_states", lambda _, ids: found if ids == ["9"] else {})
     assert main(["resume", str(run)]) == code
     assert len(slurm) == (1 if code == 0 else 0)
 
@@ -386,16 +386,16 @@ def test_a_run_of_a_sweep_goes_on_alone_with_a_log_of_its_own(here: Path, slurm:
 
 def test_a_sweep_that_slurm_refuses_leaves_nothing_behind(here: Path, slurm: list[list[str]], monkeypatch) -> None:
     cancelled: list[str] = []
-    monkeypatch.setattr(submit_sweep, "cancel", cancelled.extend)
+    monkeypatch.setattr(SlurmClient, "cancel", lambda _, job_ids: cancelled.extend(job_ids))
 
-    def refuse(words: list[str]) -> str:
+    def refuse(_: SlurmClient, words: list[str]) -> str:
         if "--array=1-2" in words:
             raise SlurmError(
                 "sbatch", "Batch job submission failed: Invalid job array specification", "see `man sbatch`."
             )
         return "101"
 
-    monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", refuse)
+    monkeypatch.setattr(SlurmClient, "submit", refuse)
     assert main(["submit", "tiny.yaml", "--array", "seed=1,2"]) == 2
     assert cancelled == ["101"]
     assert [path.name for path in (here / "runs").glob("tiny*")] == []

@@ -1,117 +1,98 @@
-"""Jobs that wait for each other: what is left of a chain is submitted again, or waits for another job than before."""
+"""Jobs that depend on each other: resubmit the unfinished part of a chain, and link a job's successor."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.slurm.client import depend_on_any, job_states
+from packhorse.launching.slurm.client import SlurmClient
+from packhorse.launching.slurm.job_reports import KINDS_IN_ORDER, JobReport
 from packhorse.launching.slurm.jobs import live_jobs, submit_job
-from packhorse.launching.slurm.stages import ORDER, Stage
 from packhorse.run_folder.jobs import JobRecord, append_job, read_jobs
 from packhorse.run_folder.lock import lock_holder, release_job_lock
 
-CHAINED: Final = ("--dependency", "--kill-on-invalid-dep", "--parsable")
+DEPENDENCY_OPTIONS: Final = ("--dependency", "--kill-on-invalid-dep", "--parsable")
 
 
-def chained(depends_on: Sequence[str]) -> list[str]:
-    """Options of sbatch: begin once these jobs have ended well; where one does not, do not wait for ever."""
+def dependency_options(depends_on: Sequence[str]) -> list[str]:
+    """Return options of sbatch: start after these jobs succeed, and leave the queue if one of them fails."""
     return [f"--dependency=afterok:{':'.join(depends_on)}", "--kill-on-invalid-dep=yes"] if depends_on else []
 
 
-def left_of(stages: Sequence[Stage]) -> list[JobRecord]:
-    """The newest job of each kind, from the first one on that is not done; as it was submitted, not as it went on."""
-    newest = {stage.record.kind: stage for stage in stages if stage.became != "replaced"}
-    chain = [newest[kind] for kind in ORDER if kind in newest]
-    first = next((number for number, stage in enumerate(chain) if stage.became != "done"), len(chain))
-    records = {stage.record.job_id: stage.record for stage in stages}
-    return [_submitted(stage.record, records) for stage in chain[first:]]
+def unfinished_jobs(reports: Sequence[JobReport]) -> list[JobRecord]:
+    """Return the newest job of each kind from the first that is not done, as originally submitted."""
+    newest = {report.record.kind: report for report in reports if report.condition != "replaced"}
+    chain = [newest[kind] for kind in KINDS_IN_ORDER if kind in newest]
+    first = next((number for number, report in enumerate(chain) if report.condition != "done"), len(chain))
+    records = {report.record.job_id: report.record for report in reports}
+    return [_original(report.record, records) for report in chain[first:]]
 
 
-def _submitted(record: JobRecord, records: Mapping[str, JobRecord]) -> JobRecord:
-    """The job whose work a job went on with: that one was submitted with a script that stands in the run folder."""
+def _original(record: JobRecord, records: Mapping[str, JobRecord]) -> JobRecord:
+    """Return the job at the start of a line of successors: only its script is in the run folder."""
     while record.goes_on_from is not None and record.goes_on_from in records:
         record = records[record.goes_on_from]
     return record
 
 
-def submit_again(run_folder: Path, left: Sequence[JobRecord]) -> list[JobRecord]:
-    """Submits jobs as they were submitted before, each once the one before it has ended well.
+def resubmit(run_folder: Path, records: Sequence[JobRecord]) -> list[JobRecord]:
+    """Submit jobs with their original arguments, each to start after the previous one succeeds.
 
     Raises:
         NoSlurmError: There is no Slurm here.
-        SlurmError: A job is refused; those before it stay.
+        SlurmError: Slurm refuses a job; the jobs before it stay submitted.
     """
     submitted: list[JobRecord] = []
-    for record in left:
-        depends_on = tuple(each.job_id for each in submitted[-1:])
-        kept = [word for word in record.argv[1:] if word.partition("=")[0] not in CHAINED]
-        words = [*chained(depends_on), *kept]
-        again = submit_job(words, record.kind, depends_on)
-        append_job(run_folder, again)
-        submitted.append(again)
+    for record in records:
+        depends_on = tuple(job.job_id for job in submitted[-1:])
+        arguments = [word for word in record.argv[1:] if word.partition("=")[0] not in DEPENDENCY_OPTIONS]
+        job = submit_job([*dependency_options(depends_on), *arguments], record.kind, depends_on)
+        append_job(run_folder, job)
+        submitted.append(job)
     return submitted
 
 
 def release_ended(run_folder: Path) -> None:
-    """Gives a run free that is held by a job which Slurm knows to have ended: one that was ended hard could not.
+    """Release the run's lock if its holder is a job that has ended in Slurm: a killed job could not release it.
 
     Raises:
-        NoSlurmError: There is no Slurm here, and a job holds the run.
+        NoSlurmError: There is no Slurm here, and a job holds the lock.
         SlurmError: Slurm does not answer.
     """
-    found = lock_holder(run_folder)
-    if found is None or "job" not in found:
+    lock = lock_holder(run_folder)
+    if lock is None or "job" not in lock:
         return
-    job_id = str(found["job"])
-    states = job_states([job_id]).values()  # of a task of an array, under the name that it has there
+    job_id = str(lock["job"])
+    states = SlurmClient().job_states([job_id]).values()  # an array task has another name there than `job_id`
     if states and not any(state.is_live for state in states):
         release_job_lock(run_folder, job_id)
 
 
-def follow(run_folder: Path, job_id: str, follower: str) -> list[str]:
-    """Lets the jobs that wait for a training job wait for that one or for the one that goes on if it is cut short.
+def link_successor(run_folder: Path, job_id: str, successor: str) -> list[str]:
+    """Make jobs that wait for a training job start after either that job or its successor succeeds.
 
-    Where the site lets no job be queued again, each training job submits its follower when it begins.
+    At a site that forbids requeue, each training job submits its successor when it starts.
 
     Args:
-        run_folder: The run's.
+        run_folder: Folder of the run.
         job_id: The job that trains now.
-        follower: The one that begins where it does not end well.
+        successor: The job that starts if that one fails.
 
     Returns:
-        The jobs that wait.
+        The jobs whose dependency was changed.
 
     Raises:
         NoSlurmError: There is no Slurm here.
         SlurmError: Slurm refuses, or does not answer.
     """
-    goes_on_from = {record.job_id: record.goes_on_from for record in read_jobs(run_folder)}
+    predecessors = {record.job_id: record.goes_on_from for record in read_jobs(run_folder)}
     line = {job_id}
-    before = goes_on_from.get(job_id)
-    while before is not None:
-        line.add(before)
-        before = goes_on_from.get(before)
+    predecessor = predecessors.get(job_id)
+    while predecessor is not None:
+        line.add(predecessor)
+        predecessor = predecessors.get(predecessor)
     waiting = [record for record, state in live_jobs(run_folder) if state.is_waiting and line & {*record.depends_on}]
     for record in waiting:
-        depend_on_any(record.job_id, [job_id, follower])
+        SlurmClient().depend_on_any(record.job_id, [job_id, successor])
     return [record.job_id for record in waiting]
-
-
-def main(words: Sequence[str]) -> int:
-    """`python -m packhorse.launching.slurm.chain RUN JOB FOLLOWER`: what a job script types; returns the exit code."""
-    run_folder, job_id, follower = words
-    try:
-        waiting = follow(Path(run_folder), job_id, follower)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    sys.stdout.write(f"jobs that wait for {job_id} or {follower} now: {' '.join(waiting) or 'none'}\n")
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

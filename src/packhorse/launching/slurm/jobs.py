@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from packhorse.launching.slurm.client import JobState, job_states, submit_script
+from packhorse.launching.slurm.client import JobState, SlurmClient
 from packhorse.run_folder.jobs import JobKind, JobRecord, read_jobs
 
 
@@ -26,7 +26,7 @@ def submit_job(
         SlurmError: Slurm refuses the job.
     """
     return JobRecord(
-        job_id=submit_script(words),
+        job_id=SlurmClient().submit(words),
         kind=kind,
         submitted_at=time.time(),
         argv=("sbatch", "--parsable", *words),
@@ -53,7 +53,7 @@ def with_states(records: Sequence[JobRecord]) -> list[tuple[JobRecord, JobState 
         NoSlurmError: This machine has no Slurm, and there are jobs.
         SlurmError: Slurm does not answer.
     """
-    states = job_states([record.job_id for record in records]) if records else {}
+    states = SlurmClient().job_states([record.job_id for record in records]) if records else {}
     pairs: list[tuple[JobRecord, JobState | None]] = []
     for record in records:
         number = record.job_id.partition("_")[0]

@@ -1,14 +1,15 @@
-"""The job scripts: the shipped ones, with their `#SBATCH` block and the lines of the site filled in.
+"""Job scripts: the shipped ones, with their `#SBATCH` block and the lines of the site filled in.
 
-Everything else stands as it was reviewed. No value can end the block or be run: `#SBATCH` values have strict patterns
-(a space makes Slurm ignore every later line), and what bash reads is quoted.
+All other lines stay as shipped and reviewed. No value can end the block or be executed: `#SBATCH` values match strict
+patterns (a space makes Slurm ignore every later directive), and values that bash reads are quoted.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,29 +30,51 @@ SAFE_PATH = re.compile(r"/[A-Za-z0-9._@+,=:/-]*")
 SAFE_LOG = re.compile(r"[a-z-]+-(%j|%A_%a)\.out")
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NOTES: Final = {
-    "--ntasks-per-node": "one launcher a node; it starts one rank a GPU",
-    "--signal": "to this script, so many seconds before the time limit",
-    "--open-mode": "or the log is cut at every restart",
+    "--ntasks-per-node": "one launcher per node; it starts one rank per GPU",
+    "--signal": "to this script, N seconds before the time limit",
+    "--open-mode": "or every restart truncates the log",
 }
 NOTE_COLUMN: Final = 37
+
+STEP_METRIC: Final = "speed/step_seconds"
+SAVE_METRIC: Final = "checkpoint/seconds"
+LEAST_SAVE_SECONDS: Final = 120
+"""Least time for a step and a save together: estimates may be wrong, and short runs measure little."""
+EXIT_SECONDS: Final = 60
+"""Time for ranks to exit and the job to requeue. Slurm may signal up to 60 s early (sbatch, --signal): more time."""
+SAVED_BYTES_PER_SECOND: Final = 200e6
+"""Estimate without a measurement: a shared disk in use by others, with the checkpoint read back."""
+
+
+@dataclass(frozen=True)
+class SignalLead:
+    """How long before its time limit a job is signalled to save.
+
+    Attributes:
+        seconds: Seconds before the time limit.
+        reason: How they were computed.
+    """
+
+    seconds: int
+    reason: str
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What one job asks Slurm for.
+    """Resources that one job requests from Slurm.
 
     Attributes:
-        name: Its name in Slurm.
-        output: Absolute path of its log; `%j` stands for its number.
-        time: Its limit, such as `24:00:00`.
-        num_nodes: Nodes, one task each.
-        gpus_per_node: GPUs of each.
-        cpus_per_node: CPUs of each; None takes the site's default.
-        memory_mib: Memory of each in MiB; None takes the partition's.
-        partition: Partition; None takes the site's default.
+        name: Name of the job.
+        output: Absolute path of its log; Slurm replaces `%j` by the job's number.
+        time: Time limit, such as `24:00:00`.
+        num_nodes: Number of nodes, with one task each.
+        gpus_per_node: GPUs per node.
+        cpus_per_node: CPUs per node; None for the site's default.
+        memory_mib: Memory per node in MiB; None for the partition's default.
+        partition: Partition; None for the site's default.
         qos: Quality of service.
-        signal_seconds: How long before its end the script is told; None where it need not be.
-        constraint: Features that its nodes must have.
+        signal_seconds: How long before the time limit Slurm signals the script; None for no signal.
+        constraint: Features that the nodes must have.
         options: Further options of sbatch.
     """
 
@@ -69,16 +92,40 @@ class JobRequest:
     options: tuple[str, ...] = ()
 
 
+def signal_lead(
+    metrics: Iterable[Mapping[str, float]], step_seconds: float | None, checkpoint_bytes: int | None
+) -> SignalLead:
+    """Return the lead for the longest measured step and save; estimates replace missing measurements.
+
+    Args:
+        metrics: Lines of RUN/metrics.jsonl.
+        step_seconds: Planned duration of one step; None if unknown.
+        checkpoint_bytes: Planned size of one checkpoint; None if unknown.
+    """
+    lines = list(metrics)
+    steps = [line[STEP_METRIC] for line in lines if STEP_METRIC in line]
+    saves = [line[SAVE_METRIC] for line in lines if SAVE_METRIC in line]
+    step = max(steps) if steps else step_seconds or 0.0
+    save = max(saves) if saves else (checkpoint_bytes or 0) / SAVED_BYTES_PER_SECOND
+    reason = f"a step of {step:,.1f} s and a save of {save:,.1f} s " + ("were measured" if saves else "are expected")
+    if not step + save:
+        reason = "the duration of a step and a save is unknown"
+    needed = math.ceil(step + save)
+    least = f", {LEAST_SAVE_SECONDS} s at least" if needed < LEAST_SAVE_SECONDS else ""
+    seconds = max(needed, LEAST_SAVE_SECONDS) + EXIT_SECONDS
+    return SignalLead(seconds, f"{reason}{least}, plus {EXIT_SECONDS} s to exit")
+
+
 def train_request(
     site: SiteProfile, name: str, logs: Path, num_nodes: int, gpus_per_node: int, time: str, signal_seconds: int
 ) -> JobRequest:
-    """A job that trains, with what the site gives to so many GPUs of a node."""
-    asked = gpu_request(site, name, logs, "job", gpus_per_node)
-    return replace(asked, name=name, time=time, num_nodes=num_nodes, signal_seconds=signal_seconds)
+    """Return the request of a training job, with the site's CPUs and memory for its GPUs."""
+    request = gpu_request(site, name, logs, "job", gpus_per_node)
+    return replace(request, name=name, time=time, num_nodes=num_nodes, signal_seconds=signal_seconds)
 
 
 def gpu_request(site: SiteProfile, name: str, logs: Path, kind: str, gpus: int) -> JobRequest:
-    """A job of one command on so many GPUs of one node; on a site without GPUs, on a node's CPUs."""
+    """Return the request of a job that runs one command on GPUs of one node; on its CPUs at a site without GPUs."""
     cpus = site.cpus_per_gpu * gpus if site.cpus_per_gpu and gpus else site.cpus_per_node
     memory = mebibytes_of(site.memory_per_node) if site.memory_per_node else None
     if site.memory_per_gpu and gpus:
@@ -98,7 +145,7 @@ def gpu_request(site: SiteProfile, name: str, logs: Path, kind: str, gpus: int) 
 
 
 def cpu_request(site: SiteProfile, name: str, logs: Path, kind: str) -> JobRequest:
-    """A job of one command that needs no GPU."""
+    """Return the request of a job that runs one command without GPUs."""
     jobs = site.cpu_jobs
     return JobRequest(
         name=f"{name}-{kind}",
@@ -112,12 +159,12 @@ def cpu_request(site: SiteProfile, name: str, logs: Path, kind: str) -> JobReque
 
 
 def train_script(site: SiteProfile, request: JobRequest, programs: str | None) -> str:
-    """The job script of a run; its argument is the run folder.
+    """Return the job script of a run; its argument is the run folder.
 
     Args:
-        site: Where it runs.
-        request: What it asks for.
-        programs: Folder of python and accelerate on the nodes; None where they are on PATH, or in a container.
+        site: Profile of the cluster.
+        request: Resources of the job.
+        programs: Folder of python and accelerate on the nodes; None if they are on PATH or in a container.
 
     Raises:
         UserError: A value of the request would break the script.
@@ -126,7 +173,7 @@ def train_script(site: SiteProfile, request: JobRequest, programs: str | None) -
 
 
 def command_script(site: SiteProfile, request: JobRequest, programs: str | None) -> str:
-    """The script of a job that runs one command of Packhorse on one node; its arguments are the command's words.
+    """Return the script of a job that runs one command of Packhorse; its arguments are the command's words.
 
     Raises:
         UserError: A value of the request would break the script.
@@ -135,17 +182,17 @@ def command_script(site: SiteProfile, request: JobRequest, programs: str | None)
 
 
 def directives(site: SiteProfile, request: JobRequest) -> list[str]:
-    """The options of sbatch, a line each.
+    """Return the `#SBATCH` lines.
 
     Raises:
-        UserError: The job's name, or the path of its log, would break the block.
+        UserError: The job's name or the path of its log would break the block.
     """
     if SAFE_NAME.fullmatch(request.name) is None:
-        raise _breaks("the name of the job", request.name, "name")
+        raise _unsafe("the name of the job", request.name, "name")
     output = Path(request.output)
     assert SAFE_LOG.fullmatch(output.name) is not None
     check_path(output.parent.parent)
-    one = request.num_nodes == 1 and request.signal_seconds is None
+    is_single = request.num_nodes == 1 and request.signal_seconds is None
     options = [
         ("job-name", request.name),
         ("account", site.account),
@@ -153,8 +200,8 @@ def directives(site: SiteProfile, request: JobRequest) -> list[str]:
         ("qos", request.qos),
         ("constraint", request.constraint),
         ("nodes", request.num_nodes),
-        ("ntasks", 1) if one else ("ntasks-per-node", 1),
-        _gpus(site, request.gpus_per_node),
+        ("ntasks", 1) if is_single else ("ntasks-per-node", 1),
+        _gpu_option(site, request.gpus_per_node),
         ("cpus-per-task", request.cpus_per_node),
         ("mem", None if request.memory_mib is None else f"{request.memory_mib}M"),
         ("time", request.time),
@@ -170,25 +217,25 @@ def directives(site: SiteProfile, request: JobRequest) -> list[str]:
 
 
 def check_path(run_folder: Path) -> None:
-    """Refuses a run folder that cannot stand in a `#SBATCH` line.
+    """Refuse a run folder whose path is unsafe in a `#SBATCH` line.
 
     Raises:
-        UserError: It cannot.
+        UserError: The path is unsafe.
     """
     if SAFE_PATH.fullmatch(str(run_folder)) is None:
-        raise _breaks("the path of the run", str(run_folder), "runs_folder")
+        raise _unsafe("the path of the run", str(run_folder), "runs_folder")
 
 
 def site_lines(site: SiteProfile, programs: str | None, trains: bool) -> list[str]:
-    """What a node needs before anything runs, as bash reads it."""
+    """Return the bash lines that prepare a node before any program runs."""
     lines = []
     if site.modules:
-        lines += ["set +u                               # module's own scripts read variables that are not set"]
+        lines += ["set +u                               # the scripts of `module` read unset variables"]
         lines += ["module purge", f"module load {' '.join(site.modules)} || exit 2", "set -u"]
     if programs is not None and not site.container:
         lines.append(f'export PATH={quoted(programs)}:"$PATH"')
     if site.network_interface:
-        # NCCL takes `=name` for just this one, where `name` alone is a beginning; Gloo takes the name.
+        # NCCL matches `=name` exactly and `name` as a prefix; Gloo takes the plain name.
         lines.append(f"export NCCL_SOCKET_IFNAME=={site.network_interface} GLOO_SOCKET_IFNAME={site.network_interface}")
     lines += [f"export {name}={quoted(value)}" for name, value in site.environment.items()]
     lines.append(f"container=({' '.join(quoted(word) for word in site.container)})")
@@ -200,7 +247,7 @@ def site_lines(site: SiteProfile, programs: str | None, trains: bool) -> list[st
 
 
 def quoted(text: str) -> str:
-    """A word as bash reads it back; `${env:NAME}` becomes the variable's value there, nothing else is expanded."""
+    """Quote a word for bash; `${env:NAME}` becomes a reference to the variable, and nothing else is expanded."""
     parts, end = [], 0
     for reference in ENVIRONMENT_REFERENCE.finditer(text):
         parts += [text[end : reference.start()], f'"${{{reference[1]}}}"']
@@ -208,6 +255,11 @@ def quoted(text: str) -> str:
     parts.append(text[end:])
     words = [part if number % 2 else shlex.quote(part) for number, part in enumerate(parts) if part]
     return "".join(words) or "''"
+
+
+def show(words: Sequence[str]) -> str:
+    """Return a command as it can be typed."""
+    return shlex.join(words)
 
 
 def _filled(name: str, site: SiteProfile, request: JobRequest, programs: str | None) -> str:
@@ -225,7 +277,7 @@ def _filled(name: str, site: SiteProfile, request: JobRequest, programs: str | N
     return "\n".join(filled) + "\n"
 
 
-def _gpus(site: SiteProfile, count: int) -> tuple[str, object]:
+def _gpu_option(site: SiteProfile, count: int) -> tuple[str, object]:
     if not count:
         return "gres", None
     kind = f"{site.gpu_type}:" if site.gpu_type else ""
@@ -240,14 +292,9 @@ def _with_note(word: str) -> str:
     return f"{line:<{NOTE_COLUMN - 1}} # {note}" if note else line
 
 
-def _breaks(what: str, value: str, field: str) -> UserError:
+def _unsafe(what: str, value: str, field: str) -> UserError:
     return UserError(
         f"{what} is {value!a}.",
-        "it stands in a #SBATCH line, where Slurm stops reading all options at a space and expands `%`.",
+        "it is part of a #SBATCH line, where Slurm ignores all later options after a space, and expands `%`.",
         f"set {field} to letters, digits and . _ - (in paths also / @ + , = :).",
     )
-
-
-def show(words: Sequence[str]) -> str:
-    """A command as it can be typed."""
-    return shlex.join(words)

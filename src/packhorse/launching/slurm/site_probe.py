@@ -1,4 +1,4 @@
-"""A first site profile, from what Slurm says of its partitions, nodes and accounts; each line says where it is from."""
+"""A first site profile from what Slurm reports of partitions, nodes and accounts; each line names its source."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from packhorse.errors import UserError
-from packhorse.launching.slurm.client import associations, nodes, partitions
+from packhorse.launching.slurm.client import SlurmClient
 from packhorse.launching.slurm.refusals import gpus_of
 
 Record = Mapping[str, str]
 COMMENT_COLUMN = 34
-MOST_CPUS = 8
-"""Of a job that prepares data, where nodes have more."""
-USUAL_HOURS = 4
-"""Of such a job, where the partition gives more."""
+MAX_PREPARE_CPUS = 8
+"""CPUs of a job that prepares data; less if the nodes have fewer."""
+PREPARE_HOURS = 4
+"""Time limit of such a job; less if the partition allows less."""
 NO_TYPE = ("", "gpu", "no_consume")
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of the profile.
+class ProfileLine:
+    """One line of the profile.
 
     Attributes:
-        key: Its field; empty for a line that is a comment alone.
-        value: As YAML; empty: the field is shown as a comment, to fill in.
-        comment: What it means, and where it is from.
-        example: What stands in the comment where there is no value.
+        key: Name of the field.
+        value: Value as YAML; if empty, the field is commented out, to be filled in.
+        comment: Meaning and source.
+        example: Example that replaces an empty value.
     """
 
     key: str
@@ -37,161 +37,173 @@ class Line:
     example: str = ""
 
     def __str__(self) -> str:
-        written = f"{self.key}: {self.value}" if self.value else f"# {self.key}: {self.example}"
-        return f"{written:<{COMMENT_COLUMN - 1}} # {self.comment}"
+        field = f"{self.key}: {self.value}" if self.value else f"# {self.key}: {self.example}"
+        return f"{field:<{COMMENT_COLUMN - 1}} # {self.comment}"
 
 
 def probe_site(name: str, partition: str) -> str:
-    """Asks Slurm, and writes a profile as text.
+    """Query Slurm, and return a profile as text.
 
     Args:
-        name: What the profile is called; empty takes that of the partition.
-        partition: Of the nodes to train on; empty takes the site's default if its nodes have GPUs, else the first
-            whose nodes have, else the default.
+        name: Name of the profile; empty for the name of the partition.
+        partition: Partition for training; empty for the site's default if its nodes have GPUs, else the first partition
+            with GPUs, else the default.
 
     Raises:
         NoSlurmError: There is no Slurm here.
         UserError: There is no such partition, or it has no nodes.
     """
-    every, machines = partitions(), nodes()
-    chosen = _chosen(every, machines, partition)
-    own = _nodes_of(chosen, machines)
-    if not own:
+    slurm = SlurmClient()
+    partitions, all_nodes = slurm.partitions(), slurm.nodes()
+    chosen = _choose_partition(partitions, all_nodes, partition)
+    nodes = _nodes_of(chosen, all_nodes)
+    if not nodes:
         raise UserError(
             f"partition {chosen['PartitionName']} has no nodes.",
-            "a profile says what a node has.",
-            f"name another with --partition: {', '.join(each['PartitionName'] for each in every)}.",
+            "a profile describes the nodes of a partition.",
+            f"give another --partition: {', '.join(each['PartitionName'] for each in partitions)}.",
         )
-    gpus = [gpus_of(node) for node in own]
-    count = _most_common([sum(number for _, number in each) for each in gpus])
+    gpus = [gpus_of(node) for node in nodes]
+    gpus_per_node = _most_common([sum(count for _, count in types) for types in gpus])
     lines = [
-        Line("name", _plain(name or chosen["PartitionName"]), "what the profile is called in messages"),
-        *_who(chosen),
-        *_gpus(gpus, count),
-        *_shares(own, count),
-        *_times(chosen),
-        *_jobs_without_gpus(every, machines, chosen, count),
-        *_left_to_you(own),
+        ProfileLine("name", _as_yaml(name or chosen["PartitionName"]), "name of the profile in messages"),
+        *_account_lines(chosen, slurm.associations()),
+        *_gpu_lines(gpus, gpus_per_node),
+        *_share_lines(nodes, gpus_per_node),
+        *_time_lines(chosen),
+        _cpu_jobs_line(partitions, all_nodes, chosen, gpus_per_node),
+        *_optional_lines(nodes),
     ]
     head = [
-        f"# A first profile, from what Slurm says of partition {chosen['PartitionName']} ({len(own)} nodes).",
+        f"# A first profile, from what Slurm reports of partition {chosen['PartitionName']} ({len(nodes)} nodes).",
         "# Read each line; what Slurm cannot know is commented out. Then: packhorse submit RECIPE --dry-run",
     ]
     return "\n".join([*head, *map(str, lines)]) + "\n"
 
 
-def _chosen(every: Sequence[Record], machines: Sequence[Record], partition: str) -> Record:
-    names = [each["PartitionName"] for each in every]
-    if partition:
-        found = next((each for each in every if each["PartitionName"] == partition), None)
-        if found is None:
+def _choose_partition(partitions: Sequence[Record], all_nodes: Sequence[Record], name: str) -> Record:
+    if name:
+        named = next((partition for partition in partitions if partition["PartitionName"] == name), None)
+        if named is None:
             raise UserError(
-                f"there is no partition {partition!a} here.",
-                "a profile is made from the nodes of one.",
-                f"name one of {', '.join(names)}.",
+                f"there is no partition {name!a} here.",
+                "a profile describes the nodes of a partition.",
+                f"give one of {', '.join(partition['PartitionName'] for partition in partitions)}.",
             )
-        return found
-    if not every:
-        raise UserError("Slurm shows no partition.", "jobs run in one.", "ask your administrators which you may use.")
-    by_default = sorted(every, key=lambda each: each.get("Default") != "YES")
-    with_gpus = [each for each in by_default if any(gpus_of(node) for node in _nodes_of(each, machines))]
-    return (with_gpus or by_default)[0]
+        return named
+    if not partitions:
+        raise UserError(
+            "Slurm reports no partition.", "a job runs in a partition.", "ask your administrators which you may use."
+        )
+    default_first = sorted(partitions, key=lambda partition: partition.get("Default") != "YES")
+    with_gpus = [each for each in default_first if any(gpus_of(node) for node in _nodes_of(each, all_nodes))]
+    return (with_gpus or default_first)[0]
 
 
-def _nodes_of(partition: Record, machines: Sequence[Record]) -> list[Record]:
-    return [node for node in machines if partition["PartitionName"] in node.get("Partitions", "").split(",")]
+def _nodes_of(partition: Record, all_nodes: Sequence[Record]) -> list[Record]:
+    return [node for node in all_nodes if partition["PartitionName"] in node.get("Partitions", "").split(",")]
 
 
-def _who(chosen: Record) -> list[Line]:
-    owned = associations()
-    accounts = sorted({account for account, _, _ in owned})
+def _account_lines(chosen: Record, associations: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[ProfileLine]:
+    accounts = sorted({account for account, _, _ in associations})
     allowed = chosen.get("AllowAccounts", "ALL").split(",")
-    fitting = [each for each in accounts if each in allowed or "ALL" in allowed]
-    qualities = sorted({quality for _, _, names in owned for quality in names if quality})
-    only = _plain(fitting[0]) if len(fitting) == 1 else ""
-    yours = f"yours: {', '.join(accounts)}" if accounts else "this site keeps no accounts, or shows you none"
-    said = f"you may name {', '.join(qualities)}" if qualities else "where the site has several"
+    fitting = [account for account in accounts if account in allowed or "ALL" in allowed]
+    qos = sorted({name for _, _, names in associations for name in names if name})
+    # A user with several accounts has a default account, which applies if the profile names none.
+    only = _as_yaml(fitting[0]) if len(fitting) == 1 else ""
+    yours = f"yours: {', '.join(accounts)}" if accounts else "this site has no accounts, or shows you none"
+    qos_words = f"you may set {', '.join(qos)}" if qos else "if the site has several"
+    nodes = f"{chosen.get('State', '')}, nodes {chosen.get('Nodes', '')}"
     return [
-        # Of several the user has a default, which counts where none is named.
-        Line("account", only, f"who is charged; {yours} (sacctmgr)", fitting[0] if fitting else "my-account"),
-        Line("partition", _plain(chosen["PartitionName"]), f"{chosen.get('State', '')}, of {chosen.get('Nodes', '')}"),
-        Line("qos", "", f"quality of service; {said}", qualities[0] if qualities else "normal"),
+        ProfileLine("account", only, f"account to charge; {yours} (sacctmgr)", fitting[0] if fitting else "my-account"),
+        ProfileLine("partition", _as_yaml(chosen["PartitionName"]), nodes),
+        ProfileLine("qos", "", f"quality of service; {qos_words}", qos[0] if qos else "normal"),
     ]
 
 
-def _gpus(gpus: Sequence[Sequence[tuple[str, int]]], count: int) -> list[Line]:
-    kinds = sorted({kind for each in gpus for kind, _ in each if kind not in NO_TYPE})
-    counts = sorted({sum(number for _, number in each) for each in gpus})
+def _gpu_lines(gpus: Sequence[Sequence[tuple[str, int]]], gpus_per_node: int) -> list[ProfileLine]:
+    kinds = sorted({kind for types in gpus for kind, _ in types if kind not in NO_TYPE})
+    counts = sorted({sum(count for _, count in types) for types in gpus})
     differ = f"; nodes have {', '.join(map(str, counts))}" if len(counts) > 1 else ""
-    lines = [Line("gpus_per_node", str(count), f"Gres of the nodes{differ}")]
-    if count:
-        only = _plain(kinds[0]) if len(kinds) == 1 else ""
-        named = f"of these types: {', '.join(kinds)}" if kinds else "the nodes name no type"
-        lines.append(Line("gpu_type", only, named, kinds[0] if kinds else "h100"))
-        lines.append(Line("gpus_asked_by", "", "the other way, if your site wants --gres=gpu:N", "gres"))
-        lines.append(Line("gpu", "", "for the memory check; names: packhorse plan RECIPE --gpus auto", "H100-80GB"))
-        lines.append(Line("network_gbit", "", "of one GPU between nodes, for the time the plan expects", "400"))
+    lines = [ProfileLine("gpus_per_node", str(gpus_per_node), f"Gres of the nodes{differ}")]
+    if gpus_per_node:
+        only = _as_yaml(kinds[0]) if len(kinds) == 1 else ""
+        types = f"types of the nodes: {', '.join(kinds)}" if kinds else "the nodes report no type"
+        lines += [
+            ProfileLine("gpu_type", only, types, kinds[0] if kinds else "h100"),
+            ProfileLine("gpus_asked_by", "", "if your site requires --gres=gpu:N", "gres"),
+            ProfileLine("gpu", "", "for the memory check; names: packhorse plan RECIPE --gpus auto", "H100-80GB"),
+            ProfileLine("network_gbit", "", "per GPU between nodes, for the speed estimate", "400"),
+        ]
     return lines
 
 
-def _shares(own: Sequence[Record], count: int) -> list[Line]:
-    cpus = min(int(node.get("CPUTot", "1")) for node in own)
-    memory = min(int(node.get("RealMemory", "1")) for node in own)
-    if not count:
+def _share_lines(nodes: Sequence[Record], gpus_per_node: int) -> list[ProfileLine]:
+    cpus = min(int(node.get("CPUTot", "1")) for node in nodes)
+    memory = min(int(node.get("RealMemory", "1")) for node in nodes)
+    if not gpus_per_node:
         return [
-            Line("cpus_per_node", str(cpus), f"all {cpus} of a node"),
-            Line("memory_per_node", "", f"a node has {memory:,} MiB", f"{memory}M"),
+            ProfileLine("cpus_per_node", str(cpus), f"all {cpus} CPUs of a node"),
+            ProfileLine("memory_per_node", "", f"a node has {memory:,} MiB", f"{memory}M"),
         ]
+    # RealMemory includes the system's own part of a node's memory; a job that requests all of it may never start.
+    share = f"{max(1, memory * 95 // 100 // gpus_per_node)}M"
     return [
-        Line("cpus_per_gpu", str(max(1, cpus // count)), f"{cpus} CPUs of a node, shared by its {count} GPUs"),
-        # Slurm counts the system's own part of a node's memory in; a job of all of it may find none free.
-        Line("memory_per_gpu", f"{max(1, memory * 95 // 100 // count)}M", f"95 % of a node's {memory:,} MiB, shared"),
+        ProfileLine("cpus_per_gpu", str(max(1, cpus // gpus_per_node)), f"{cpus} CPUs per node, {gpus_per_node} GPUs"),
+        ProfileLine("memory_per_gpu", share, f"95 % of a node's {memory:,} MiB, divided by its GPUs"),
     ]
 
 
-def _times(chosen: Record) -> list[Line]:
+def _time_lines(chosen: Record) -> list[ProfileLine]:
     longest = chosen.get("MaxTime", "UNLIMITED")
-    limited = _is_limit(longest)
-    time = longest if limited and _hours(longest) < 24 else "24:00:00"
+    is_limited = _is_limit(longest)
+    time = longest if is_limited and _hours(longest) < 24 else "24:00:00"
+    maximum = json.dumps(longest) if is_limited else ""
     return [
-        Line("time", json.dumps(time), "of one job; a run that takes longer goes on in the next by itself"),
-        Line("longest_time", json.dumps(longest) if limited else "", "MaxTime of the partition", '"48:00:00"'),
-        Line("requeue", "", "if jobs may not be queued again here: another job goes on", "false"),
+        ProfileLine("time", json.dumps(time), "of one job; a longer run resumes in the next job automatically"),
+        ProfileLine("longest_time", maximum, "MaxTime of the partition", '"48:00:00"'),
+        ProfileLine("requeue", "", "if the site forbids requeue: a second job resumes the run", "false"),
     ]
 
 
-def _jobs_without_gpus(every: Sequence[Record], machines: Sequence[Record], chosen: Record, count: int) -> list[Line]:
-    """Where data is prepared; nodes without GPUs are their own."""
-    without = [
-        (each, found)
-        for each in every
-        if "ALL" in each.get("AllowAccounts", "ALL")
-        and (found := _nodes_of(each, machines))
-        and not any(map(gpus_of, found))
+def _cpu_jobs_line(
+    partitions: Sequence[Record], all_nodes: Sequence[Record], chosen: Record, gpus_per_node: int
+) -> ProfileLine:
+    """Return the line for jobs that prepare data: in a partition without GPUs if there is one."""
+    without_gpus = [
+        (partition, nodes)
+        for partition in partitions
+        if "ALL" in partition.get("AllowAccounts", "ALL")
+        and (nodes := _nodes_of(partition, all_nodes))
+        and not any(map(gpus_of, nodes))
     ]
-    partition, own = without[0] if without and count else (chosen, _nodes_of(chosen, machines))
-    cpus = min(MOST_CPUS, *(int(node.get("CPUTot", "1")) for node in own))
+    use_other = without_gpus and gpus_per_node
+    partition, nodes = without_gpus[0] if use_other else (chosen, _nodes_of(chosen, all_nodes))
+    cpus = min(MAX_PREPARE_CPUS, *(int(node.get("CPUTot", "1")) for node in nodes))
     longest = partition.get("MaxTime", "UNLIMITED")
-    time = longest if _is_limit(longest) and _hours(longest) < USUAL_HOURS else "04:00:00"
-    words = [f"cpus: {cpus}", f"time: {json.dumps(time)}"]
+    time = longest if _is_limit(longest) and _hours(longest) < PREPARE_HOURS else f"{PREPARE_HOURS:02}:00:00"
+    fields = [f"cpus: {cpus}", f"time: {json.dumps(time)}"]
     if partition is chosen:
-        return [Line("cpu_jobs", f"{{{', '.join(words)}}}", "data is prepared by such a job, in the same partition")]
-    named = [f"partition: {_plain(partition['PartitionName'])}", *words]
-    return [Line("cpu_jobs", f"{{{', '.join(named)}}}", "data is prepared there: no GPUs")]
+        return ProfileLine("cpu_jobs", f"{{{', '.join(fields)}}}", "jobs that prepare data, in the same partition")
+    fields.insert(0, f"partition: {_as_yaml(partition['PartitionName'])}")
+    return ProfileLine("cpu_jobs", f"{{{', '.join(fields)}}}", "jobs that prepare data, without GPUs")
 
 
-def _left_to_you(own: Sequence[Record]) -> list[Line]:
-    features = sorted({name for node in own for name in node.get("AvailableFeatures", "").split(",")} - {"", "(null)"})
-    has = f"features of the nodes: {', '.join(features)}" if features else "the nodes name no features"
+def _optional_lines(nodes: Sequence[Record]) -> list[ProfileLine]:
+    names = {name for node in nodes for name in node.get("AvailableFeatures", "").split(",")}
+    features = sorted(names - {"", "(null)"})
+    comment = f"features of the nodes: {', '.join(features)}" if features else "the nodes report no features"
     return [
-        Line("constraint", "", has, features[0] if features else "a100"),
-        Line("modules", "", "`module avail` shows them", "[cuda/12.8]"),
-        Line("container", "", "words before each command on a node", "[apptainer, exec, --nv, /shared/packhorse.sif]"),
-        Line("environment", "", "variables to set; never a secret", "{NCCL_IB_HCA: mlx5}"),
-        Line("network_interface", "", "if NCCL takes the wrong one; `ip -br link` on a node shows them", "ib0"),
-        Line("scratch", "", "a fast folder of each node's own", "${env:TMPDIR}"),
-        Line("shared", "", "folders that every node sees; a run elsewhere is then refused", "[/home, /work]"),
-        Line("mail", "", "where Slurm writes to when a job ends or fails", "me@example.org"),
+        ProfileLine("constraint", "", comment, features[0] if features else "a100"),
+        ProfileLine("modules", "", "`module avail` lists them", "[cuda/12.8]"),
+        ProfileLine(
+            "container", "", "prefix of each command on a node", "[apptainer, exec, --nv, /shared/packhorse.sif]"
+        ),
+        ProfileLine("environment", "", "environment variables; never a secret", "{NCCL_IB_HCA: mlx5}"),
+        ProfileLine("network_interface", "", "if NCCL selects a wrong one; `ip -br link` on a node lists them", "ib0"),
+        ProfileLine("scratch", "", "a fast local folder of each node", "${env:TMPDIR}"),
+        ProfileLine("shared", "", "folders that every node mounts; a run elsewhere is refused", "[/home, /work]"),
+        ProfileLine("mail", "", "address for Slurm's mail when a job ends or fails", "me@example.org"),
     ]
 
 
@@ -209,6 +221,6 @@ def _most_common(counts: Sequence[int]) -> int:
     return Counter(counts).most_common(1)[0][0]
 
 
-def _plain(text: str) -> str:
-    """As YAML: quoted where it would be read as something else."""
+def _as_yaml(text: str) -> str:
+    """Return text as YAML, quoted if it would be read as another type."""
     return text if text[:1].isalpha() and text.lower() not in ("true", "false", "null") else json.dumps(text)

@@ -1,4 +1,4 @@
-"""Submits the jobs of a run: each looked at by Slurm before any is sent, and written down as soon as it is."""
+"""Submit the jobs of a run: Slurm checks all of them before any is sent, and each is recorded as soon as it is sent."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from packhorse.errors import UserError
-from packhorse.launching.slurm.chain import chained, release_ended
-from packhorse.launching.slurm.client import Expected, SlurmError, cancel, expect_start
+from packhorse.launching.slurm.chain import dependency_options, release_ended
+from packhorse.launching.slurm.client import SlurmClient, SlurmError, StartEstimate
 from packhorse.launching.slurm.jobs import live_jobs, submit_job
-from packhorse.launching.slurm.refusals import explained, nodes_are_down, too_much
-from packhorse.launching.slurm.script import JobRequest
+from packhorse.launching.slurm.refusals import explain_refusal, find_excess, unavailable_nodes
+from packhorse.launching.slurm.script import TRAIN_SCRIPT, JobRequest
 from packhorse.launching.slurm.site import SiteProfile
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.jobs import JobKind, JobRecord, append_job
-from packhorse.run_folder.layout import CANCEL_FILE, JOBS_FILE, LOGS_FOLDER, job_script_name
+from packhorse.run_folder.layout import CANCEL_FILE, JOBS_FILE, LOGS_FOLDER
 from packhorse.run_folder.lock import launcher_lock
+
+TWO_JOBS: Final = "two jobs on one run would overwrite each other's checkpoints and metrics."
 
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job that is to be submitted.
+    """A job to be submitted.
 
     Attributes:
-        kind: What it does.
-        request: What it asks for.
+        kind: Task of the job.
+        request: Resources that it requests.
         script: Text of its script.
         words: Arguments of the script.
     """
@@ -39,60 +42,60 @@ class PlannedJob:
 
     @property
     def script_name(self) -> str:
-        """Of its script in the run folder."""
-        return job_script_name(self.kind)
+        """File name of the script in the run folder."""
+        return TRAIN_SCRIPT if self.kind == "train" else f"{self.kind}.sbatch"
 
 
-def sbatch_words(
+def sbatch_arguments(
     run_folder: Path, job: PlannedJob, depends_on: Sequence[str], options: Sequence[str] = ()
 ) -> list[str]:
-    """The words behind `sbatch` that submit a job: options, its script in the run folder, and the script's arguments.
+    """Return the arguments of `sbatch` that submit a job: options, the script in the run folder, and its arguments.
 
     Args:
-        run_folder: The run's.
-        job: What is submitted.
-        depends_on: Jobs that must end well before it begins.
+        run_folder: Folder of the run.
+        job: The job.
+        depends_on: Jobs that must succeed before it starts.
         options: Further options.
     """
-    return [*chained(depends_on), *options, str(run_folder / job.script_name), *job.words]
+    return [*dependency_options(depends_on), *options, str(run_folder / job.script_name), *job.words]
 
 
-def check_jobs(site: SiteProfile, jobs: Sequence[PlannedJob]) -> list[Expected]:
-    """Asks Slurm whether it would take each job, and when each might begin if none waited for another.
+def check_jobs(site: SiteProfile, jobs: Sequence[PlannedJob]) -> list[StartEstimate]:
+    """Return when Slurm expects to start each job, regardless of dependencies; nothing is queued.
 
     Raises:
         NoSlurmError: There is no Slurm here.
-        UserError: It would not, or it would take the job and never start it; with what the site allows.
+        UserError: Slurm would refuse a job, or accept it and never start it; the message lists what the site allows.
     """
-    found = []
+    estimates = []
     for job in jobs:
-        refused = too_much(site, job.request)
-        if refused is not None:
-            raise refused
+        excess = find_excess(site, job.request)
+        if excess is not None:
+            raise excess
         try:
-            found.append(expect_start(job.script))
+            estimates.append(SlurmClient().estimate_start(job.script))
         except SlurmError as error:
-            note = nodes_are_down(error, job.request)
+            note = unavailable_nodes(error, job.request)
             if not note:
-                raise explained(error, site, job.request) from error
-            found.append(Expected(None, "", "", note))
-    return found
+                raise explain_refusal(error, site, job.request) from error
+            estimates.append(StartEstimate(None, "", "", note))
+    return estimates
 
 
 def refuse_live(run_folder: Path) -> None:
-    """Refuses a run that has jobs which wait or run.
+    """Refuse a run with jobs that wait or run.
 
     Raises:
-        UserError: It has.
-        SlurmError: Slurm does not answer, so that nobody knows.
+        UserError: The run has such jobs.
+        SlurmError: Slurm does not answer, so the state of its jobs is unknown.
     """
     live = live_jobs(run_folder)
     if not live:
         return
-    words = ", ".join(f"job {state.job_id} ({record.kind}) is {state.state.lower()}" for record, state in live)
+    jobs = ", ".join(f"job {state.job_id} ({record.kind}) is {state.state.lower()}" for record, state in live)
     raise UserError(
-        f"{relative(run_folder)} is submitted already: {words}.",
-        "two jobs on one run would write over each other's checkpoints and figures.",
+        f"{relative(run_folder)} is submitted already: {jobs}.",
+        TWO_JOBS,
         f"watch it with `packhorse status {relative(run_folder)}`, or end it with `packhorse cancel "
         f"{relative(run_folder)}` first.",
     )
@@ -100,10 +103,12 @@ def refuse_live(run_folder: Path) -> None:
 
 @contextmanager
 def only_submission(run_folder: Path) -> Iterator[None]:
-    """Lets nobody else submit the run for so long. The launcher's lock is free by then: a job may begin at once.
+    """Keep other processes from submitting the run meanwhile.
+
+    The launcher's lock is only tested, and free inside the block: a submitted job may start at once and take it.
 
     Raises:
-        UserError: Somebody else submits it now, it has live jobs, or a launcher or job runs it.
+        UserError: Another process submits the run now, it has live jobs, or a launcher or job runs it.
         SlurmError: Slurm does not answer.
     """
     with (run_folder / JOBS_FILE).open("ab") as file:
@@ -112,8 +117,8 @@ def only_submission(run_folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(
                 f"{relative(run_folder)} is being submitted by another process.",
-                "two jobs on one run would write over each other's checkpoints and figures.",
-                f"look at it in a moment: packhorse status {relative(run_folder)}",
+                TWO_JOBS,
+                f"wait a moment, then see: packhorse status {relative(run_folder)}",
             ) from None
         refuse_live(run_folder)
         release_ended(run_folder)
@@ -122,19 +127,19 @@ def only_submission(run_folder: Path) -> Iterator[None]:
         yield
 
 
-def send(run_folder: Path, jobs: Sequence[PlannedJob], expected: Sequence[Expected]) -> list[JobRecord]:
-    """Writes the scripts into the run folder and submits the jobs, each once the one before it has ended well.
+def send(run_folder: Path, jobs: Sequence[PlannedJob], estimates: Sequence[StartEstimate]) -> list[JobRecord]:
+    """Write the scripts into the run folder and submit the jobs, each to start after the previous one succeeds.
 
     Args:
-        run_folder: The run's, which is there.
-        jobs: In the order in which they run.
-        expected: Of `check_jobs`.
+        run_folder: Existing folder of the run.
+        jobs: Jobs in the order in which they run.
+        estimates: Results of `check_jobs`.
 
     Returns:
-        The jobs as they were submitted; RUN/jobs.jsonl has them.
+        The submitted jobs, as recorded in RUN/jobs.jsonl.
 
     Raises:
-        UserError: The run is live, or run by a launcher; or Slurm refuses a job: those sent before it are cancelled.
+        UserError: The run is live; or Slurm refuses a job, and the jobs sent before it are cancelled.
     """
     (run_folder / LOGS_FOLDER).mkdir(exist_ok=True)
     sent: list[JobRecord] = []
@@ -143,18 +148,14 @@ def send(run_folder: Path, jobs: Sequence[PlannedJob], expected: Sequence[Expect
         for job in jobs:
             (run_folder / job.script_name).write_text(job.script, encoding="utf-8")
         try:
-            for job, start in zip(jobs, expected, strict=True):
-                sent.append(_sent(run_folder, job, start, sent[-1:]))
+            for job, estimate in zip(jobs, estimates, strict=True):
+                depends_on = tuple(record.job_id for record in sent[-1:])
+                arguments = sbatch_arguments(run_folder, job, depends_on)
+                record = submit_job(arguments, job.kind, depends_on, None if sent else estimate.starts_at)
+                append_job(run_folder, record)
+                sent.append(record)
         except SlurmError:
             with suppress(UserError):
-                cancel([record.job_id for record in sent])
+                SlurmClient().cancel([record.job_id for record in sent])
             raise
     return sent
-
-
-def _sent(run_folder: Path, job: PlannedJob, start: Expected, before: Sequence[JobRecord]) -> JobRecord:
-    depends_on = tuple(record.job_id for record in before)
-    words = sbatch_words(run_folder, job, depends_on)
-    record = submit_job(words, job.kind, depends_on, None if before else start.starts_at)
-    append_job(run_folder, record)
-    return record

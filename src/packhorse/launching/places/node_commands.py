@@ -1,4 +1,4 @@
-"""The launch of each node where no scheduler starts it: lines to be typed, or put into another tool's script."""
+"""The launch command of each node without a scheduler: to type, or for another tool's script."""
 
 from __future__ import annotations
 
@@ -15,39 +15,34 @@ from packhorse.recipe.shipped import shipped_path
 ADDRESS: Final = "$MASTER_ADDR"
 PORT: Final = "$MASTER_PORT"
 DEFAULT_PORT: Final = 29500
-"""torchrun's own."""
+"""Default port of torchrun."""
 
 
-def lines_of_nodes(plan: RunPlan) -> str:
-    """What to type on each node: `accelerate launch`, and the same with torchrun."""
+def launch_commands(plan: RunPlan) -> str:
+    """Return the command to type on each node: with `accelerate launch`, and with torchrun."""
     topology = plan.topology
     ranks = range(topology.num_nodes)
     return "\n".join(
         [
-            f"# {topology.num_nodes} nodes x {topology.processes_per_node} processes; on each node first, with the "
-            "name of node 0:",
+            f"# {topology.num_nodes} nodes x {topology.processes_per_node} processes; first, on each node, with the "
+            "host name of node 0:",
             f"export MASTER_ADDR=NODE_0 MASTER_PORT={DEFAULT_PORT}",
             *(f"# node {rank}\n{accelerate_line(plan, str(rank))}" for rank in ranks),
-            "# the same with torchrun",
+            "# or with torchrun",
             *(f"# node {rank}\n{torchrun_line(plan, str(rank))}" for rank in ranks),
         ]
     )
 
 
 def accelerate_line(plan: RunPlan, node_rank: str) -> str:
-    """`accelerate launch` of one node.
-
-    Args:
-        plan: What runs.
-        node_rank: Number of the node.
-    """
+    """Return the `accelerate launch` command of one node."""
     launcher, verb, *words = plan.argv
-    meet = ["--machine_rank", node_rank, "--main_process_ip", ADDRESS, "--main_process_port", PORT]
-    return _line(launch_environment(plan.topology), [launcher, verb, *meet, *words])
+    rendezvous = ["--machine_rank", node_rank, "--main_process_ip", ADDRESS, "--main_process_port", PORT]
+    return _line(launch_environment(plan.topology), [launcher, verb, *rendezvous, *words])
 
 
 def torchrun_line(plan: RunPlan, node_rank: str) -> str:
-    """torchrun of one node, with the variables that `accelerate launch` would set for the engine."""
+    """Return the torchrun command of one node, with the variables that `accelerate launch` sets for the engine."""
     topology = plan.topology
     words = [
         *("torchrun", "--nnodes", str(topology.num_nodes), "--nproc-per-node", str(topology.processes_per_node)),
@@ -58,24 +53,24 @@ def torchrun_line(plan: RunPlan, node_rank: str) -> str:
 
 
 def engine_environment(topology: Topology) -> dict[str, str]:
-    """Variables by which `accelerate launch` hands the engine's shipped file on (accelerate/utils/launch.py)."""
+    """Return the variables that `accelerate launch` sets from the engine's config file (accelerate/utils/launch.py)."""
     text = shipped_path("accelerate_configs", f"{topology.engine}.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text)
     if config["distributed_type"] == "DEEPSPEED":
-        return {"ACCELERATE_USE_DEEPSPEED": "true"}  # the plan's own configuration holds the rest
+        return {"ACCELERATE_USE_DEEPSPEED": "true"}  # the worker configures DeepSpeed from the plan
     if config["distributed_type"] != "FSDP":
         return {}
-    found = {"ACCELERATE_USE_FSDP": "true"}
+    variables = {"ACCELERATE_USE_FSDP": "true"}
     for name, value in config["fsdp_config"].items():
-        found[name.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+        variables[name.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
     if topology.shard_group is not None:
-        found["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
-        found["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] = str(topology.world_size // topology.shard_group)
-        found["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(topology.shard_group)
-    return found
+        variables["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        variables["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] = str(topology.world_size // topology.shard_group)
+        variables["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(topology.shard_group)
+    return variables
 
 
 def _line(environment: Mapping[str, str], words: Iterable[str]) -> str:
-    """As bash reads it back; of variables only the two that say where the nodes meet are expanded."""
+    """Return one bash command; only the variables of node 0's address and port are expanded."""
     quoted = [f'"{word}"' if word in (ADDRESS, PORT) else shlex.quote(word) for word in words]
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), *quoted])

@@ -1,4 +1,4 @@
-"""Whether this node finds what the run will read, where HF_HUB_OFFLINE makes it look: nothing is fetched."""
+"""Check that this node finds the run's weights and data; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
 from packhorse.data.data_manifest import read_data_manifest, size_faults
-from packhorse.doctor.facts import Question, StoreFacts
-from packhorse.doctor.meeting import in_words
+from packhorse.doctor.facts import DoctorRequest, InputFacts
+from packhorse.doctor.rendezvous import describe_error
 from packhorse.errors import UserError
 from packhorse.recipe.locate import path_of
 
@@ -25,69 +25,67 @@ WANDB_URL: Final = "https://api.wandb.ai"
 WANDB_SECONDS: Final = 3.0
 
 
-def store_facts(node_id: int, question: Question) -> StoreFacts:
-    """Weights, prepared data, and on the first node, where rank 0 logs, W&B."""
-    found, model_fault = _model(question)
+def check_inputs(node_id: int, request: DoctorRequest) -> InputFacts:
+    """Check weights, prepared data, and on the first node, where rank 0 logs, W&B."""
+    model_found, model_fault = _find_model(request)
     host, error = "", ""
-    if node_id == 0 and not question.fast and question.wandb in ("auto", "online"):
+    if node_id == 0 and not request.fast and request.wandb in ("auto", "online"):
         host, error = _reach_wandb()
-    return StoreFacts(
-        model_found=found,
+    return InputFacts(
+        model_found=model_found,
         model_fault=model_fault,
-        may_fetch=bool(question.model_id) and not HF_HUB_OFFLINE,
-        data_fault=_data_fault(question.data_folder),
+        may_fetch=bool(request.model_id) and not HF_HUB_OFFLINE,
+        data_fault=_data_fault(request.data_folder),
         wandb_host=host,
         wandb_error=error,
     )
 
 
-def _model(question: Question) -> tuple[str, str]:
-    """Folder of the weights, and what is wrong with it."""
-    if question.model_folder:
+def _find_model(request: DoctorRequest) -> tuple[str, str]:
+    """Return the folder of the weights, and its fault."""
+    if request.model_folder:
         try:
-            folder = path_of(question.model_folder)
+            folder = path_of(request.model_folder)
         except UserError as error:
             return "", error.mistakes[0].fact
         return str(folder), weights_fault(folder)
-    if not question.model_id:
+    if not request.model_id:
         return "", ""
-    cached = try_to_load_from_cache(
-        question.model_id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=question.model_revision
-    )
+    cached = try_to_load_from_cache(request.model_id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=request.model_revision)
     if not isinstance(cached, str):
-        return "", f"{question.model_id} is not in {HUB_CACHE}"
+        return "", f"{request.model_id} is not in {HUB_CACHE}"
     folder = Path(cached).parent
     return str(folder), weights_fault(folder)
 
 
 def weights_fault(folder: Path) -> str:
-    """What is missing of a model folder; empty where it is whole."""
+    """Return what a model folder lacks; empty if it is complete."""
     try:
         if not (folder / CONFIG_FILE).is_file():
-            return f"{folder} holds no {CONFIG_FILE}"
+            return f"{folder} has no {CONFIG_FILE}"
         index = folder / INDEX_FILE
         if not index.is_file():
-            return "" if any(file.is_file() for file in folder.glob("*.safetensors")) else f"{folder} holds no weights"
+            return "" if any(file.is_file() for file in folder.glob("*.safetensors")) else f"{folder} has no weights"
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except OSError as error:
         return f"{folder}: {error.strerror}"
     except (ValueError, KeyError, AttributeError) as error:
         return f"{folder / INDEX_FILE} cannot be read: {error}"
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    return f"{folder} lacks {len(missing)} of {len(shards)} files of weights: {missing[0]}" if missing else ""
+    return f"{folder} lacks {len(missing)} of {len(shards)} weight files: {missing[0]}" if missing else ""
 
 
 def _data_fault(folder: str) -> str:
     if not folder:
         return ""
-    place = Path(folder)
+    path = Path(folder)
     try:
-        manifest = read_data_manifest(place)
+        manifest = read_data_manifest(path)
     except UserError as error:
         return error.mistakes[0].fact
     if manifest is None:
-        return f"{folder} holds no prepared data"
-    return next(iter(size_faults(place, manifest).values()), "")
+        return f"{folder} has no prepared data"
+    return next(iter(size_faults(path, manifest).values()), "")
 
 
 def _reach_wandb() -> tuple[str, str]:
@@ -96,5 +94,5 @@ def _reach_wandb() -> tuple[str, str]:
     try:
         socket.create_connection((host, port), timeout=WANDB_SECONDS).close()
     except OSError as error:
-        return host, in_words(error)
+        return host, describe_error(error)
     return host, ""

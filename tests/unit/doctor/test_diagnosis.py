@@ -4,17 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from doctor_cases import GB, QUESTION, sound_nodes
+from doctor_cases import GB, REQUEST, sound_nodes
 
-from packhorse.doctor.facts import Choice, Failed, Gpu, NodeFacts
-from packhorse.doctor.judge import judge
-from packhorse.doctor.rows import first_broken
+from packhorse.doctor.diagnosis import diagnose
+from packhorse.doctor.facts import FailedConnection, Gpu, InterfaceChoice, NodeFacts
+from packhorse.doctor.table import first_broken
 
 Break = Callable[[list[NodeFacts]], list[NodeFacts]]
 
 
 def on_second(part: str, **changes: Any) -> Break:
-    """The second node with fields of a part changed; part empty: of itself."""
+    """Change fields of a part of the second node; with an empty part, of the node itself."""
 
     def broken(nodes: list[NodeFacts]) -> list[NodeFacts]:
         whole = nodes[1]
@@ -62,69 +62,84 @@ CASES: dict[str, tuple[Break, str, str]] = {
         "gpu2 has 1 of 2 GPUs (of 2, by CUDA_VISIBLE_DEVICES=0)",
     ),
     "no nvidia-smi": (
-        on_second("gpu", gpus=(), installed=0, error="there is no nvidia-smi"),
+        on_second("gpu", gpus=(), installed=0, error="no nvidia-smi on PATH"),
         "GPUs",
-        "gpu2 has 0 of 2 GPUs (there is no nvidia-smi)",
+        "gpu2 has 0 of 2 GPUs (no nvidia-smi on PATH)",
     ),
     "a GPU is taken": (on_second("gpu", gpus=BUSY), "free GPUs", "GPU 1 of gpu2 has 20,000 of 81,559 MiB in use"),
-    "torch for CPUs": (on_first("gpu", torch_cuda=""), "driver", "torch 2.13.0+cu128 on gpu1 is a build for CPUs"),
-    "no driver": (on_second("gpu", driver_cuda=""), "driver", "the driver of gpu2 is not there"),
-    "an old driver": (on_second("gpu", driver_cuda="11.8"), "driver", "the driver of gpu2 runs CUDA up to 11.8"),
+    "torch for CPUs": (on_first("gpu", torch_cuda=""), "driver", "torch 2.13.0+cu128 on gpu1 is a CPU build"),
+    "no driver": (on_second("gpu", driver_cuda=""), "driver", "gpu2 has no libcuda.so.1"),
+    "an old driver": (on_second("gpu", driver_cuda="11.8"), "driver", "gpu2 has a driver for CUDA up to 11.8"),
     "no such name": (
-        on_second("network", resolve_error="Name or service not known", hub_error="not tried", met=()),
+        on_second("network", resolve_error="Name or service not known", rendezvous_error="not tried", met_nodes=()),
         "name",
-        "gpu2 does not know the name gpu1 of the first node",
+        "gpu2 cannot resolve gpu1, the name of the first node",
     ),
     "the name is a loopback address": (
-        on_second("network", resolved="127.0.1.1", hub_error="Connection refused", met=()),
+        on_second("network", resolved="127.0.1.1", rendezvous_error="Connection refused", met_nodes=()),
         "name",
-        "the name gpu1 of the first node is 127.0.1.1 on other nodes",
+        "gpu1, the name of the first node, is 127.0.1.1 on other nodes",
     ),
     "the port is taken": (
-        on_first("network", hub_error="port 20123 cannot be opened on the first node: Address already in use", met=()),
+        on_first(
+            "network", rendezvous_error="the first node cannot open port 20123: Address already in use", met_nodes=()
+        ),
         "port",
         "Address already in use",
     ),
     "the port is blocked": (
-        on_second("network", hub_error="no answer", met=()),
+        on_second("network", rendezvous_error="no answer", met_nodes=()),
         "port",
         "gpu2 cannot reach port 20123 of gpu1 (192.168.0.1): no answer",
     ),
     "no such interface": (
-        on_second("network", choices=(Choice(library="gloo", interface="ib1", address="", error="there is no ib1"),)),
+        on_second(
+            "network", choices=(InterfaceChoice(library="gloo", interface="ib1", address="", error="there is no ib1"),)
+        ),
         "interface",
         "gpu2: there is no ib1, so gloo finds none",
     ),
     "an interface that does not reach": (
-        on_second("network", failed=(Failed(node_id=0, library="nccl", address="10.0.0.1", error="no answer"),)),
+        on_second(
+            "network",
+            failed_connections=(FailedConnection(node_id=0, library="nccl", address="10.0.0.1", error="no answer"),),
+        ),
         "between nodes",
-        "gpu2 does not reach gpu1 at 10.0.0.1 (ib0, which nccl takes): no answer",
+        "gpu2 cannot reach gpu1 at 10.0.0.1 (ib0, used by nccl): no answer",
     ),
-    "a clock goes wrong": (on_second("network", clock_skew_seconds=-95.0), "clocks", "gpu2 is 95 s behind"),
+    "a clock goes wrong": (
+        on_second("network", clock_skew_seconds=-95.0),
+        "clocks",
+        "the clock of gpu2 is 95 s behind",
+    ),
     "no folder": (on_second("folder", exists=False), "shared folder", "gpu2 has no folder /shared/runs/first"),
     "another plan": (on_second("folder", plan_sha256="b" * 64), "shared folder", "gpu2 sees another plan.json"),
     "no plan": (on_second("folder", plan_sha256=""), "shared folder", "gpu2 sees no plan.json in /shared/runs/first"),
-    "an old copy": (on_second("folder", sees_start=False), "shared folder", "what was written there before"),
-    "each its own": (
-        on_second("folder", sees=(1,)),
+    "an old copy": (
+        on_second("folder", sees_request_file=False),
         "shared folder",
-        "gpu2 does not see in /shared/runs/first what gpu1 wrote",
+        "a file that was written there before",
+    ),
+    "each its own": (
+        on_second("folder", sees_nodes=(1,)),
+        "shared folder",
+        "gpu2 does not see in /shared/runs/first the file of gpu1",
     ),
     "renames that tear": (
-        on_second("folder", rename_faults=3, rename_fault="no file was there"),
+        on_second("folder", rename_faults=3, rename_fault="the file was absent"),
         "rename",
-        "gpu2 found in 3 of 400 reads: no file was there",
+        "gpu2 found in 3 of 400 reads: the file was absent",
     ),
     "a full disk": (
-        on_second("folder", write_error="No space left on device", sees=(), sees_start=False),
+        on_second("folder", write_error="No space left on device", sees_nodes=(), sees_request_file=False),
         "disk",
         "gpu2 cannot write to /shared/runs/first: No space left on device",
     ),
     "a small disk": (on_first("folder", free_bytes=20 * GB), "disk", "20.0 GB are free in /shared/runs/first"),
-    "no scratch": (on_second("room", scratch_error="/scratch: Permission denied"), "scratch", "gpu2 cannot write"),
-    "a container's shared memory": (on_second("room", shm_bytes=64 * 2**20), "shared memory", "/dev/shm of gpu2"),
-    "no weights": (on_second("store", model_fault="it is not in /hf"), "weights", "on gpu2: it is not in /hf"),
-    "torn data": (on_second("store", data_fault="ids.bin is missing."), "data", "on gpu2: ids.bin is missing."),
+    "no scratch": (on_second("resources", scratch_error="/scratch: Permission denied"), "scratch", "gpu2 cannot write"),
+    "a container's shared memory": (on_second("resources", shm_bytes=64 * 2**20), "shared memory", "/dev/shm of gpu2"),
+    "no weights": (on_second("inputs", model_fault="it is not in /hf"), "weights", "on gpu2: it is not in /hf"),
+    "torn data": (on_second("inputs", data_fault="ids.bin is missing."), "data", "on gpu2: ids.bin is missing."),
     "no all-reduce": (all_reduce(error="NCCL"), "bandwidth", "the all-reduce failed on gpu1: NCCL"),
     "another link": (
         all_reduce(bus_bytes_per_second=1.1 * GB),
@@ -135,8 +150,8 @@ CASES: dict[str, tuple[Break, str, str]] = {
 
 
 def test_all_is_well() -> None:
-    rows = judge(QUESTION, sound_nodes())
-    assert [row for row in rows if row.verdict != "ok"] == []
+    rows = diagnose(REQUEST, sound_nodes())
+    assert [row for row in rows if row.status != "ok"] == []
     assert [row.name for row in rows] == [
         "nodes", "versions", "GPUs", "free GPUs", "driver", "name", "port", "interface", "between nodes", "clocks",
         "shared folder", "rename", "disk", "scratch", "shared memory", "host memory", "weights", "data", "W&B",
@@ -149,69 +164,73 @@ def test_all_is_well() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_fault_is_named(name: str) -> None:
     breaks, row_name, fact = CASES[name]
-    rows = judge(QUESTION, breaks(sound_nodes()))
+    rows = diagnose(REQUEST, breaks(sound_nodes()))
     broken = first_broken(rows)
     assert broken is not None
     assert (broken.name, broken.fix != "") == (row_name, True)
     assert fact in broken.fact
-    assert [row.name for row in rows if row.verdict == "broken"] == [row_name]
+    assert [row.name for row in rows if row.status == "broken"] == [row_name]
 
 
 @pytest.mark.parametrize(
     ("breaks", "row_name", "fact"),
     [
-        (on_second("network", clock_skew_seconds=2.5), "clocks", "gpu2 is 2.5 s ahead"),
+        (on_second("network", clock_skew_seconds=2.5), "clocks", "the clock of gpu2 is 2.5 s ahead"),
         (
-            on_second("room", memory_bytes=8 * GB, memory_from="its cgroup"),
+            on_second("resources", memory_bytes=8 * GB, memory_from="its cgroup"),
             "host memory",
-            "gpu2 may take 8.0 GB, by its cgroup; the weights have 16.0 GB",
+            "gpu2 may use 8.0 GB, the limit of its cgroup; the weights have 16.0 GB",
         ),
         (on_second("folder", lock_error="No locks available"), "shared folder", "gpu2 cannot lock a file"),
         (on_second("folder", rename_fault="stale handle"), "rename", "gpu2 got a stale handle"),
-        (on_second("room", scratch_free_bytes=GB), "scratch", "has 1.0 GB free"),
-        (on_second("room", locked_bytes=65536), "locked memory", "gpu2 has InfiniBand, and only 0.1 MB"),
-        (on_second("store", model_fault="it is not in /hf", may_fetch=True), "weights", "it is not in /hf"),
-        (on_first("store", wandb_error="no answer"), "W&B", "gpu1 does not reach api.wandb.ai: no answer"),
+        (on_second("resources", scratch_free_bytes=GB), "scratch", "has 1.0 GB free"),
+        (on_second("resources", locked_bytes=65536), "locked memory", "gpu2 has InfiniBand, and only 0.1 MB"),
+        (on_second("inputs", model_fault="it is not in /hf", may_fetch=True), "weights", "it is not in /hf"),
+        (on_first("inputs", wandb_error="no answer"), "W&B", "gpu1 cannot reach api.wandb.ai: no answer"),
         (on_second("gpu", gpus=(BUSY[0], BUSY[0].model_copy(update={"name": "A100"}))), "GPUs", "3 x H100, 1 x A100"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_only_slow_or_later_is_a_note(breaks: Break, row_name: str, fact: str) -> None:
-    rows = judge(QUESTION, breaks(sound_nodes()))
+def test_a_risk_is_a_note(breaks: Break, row_name: str, fact: str) -> None:
+    rows = diagnose(REQUEST, breaks(sound_nodes()))
     assert first_broken(rows) is None
-    found = [row for row in rows if row.verdict == "note"]
+    found = [row for row in rows if row.status == "note"]
     assert [row.name for row in found] == [row_name]
     assert fact in found[0].fact
     assert found[0].fix
 
 
-def test_what_a_blocked_port_hides_is_not_called_broken() -> None:
-    nodes = on_first("network", met=(0,))(sound_nodes())
-    blocked = on_second("network", hub_error="no answer", met=(), ways=0, clock_skew_seconds=None)(nodes)
-    seen = [node.model_copy(update={"folder": node.folder.model_copy(update={"sees": (0,)})}) for node in blocked]
+def test_checks_behind_a_blocked_port_are_not_tried() -> None:
+    nodes = on_first("network", met_nodes=(0,))(sound_nodes())
+    blocked = on_second(
+        "network", rendezvous_error="no answer", met_nodes=(), num_connections=0, clock_skew_seconds=None
+    )(nodes)
+    seen = [node.model_copy(update={"folder": node.folder.model_copy(update={"sees_nodes": (0,)})}) for node in blocked]
     seen = [node.model_copy(update={"bandwidth": None}) for node in seen]
-    verdicts = {row.name: row.verdict for row in judge(QUESTION, seen)}
-    assert [name for name, verdict in verdicts.items() if verdict == "broken"] == ["port"]
-    hidden = [name for name, verdict in verdicts.items() if verdict == "not tried"]
+    statuses = {row.name: row.status for row in diagnose(REQUEST, seen)}
+    assert [name for name, status in statuses.items() if status == "broken"] == ["port"]
+    hidden = [name for name, status in statuses.items() if status == "not tried"]
     assert hidden == ["between nodes", "clocks", "bandwidth"]
 
 
-def test_nobody_answers() -> None:
-    rows = judge(QUESTION, [], "bash: python: command not found")
+def test_no_node_answers() -> None:
+    rows = diagnose(REQUEST, [], "bash: python: command not found")
     assert [row.name for row in rows] == ["nodes"]
     assert "bash: python: command not found" in rows[0].fact
 
 
-def test_a_host_without_a_name_is_told_only_where_there_are_others() -> None:
-    nameless = Choice(library="gloo", interface="lo", address="127.0.0.1", error="laptop is no known name")
+def test_a_host_without_a_name_is_broken_only_with_several_nodes() -> None:
+    nameless = InterfaceChoice(
+        library="gloo", interface="lo", address="127.0.0.1", error="the host name laptop does not resolve"
+    )
     nodes = on_first("network", choices=(nameless,))(sound_nodes())
-    assert first_broken(judge(QUESTION, nodes)).name == "interface"
-    alone = QUESTION.model_copy(update={"num_nodes": 1, "gpus_per_node": 0, "fast": True})
-    assert first_broken(judge(alone, nodes[:1])) is None
+    assert first_broken(diagnose(REQUEST, nodes)).name == "interface"
+    alone = REQUEST.model_copy(update={"num_nodes": 1, "gpus_per_node": 0, "fast": True})
+    assert first_broken(diagnose(alone, nodes[:1])) is None
 
 
-def test_one_machine_without_gpus_has_rows_of_its_own_only() -> None:
-    alone = QUESTION.model_copy(update={"num_nodes": 1, "gpus_per_node": 0, "fast": True})
-    rows = judge(alone, sound_nodes()[:1])
+def test_one_machine_without_gpus_has_fewer_rows() -> None:
+    alone = REQUEST.model_copy(update={"num_nodes": 1, "gpus_per_node": 0, "fast": True})
+    rows = diagnose(alone, sound_nodes()[:1])
     assert first_broken(rows) is None
     assert {"GPUs", "driver", "port", "clocks", "rename", "bandwidth"}.isdisjoint(row.name for row in rows)

@@ -1,9 +1,11 @@
-"""What a user reads of the jobs of a run: each in words, why one waits, and why the rest of a chain do not run."""
+"""Reports of the jobs of a run: their condition, why one waits, and why the rest of a chain does not run."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from launching_cases import PREPARED, planned
 from packhorse.commands import status_jobs
 from packhorse.commands.status import is_under_way, status
 from packhorse.launching.slurm import chain
-from packhorse.launching.slurm.chain import follow, left_of, submit_again
-from packhorse.launching.slurm.client import JobState, NoSlurmError
-from packhorse.launching.slurm.stages import Stage, read_ends, record_end, stages_of
+from packhorse.launching.slurm.chain import link_successor, resubmit, unfinished_jobs
+from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmClient
+from packhorse.launching.slurm.job_reports import JobReport, read_ends, report_jobs
 from packhorse.plan.run_plan import write_plan
+from packhorse.recipe.shipped import shipped_path
 from packhorse.run_folder.attempts import AttemptStart, write_attempt_start
 from packhorse.run_folder.heartbeat import Heartbeat
 from packhorse.run_folder.jobs import JobKind, JobRecord, append_job, read_jobs
@@ -41,8 +44,19 @@ def chained(first: int = 11, goes_on_from: str | None = None) -> list[JobRecord]
     ]
 
 
-def told(stages: list[Stage]) -> list[tuple[str, str, str]]:
-    return [(stage.record.kind, stage.became, stage.why) for stage in stages]
+def conditions(reports: list[JobReport]) -> list[tuple[str, str, str]]:
+    return [(report.record.kind, report.condition, report.reason) for report in reports]
+
+
+def run_command_script(folder: Path, run: Path, command: str, job_id: str, exit_code: int) -> None:
+    """Run slurm/command.sbatch as Slurm would, with a `packhorse` that only exits."""
+    program = folder / "bin" / "packhorse"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nexit {exit_code}\n")
+    program.chmod(0o755)
+    environment = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": job_id}
+    script = str(shipped_path("slurm", "command.sbatch"))
+    assert subprocess.run(["bash", script, command, str(run)], env=environment).returncode == exit_code
 
 
 def now(state: State, message: str = "") -> Status:
@@ -55,16 +69,16 @@ def test_the_rest_of_a_chain_waits_for_the_job_before() -> None:
         JobState("12", "RUNNING", nodes="node1"),
         *(JobState(number, "PENDING", "Dependency") for number in ("13", "14")),
     ]
-    assert told(stages_of(list(zip(chained(), states, strict=True)), {}, now("training"), has_data=True)) == [
+    assert conditions(report_jobs(list(zip(chained(), states, strict=True)), {}, now("training"), has_data=True)) == [
         ("prepare", "done", ""),
         ("train", "runs", ""),
-        ("evaluate", "waits", "it begins when job 12 (train) has ended well"),
-        ("verify", "waits", "it begins when job 13 (evaluate) has ended well"),
+        ("evaluate", "waits", "it starts after job 12 (train) succeeds"),
+        ("verify", "waits", "it starts after job 13 (evaluate) succeeds"),
     ]
 
 
-@pytest.mark.parametrize("forgotten", [False, True], ids=["as Slurm tells", "Slurm has forgotten them"])
-def test_after_a_failed_job_the_rest_do_not_run_and_say_why(forgotten: bool) -> None:
+@pytest.mark.parametrize("forgotten", [False, True], ids=["known to Slurm", "forgotten by Slurm"])
+def test_after_a_failed_job_the_rest_does_not_run(forgotten: bool) -> None:
     states: list[JobState | None] = [
         JobState("11", "COMPLETED"),
         JobState("12", "FAILED", "NonZeroExitCode", exit_code="1:0"),
@@ -72,82 +86,82 @@ def test_after_a_failed_job_the_rest_do_not_run_and_say_why(forgotten: bool) -> 
     ]
     jobs = list(zip(chained(), [None] * 4 if forgotten else states, strict=True))
     status = now("failed", "rank 1 failed: RuntimeError: no\nsecond line")
-    assert told(stages_of(jobs, {}, status, has_data=True)) == [
+    assert conditions(report_jobs(jobs, {}, status, has_data=True)) == [
         ("prepare", "done", ""),
         ("train", "failed", "rank 1 failed: RuntimeError: no"),
-        ("evaluate", "not run", "job 12 (train) did not end well"),
+        ("evaluate", "not run", "job 12 (train) did not succeed"),
         ("verify", "not run", "job 13 (evaluate) did not run"),
     ]
 
 
-def test_what_a_job_said_of_its_end_outlives_what_slurm_remembers(tmp_path: Path) -> None:
-    record_end(tmp_path, "evaluate", "13", 2)
-    stages = stages_of([(record, None) for record in chained()], read_ends(tmp_path), now("finished"), has_data=True)
-    assert told(stages)[1:] == [
+def test_the_recorded_end_of_a_job_outlives_slurms_memory(tmp_path: Path) -> None:
+    run_command_script(tmp_path, tmp_path, "evaluate", "13", 2)
+    reports = report_jobs([(record, None) for record in chained()], read_ends(tmp_path), now("finished"), has_data=True)
+    assert conditions(reports)[1:] == [
         ("train", "done", ""),
         ("evaluate", "failed", "exit code 2"),
-        ("verify", "not run", "job 13 (evaluate) did not end well"),
+        ("verify", "not run", "job 13 (evaluate) did not succeed"),
     ]
-    assert [record.job_id for record in left_of(stages)] == ["13", "14"]
+    assert [record.job_id for record in unfinished_jobs(reports)] == ["13", "14"]
 
 
-def test_a_job_that_was_submitted_again_takes_the_place_of_the_failed_one() -> None:
+def test_a_resubmitted_job_replaces_the_failed_one() -> None:
     jobs = [(record, None) for record in chained()]
     again = [
         JobRecord(job_id="20", kind="evaluate", submitted_at=1.0, argv=("sbatch",)),
         JobRecord(job_id="21", kind="verify", submitted_at=1.0, argv=("sbatch",), depends_on=("20",)),
     ]
     live = [(again[0], JobState("20", "RUNNING")), (again[1], JobState("21", "PENDING", "Dependency"))]
-    stages = stages_of([*jobs, *live], {}, now("finished"), has_data=True)
-    assert [stage.became for stage in stages] == ["done", "done", "replaced", "replaced", "runs", "waits"]
-    assert stages[2].why == "job 20 took its place"
+    reports = report_jobs([*jobs, *live], {}, now("finished"), has_data=True)
+    assert [report.condition for report in reports] == ["done", "done", "replaced", "replaced", "runs", "waits"]
+    assert reports[2].reason == "replaced by job 20"
 
 
-def test_jobs_after_training_wait_for_the_job_that_goes_on_with_it() -> None:
-    follower = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch",), goes_on_from="12")
+def test_jobs_after_training_wait_for_its_successor() -> None:
+    successor = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch",), goes_on_from="12")
     states = [None, JobState("12", "TIMEOUT"), *(JobState(each, "PENDING", "Dependency") for each in ("13", "14"))]
-    jobs = [*zip(chained(), states, strict=True), (follower, JobState("30", "PENDING", "Priority"))]
-    stages = stages_of(jobs, {}, now("stopped"), has_data=True)
-    assert told(stages)[2] == ("evaluate", "waits", "it begins when job 30 (train) has ended well")
-    assert told(stages)[4] == ("train", "waits", "other jobs come first (Priority)")
+    jobs = [*zip(chained(), states, strict=True), (successor, JobState("30", "PENDING", "Priority"))]
+    reports = report_jobs(jobs, {}, now("stopped"), has_data=True)
+    assert conditions(reports)[2] == ("evaluate", "waits", "it starts after job 30 (train) succeeds")
+    assert conditions(reports)[4] == ("train", "waits", "jobs with a higher priority start first (Priority)")
 
 
-def test_a_job_that_stands_by_is_not_what_others_wait_for_while_the_first_one_trains() -> None:
-    """Where the site forbids requeue, each training job has a follower in the queue from its start."""
-    stands_by = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch",), goes_on_from="12")
+def test_no_job_waits_for_a_successor_while_the_first_job_trains() -> None:
+    """At a site without requeue, the successor of a training job is queued when that job starts."""
+    successor = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch",), goes_on_from="12")
     waiting = [JobState(each, "PENDING", "Dependency") for each in ("13", "14", "30")]
-    jobs = list(zip([*chained()[1:], stands_by], [JobState("12", "RUNNING"), *waiting], strict=True))
-    stages = stages_of(jobs, {}, now("training"), has_data=True)
-    assert told(stages)[1] == ("evaluate", "waits", "it begins when job 12 (train) has ended well")
-    assert told(stages)[3] == ("train", "waits", "it begins only if job 12 is cut short")
-    assert status_jobs.state_words(stages) == ""
+    jobs = list(zip([*chained()[1:], successor], [JobState("12", "RUNNING"), *waiting], strict=True))
+    reports = report_jobs(jobs, {}, now("training"), has_data=True)
+    assert conditions(reports)[1] == ("evaluate", "waits", "it starts after job 12 (train) succeeds")
+    assert conditions(reports)[3] == ("train", "waits", "it starts only if job 12 does not finish")
+    assert status_jobs.state_words(reports) == ""
 
 
 @pytest.mark.parametrize("state", ["finished", "failed"])
-def test_a_job_that_stood_by_for_nothing_is_neither_the_result_nor_what_is_submitted_again(state: State) -> None:
-    stood_by = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch", "RUN"), goes_on_from="12")
+def test_an_unused_successor_is_neither_the_result_nor_resubmitted(state: State) -> None:
+    unused = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch", "RUN"), goes_on_from="12")
     ended = JobState("12", "COMPLETED" if state == "finished" else "FAILED")
-    jobs = [(chained()[1], ended), (stood_by, JobState("30", "CANCELLED", "DependencyNeverSatisfied"))]
-    stages = stages_of([*jobs, (chained()[2], None)], {}, now(state), has_data=True)
-    assert [stage.became for stage in stages[:2]] == ["done" if state == "finished" else "failed", "replaced"]
-    assert [record.job_id for record in left_of(stages)] == (["13"] if state == "finished" else ["12", "13"])
+    jobs = [(chained()[1], ended), (unused, JobState("30", "CANCELLED", "DependencyNeverSatisfied"))]
+    reports = report_jobs([*jobs, (chained()[2], None)], {}, now(state), has_data=True)
+    assert [report.condition for report in reports[:2]] == ["done" if state == "finished" else "failed", "replaced"]
+    assert [record.job_id for record in unfinished_jobs(reports)] == (["13"] if state == "finished" else ["12", "13"])
     if state == "failed":
-        assert stages[2].why == "job 12 (train) did not end well"
+        assert reports[2].reason == "job 12 (train) did not succeed"
 
 
-def test_what_went_on_with_a_job_is_submitted_again_as_that_job_was() -> None:
-    """A follower is submitted by the job itself, from a copy of the script that is gone when it ends."""
-    follower = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch", "RUN"), goes_on_from="12")
-    jobs = [(chained()[1], JobState("12", "TIMEOUT")), (follower, JobState("30", "FAILED"))]
-    stages = stages_of(jobs, {}, now("failed", "x"), has_data=True)
-    assert [stage.became for stage in stages] == ["replaced", "failed"]
-    assert left_of(stages) == [chained()[1]]
+def test_a_failed_successor_is_resubmitted_as_the_original_job() -> None:
+    """A job submits its successor from a copy of the script that Slurm deletes when the job ends."""
+    successor = JobRecord(job_id="30", kind="train", submitted_at=1.0, argv=("sbatch", "RUN"), goes_on_from="12")
+    jobs = [(chained()[1], JobState("12", "TIMEOUT")), (successor, JobState("30", "FAILED"))]
+    reports = report_jobs(jobs, {}, now("failed", "x"), has_data=True)
+    assert [report.condition for report in reports] == ["replaced", "failed"]
+    assert unfinished_jobs(reports) == [chained()[1]]
 
 
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("Resources", "the nodes that it asks for are busy (Resources)"),
+        ("Resources", "the requested nodes are busy (Resources)"),
         (
             "ReqNodeNotAvail, UnavailableNodes:node2",
             "a node that it needs is down, drained or reserved (ReqNodeNotAvail",
@@ -157,26 +171,26 @@ def test_what_went_on_with_a_job_is_submitted_again_as_that_job_was() -> None:
         ("SomethingNew", "SomethingNew"),
     ],
 )
-def test_a_reason_is_told_in_words_and_as_slurm_has_it(reason: str, words: str) -> None:
+def test_a_reason_is_shown_in_words_and_as_slurms_code(reason: str, words: str) -> None:
     jobs = [(chained()[1], JobState("12", "PENDING", reason))]
-    assert stages_of(jobs, {}, now("prepared"), has_data=True)[0].why.startswith(words)
+    assert report_jobs(jobs, {}, now("prepared"), has_data=True)[0].reason.startswith(words)
 
 
-def test_a_job_that_ended_while_its_run_says_nothing_is_told_by_slurm() -> None:
+def test_slurm_explains_a_job_whose_run_recorded_no_end() -> None:
     jobs = [(chained()[1], JobState("12", "OUT_OF_MEMORY", "OutOfMemory", exit_code="0:125"))]
-    why = stages_of(jobs, {}, now("training"), has_data=True)[0].why
-    assert why == "OUT_OF_MEMORY, exit code 0:125: it took more memory than it had asked for (OutOfMemory)"
+    reason = report_jobs(jobs, {}, now("training"), has_data=True)[0].reason
+    assert reason == "OUT_OF_MEMORY, exit code 0:125: it used more memory than it had requested (OutOfMemory)"
 
 
-def test_the_job_scripts_own_exit_codes_are_told_in_words() -> None:
+def test_exit_codes_of_the_job_script_are_shown_in_words() -> None:
     jobs = [(chained()[1], JobState("12", "FAILED", "NonZeroExitCode", exit_code="20:0"))]
-    why = stages_of(jobs, {}, now("prepared"), has_data=True)[0].why
-    assert why == "FAILED, exit code 20:0: a node cannot do its part, told in its log"
+    reason = report_jobs(jobs, {}, now("prepared"), has_data=True)[0].reason
+    assert reason == "FAILED, exit code 20:0: the doctor found a broken node, shown in its log"
 
 
-def test_why_a_cancelled_job_had_waited_is_not_told_as_how_it_ended() -> None:
+def test_the_reason_why_a_cancelled_job_waited_is_not_its_end() -> None:
     jobs = [(chained()[1], JobState("12", "CANCELLED", "Resources", exit_code="0:0"))]
-    assert stages_of(jobs, {}, now("prepared"), has_data=True)[0].why == "CANCELLED"
+    assert report_jobs(jobs, {}, now("prepared"), has_data=True)[0].reason == "CANCELLED"
 
 
 # --- status ---
@@ -221,7 +235,7 @@ def test_status_shows_the_chain_the_reason_and_the_first_failing_ranks_last_line
     text = shown(run, capsys)
     assert "state failed: rank 1 failed: ValueError: bad row 7" in text
     assert "job 12 train: did not end well: rank 1 failed: ValueError: bad row 7" in text
-    assert "job 13 evaluate: does not run: job 12 (train) did not end well" in text
+    assert "job 13 evaluate: does not run: job 12 (train) did not succeed" in text
     assert f"next mend what failed; `packhorse resume {run}` goes on from there" in text
     assert f"failed first rank 1; its last lines (all of it in {logs}/rank-1.json):" in text
     assert "attempts 1: steps 0 to 0 in 0 s, failed: ValueError: bad row 7" in text
@@ -255,18 +269,18 @@ def test_a_run_whose_job_waits_again_is_not_shown_as_killed(run: Path, monkeypat
     write_status(run, now("training"))
     slurm_says(monkeypatch, None, JobState("12", "PENDING", "BeginTime", restarts=1), None, None)
     text = shown(run, capsys)
-    assert "state training; job 12 waits in the queue: its earliest start has not come" in text
+    assert "state training; job 12 waits in the queue: its earliest start time is not reached" in text
     assert "killed" not in text
 
 
-def test_without_slurm_status_tells_what_the_run_folder_says(run: Path, monkeypatch, capsys) -> None:
+def test_without_slurm_status_shows_what_the_run_folder_records(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     def nothing(_: object) -> None:
         raise NoSlurmError("scontrol")
 
     monkeypatch.setattr(status_jobs, "with_states", nothing)
-    record_end(run, "evaluate", "13", 1)
+    run_command_script(tmp_path, run, "evaluate", "13", 1)
     text = shown(run, capsys)
-    assert "job 12 train: unknown: there is no Slurm here to ask" in text
+    assert "job 12 train: unknown: Slurm is not available on this machine" in text
     assert "job 13 evaluate: did not end well: exit code 1" in text
     assert "what its jobs do now is not known" in text
 
@@ -279,14 +293,14 @@ def test_a_lock_that_a_job_left_does_not_make_its_run_live(run: Path, monkeypatc
     assert is_under_way(run)
 
 
-# --- submitted again ---
+# --- resubmitted ---
 
 
-def test_what_is_left_is_submitted_as_before_each_after_the_one_before(run: Path, monkeypatch) -> None:
+def test_unfinished_jobs_are_resubmitted_each_after_the_previous(run: Path, monkeypatch) -> None:
     typed: list[list[str]] = []
-    sent = lambda words: str(typed.append(list(words)) or 50 + len(typed))  # noqa: E731
-    monkeypatch.setattr("packhorse.launching.slurm.jobs.submit_script", sent)
-    again = submit_again(run, chained()[1:])
+    sent = lambda _, words: str(typed.append(list(words)) or 50 + len(typed))  # noqa: E731
+    monkeypatch.setattr(SlurmClient, "submit", sent)
+    again = resubmit(run, chained()[1:])
     assert typed == [
         ["train.sbatch", "RUN"],
         ["--dependency=afterok:51", "--kill-on-invalid-dep=yes", "evaluate.sbatch", "RUN"],
@@ -303,6 +317,6 @@ def test_jobs_that_wait_follow_training_through_every_job_of_a_chain(run: Path, 
     waiting = [(record, JobState(record.job_id, "PENDING", "Dependency")) for record in records[2:4]]
     changed: dict[str, list[str]] = {}
     monkeypatch.setattr(chain, "live_jobs", lambda _: [*waiting, (records[4], JobState("30", "RUNNING"))])
-    monkeypatch.setattr(chain, "depend_on_any", changed.__setitem__)
-    assert follow(run, "30", "31") == ["13"]
+    monkeypatch.setattr(SlurmClient, "depend_on_any", lambda _, job, any_of: changed.update({job: any_of}))
+    assert link_successor(run, "30", "31") == ["13"]
     assert changed == {"13": ["30", "31"]}

@@ -10,22 +10,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from doctor_cases import QUESTION, sound_nodes
+from doctor_cases import REQUEST, sound_nodes
 
 from packhorse.cli.main import main
 from packhorse.doctor.__main__ import main as in_job
-from packhorse.doctor.examination import short_job_words
-from packhorse.doctor.facts import Question
-from packhorse.doctor.judge import judge
-from packhorse.doctor.meeting import open_port
+from packhorse.doctor.diagnosis import diagnose
+from packhorse.doctor.facts import DoctorRequest
 from packhorse.doctor.node import first_host, from_lines, to_lines
-from packhorse.doctor.rows import first_broken
+from packhorse.doctor.rendezvous import open_port
+from packhorse.doctor.run_checks import short_job_arguments
+from packhorse.doctor.table import first_broken
 from packhorse.launching.slurm.site import SiteProfile
 from tiny import write_tiny
 
 
 @pytest.mark.parametrize(
-    ("names", "first"),
+    ("nodes", "first"),
     [
         ("node1", "node1"),
         ("node[1-4]", "node1"),
@@ -35,31 +35,31 @@ from tiny import write_tiny
         ("", ""),
     ],
 )
-def test_first_host_of_an_allocation(names: str, first: str) -> None:
-    assert first_host(names) == first
+def test_first_host_of_an_allocation(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
 
 
-def test_answers_come_back_whole_through_labels_and_other_lines() -> None:
+def test_answers_are_decoded_among_labels_and_other_lines() -> None:
     lines = [f"{number}: {line}" for number, node in enumerate(sound_nodes()) for line in to_lines(node)]
     assert all(len(line) < 1000 for line in lines)
     mixed = [*lines, "0: bash: warning: setlocale: cannot change locale", "srun: error: something"]
     random.Random(0).shuffle(mixed)
     assert from_lines(mixed) == sound_nodes()
-    # A node of which a line is missing has not answered.
+    # A node with a missing line has not answered.
     assert [node.node_id for node in from_lines(mixed[:-1] if lines[-1] == mixed[-1] else lines[:-1])] == [0]
 
 
-def test_a_node_with_another_version_of_packhorse_is_heard() -> None:
-    (line,) = [json.loads(base64.b64decode("".join(each.split()[-1] for each in to_lines(sound_nodes()[1]))))]
-    text = json.dumps(line | {"versions": line["versions"] | {"packhorse": "9.0"}, "of_tomorrow": 1})
+def test_a_node_with_another_version_of_packhorse_answers() -> None:
+    facts = json.loads(base64.b64decode("".join(line.split()[-1] for line in to_lines(sound_nodes()[1]))))
+    text = json.dumps(facts | {"versions": facts["versions"] | {"packhorse": "9.0"}, "of_tomorrow": 1})
     other = f"packhorse-doctor 1 0 1 {base64.b64encode(text.encode()).decode()}"
-    rows = judge(QUESTION, from_lines([*to_lines(sound_nodes()[0]), other]))
+    rows = diagnose(REQUEST, from_lines([*to_lines(sound_nodes()[0]), other]))
     assert first_broken(rows).fact == "packhorse is 0.1.0 on gpu1, 9.0 on gpu2"
 
 
-def ask_two_nodes(question: Question, environment: dict[str, str] | None = None) -> list[str]:
-    """Both nodes' part, as srun starts it; they share this machine."""
-    command = [sys.executable, "-m", "packhorse.doctor.node", question.model_dump_json()]
+def check_two_nodes(request: DoctorRequest, environment: dict[str, str] | None = None) -> list[str]:
+    """Run both nodes on this machine, as srun starts them."""
+    command = [sys.executable, "-m", "packhorse.doctor.node", request.model_dump_json()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (environment or {})
     nodes = [
         subprocess.Popen(command, env=environment | {"SLURM_NODEID": str(number)}, stdout=subprocess.PIPE, text=True)
@@ -69,12 +69,12 @@ def ask_two_nodes(question: Question, environment: dict[str, str] | None = None)
 
 
 @pytest.fixture
-def question(tmp_path: Path) -> Question:
+def request_of_two(tmp_path: Path) -> DoctorRequest:
     with open_port(0) as probe:
         port = probe.getsockname()[1]
     (tmp_path / ".packhorse-doctor-ab").mkdir()
     (tmp_path / ".packhorse-doctor-ab/start").write_text("ab")
-    return Question(
+    return DoctorRequest(
         num_nodes=2,
         gpus_per_node=0,
         folder=str(tmp_path),
@@ -85,23 +85,23 @@ def question(tmp_path: Path) -> Question:
     )
 
 
-def test_two_nodes_meet_and_are_judged(question: Question) -> None:
-    found = from_lines(ask_two_nodes(question, {"GLOO_SOCKET_IFNAME": "lo"}))
-    rows = judge(question, found)
+def test_two_nodes_meet_and_are_diagnosed(request_of_two: DoctorRequest) -> None:
+    found = from_lines(check_two_nodes(request_of_two, {"GLOO_SOCKET_IFNAME": "lo"}))
+    rows = diagnose(request_of_two, found)
     assert first_broken(rows) is None, rows
-    assert {row.name: row.verdict for row in rows}["between nodes"] == "ok"
+    assert {row.name: row.status for row in rows}["between nodes"] == "ok"
     assert max(node.seconds for node in found) < 5
 
 
-def test_an_interface_that_is_not_there(question: Question) -> None:
-    rows = judge(question, from_lines(ask_two_nodes(question, {"GLOO_SOCKET_IFNAME": "ib9"})))
+def test_an_interface_that_is_not_there(request_of_two: DoctorRequest) -> None:
+    rows = diagnose(request_of_two, from_lines(check_two_nodes(request_of_two, {"GLOO_SOCKET_IFNAME": "ib9"})))
     broken = first_broken(rows)
     assert broken is not None
     assert broken.name == "interface"
     assert "GLOO_SOCKET_IFNAME is ib9" in broken.fact
 
 
-def test_a_job_of_three_minutes_asks_for_what_the_site_says() -> None:
+def test_the_short_job_requests_what_the_site_defines() -> None:
     site = SiteProfile.model_validate(
         {
             "name": "there",
@@ -115,7 +115,7 @@ def test_a_job_of_three_minutes_asks_for_what_the_site_says() -> None:
             "options": ["--exclusive"],
         }
     )
-    words = short_job_words(QUESTION, site, "/shared/venv/bin")
+    words = short_job_arguments(REQUEST, site, "/shared/venv/bin")
     assert words[: words.index("bash")] == [
         "--job-name=packhorse-doctor", "--account=proj", "--partition=gpu", "--nodes=2", "--ntasks-per-node=1",
         "--gres=gpu:h100:2", "--time=00:03:00", "--exclusive", "--ntasks=2", "--label", "--kill-on-bad-exit=0",
@@ -134,17 +134,17 @@ def test_dry_run_shows_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     words = shlex.split(capsys.readouterr().out)
     assert words[0] == "srun"
     assert {"--nodes=3", "--gpus-per-node=4"} <= set(words)
-    asked = json.loads(words[-1])
-    assert (asked["num_nodes"], asked["gpus_per_node"], asked["folder"]) == (3, 4, str(tmp_path))
+    request = json.loads(words[-1])
+    assert (request["num_nodes"], request["gpus_per_node"], request["folder"]) == (3, 4, str(tmp_path))
     assert list(tmp_path.iterdir()) == [tmp_path / "site.yaml"]
 
 
-def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_without_slurm_it_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     Path("site.yaml").write_text("name: there\n")
     assert main(["doctor", "--site", "site.yaml"]) == 2
-    assert "there is no Slurm here: srun is not on PATH" in capsys.readouterr().err
+    assert "there is no Slurm here: no srun on PATH" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -158,14 +158,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_doctor_of_a_run_here(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["doctor", "runs/tiny", "--fast"]) == 0
-    said = capsys.readouterr().out
-    assert "first broken" not in said
+    assert "first broken" not in capsys.readouterr().out
     plan = json.loads((run / "plan.json").read_text())
     next(Path(plan["data"]["folder"]).rglob("*.bin")).unlink()
     assert main(["doctor", "runs/tiny", "--fast"]) == 1
-    told = " ".join(capsys.readouterr().out.split())
-    assert "first broken: data: on" in told
-    assert "fix: prepare it where all nodes see it" in told
+    out = " ".join(capsys.readouterr().out.split())
+    assert "first broken: data: on" in out
+    assert "fix: prepare it in a folder that all nodes see" in out
     assert not [path for path in run.iterdir() if path.name.startswith(".packhorse-doctor")]
 
 
@@ -180,7 +179,7 @@ def test_the_two_halves_of_a_job_script(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert in_job(["ask", "runs/tiny"]) == 0
+    assert in_job(["request", "runs/tiny"]) == 0
     text = capsys.readouterr().out.strip()
     command = [sys.executable, "-m", "packhorse.doctor.node", text]
     done = subprocess.run(
@@ -190,9 +189,9 @@ def test_the_two_halves_of_a_job_script(
         (done.stdout.decode(), 0, "doctor: "),
         ("0: bash: line 1: python: command not found\n", 1, "python: command not found"),
     ):
-        (run / "said").write_text(lines)
-        with (run / "said").open() as said:
-            monkeypatch.setattr("sys.stdin", said)
-            assert in_job(["judge", text]) == code
+        (run / "output").write_text(lines)
+        with (run / "output").open() as output:
+            monkeypatch.setattr("sys.stdin", output)
+            assert in_job(["diagnose", text]) == code
         assert words in " ".join(capsys.readouterr().err.split())
     assert not [path for path in run.iterdir() if path.name.startswith(".packhorse-doctor")]
