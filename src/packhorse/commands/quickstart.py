@@ -11,6 +11,7 @@ from packhorse.commands.evaluate import evaluate_run
 from packhorse.commands.train import train
 from packhorse.errors import EXIT_OK
 from packhorse.evaluate.show import render
+from packhorse.plan.hardware import Hardware, detect_hardware
 from packhorse.plan.make_plan import run_folder_of
 from packhorse.recipe.load import load_recipe
 from packhorse.run_folder.folder import open_run
@@ -52,8 +53,13 @@ def quickstart() -> int:
 def _train_once(name: str, folder: Path, console: Console) -> int:
     status = read_status(folder) if folder.is_dir() else None
     if status is None:
-        return train(name, (), None, resume=False)
+        return train(name, process_overrides(detect_hardware()), None, resume=False)
     if status.state == "finished":
         console.print(f"{folder} is trained already; remove it to train again", soft_wrap=True, highlight=False)
         return EXIT_OK
     return train(str(folder), (), None, resume=True)
+
+
+def process_overrides(hardware: Hardware) -> list[str]:
+    """Return the override that fits the recipes' two processes to a machine with one GPU; empty elsewhere."""
+    return ["parallel.processes=1"] if len(hardware.gpus) == 1 else []
