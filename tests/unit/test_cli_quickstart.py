@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.commands.quickstart import STEPS, process_overrides
+from packhorse.cli.quickstart import STEPS, process_overrides
 from packhorse.plan.hardware import detect_hardware
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import Ask, check_machine
