@@ -32,7 +32,7 @@ def test_text_is_as_reviewed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi: the machine's own GPUs are none of this
-    monkeypatch.setattr("packhorse.commands.plan._now", lambda: datetime(2026, 1, 31, 9, 30, tzinfo=UTC))
+    monkeypatch.setattr("packhorse.cli.plan._now", lambda: datetime(2026, 1, 31, 9, 30, tzinfo=UTC))
     assert main(["plan", *PLANS[name]]) == 0
     told = capsys.readouterr().out
     told = told[told.find("\nmemory") + 1 :]

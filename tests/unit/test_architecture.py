@@ -35,9 +35,8 @@ MAY_IMPORT = {
     "evaluate": BASE | {"recipe", "plan", "run_folder", "data", "model", "track", "train"},
     "report": BASE | {"recipe", "data"},
     "doctor": BASE | {"recipe", "model_spec", "plan", "run_folder", "estimate", "data", "launching"},
-    "commands": {"*"},
-    "verbs": {"errors"},
-    "workflows": {"*"},
+    # workflows is below cli: it shows nothing
+    "workflows": {path.name for path in SOURCE.iterdir() if path.is_dir()} - {"cli"} | BASE,
     "cli": {"*"},
 }
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc", "core"}
@@ -84,8 +83,8 @@ def test_each_module_imports_only_what_its_room_may(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_stand_at_the_top_but_in_commands(path: Path) -> None:
-    if room(module_name(path) + ".") == "commands":
+def test_imports_are_at_the_top_except_in_cli_and_workflows(path: Path) -> None:
+    if room(module_name(path) + ".") in ("cli", "workflows"):
         return
     assert [target for target, inside in imports(parse(path)) if inside] == []
 
@@ -123,7 +122,7 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_names_say_what_is_inside(path: Path) -> None:
     assert path.stem not in NAMES_THAT_SAY_NOTHING
-    if path.name == "__init__.py":
+    if path.name == "__init__.py" and path.parent != SOURCE:  # the public Python API is the one exception
         assert path.read_text(encoding="utf-8").strip() == ""
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from launching_cases import PREPARED, planned
 
-from packhorse.commands import status_jobs
-from packhorse.commands.status import is_under_way, status
+from packhorse.cli.show.jobs import queue_words
+from packhorse.cli.status import status
 from packhorse.launching.slurm import chain
 from packhorse.launching.slurm.chain import follow, left_of, submit_again
 from packhorse.launching.slurm.client import JobState, NoSlurmError
@@ -22,6 +22,7 @@ from packhorse.run_folder.attempts import Begun, begin_attempt
 from packhorse.run_folder.heartbeat import Heartbeat
 from packhorse.run_folder.lock import LOCK_FILE
 from packhorse.run_folder.status import State, Status, write_status
+from packhorse.workflows import run_state
 
 CHAIN: tuple[Kind, ...] = ("prepare", "train", "evaluate", "verify")
 
@@ -120,7 +121,7 @@ def test_a_job_that_stands_by_is_not_what_others_wait_for_while_the_first_one_tr
     stages = stages_of(jobs, {}, now("training"), has_data=True)
     assert told(stages)[1] == ("evaluate", "waits", "it begins when job 12 (train) has ended well")
     assert told(stages)[3] == ("train", "waits", "it begins only if job 12 is cut short")
-    assert status_jobs.state_words(stages) == ""
+    assert queue_words(stages) == ""
 
 
 @pytest.mark.parametrize("state", ["finished", "failed"])
@@ -201,7 +202,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def slurm_says(monkeypatch: pytest.MonkeyPatch, *states: JobState | None) -> None:
-    monkeypatch.setattr(status_jobs, "with_states", lambda records: list(zip(records, states, strict=True)))
+    monkeypatch.setattr(run_state, "with_states", lambda records: list(zip(records, states, strict=True)))
 
 
 def test_status_shows_the_chain_the_reason_and_the_first_failing_ranks_last_lines(
@@ -222,7 +223,7 @@ def test_status_shows_the_chain_the_reason_and_the_first_failing_ranks_last_line
     assert "state failed: rank 1 failed: ValueError: bad row 7" in text
     assert "job 12 train: did not end well: rank 1 failed: ValueError: bad row 7" in text
     assert "job 13 evaluate: does not run: job 12 (train) did not end well" in text
-    assert f"next mend what failed; `packhorse resume {run}` goes on from there" in text
+    assert f"next fix what failed; `packhorse resume {run}` resumes from there" in text
     assert f"failed first rank 1; its last lines (all of it in {logs}/rank-1.json):" in text
     assert "attempts 1: steps 0 to 0 in 0 s, failed: ValueError: bad row 7" in text
     assert "File x \n ValueError: bad row 7 \n" in text
@@ -263,20 +264,20 @@ def test_without_slurm_status_tells_what_the_run_folder_says(run: Path, monkeypa
     def nothing(_: object) -> None:
         raise NoSlurmError("scontrol")
 
-    monkeypatch.setattr(status_jobs, "with_states", nothing)
+    monkeypatch.setattr(run_state, "with_states", nothing)
     record_end(run, "evaluate", "13", 1)
     text = shown(run, capsys)
     assert "job 12 train: unknown: there is no Slurm here to ask" in text
     assert "job 13 evaluate: did not end well: exit code 1" in text
-    assert "what its jobs do now is not known" in text
+    assert "the state of its jobs is not known" in text
 
 
 def test_a_lock_that_a_job_left_does_not_make_its_run_live(run: Path, monkeypatch) -> None:
     (run / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "node9", "since": "x", "job": "12", "chain": "12"}))
     slurm_says(monkeypatch, None, JobState("12", "FAILED"), None, None)
-    assert not is_under_way(run)
+    assert not run_state.is_under_way(run)
     slurm_says(monkeypatch, None, JobState("12", "RUNNING"), None, None)
-    assert is_under_way(run)
+    assert run_state.is_under_way(run)
 
 
 # --- submitted again ---
