@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
 from packhorse.cli.commands import COMMAND_TABLE
 from packhorse.cli.flags import Action, fire_function
@@ -84,7 +83,9 @@ def read_command(words: Sequence[str]) -> Action | str:
     name = next((word for word in words if not word.startswith("-")), None)
     if name is None:
         if "--version" in words:
-            return f"packhorse {version('packhorse')}\n"
+            from packhorse.version import VERSION  # only here: it reads the metadata of the installed package
+
+            return f"packhorse {VERSION}\n"
         return _overview() if not words or HELP & set(words) else _refuse_command(words[0])
     if name not in COMMAND_TABLE:
         return _overview() if name == "help" else _refuse_command(name)

@@ -119,13 +119,13 @@ def held_out_of(documents: PackStore, name: str, settings: EvaluationSection, fo
         form: Form in which rows were trained.
     """
     group_by = settings.group_by
-    found = list(documents.rows())
-    assert len(found) == documents.num_documents, f"{len(found)} rows for {documents.num_documents} documents"
-    groups = tuple(str(row["fields"].get(group_by, NO_GROUP)) if group_by else name for row in found)
-    questions = [question for index, row in enumerate(found) if (question := _question(index, row)) is not None]
+    stored = list(documents.rows())
+    assert len(stored) == documents.num_documents, f"{len(stored)} rows for {documents.num_documents} documents"
+    groups = tuple(str(row["fields"].get(group_by, NO_GROUP)) if group_by else name for row in stored)
+    questions = [question for index, row in enumerate(stored) if (question := _question(index, row)) is not None]
     chosen = choose(questions, groups, settings.exact_match_rows)
-    asked = tuple(_as_trained(question, found[question.row], form) for question in chosen)
-    return HeldOut(name, documents, _rows_of(found), groups, asked)
+    questions_as_trained = tuple(_as_trained(question, stored[question.row], form) for question in chosen)
+    return HeldOut(name, documents, _rows_of(stored), groups, questions_as_trained)
 
 
 def choose(questions: Sequence[Question], groups: Sequence[str], limit: int) -> tuple[Question, ...]:
@@ -139,14 +139,14 @@ def choose(questions: Sequence[Question], groups: Sequence[str], limit: int) -> 
     waiting: defaultdict[str, list[Question]] = defaultdict(list)
     for question in sorted(questions, key=lambda question: question.key):
         waiting[groups[question.row]].append(question)
-    rounds = [(place, group) for group, found in waiting.items() for place in range(len(found))]
-    return tuple(waiting[group][place] for place, group in sorted(rounds)[:limit])
+    turns = [(turn, group) for group, questions in waiting.items() for turn in range(len(questions))]
+    return tuple(waiting[group][turn] for turn, group in sorted(turns)[:limit])
 
 
-def _rows_of(found: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+def _rows_of(stored: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     """Return the row of each document. Only plain text becomes several documents, which follow each other."""
     rows = [0]
-    for before, row in pairwise(found):
+    for before, row in pairwise(stored):
         is_next_piece = not row.get("messages") and row["where"] == before["where"]
         rows.append(rows[-1] + (not is_next_piece))
     return tuple(rows)
