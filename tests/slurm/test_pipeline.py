@@ -102,7 +102,7 @@ def test_a_stage_that_fails_stops_the_rest_and_resume_goes_on_from_there(
     assert f"job {again[2].job_id} verify: done" in text
     assert f"jobs before {train} (train), {evaluate} (evaluate), {verify} (verify)" in text
     assert main(["resume", "chain"]) == 2
-    assert "runs/chain is finished: each of its jobs ended well." in capsys.readouterr().err
+    assert "runs/chain is finished: all of its jobs succeeded." in capsys.readouterr().err
 
 
 def test_an_array_trains_a_run_for_each_value_and_status_compares_them(here: Path, cluster: Cluster, capsys) -> None:
