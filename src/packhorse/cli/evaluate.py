@@ -21,11 +21,6 @@ from packhorse.workflows.prepared_data import require_data
 def evaluate(run: str, test: bool = False, again: bool = False) -> int:
     """Compare base and tuned model on the run's held-out rows, and keep the result in the run folder.
 
-    Args:
-        run: Name or folder of the run.
-        test: Whether to measure the sealed test rows, into evaluation-test.json.
-        again: Whether to open them although they were opened before.
-
     Raises:
         UserError: The run has not finished, there are no such rows, or the test rows were opened before.
     """

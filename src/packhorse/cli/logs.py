@@ -21,12 +21,7 @@ RANK_LOG: Final = re.compile(r"rank-(\d+)\.log")
 
 
 def logs(run: str, rank: int | None = None, follow: bool = False) -> int:
-    """Print the logs of the job, the launcher and rank 0, or the log of one rank.
-
-    Args:
-        run: Name or folder of the run.
-        rank: The only rank to print.
-        follow: Whether to print new lines, also of a later attempt, until the run ends.
+    """Print the logs of the job, the launcher and rank 0, or of one rank; with `follow`, until the run ends.
 
     Raises:
         UserError: There is no such run, it has no log yet, or has no such rank.

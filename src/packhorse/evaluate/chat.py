@@ -69,7 +69,7 @@ def chat(session: ChatSession, read: Callable[[str], str], write: Callable[[str]
     """Run a chat until /exit or the end of the input.
 
     Args:
-        session: The chat.
+        session: Chat with a model.
         read: Function like `input`: shows a prompt, returns a line, raises EOFError at the end.
         write: Function that takes text, including line ends.
     """

@@ -79,12 +79,6 @@ def template_answer(
 ) -> str | None:
     """Return the text that a model must generate for an answer. Each template writes tool calls in its own form.
 
-    Args:
-        tokenizer: Tokenizer with a chat template.
-        prompt: Messages before the answer.
-        answer: The assistant's turn.
-        tools: Tools that may be called.
-
     Returns:
         Text without special tokens, up to the stop token; None if the template writes nothing for the answer, or
         writes the prompt differently before it.
@@ -174,14 +168,7 @@ def greedy(
 
 @torch.inference_mode()
 def stream(model: Model, prompt: list[int], limit: int, stop_ids: frozenset[int]) -> Iterator[int]:
-    """Yield the most likely tokens one by one, without the stop token.
-
-    Args:
-        model: Model in eval mode.
-        prompt: Token ids.
-        limit: Largest number of new tokens.
-        stop_ids: Tokens that end the answer.
-    """
+    """Yield up to `limit` most likely tokens, without the stop token; the model is in eval mode."""
     ids = torch.tensor([prompt], device=model.device)
     cache: Any = None
     for _ in range(limit):

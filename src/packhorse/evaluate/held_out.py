@@ -132,7 +132,7 @@ def choose(questions: Sequence[Question], groups: Sequence[str], limit: int) -> 
     """Return rows from every group in turn, ordered by a hash of their content and not by their order in the file.
 
     Args:
-        questions: All rows that can be answered.
+        questions: Rows that can be answered.
         groups: Group of each row of the set.
         limit: Largest number of rows.
     """
