@@ -23,13 +23,13 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import lab_log
-from packhorse.commands.prepared import data_facts
 from packhorse.data.prepare import prepare
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.run_folder.folder import create_run
+from packhorse.workflows.prepared_data import data_facts
 
 if TYPE_CHECKING:
     from contestants import Reading

@@ -17,7 +17,7 @@ from unittest import mock
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from cli import INJECTED, PACKHORSE, ROOM
-from packhorse.commands.train import write_run
+from packhorse.cli.train import write_run
 from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.plan.replan import replace_plan, replan
 from packhorse.plan.run_plan import RunPlan, read_plan

@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one_to_the_same_en
     told = packhorse(folder, "verify", "runs/damaged")
     assert told.code == 1
     assert "step-000004/model/model.safetensors has another content than was written" in told.out
-    assert "goes on from step-000002" in told.out
+    assert "resumes from step-000002" in told.out
 
     done = packhorse(folder, "train", "runs/damaged", "--resume")
     assert done.code == 0, done.err

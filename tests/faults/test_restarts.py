@@ -59,7 +59,7 @@ def test_a_killed_rank_is_gone_on_from_by_itself_to_the_same_end(folder: Path) -
     assert second.first_step in (10, 15)  # that of step 15 may still have been written
     told = packhorse(folder, "status", "runs/killed").out
     lost = 17 - second.first_step
-    assert f"{lost} of {STEPS + lost} steps were made in vain or twice" in told
+    assert f"{lost} of {STEPS + lost} steps were lost or repeated" in told
     assert f"{1 - lost / (STEPS + lost):.1%} of the steps count" in told
 
 

@@ -1,13 +1,15 @@
-"""Help and launch, pinned as text; `pytest --write-golden` writes them anew, for a reviewer to read."""
+"""Help and launch commands, pinned as text; `pytest --write-golden` writes them again, for a reviewer to read."""
 
 from __future__ import annotations
 
+import inspect
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from packhorse.cli.main import VERBS, read_command
+from packhorse.cli.main import COMMAND_TABLE, read_command
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
@@ -18,12 +20,30 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def help_text() -> str:
-    pages = [read_command(["--help"]), *(read_command([verb, "--help"]) for verb in VERBS)]
+    pages = [read_command(["--help"]), *(read_command([name, "--help"]) for name in COMMAND_TABLE)]
     return "\n----\n".join(str(page) for page in pages)
 
 
+def commands_page() -> str:
+    """docs/commands.md: every command and flag, from the table that also feeds Fire and `--help`."""
+    lines = [
+        "# Commands",
+        "",
+        "What `packhorse COMMAND --help` prints, on one page. `key=value` sets a field of the",
+        "[recipe](recipe.md). RUN is a run folder, or the name of a run below `runs`.",
+    ]
+    for command in COMMAND_TABLE.values():
+        lines += ["", f"## {command.name}", "", command.summary, ""]
+        lines += [f"- `{usage}`" + (f": {comment}" if comment else "") for usage, comment in command.usage]
+        if command.flags:
+            lines += ["", "| flag | meaning |", "|---|---|"]
+            lines += [f"| `{flag.typed.replace('|', '/')}` | {flag.help} |" for flag in command.flags]
+        lines += ["", command.notes] if command.notes else []
+    return "\n".join(lines) + "\n"
+
+
 def launches() -> str:
-    """The launch of every shipped recipe, on 8 GPUs or on the laptop that it is for."""
+    """The launch command of every shipped recipe, on 8 GPUs or on the laptop that it is for."""
     lines = []
     for recipe in list_recipes():
         ask = DeviceRequest() if recipe.name.startswith("quickstart/") else DeviceRequest(gpus=8)
@@ -34,10 +54,27 @@ def launches() -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(("name", "make"), [("help.txt", help_text), ("launches.txt", launches)])
-def test_text_is_as_reviewed(name: str, make, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch) -> None:
+GOLDEN = {
+    "help": (HERE / "help.txt", help_text),
+    "commands": (ROOT / "docs" / "commands.md", commands_page),
+    "launches": (HERE / "launches.txt", launches),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_text_is_as_reviewed(name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    file, make = GOLDEN[name]
     text = make()
     if request.config.getoption("--write-golden"):
-        (HERE / name).write_text(text, encoding="utf-8")
-    assert text == (HERE / name).read_text(encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+    assert text == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", COMMAND_TABLE)
+def test_the_function_of_a_command_takes_its_words_and_flags(name: str) -> None:
+    command = COMMAND_TABLE[name]
+    function = getattr(import_module(f"packhorse.cli.{command.module or name}"), name)
+    overrides = ["overrides"] * command.takes_overrides
+    expected = [*(word for word, _ in command.words), *overrides, *(flag.argument for flag in command.flags)]
+    assert sorted(inspect.signature(function).parameters) == sorted(expected)

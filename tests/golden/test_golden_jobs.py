@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from packhorse.commands.planned_jobs import Submission, planned_jobs
-from packhorse.commands.sending import show_jobs
+from packhorse.cli.show.submission import show_jobs
 from packhorse.launching.slurm.script import signal_lead
 from packhorse.launching.slurm.site import load_site, shipped_sites
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
+from packhorse.workflows.submit_run import Submission, planned_jobs
 
 HERE = Path(__file__).parent / "jobs"
 RUNS = {"cloud": "/fsx/runs", "container": "/p/scratch/runs", "university": "/work/ab1234/runs"}

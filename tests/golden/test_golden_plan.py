@@ -32,7 +32,7 @@ def test_text_is_as_reviewed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi: hides the GPUs of this machine
-    monkeypatch.setattr("packhorse.commands.plan._now", lambda: datetime(2026, 1, 31, 9, 30, tzinfo=UTC))
+    monkeypatch.setattr("packhorse.cli.plan._now", lambda: datetime(2026, 1, 31, 9, 30, tzinfo=UTC))
     assert main(["plan", *PLANS[name]]) == 0
     output = capsys.readouterr().out
     output = output[output.find("\nmemory") + 1 :]

@@ -90,7 +90,7 @@ def test_a_stage_that_fails_stops_the_rest_and_resume_goes_on_from_there(
     assert f"job {evaluate} evaluate: does not run: job {train} (train) did not succeed" in text
     assert f"job {verify} verify: does not run: job {evaluate} (evaluate) did not run" in text
     assert "failed first rank 0; its last lines" in text
-    assert "`packhorse resume runs/chain` goes on from there" in text
+    assert "`packhorse resume runs/chain` resumes from there" in text
 
     assert f"runs/chain: job {int(verify) + 1} train" in told(capsys, "resume", "chain")
     again = read_jobs(run)[4:]
@@ -103,7 +103,7 @@ def test_a_stage_that_fails_stops_the_rest_and_resume_goes_on_from_there(
     assert f"job {again[2].job_id} verify: done" in text
     assert f"jobs before {train} (train), {evaluate} (evaluate), {verify} (verify)" in text
     assert main(["resume", "chain"]) == 2
-    assert "runs/chain is finished: each of its jobs ended well." in capsys.readouterr().err
+    assert "runs/chain is finished: all of its jobs succeeded." in capsys.readouterr().err
 
 
 def test_an_array_trains_a_run_for_each_value_and_status_compares_them(here: Path, cluster: Cluster, capsys) -> None:
@@ -128,7 +128,7 @@ def test_a_run_that_is_cancelled_saves_ends_and_goes_on(here: Path, cluster: Clu
     run = here / "runs" / "long"
     job = read_jobs(run)[-1].job_id
     cluster.wait_until(lambda: last_step(run) >= 2, 120, lambda: cluster.told(job))
-    assert "is asked to save and to end" in told(capsys, "cancel", "long")
+    assert "is asked to save and stop" in told(capsys, "cancel", "long")
     assert cluster.wait(job) == "FAILED", "exit code 75: it is not finished, and not queued again"
     now = read_status(run)
     assert (now.state, now.step >= 2) == ("stopped", True)

@@ -11,7 +11,6 @@ from cluster import Cluster
 
 from cli import curve, packhorse
 from packhorse.cli.main import main
-from packhorse.commands.planned_jobs import Asked, planned_jobs, submission
 from packhorse.errors import UserError
 from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder
 from packhorse.launching.slurm.site import load_site
@@ -19,6 +18,7 @@ from packhorse.launching.slurm.submit import check_jobs, send
 from packhorse.run_folder.jobs import read_jobs
 from packhorse.run_folder.lock import launcher_lock
 from packhorse.run_folder.status import read_status
+from packhorse.workflows.submit_run import SubmitRequest, planned_jobs, submission
 from tiny import write_tiny
 
 SITE = {
@@ -104,7 +104,7 @@ def test_of_two_submissions_at_once_one_is_sent(folder: Path, cluster: Cluster, 
     write_site(folder, options=["--hold"])
     assert main(["submit", "tiny.yaml"]) == 0
     run = folder / "runs" / "tiny"
-    found = submission("runs/tiny", [], Asked())
+    found = submission("runs/tiny", [], SubmitRequest())
     jobs = planned_jobs(found)
     # The other one has looked for live jobs before this one sent its own.
     with pytest.raises(UserError, match="runs/tiny is submitted already: job"):

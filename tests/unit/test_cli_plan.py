@@ -141,8 +141,8 @@ def test_what_would_run_is_shown_word_by_word(
     assert "sbatch --nodes=2 --gpus-per-node=8" in two
     one = told([*words, "8xH100", "parallel.engine=zero2"], capsys)
     assert "sbatch" not in one
-    assert "what DeepSpeed is told stands in plan.json" in one
-    assert "what DeepSpeed is told" not in two
+    assert "the DeepSpeed configuration is in plan.json" in one
+    assert "DeepSpeed configuration" not in two
 
 
 def test_this_machines_card_is_taken(
@@ -208,7 +208,7 @@ def test_a_runs_measured_steps_correct_the_time(here: Path, capsys: pytest.Captu
         {"step": n, "speed/step_seconds": 3 * plain["step_seconds"] + 1, "speed/other_seconds": 1} for n in range(4)
     ]
     lines = "".join(f"{json.dumps(line)}\n" for line in figures)
-    assert "no two figures of speed" in told([*words, "--calibrate", "runs/tiny"], capsys, EXIT_USER_ERROR)
+    assert "has fewer than two measured steps" in told([*words, "--calibrate", "runs/tiny"], capsys, EXIT_USER_ERROR)
     (here / "runs" / "tiny" / "metrics.jsonl").write_text(lines, encoding="utf-8")
     corrected = json.loads(told([*words, "--json", "--calibrate", "runs/tiny", "steps=60"], capsys))["time"]
     assert corrected["step_seconds"] == pytest.approx(3 * plain["step_seconds"])

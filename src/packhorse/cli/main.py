@@ -1,7 +1,7 @@
-"""The command line. Fire reads the words into an `Action`, which does nothing; `main` acts on it afterwards.
+"""The command line: Fire reads the words into an `Action`, which does nothing, and `main` runs it afterwards.
 
-Fire runs a function before it reports a mistyped flag: so verbs are pure, and every flag that a verb does not know
-comes back as an override, which the recipe loader refuses by name before anything happens.
+Fire runs a function before it reports a mistyped flag. So the functions that Fire sees are pure (see `fire_function`),
+and a flag that a command does not know becomes an override, which the recipe loader refuses before anything happens.
 """
 
 from __future__ import annotations
@@ -9,184 +9,142 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import inspect
 import io
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
-import fire
-from fire.core import FireExit
-from fire.decorators import SetParseFn
-
+from packhorse.cli.commands import COMMAND_TABLE
+from packhorse.cli.flags import Action, fire_function
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_USER_ERROR, UserError
 from packhorse.secrets import mask_output
-from packhorse.verbs.clusters import doctor, manifest
-from packhorse.verbs.jobs import cancel, logs, pipeline, resume, site, status, submit
-from packhorse.verbs.runs import chat, check, convert, evaluate, plan, prepare, quickstart, recipes, train, verify
-from packhorse.verbs.words import Action
 
-VERBS: dict[str, Callable[..., Action]] = {
-    verb.__name__: verb
-    for verb in (
-        recipes,
-        check,
-        prepare,
-        convert,
-        plan,
-        train,
-        submit,
-        pipeline,
-        status,
-        logs,
-        cancel,
-        resume,
-        doctor,
-        manifest,
-        verify,
-        evaluate,
-        chat,
-        site,
-        quickstart,
-    )
-}
-SWITCHES = (
-    "--resume",
-    "--write",
-    "--force",
-    "--test",
-    "--again",
-    "--compare",
-    "--scale",
-    "--json",
-    "--argv",
-    "--fast",
-    "--follow",
-    "--now",
-    "--dry-run",
-)
+HELP = {"-h", "--help"}
 
 
 def run() -> None:
-    """Entry point of the `packhorse` command."""
+    """Run the `packhorse` command."""
     mask_output()
-    # peft imports bitsandbytes, which says on some processors that an optional kernel is not installed.
+    # peft imports bitsandbytes, which logs on some processors that an optional kernel is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     sys.exit(main(sys.argv[1:]))
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs one command line; returns the exit code: 0, 2 for a user's mistake, 1 for a bug, 75 for stopped."""
+    """Run one command line; return its exit code: 0, 2 for a user's mistake, 1 for a bug, 75 for stopped."""
     try:
         action = read_command(words)
         if isinstance(action, str):
             sys.stdout.write(action)
             return EXIT_OK
-        commands = import_module(f"packhorse.commands.{action.module}")
-        code: int = getattr(commands, action.function)(**action.arguments)
+        command = COMMAND_TABLE[action.command]
+        module = import_module(f"packhorse.cli.{command.module or command.name}")
+        code: int = getattr(module, command.name)(**action.arguments)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of a pipe (`| head`) has seen enough.
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has closed it
         return EXIT_OK
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped\n")
         return 130
     except Exception as error:
-        return _bug_or_too_long(error)
+        return _bug_or_long_path(error)
     return code
 
 
-def _bug_or_too_long(error: Exception) -> int:
-    # Any word of the command line, or field of the recipe, may name a path, and any look at it may find it too long.
+def _bug_or_long_path(error: Exception) -> int:
+    # Any word of the command line, or field of the recipe, may be a path, and every system call may find it too long.
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        sys.stderr.write(f"{_too_long(str(error.filename))}\n")
+        sys.stderr.write(f"{_path_too_long(str(error.filename))}\n")
         return EXIT_USER_ERROR
     traceback.print_exception(error)
     sys.stderr.write("this is a bug of Packhorse; please report it with the lines above\n")
     return EXIT_BUG
 
 
-def _too_long(path: str) -> UserError:
+def _path_too_long(path: str) -> UserError:
     longest = max((len(part.encode(errors="replace")) for part in path.split("/")), default=0)
     return UserError(
         f"the path {path[:60]}... has {len(path):,} characters, and a name in it {longest:,} bytes.",
         "a file system takes names of up to 255 bytes and paths of up to 4,095.",
-        "give it a shorter name.",
+        "use a shorter name.",
     )
 
 
 def read_command(words: Sequence[str]) -> Action | str:
-    """Reads the words into an action, or into help text; has no effect.
+    """Read the words into an action, or into the text of `--help` or `--version`. Has no effect.
 
     Raises:
         UserError: The command is unknown, or its arguments do not fit.
     """
-    verb = next((word for word in words if not word.startswith("-")), None)
-    if verb is None:
-        return _overview() if not words or {"-h", "--help"} & set(words) else _refuse_verb(words[0])
-    if verb not in VERBS:
-        return _overview() if verb == "help" else _refuse_verb(verb)
-    if {"-h", "--help"} & set(words):
-        return _help(verb)
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is None:
+        if "--version" in words:
+            from packhorse.version import VERSION  # only here: it reads the metadata of the installed package
+
+            return f"packhorse {VERSION}\n"
+        return _overview() if not words or HELP & set(words) else _refuse_command(words[0])
+    if name not in COMMAND_TABLE:
+        return _overview() if name == "help" else _refuse_command(name)
+    if HELP & set(words):
+        return COMMAND_TABLE[name].help
+    return _read_action(name, words)
+
+
+def _read_action(name: str, words: Sequence[str]) -> Action:
+    # Only here: `--help` and `--version` do not need Fire, which takes a third of their time to import.
+    import fire
+    from fire.core import FireExit
+    from fire.decorators import SetParseFn
+
+    command = COMMAND_TABLE[name]
+    position = list(words).index(name)  # the first one: a run may have the name of a command
     # Fire would take the word after a switch as its value.
-    at = list(words).index(verb)  # the first one: a run may be called like a command
-    given = [f"{word}=True" if word in SWITCHES else word for word in (*words[:at], *words[at + 1 :])]
-    parsed = {name: SetParseFn(str)(function) for name, function in VERBS.items()}
-    said = io.StringIO()
+    typed = [
+        f"{word}=True" if word in command.switches else word for word in (*words[:position], *words[position + 1 :])
+    ]
+    output = io.StringIO()
     try:
-        # On stdout Fire prints the value's text, an empty line here.
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            action = fire.Fire(parsed, command=[verb, *given], name="packhorse", serialize=lambda _: "")
+        # Fire prints the text of the result on stdout, here an empty line.
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            function = SetParseFn(str)(fire_function(command))
+            action = fire.Fire(function, command=typed, name=f"packhorse {name}", serialize=lambda _: "")
     except FireExit as error:
-        raise UserError(
-            f"packhorse {' '.join([verb, *given])} cannot be read: {_fire_words(error)}",
-            f"the command takes: {_usage(verb)}",
-            f"see `packhorse {verb} --help`.",
-        ) from error
-    assert isinstance(action, Action)
+        last = error.trace.elements[-1]
+        raise _unreadable(name, typed, last.ErrorAsStr() if last.HasError() else "its words do not fit") from error
+    if not isinstance(action, Action):  # Fire took a surplus word as the name of an attribute
+        raise _unreadable(name, typed, "it has too many words")
     return action
 
 
-def _refuse_verb(word: str) -> str:
-    close = difflib.get_close_matches(word, VERBS, n=1)
+def _unreadable(name: str, typed: Sequence[str], why: str) -> UserError:
+    return UserError(
+        f"packhorse {' '.join([name, *typed])} cannot be read: {why}",
+        f"the command takes: {COMMAND_TABLE[name].usage[0][0]}",
+        f"see `packhorse {name} --help`.",
+    )
+
+
+def _refuse_command(word: str) -> str:
+    close = difflib.get_close_matches(word, COMMAND_TABLE, n=1)
     raise UserError(
         f"packhorse has no command {word}.",
-        f"it has {', '.join(VERBS)}.",
+        f"the commands are {', '.join(COMMAND_TABLE)}.",
         f"did you mean `packhorse {close[0]}`?" if close else "see `packhorse --help`.",
     )
 
 
-def _fire_words(error: FireExit) -> str:
-    last = error.trace.elements[-1]
-    return last.ErrorAsStr() if last.HasError() else "its words do not fit"
-
-
 def _overview() -> str:
-    lines = [f"  {name:<12}{_first_line(verb)}" for name, verb in VERBS.items()]
     return "\n".join(
         [
-            "packhorse: fine-tunes language models, and proves each run before it takes a GPU.",
+            "packhorse: fine-tune language models, and prove each run before it takes a GPU.",
             "",
-            *lines,
+            *(f"  {command.name:<12}{command.summary}" for command in COMMAND_TABLE.values()),
             "",
             "packhorse COMMAND --help shows how to use a command. Start with `packhorse quickstart`.",
             "",
         ]
     )
-
-
-def _help(verb: str) -> str:
-    return inspect.getdoc(VERBS[verb]) + "\n"  # type: ignore[operator]
-
-
-def _usage(verb: str) -> str:
-    text = inspect.getdoc(VERBS[verb]) or ""
-    return next(line for line in text.splitlines() if line.startswith("packhorse "))
-
-
-def _first_line(verb: Callable[..., Action]) -> str:
-    return (inspect.getdoc(verb) or "").splitlines()[0]

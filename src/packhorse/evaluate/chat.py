@@ -1,4 +1,4 @@
-"""A chat in the terminal, greedy, with memory of what was said."""
+"""Greedy chat in the terminal, with memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from packhorse.evaluate.generate import Message, prompt_ids, stop_tokens, stream
 from packhorse.evaluate.models import Model
 
 PROMPT: Final = "> "
-HELP: Final = "/reset starts anew, /exit ends. Ctrl-C cuts an answer short."
+HELP: Final = "/reset starts a new chat, /exit ends it. Ctrl-C cuts an answer short."
 UNFINISHED: Final = "\ufffd"
 
 
 class ChatSession:
-    """A chat with a model.
+    """Chat with a model.
 
     Attributes:
         history: Messages so far.
@@ -31,21 +31,21 @@ class ChatSession:
         self.history: list[Message] = []
 
     def reset(self) -> None:
-        """Forgets what was said."""
+        """Forget the history."""
         self.history = []
 
     def reply(self, text: str) -> Iterator[str]:
-        """Yields the answer piece by piece; question and answer, cut short or not, enter the history.
+        """Yield the answer piece by piece; add question and answer, even a cut one, to the history.
 
         Args:
-            text: What the user says.
+            text: Message of the user.
 
         Raises:
-            UserError: The chat is as long as the model's context.
+            UserError: The chat fills the model's context.
         """
         question = {"role": "user", "content": text}
         prompt = prompt_ids(self._tokenizer, [*self.history, question])
-        limit = min(self._max_new_tokens, self._room(len(prompt)))
+        limit = min(self._max_new_tokens, self._free_tokens(len(prompt)))
         pieces: list[str] = []
         try:
             for piece in _readable(self._tokenizer, stream(self._model, prompt, limit, self._stop_ids)):
@@ -54,24 +54,24 @@ class ChatSession:
         finally:
             self.history += [question, {"role": "assistant", "content": "".join(pieces)}]
 
-    def _room(self, num_tokens: int) -> int:
+    def _free_tokens(self, num_tokens: int) -> int:
         context = int(self._model.config.get_text_config().max_position_embeddings)
         if num_tokens >= context:
             raise UserError(
-                f"the chat has {num_tokens} tokens, the model's context {context}.",
+                f"the chat has {num_tokens} tokens, and the model's context has {context}.",
                 "a model cannot read beyond its context.",
-                "type /reset to start anew, or ask something shorter.",
+                "type /reset for a new chat, or write a shorter message.",
             )
         return context - num_tokens
 
 
 def chat(session: ChatSession, read: Callable[[str], str], write: Callable[[str], None]) -> None:
-    """Runs a chat until /exit or the end of the input.
+    """Run a chat until /exit or the end of the input.
 
     Args:
-        session: Who is talked to.
-        read: Shows a prompt and returns a line, as `input` does; raises EOFError at the end.
-        write: Takes text as it comes, with its line ends.
+        session: Chat with a model.
+        read: Function like `input`: shows a prompt, returns a line, raises EOFError at the end.
+        write: Function that takes text, including line ends.
     """
     write(HELP + "\n")
     while True:
@@ -86,7 +86,7 @@ def chat(session: ChatSession, read: Callable[[str], str], write: Callable[[str]
             session.reset()
             write("(new chat)\n")
         elif line.startswith("/"):
-            write(f"{line} is no command. {HELP}\n")
+            write(f"there is no command {line}. {HELP}\n")
         elif line:
             _answer(session.reply(line), write)
 
@@ -103,7 +103,7 @@ def _answer(pieces: Iterable[str], write: Callable[[str], None]) -> None:
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """Yields text as soon as it is whole: a letter may be spread over several tokens."""
+    """Yield text as soon as it is complete: one character may need several tokens."""
     so_far: list[int] = []
     shown = ""
     text = ""

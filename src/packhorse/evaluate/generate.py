@@ -1,9 +1,9 @@
-"""Greedy answers, many at once.
+"""Greedy answers, in batches.
 
 Shapes: B rows still being answered, T prompt tokens (padded left), V vocabulary.
 
-An own loop, not `model.generate`: that one takes sampling and penalties from the model's generation_config, where this
-must be plain greedy search, and it computes rows that have long ended until the last one ends.
+This does not call `model.generate`, which takes sampling and penalties from the model's generation_config and keeps
+computing finished rows until the last row ends. Here the search must be greedy.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from transformers import PreTrainedTokenizerBase
 from packhorse.evaluate.models import Model
 
 Message = dict[str, Any]
-"""A turn as templates take it: role, content, and where there are any tool_calls, reasoning_content, name."""
+"""A turn as templates take it: role and content; optionally tool_calls, reasoning_content and name."""
 Tools = Sequence[dict[str, Any]]
-"""Definitions of the tools that may be called, in OpenAI's form."""
+"""Definitions of tools, in OpenAI's form."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one prompt.
+    """Answer of a model to one prompt.
 
     Attributes:
-        text: Without special tokens.
-        ended: The model ended it with a stop token; else it was cut at the limit.
+        text: Text without special tokens.
+        ended: Whether the model ended it with a stop token; otherwise it was cut at the limit.
     """
 
     text: str
@@ -45,55 +45,46 @@ def answers(
     batch_size: int = 64,
     tools: Sequence[Tools] | None = None,
 ) -> list[Answer]:
-    """Answers prompts greedily, in batches of like length.
+    """Return one greedy answer per prompt, in the order of the prompts.
 
     Args:
-        model: In eval mode.
-        tokenizer: With a chat template.
+        model: Model in eval mode.
+        tokenizer: Tokenizer with a chat template.
         prompts: Chats that end before the answer.
-        limits: Most new tokens, per prompt.
-        batch_size: Rows at once.
-        tools: What may be called, per prompt; None: nothing.
-
-    Returns:
-        One answer per prompt, in the same order.
+        limits: Largest number of new tokens, per prompt.
+        batch_size: Prompts answered at once.
+        tools: Tools that may be called, per prompt; None means none.
     """
     tools_of = tools or [()] * len(prompts)
     ids = [prompt_ids(tokenizer, prompt, offered) for prompt, offered in zip(prompts, tools_of, strict=True)]
     order = sorted(range(len(ids)), key=lambda row: (limits[row], len(ids[row])))
     stop_ids = stop_tokens(model, tokenizer)
-    found: dict[int, Answer] = {}
+    by_row: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         for row, tokens in zip(rows, greedy(model, [ids[r] for r in rows], [limits[r] for r in rows], stop_ids)):
             ended = bool(tokens) and tokens[-1] in stop_ids
             text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
-            found[row] = Answer(text, ended)
-    return [found[row] for row in range(len(ids))]
+            by_row[row] = Answer(text, ended)
+    return [by_row[row] for row in range(len(ids))]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
-    """Returns the token ids of a chat, up to where the assistant speaks."""
-    return _ids(tokenizer, _drawn(tokenizer, messages, tools, add_generation_prompt=True))
+    """Return the token ids of a chat, up to the start of the assistant's answer."""
+    return _ids(tokenizer, _rendered(tokenizer, messages, tools, add_generation_prompt=True))
 
 
-def said_by_template(
+def template_answer(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: Message, tools: Tools = ()
 ) -> str | None:
-    """Returns what a model has to say for the answer: tool calls are written by the template, in each its own way.
-
-    Args:
-        tokenizer: With a chat template.
-        prompt: Messages before the answer.
-        answer: The assistant's turn.
-        tools: What may be called.
+    """Return the text that a model must generate for an answer. Each template writes tool calls in its own form.
 
     Returns:
-        Text without special tokens, up to the stop token; None where the template writes nothing for it, or something
-        before it that is not the prompt.
+        Text without special tokens, up to the stop token; None if the template writes nothing for the answer, or
+        writes the prompt differently before it.
     """
-    before = _drawn(tokenizer, prompt, tools, add_generation_prompt=True)
-    whole = _drawn(tokenizer, [*prompt, answer], tools, add_generation_prompt=False)
+    before = _rendered(tokenizer, prompt, tools, add_generation_prompt=True)
+    whole = _rendered(tokenizer, [*prompt, answer], tools, add_generation_prompt=False)
     if not whole.startswith(before):
         return None
     ids = _ids(tokenizer, whole[len(before) :])
@@ -102,7 +93,7 @@ def said_by_template(
     return text if text.strip() else None
 
 
-def _drawn(
+def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool
 ) -> str:
     text: str = tokenizer.apply_chat_template(
@@ -120,7 +111,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def stop_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Returns the ids that end an answer: the tokenizer's and those that the model's folder names."""
+    """Return the ids that end an answer: those of the tokenizer and of the model's generation_config."""
     named = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     return frozenset(ids - {None})
@@ -130,18 +121,18 @@ def stop_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
 def greedy(
     model: Model, prompts: Sequence[list[int]], limits: Sequence[int], stop_ids: frozenset[int]
 ) -> list[list[int]]:
-    """Continues each prompt with the likeliest token until a stop token or its limit.
+    """Continue each prompt with the most likely token until a stop token or its limit.
 
     Args:
-        model: In eval mode.
-        prompts: Token ids; may differ in length.
-        limits: Most new tokens, per prompt.
+        model: Model in eval mode.
+        prompts: Token ids; lengths may differ.
+        limits: Largest number of new tokens, per prompt.
         stop_ids: Tokens that end an answer.
 
     Returns:
-        New tokens per prompt, with the stop token where there is one.
+        New tokens per prompt, including the stop token if there is one.
     """
-    said: list[list[int]] = [[] for _ in prompts]
+    outputs: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     ids, mask = _padded_left(prompts, model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -158,12 +149,14 @@ def greedy(
         cache = output.past_key_values
         ids = output.logits[:, -1].argmax(-1, keepdim=True)  # [B, 1]
         for row, token in zip(active, ids[:, 0].tolist()):
-            said[row].append(token)
+            outputs[row].append(token)
         keep = [
-            slot for slot, row in enumerate(active) if said[row][-1] not in stop_ids and len(said[row]) < limits[row]
+            slot
+            for slot, row in enumerate(active)
+            if outputs[row][-1] not in stop_ids and len(outputs[row]) < limits[row]
         ]
         if not keep:
-            return said
+            return outputs
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
         if len(keep) < len(active):
@@ -175,14 +168,7 @@ def greedy(
 
 @torch.inference_mode()
 def stream(model: Model, prompt: list[int], limit: int, stop_ids: frozenset[int]) -> Iterator[int]:
-    """Yields the likeliest tokens one by one, without the stop token.
-
-    Args:
-        model: In eval mode.
-        prompt: Token ids.
-        limit: Most new tokens.
-        stop_ids: Tokens that end the answer.
-    """
+    """Yield up to `limit` most likely tokens, without the stop token; the model is in eval mode."""
     ids = torch.tensor([prompt], device=model.device)
     cache: Any = None
     for _ in range(limit):
@@ -196,7 +182,7 @@ def stream(model: Model, prompt: list[int], limit: int, stop_ids: frozenset[int]
 
 
 def _padded_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns ids and mask, int64 [B, T]; the pad's id is of no account because the mask hides it."""
+    """Return ids and mask, int64 [B, T]; the mask hides the padding, so its id does not matter."""
     length = max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)

@@ -1,22 +1,30 @@
-"""The rows that a comparison is made on, and which of them are answered."""
+"""Rows of a comparison, and which of them are answered."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+from transformers import PreTrainedTokenizerBase
+
+from packhorse.data.formats.example import Example
+from packhorse.data.formats.example import Message as Turn
 from packhorse.data.packs.store import PackStore, open_store
+from packhorse.data.render.control_tokens import ControlTokens
+from packhorse.data.render.turns import template_tools, template_turns
 from packhorse.errors import UserError
 from packhorse.evaluate.generate import Message, Tools
-from packhorse.evaluate.turns import Form
-from packhorse.recipe.schema import EvaluationSection
+from packhorse.recipe.schema import DataSection, EvaluationSection, TrainOnSection
 
+Form = Callable[[Mapping[str, Any]], tuple[list[Message], Tools]]
+"""Function from a stored row to its turns and tools, as the template takes them."""
 NO_GROUP: Final = "(none)"
 SETS: Final = ("validation", "retain")
 
@@ -28,9 +36,9 @@ class Question:
     Attributes:
         row: Index of the document.
         prompt: Messages before the answer.
-        answer: The turn that is expected there.
-        key: Hash of the content: the order in which rows are chosen.
-        tools: What the assistant may call.
+        answer: Expected turn.
+        key: Hash of the content, which decides the order in which rows are chosen.
+        tools: Tools that the assistant may call.
     """
 
     row: int
@@ -46,10 +54,10 @@ class HeldOut:
 
     Attributes:
         name: validation, retain or test.
-        documents: Their tokens.
-        rows: Row of each document, from 0; a text longer than a pack may have become several documents.
+        documents: Tokens of the rows.
+        rows: Row of each document, from 0; a text longer than a pack may be several documents.
         groups: Group of each document.
-        questions: Rows to be answered.
+        questions: Rows to answer.
     """
 
     name: str
@@ -60,38 +68,38 @@ class HeldOut:
 
 
 def read_sets(data_folder: Path, settings: EvaluationSection, form: Form) -> list[HeldOut]:
-    """Reads the validation rows and, where there are any, the retain rows; never the test rows.
+    """Return the validation rows and, if there are any, the retain rows; never the test rows.
 
     Args:
-        data_folder: Prepared data, with data.json.
-        settings: Of the recipe: what makes the groups, and how many rows are answered.
-        form: As rows were trained.
+        data_folder: Folder of the prepared data.
+        settings: Section of the recipe: grouping, and the number of rows to answer.
+        form: Form in which rows were trained.
 
     Raises:
-        UserError: There are neither.
+        UserError: There are no held-out rows.
     """
-    found = [read_held_out(data_folder, name, settings, form) for name in SETS]
-    sets = [held_out for held_out in found if held_out is not None]
+    candidates = [read_held_out(data_folder, name, settings, form) for name in SETS]
+    sets = [held_out for held_out in candidates if held_out is not None]
     if not sets:
         raise UserError(
             f"{data_folder} has 0 validation rows and 0 retain rows.",
-            "a model is judged on rows that it was not trained on.",
+            "a model is evaluated on rows that it was not trained on.",
             "raise data.split.validation, or name rows in data.validation, and train again.",
         )
     return sets
 
 
 def read_held_out(data_folder: Path, name: str, settings: EvaluationSection, form: Form) -> HeldOut | None:
-    """Reads a set from prepared data; None where it has no rows.
+    """Return a set of prepared data; None if it has no rows.
 
     Args:
-        data_folder: Prepared data, with data.json.
-        name: validation or retain.
-        settings: Of the recipe: what makes the groups, and how many rows are answered.
-        form: As rows were trained.
+        data_folder: Folder of the prepared data.
+        name: Name of the set, validation or retain.
+        settings: Section of the recipe: grouping, and the number of rows to answer.
+        form: Form in which rows were trained.
 
     Raises:
-        ValueError: The set is another one; the test rows are opened by `data.seal` alone.
+        ValueError: The name is another one; only `data.seal` opens the test rows.
     """
     if name not in SETS:
         raise ValueError(f"{name} is none of {', '.join(SETS)}")
@@ -105,40 +113,40 @@ def held_out_of(documents: PackStore, name: str, settings: EvaluationSection, fo
     """Reads the rows of an open store.
 
     Args:
-        documents: One or more documents, with their rows.
-        name: What the set is called.
-        settings: Of the recipe: what makes the groups, and how many rows are answered.
-        form: As rows were trained.
+        documents: One document or more, with their rows.
+        name: Name of the set.
+        settings: Section of the recipe: grouping, and the number of rows to answer.
+        form: Form in which rows were trained.
     """
     group_by = settings.group_by
-    found = list(documents.rows())
-    assert len(found) == documents.num_documents, f"{len(found)} rows for {documents.num_documents} documents"
-    groups = tuple(str(row["fields"].get(group_by, NO_GROUP)) if group_by else name for row in found)
-    questions = [question for index, row in enumerate(found) if (question := _question(index, row)) is not None]
+    stored = list(documents.rows())
+    assert len(stored) == documents.num_documents, f"{len(stored)} rows for {documents.num_documents} documents"
+    groups = tuple(str(row["fields"].get(group_by, NO_GROUP)) if group_by else name for row in stored)
+    questions = [question for index, row in enumerate(stored) if (question := _question(index, row)) is not None]
     chosen = choose(questions, groups, settings.exact_match_rows)
-    asked = tuple(_as_trained(question, found[question.row], form) for question in chosen)
-    return HeldOut(name, documents, _rows_of(found), groups, asked)
+    questions_as_trained = tuple(_as_trained(question, stored[question.row], form) for question in chosen)
+    return HeldOut(name, documents, _rows_of(stored), groups, questions_as_trained)
 
 
 def choose(questions: Sequence[Question], groups: Sequence[str], limit: int) -> tuple[Question, ...]:
-    """Chooses rows from every group in turn, by a hash of their content: the file's order does not matter.
+    """Return rows from every group in turn, ordered by a hash of their content and not by their order in the file.
 
     Args:
-        questions: All rows that can be answered.
+        questions: Rows that can be answered.
         groups: Group of each row of the set.
-        limit: How many are chosen, at most.
+        limit: Largest number of rows.
     """
     waiting: defaultdict[str, list[Question]] = defaultdict(list)
     for question in sorted(questions, key=lambda question: question.key):
         waiting[groups[question.row]].append(question)
-    rounds = [(place, group) for group, found in waiting.items() for place in range(len(found))]
-    return tuple(waiting[group][place] for place, group in sorted(rounds)[:limit])
+    turns = [(turn, group) for group, questions in waiting.items() for turn in range(len(questions))]
+    return tuple(waiting[group][turn] for turn, group in sorted(turns)[:limit])
 
 
-def _rows_of(found: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """Only plain text becomes several documents; they follow each other and stand at one place of one file."""
+def _rows_of(stored: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Return the row of each document. Only plain text becomes several documents, which follow each other."""
     rows = [0]
-    for before, row in pairwise(found):
+    for before, row in pairwise(stored):
         is_next_piece = not row.get("messages") and row["where"] == before["where"]
         rows.append(rows[-1] + (not is_next_piece))
     return tuple(rows)
@@ -159,3 +167,37 @@ def _as_trained(question: Question, row: Mapping[str, Any], form: Form) -> Quest
     turns, tools = form(row)
     last = len(question.prompt)
     return replace(question, prompt=tuple(turns[:last]), answer=turns[last], tools=tools)
+
+
+def trained_form(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Form:
+    """Return the function from a stored row to the turns and tools that training rendered.
+
+    The form includes the thinking and the control tokens that `data.train_on` and `data.control_tokens` allow.
+
+    Args:
+        tokenizer: Tokenizer whose special tokens are the control tokens.
+        data: Section of the recipe.
+    """
+    return partial(_formed, train_on=data.train_on, control=ControlTokens(tokenizer, data.control_tokens))
+
+
+def _formed(row: Mapping[str, Any], train_on: TrainOnSection, control: ControlTokens) -> tuple[list[Message], Tools]:
+    example = Example(
+        messages=tuple(_turn(message) for message in row["messages"]),
+        text=None,
+        fields={},
+        where=row["where"],
+        tools=tuple(row.get("tools") or ()),
+    )
+    return template_turns(example, train_on, control), template_tools(example, control) or ()
+
+
+def _turn(message: Mapping[str, Any]) -> Turn:
+    return Turn(
+        role=message["role"],
+        content=message["content"],
+        thinking=message.get("reasoning_content"),
+        tool_calls=tuple(message.get("tool_calls") or ()),
+        name=message.get("name"),
+        call_id=message.get("tool_call_id"),
+    )

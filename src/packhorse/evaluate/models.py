@@ -1,4 +1,4 @@
-"""The two models of a comparison: the base, and what training made of it."""
+"""The two models of a comparison: the base and the tuned model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from packhorse.errors import UserError
 from packhorse.model.load import ModelRequest, load_model
 from packhorse.model.methods.attach import with_adapter
+from packhorse.run_folder.folder import relative
 
-if TYPE_CHECKING:  # it takes seconds to import, and a whole model needs none of it
+if TYPE_CHECKING:  # peft takes seconds to import, and a whole model does not need it
     from peft import PeftModel
 
 Model: TypeAlias = Union[PreTrainedModel, "PeftModel"]
@@ -22,10 +23,10 @@ Measured = TypeVar("Measured")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compared.
+    """Base and tuned model.
 
     Attributes:
-        base: The weights that training started from, as it loaded them (a fresh model's seed included).
+        base: Weights that training started from, as it loaded them (including the seed of a fresh model).
         tuned: RUN/model (Hugging Face form) after full fine-tuning, or RUN/adapter (peft form).
         vocab_size: Highest token id + 1 of the tokenizer.
     """
@@ -36,21 +37,21 @@ class Subject:
 
     @property
     def is_adapter(self) -> bool:
-        """The tuned weights stand beside the base, not in its place."""
+        """Return whether the tuned weights are an adapter of the base."""
         return (self.tuned / "adapter_config.json").is_file()
 
 
 def load_base(subject: Subject) -> PreTrainedModel:
-    """Loads the model that training started from, ready to answer."""
-    # Training's attention wants packs; rows here are padded and need a mask, which sdpa honours.
+    """Load the model that training started from, in eval mode."""
+    # The attention of training needs packs; rows here are padded and need a mask, which sdpa supports.
     return load_model(replace(subject.base, attention="sdpa"), subject.vocab_size).eval()
 
 
 def load_tuned(subject: Subject) -> Model:
-    """Loads the model that training made; an adapter is attached to its base and can be switched off.
+    """Load the model that training made, in eval mode; an adapter is attached to its base and can be disabled.
 
     Raises:
-        UserError: Training has not left its result yet.
+        UserError: Training has not written its result yet.
     """
     if subject.is_adapter:
         return with_adapter(load_base(subject), subject.tuned).eval()
@@ -58,7 +59,7 @@ def load_tuned(subject: Subject) -> Model:
         raise UserError(
             f"{subject.tuned} holds neither config.json nor adapter_config.json.",
             "training writes its result there when it ends.",
-            "let the run finish: `packhorse resume RUN`.",
+            f"let the run finish: packhorse resume {relative(subject.tuned.parent)}",
         )
     tuned = replace(
         subject.base, source=str(subject.tuned), revision=None, config=None, attention="sdpa", new_tokens={}
@@ -67,14 +68,14 @@ def load_tuned(subject: Subject) -> Model:
 
 
 def measure_both(subject: Subject, measure: Callable[[Model], Measured]) -> tuple[Measured, Measured]:
-    """Measures base and tuned model in turn, with one model in memory at a time.
+    """Measure base and tuned model in turn, with one model in memory at a time.
 
     Args:
-        subject: What is compared.
-        measure: Must not keep the model.
+        subject: Base and tuned model.
+        measure: Function that measures a model and does not keep it.
 
     Returns:
-        What `measure` returned for the base and for the tuned model.
+        Results of `measure` for the base and for the tuned model.
     """
     if not subject.is_adapter:
         return measure(load_base(subject)), measure(load_tuned(subject))

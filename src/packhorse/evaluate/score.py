@@ -1,4 +1,4 @@
-"""How good a model is on held-out rows: loss per supervised token, perplexity, exact match.
+"""Scores of a model on held-out rows: loss per supervised token, and exact match.
 
 Shapes: B rows of a batch, T tokens (padded right), V vocabulary.
 """
@@ -22,23 +22,23 @@ MAX_BATCH_TOKENS: Final = 16384
 
 
 class Documents(Protocol):
-    """Tokenised rows; `data.store.PackStore` is one."""
+    """Tokenised rows; `data.packs.store.PackStore` is one."""
 
     @property
     def num_documents(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
 
     def document(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Returns ids [length] and supervised [length], 1 where the token is learnt."""
+        """Return ids [length] and supervised [length], 1 for a supervised token."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Token losses added up; sums of rows are sums of these.
+    """Sum of token losses.
 
     Attributes:
         sum_nats: Sum over supervised tokens.
-        num_supervised_tokens: How many.
+        num_supervised_tokens: Number of supervised tokens.
     """
 
     sum_nats: float
@@ -46,22 +46,22 @@ class Loss:
 
     @property
     def nats_per_token(self) -> float:
-        """The mean, NaN where nothing is supervised."""
+        """Return the mean loss; NaN if no token is supervised."""
         return self.sum_nats / self.num_supervised_tokens if self.num_supervised_tokens else math.nan
 
 
 def total_loss(losses: Iterable[Loss]) -> Loss:
-    """Adds up, so that every supervised token has the same weight, whatever row it stands in."""
-    found = tuple(losses)
-    return Loss(math.fsum(loss.sum_nats for loss in found), sum(loss.num_supervised_tokens for loss in found))
+    """Return the sum of losses. Every supervised token has the same weight, whatever its row."""
+    parts = tuple(losses)
+    return Loss(math.fsum(loss.sum_nats for loss in parts), sum(loss.num_supervised_tokens for loss in parts))
 
 
 def document_losses(model: Model, documents: Documents) -> list[Loss]:
-    """Returns each document's loss under the model's own logits.
+    """Return the loss of each document under the model's logits.
 
     Args:
-        model: In eval mode.
-        documents: Token t is predicted from those before it, and counts if it is supervised.
+        model: Model in eval mode.
+        documents: Documents; token t is predicted from the tokens before it, and counts if it is supervised.
     """
     lengths = [len(documents.document(index)[0]) for index in range(documents.num_documents)]
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -73,12 +73,12 @@ def document_losses(model: Model, documents: Documents) -> list[Loss]:
 
 
 def is_exact(expected: str, answer: str) -> bool:
-    """The answer is the expected one, character for character, but for white space at the ends."""
+    """Return whether the answer is the expected text, apart from white space at both ends."""
     return expected.strip() == answer.strip()
 
 
 def _batches(lengths: Sequence[int], budget_tokens: int) -> Iterator[list[int]]:
-    """Yields rows of like length whose padded size stays in the budget; a longer row goes alone."""
+    """Yield rows of similar length whose padded size is within the budget; a longer row is a batch alone."""
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         if batch and (len(batch) + 1) * lengths[row] > budget_tokens:
@@ -99,7 +99,7 @@ def _batch_losses(model: Model, documents: Sequence[tuple[NDArray[Any], NDArray[
         supervised[row, : len(mask)] = mask
     inputs = torch.from_numpy(ids).to(model.device)
     wanted = torch.from_numpy(supervised[:, 1:]).to(model.device)
-    # No mask is needed: padding stands behind every real token, where causal attention never looks.
+    # No mask is needed: the padding follows every real token, and causal attention does not look ahead.
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
     nats = torch.zeros(wanted.shape, dtype=torch.float64, device=model.device)
     nats[wanted] = F.cross_entropy(logits[wanted].float(), inputs[:, 1:][wanted], reduction="none").double()

@@ -10,14 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.data.seal import describe_looks
-from packhorse.evaluate.compare import Comparison, Line, Sample
+from packhorse.evaluate.results import Comparison, ComparisonLine, Sample
 from packhorse.track.progress import describe_count
 
 MAX_SAMPLE_CHARACTERS: Final = 240
 
 
 def render(comparison: Comparison) -> RenderableType:
-    """Returns the table base → tuned, how often the test set was opened, and the sample answers side by side."""
+    """Return the table base → tuned, how often the test set was opened, and the sample answers."""
     looks = [Text(f"  {describe_looks(comparison.test_looks)}\n")] if comparison.test_looks else []
     samples = [_sample(number, sample) for number, sample in enumerate(comparison.samples, 1)]
     return Group(_table(comparison), *looks, *samples)
@@ -35,7 +35,7 @@ def _table(comparison: Comparison) -> Table:
     return table
 
 
-def _cells(line: Line) -> tuple[str | Text, ...]:
+def _cells(line: ComparisonLine) -> tuple[str | Text, ...]:
     base, tuned = line.base, line.tuned
     return (
         Text(line.set if line.group is None else f"  {line.group}"),
@@ -68,6 +68,6 @@ def _sample(number: int, sample: Sample) -> Table:
 
 
 def _shortened(text: str) -> str:
-    """A model that was not trained may say anything, control characters too: they are shown, never obeyed."""
+    """Return short text without control characters, which an untrained model may generate."""
     plain = "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text.strip())
     return plain if len(plain) <= MAX_SAMPLE_CHARACTERS else plain[: MAX_SAMPLE_CHARACTERS - 1] + "…"

@@ -172,7 +172,8 @@ def test_a_run_has_its_nodes_in_its_plan(run: Path, capsys: pytest.CaptureFixtur
     assert main(["doctor", "runs/tiny", "--nodes", "2", "--site", "slurm/sites/none.yaml"]) == 2
     Path("site.yaml").write_text("name: there\n")
     assert main(["doctor", "runs/tiny", "--nodes", "2"]) == 2
-    assert "runs/tiny is planned for 1 nodes x 0 GPUs; --nodes and --gpus-per-node say 2 x 0" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "runs/tiny is planned for 1 nodes x 0 GPUs; --nodes and --gpus-per-node request 2 x 0" in error
 
 
 def test_the_two_halves_of_a_job_script(

@@ -11,7 +11,6 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig
 
 from measured_memory import Figures, figures_of, measured, plan_of, save_model
-from packhorse.commands.parameters import Unknown, known_shape
 from packhorse.errors import UserError
 from packhorse.estimate.activations import count_activations
 from packhorse.estimate.flops import pass_work
@@ -26,6 +25,7 @@ from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.methods import FullMethod, LoraMethod
 from packhorse.recipe.schema import Recipe
+from packhorse.workflows.model_shape import Unknown, known_shape
 
 # Of peft, bitsandbytes and DeepSpeed, about names that torch has changed.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 from cli import packhorse
-from packhorse.commands.rehearse import too_much
+from packhorse.cli.rehearse import too_much
 from packhorse.errors import UserError
 from packhorse.estimate.measure.miniature import small_fields
 from packhorse.estimate.measure.rehearse import Rehearsal, rehearse

@@ -7,7 +7,7 @@ import torch
 from evaluate_cases import ROWS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from packhorse.evaluate.turns import trained_form
+from packhorse.evaluate.held_out import trained_form
 from packhorse.model.load import ModelRequest
 from packhorse.recipe.schema import DataSection, Source
 from prepared import write_prepared

@@ -52,7 +52,7 @@ def test_the_end_of_input_ends_the_chat(tiny, tokenizer, end):
 
 def test_an_unknown_command_is_not_sent_to_the_model(tiny, tokenizer):
     session = ChatSession(tiny, tokenizer)
-    assert "/quit is no command" in drive(session, ["/quit"])
+    assert "there is no command /quit" in drive(session, ["/quit"])
     assert session.history == []
 
 

@@ -1,4 +1,4 @@
-"""`packhorse evaluate RUN --test`: opens the sealed rows once, and every report tells how often that was done."""
+"""`packhorse evaluate RUN --test`: opens the sealed rows once, and every report shows how often that was done."""
 
 import json
 from types import SimpleNamespace
@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 from evaluate_cases import ROWS
 
-from packhorse.commands import evaluate as command
+from packhorse.cli import evaluate as command
 from packhorse.errors import UserError
+from packhorse.evaluate import evaluate_run
 from packhorse.evaluate.models import Subject
 from packhorse.recipe.schema import DataSection, EvaluationSection, Source
+from packhorse.workflows import evaluate as workflow
 
 
 @pytest.fixture
@@ -30,8 +32,8 @@ def make_run(tmp_path, tiny, tokenizer, request_of, monkeypatch):
 
     subject = Subject(request_of(tmp_path / "weights"), tmp_path / "weights", len(tokenizer))
     monkeypatch.setattr(command, "open_run", plans.__getitem__)
-    monkeypatch.setattr(command, "require_data", lambda plan: plan.data)
-    monkeypatch.setattr(command, "_subject", lambda plan: (subject, tokenizer))
+    monkeypatch.setattr(workflow, "require_data", lambda plan: plan.data)
+    monkeypatch.setattr(evaluate_run, "subject_of", lambda plan: (subject, tokenizer))
     return make
 
 
@@ -75,15 +77,15 @@ def test_the_test_rows_are_measured_once_and_every_report_says_so(make_run, writ
 
 def test_a_killed_evaluation_has_looked(make_run, write_data, monkeypatch):
     make_run("first", write_data(validation=ROWS[:2], test=ROWS[4:6]))
-    real = command.compare
+    real = evaluate_run.compare
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "compare", killed)
+    monkeypatch.setattr(evaluate_run, "compare", killed)
     with pytest.raises(KeyboardInterrupt):
         command.evaluate("first", test=True)
-    monkeypatch.setattr(command, "compare", real)
+    monkeypatch.setattr(evaluate_run, "compare", real)
     with pytest.raises(UserError, match="opened once"):
         command.evaluate("first", test=True)
 
@@ -95,7 +97,7 @@ def test_a_run_that_has_not_finished_does_not_look(make_run, write_data, monkeyp
     def unfinished(_):
         raise UserError("runs/first has no model folder.", "training writes it.", "let it finish.")
 
-    monkeypatch.setattr(command, "_subject", unfinished)
+    monkeypatch.setattr(evaluate_run, "subject_of", unfinished)
     with pytest.raises(UserError, match="no model folder"):
         command.evaluate("first", test=True)
     assert kept(data, "data.json")["test_looks"] == []

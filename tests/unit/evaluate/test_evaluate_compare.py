@@ -16,10 +16,11 @@ from transformers import LlamaForCausalLM
 
 from packhorse.data.packs.store import open_store
 from packhorse.errors import UserError
-from packhorse.evaluate.compare import Comparison, Line, Sample, Score, _is_right, compare
+from packhorse.evaluate.compare import _is_right, compare
 from packhorse.evaluate.generate import Answer, answers
 from packhorse.evaluate.held_out import Question, choose, read_held_out, read_sets
 from packhorse.evaluate.models import Subject, load_base, load_tuned, measure_both
+from packhorse.evaluate.results import Comparison, ComparisonLine, Sample, Score
 from packhorse.evaluate.score import document_losses
 from packhorse.evaluate.show import render
 from packhorse.recipe.schema import EvaluationSection
@@ -186,7 +187,7 @@ def test_the_right_words_without_an_end_are_no_match():
 
 def line_of(group, base, tuned, name="validation"):
     scores = [Score(loss=loss, num_supervised_tokens=100, num_exact=n, num_answered=200) for loss, n in (base, tuned)]
-    return Line(set=name, group=group, num_rows=1200, base=scores[0], tuned=scores[1])
+    return ComparisonLine(set=name, group=group, num_rows=1200, base=scores[0], tuned=scores[1])
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -6,11 +6,10 @@ import json
 import pytest
 from evaluate_cases import ROWS, chat_of
 
-from packhorse.evaluate.compare import _is_right, _with_calls_written, compare
-from packhorse.evaluate.generate import Answer, answers, prompt_ids, said_by_template
-from packhorse.evaluate.held_out import read_held_out
+from packhorse.evaluate.compare import _is_right, _with_written_calls, compare
+from packhorse.evaluate.generate import Answer, answers, prompt_ids, template_answer
+from packhorse.evaluate.held_out import read_held_out, trained_form
 from packhorse.evaluate.models import Subject
-from packhorse.evaluate.turns import trained_form
 from packhorse.recipe.schema import DataSection, EvaluationSection, Source, TrainOnSection
 
 TOOLS = [{"type": "function", "function": {"name": "price", "parameters": {"type": "object"}}}]
@@ -62,7 +61,7 @@ def test_a_prompt_shows_the_tools(caller):
 def test_a_tool_call_is_expected_as_the_template_writes_it(caller, write_data):
     form = trained_form(caller, DataSection(sources=[Source(path="x")]))
     held_out = read_held_out(with_rows(write_data, [calling_row()]), "validation", EvaluationSection(), form)
-    (question,) = _with_calls_written(held_out, caller).questions
+    (question,) = _with_written_calls(held_out, caller).questions
     assert [dict(tool) for tool in question.tools] == TOOLS
     assert question.answer["content"] == "CALL price(fig)"
     assert _is_right(question, Answer("CALL price(fig)", ended=True))
@@ -73,8 +72,8 @@ def test_a_call_that_the_template_does_not_write_is_not_asked(tokenizer, write_d
     """The built-in template knows no calls: an empty answer would be the right one."""
     held_out = read_held_out(with_rows(write_data, [calling_row()]), "validation", EvaluationSection(), form)
     assert len(held_out.questions) == 1
-    assert _with_calls_written(held_out, tokenizer).questions == ()
-    assert said_by_template(tokenizer, *([calling_row()["messages"][:1], calling_row()["messages"][1]])) is None
+    assert _with_written_calls(held_out, tokenizer).questions == ()
+    assert template_answer(tokenizer, *([calling_row()["messages"][:1], calling_row()["messages"][1]])) is None
 
 
 def test_each_prompt_is_answered_with_its_own_tools(tiny, caller, monkeypatch):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from launching_cases import PREPARED, planned
 
-from packhorse.commands import status_jobs
-from packhorse.commands.status import is_under_way, status
+from packhorse.cli.show.jobs import queue_words
+from packhorse.cli.status import status
 from packhorse.launching.slurm import chain
 from packhorse.launching.slurm.chain import link_successor, resubmit, unfinished_jobs
 from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmClient
@@ -25,6 +25,7 @@ from packhorse.run_folder.heartbeat import Heartbeat
 from packhorse.run_folder.jobs import JobKind, JobRecord, append_job, read_jobs
 from packhorse.run_folder.layout import LOCK_FILE
 from packhorse.run_folder.status import State, Status, write_status
+from packhorse.workflows import run_state
 
 CHAIN: tuple[JobKind, ...] = ("prepare", "train", "evaluate", "verify")
 
@@ -134,7 +135,7 @@ def test_no_job_waits_for_a_successor_while_the_first_job_trains() -> None:
     reports = report_jobs(jobs, {}, now("training"), has_data=True)
     assert conditions(reports)[1] == ("evaluate", "waits", "it starts after job 12 (train) succeeds")
     assert conditions(reports)[3] == ("train", "waits", "it starts only if job 12 does not finish")
-    assert status_jobs.state_words(reports) == ""
+    assert queue_words(reports) == ""
 
 
 @pytest.mark.parametrize("state", ["finished", "failed"])
@@ -215,7 +216,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def slurm_says(monkeypatch: pytest.MonkeyPatch, *states: JobState | None) -> None:
-    monkeypatch.setattr(status_jobs, "with_states", lambda records: list(zip(records, states, strict=True)))
+    monkeypatch.setattr(run_state, "with_states", lambda records: list(zip(records, states, strict=True)))
 
 
 def test_status_shows_the_chain_the_reason_and_the_first_failing_ranks_last_lines(
@@ -277,20 +278,20 @@ def test_without_slurm_status_shows_what_the_run_folder_records(run: Path, tmp_p
     def nothing(_: object) -> None:
         raise NoSlurmError("scontrol")
 
-    monkeypatch.setattr(status_jobs, "with_states", nothing)
+    monkeypatch.setattr(run_state, "with_states", nothing)
     run_command_script(tmp_path, run, "evaluate", "13", 1)
     text = shown(run, capsys)
     assert "job 12 train: unknown: Slurm is not available on this machine" in text
     assert "job 13 evaluate: did not end well: exit code 1" in text
-    assert "what its jobs do now is not known" in text
+    assert "the state of its jobs is not known" in text
 
 
 def test_a_lock_that_a_job_left_does_not_make_its_run_live(run: Path, monkeypatch) -> None:
     (run / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "node9", "since": "x", "job": "12", "chain": "12"}))
     slurm_says(monkeypatch, None, JobState("12", "FAILED"), None, None)
-    assert not is_under_way(run)
+    assert not run_state.is_under_way(run)
     slurm_says(monkeypatch, None, JobState("12", "RUNNING"), None, None)
-    assert is_under_way(run)
+    assert run_state.is_under_way(run)
 
 
 # --- resubmitted ---

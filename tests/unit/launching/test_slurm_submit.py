@@ -91,7 +91,7 @@ def test_data_that_is_prepared_needs_no_job(folder: Path, capsys) -> None:
         (["runs_folder=$(touch canary)"], {}, "set runs_folder to"),
         (["runs_folder=x%j"], {}, "set runs_folder to"),
         (["runs_folder=a\nb"], {}, "runs_folder"),
-        ([], {"shared": ["/nowhere"]}, "lies in none of the folders that the nodes of here see: /nowhere"),
+        ([], {"shared": ["/nowhere"]}, "is in none of the folders that the nodes of here see: /nowhere"),
         ([], {"partition": "a b"}, "site.yaml:4: partition is 'a b'"),
         (["--site", "other.yaml"], {}, "there is no file other.yaml"),
         (["--site", "$(touch canary)"], {}, "there is no file"),
@@ -131,7 +131,9 @@ def waiting_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return number
 
     monkeypatch.setattr(SlurmClient, "submit", submit)
-    monkeypatch.setattr("packhorse.commands.sending.check_jobs", lambda site, jobs: [StartEstimate(1.0, "n1", "p")] * 2)
+    monkeypatch.setattr(
+        "packhorse.cli.show.submission.check_jobs", lambda site, jobs: [StartEstimate(1.0, "n1", "p")] * 2
+    )
     assert main(["submit", "tiny.yaml", "--nodes", "2"]) == 0
     return run
 
@@ -183,7 +185,7 @@ def test_rows_that_cannot_be_prepared_fail_the_run_and_its_name_is_free_again(
     assert main(["prepare", "runs/first"]) == 2
     now = read_status(run)
     assert now.state == "failed"
-    assert now.message.startswith("it could not be prepared: ")
+    assert now.message.startswith("its data could not be prepared: ")
     (folder / "rows.jsonl").write_text(f"{json.dumps(ONE_ROW)}\n" * 32)
     assert main(["submit", "tiny.yaml", "--dry-run"]) == 0
 

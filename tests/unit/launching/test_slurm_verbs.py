@@ -11,11 +11,9 @@ import pytest
 import yaml
 from launching_cases import planned
 
+from packhorse.cli import logs as logs_command
+from packhorse.cli import submit as submit_command
 from packhorse.cli.main import main
-from packhorse.commands import cancel as cancel_verb
-from packhorse.commands import logs as logs_verb
-from packhorse.commands import resume as resume_verb
-from packhorse.commands import sending, status_jobs, submit_sweep
 from packhorse.errors import UserError
 from packhorse.launching.slurm.client import JobState, SlurmClient, SlurmError, StartEstimate
 from packhorse.launching.slurm.job_reports import find_state
@@ -28,6 +26,8 @@ from packhorse.run_folder.jobs import JobKind, JobRecord, append_job, read_jobs
 from packhorse.run_folder.layout import LOCK_FILE
 from packhorse.run_folder.status import Status, write_status
 from packhorse.run_folder.sweep import create_sweep, member_folder
+from packhorse.workflows import cancel_run, resume_run, run_state, submit_run
+from packhorse.workflows.new_run import RunEnd
 from tiny import write_tiny
 
 SCRIPTS = (("prepare", "prepare"), ("train", "job"), ("evaluate", "evaluate"), ("verify", "verify"))
@@ -49,17 +49,17 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The jobs that were cancelled in Slurm."""
-    cancelled: list[str] = []
-    monkeypatch.setattr(SlurmClient, "cancel", lambda _, job_ids: cancelled.extend(job_ids))
-    return cancelled
+    """The jobs that Slurm was asked to end."""
+    found: list[str] = []
+    monkeypatch.setattr(cancel_run, "cancel_jobs", found.extend)
+    return found
 
 
 def live(monkeypatch: pytest.MonkeyPatch, folder: Path, *jobs: tuple[JobRecord, str]) -> None:
     for record, _ in jobs:
         append_job(folder, record)
     states = [(record, JobState(record.job_id, state)) for record, state in jobs]
-    monkeypatch.setattr(cancel_verb, "live_jobs", lambda _: states)
+    monkeypatch.setattr(cancel_run, "live_jobs", lambda _: states)
 
 
 @pytest.mark.parametrize("now", [False, True], ids=["with a save", "at once"])
@@ -73,18 +73,18 @@ def test_what_trains_may_save_first_and_what_waits_for_it_leaves_the_queue(
         (job("2", "evaluate", "1"), "PENDING"),
         (job("3", "verify", "2"), "PENDING"),
     )
-    assert cancel_verb.cancel(str(run), now) == 0
+    assert main(["cancel", str(run), *["--now"] * now]) == 0
     assert ended == (["3", "2", "1"] if now else ["3", "2"])
     assert (run / "STOP").exists() is not now
     assert (run / "CANCEL").exists(), "its job would queue itself again"
     out = capsys.readouterr().out
-    assert ("job 1 is asked to save and to end" in out) is not now
-    assert f"to go on: packhorse resume {run}" in out
+    assert ("job 1 is asked to save and stop" in out) is not now
+    assert f"to resume: packhorse resume {run}" in out
 
 
 def test_a_job_that_waits_to_train_is_not_asked_to_save(run: Path, monkeypatch, ended: list[str]) -> None:
     live(monkeypatch, run, (job("1", "train"), "PENDING"))
-    assert cancel_verb.cancel(str(run)) == 0
+    assert main(["cancel", str(run)]) == 0
     assert ended == ["1"]
     assert not (run / "STOP").exists(), "the next attempt would stop at once"
 
@@ -100,7 +100,7 @@ def test_of_a_sweep_only_the_runs_that_train_are_asked_to_save(
     states = {"7_1": "COMPLETING", "7_2": "FAILED", "7_[3]": "PENDING", "9": "RUNNING"}
     asked: list[str] = []
     slurm_knows(monkeypatch, asked, states)
-    assert cancel_verb.cancel(str(folder)) == 0
+    assert main(["cancel", str(folder)]) == 0
     assert asked == ["7", "9"], "Slurm is asked once for an array"
     assert [(member_folder(folder, each) / "STOP").exists() for each in (1, 2, 3)] == [False, True, False]
     assert ended == ["7_3", "7_1"]
@@ -135,7 +135,7 @@ def test_a_task_that_waits_with_others_has_their_state(job_id: str, group: str |
 
 def test_there_is_nothing_to_cancel_where_nothing_runs(run: Path) -> None:
     with pytest.raises(UserError, match="nothing of .* runs or waits"):
-        cancel_verb.cancel(str(run))
+        cancel_run.cancel(str(run))
 
 
 LAUNCHER = """
@@ -165,21 +165,21 @@ def test_a_run_that_was_started_here_is_stopped_by_signals_to_its_launcher(
         assert launcher.stdout is not None
         launcher.stdout.readline()
         try:
-            assert cancel_verb.cancel(str(run), now) == 0
+            assert main(["cancel", str(run), *["--now"] * now]) == 0
             assert launcher.wait(20) == 70 + asked
         finally:
             launcher.kill()
     out = capsys.readouterr().out
     assert f"process {launcher.pid} {how}" in out
-    assert f"to go on: packhorse resume {run}" in out
+    assert f"to resume: packhorse resume {run}" in out
 
 
 def test_a_launcher_on_another_host_is_asked_by_a_file(run: Path, capsys) -> None:
     (run / "launcher.lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "x"}))
-    assert cancel_verb.cancel(str(run)) == 0
+    assert main(["cancel", str(run)]) == 0
     assert (run / "STOP").exists()
     with pytest.raises(UserError, match="is run by process 1 on elsewhere"):
-        cancel_verb.cancel(str(run), now=True)
+        cancel_run.cancel(str(run), now=True)
 
 
 # --- logs ---
@@ -197,7 +197,7 @@ def test_logs_shows_the_job_the_launcher_and_rank_0_of_the_newest_attempt(run: P
     said(run, 9, rank_0="old\n")
     said(run, 10, rank_0="new\n", rank_1="other\n", stderr="agent\n")
     (run / "logs" / "job-5.out").write_text("srun ended\n")
-    assert logs_verb.logs(str(run)) == 0
+    assert logs_command.logs(str(run)) == 0
     logs = run / "logs"
     assert capsys.readouterr().out == (
         f"==> {logs}/job-5.out <==\nsrun ended\n"
@@ -208,15 +208,15 @@ def test_logs_shows_the_job_the_launcher_and_rank_0_of_the_newest_attempt(run: P
 
 def test_logs_of_one_rank_are_as_it_wrote_them(run: Path, capsys) -> None:
     said(run, 1, rank_0="zero\n", rank_1="one\n")
-    assert logs_verb.logs(str(run), rank=1) == 0
+    assert logs_command.logs(str(run), rank=1) == 0
     assert capsys.readouterr().out == "one\n"
     with pytest.raises(UserError, match="ranks 0 to 1 have one"):
-        logs_verb.logs(str(run), rank=2)
+        logs_command.logs(str(run), rank=2)
 
 
 def test_a_run_that_has_said_nothing_is_told_so(run: Path) -> None:
     with pytest.raises(UserError, match="has no log yet"):
-        logs_verb.logs(str(run))
+        logs_command.logs(str(run))
 
 
 def test_following_goes_on_into_the_next_attempt_and_ends_with_the_run(run: Path, monkeypatch, capsys) -> None:
@@ -229,10 +229,10 @@ def test_following_goes_on_into_the_next_attempt_and_ends_with_the_run(run: Path
             event()
         return event is not None
 
-    monkeypatch.setattr(logs_verb, "is_under_way", is_under_way)
-    monkeypatch.setattr(logs_verb, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(logs_verb, "OVER_SECONDS", 0.0)
-    assert logs_verb.logs(str(run), rank=0, follow=True) == 0
+    monkeypatch.setattr(logs_command, "is_under_way", is_under_way)
+    monkeypatch.setattr(logs_command, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(logs_command, "OVER_SECONDS", 0.0)
+    assert logs_command.logs(str(run), rank=0, follow=True) == 0
     assert capsys.readouterr().out == "first\nmore\nsecond\n"
 
 
@@ -242,22 +242,29 @@ def test_following_goes_on_into_the_next_attempt_and_ends_with_the_run(run: Path
 def test_a_run_that_runs_as_jobs_takes_no_overrides(run: Path) -> None:
     append_job(run, job("1", "train"))
     with pytest.raises(UserError, match=r"resume came with batch\.micro=1 --gpus 2"):
-        resume_verb.resume(str(run), ["batch.micro=1"], 2, None, False)
+        resume_run.resume(str(run), ["batch.micro=1"], 2, None, False)
 
 
 def test_a_run_that_was_started_here_goes_on_here(run: Path, monkeypatch) -> None:
     seen: dict[str, object] = {}
-    monkeypatch.setattr(resume_verb, "train", lambda name, words, gpus, **more: seen.update(more, gpus=gpus) or 0)
-    assert resume_verb.resume(str(run), [], 2, 3, True) == 0
-    assert seen == {"gpus": 2, "resume": True, "restarts": 3, "force": True}
+
+    def resume_here(name, overrides, gpus, restarts, force, reporter) -> RunEnd:
+        seen.update(gpus=gpus, restarts=restarts, force=force)
+        return RunEnd(None, 0)
+
+    monkeypatch.setattr(resume_run, "resume_here", resume_here)
+    for words in (["resume", str(run)], ["train", str(run), "--resume"]):
+        assert main([*words, "--gpus", "2", "--restarts", "3", "--force"]) == 0
+        assert seen == {"gpus": 2, "restarts": 3, "force": True}
+        seen.clear()
 
 
 def test_a_run_whose_job_was_submitted_by_hand_does_not_go_on_here_unasked(run: Path, monkeypatch) -> None:
     said(run, 1, rank_0="x")
     write_attempt_start(run / "logs" / "attempt-1", AttemptStart(started_at=1.0, chain="77"))
     append_job(run, job("78", "train").model_copy(update={"goes_on_from": "77"}))
-    with pytest.raises(UserError, match=r"was run by job 77 of Slurm, which was submitted by hand") as caught:
-        resume_verb.resume(str(run), [], None, None, False)
+    with pytest.raises(UserError, match=r"ran in Slurm job 77, which was submitted by hand") as caught:
+        resume_run.resume(str(run), [], None, None, False)
     assert f"slurm/job.sbatch {run}" in str(caught.value)
 
 
@@ -272,10 +279,10 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(SlurmClient, "submit", submit)
     monkeypatch.setattr("packhorse.launching.slurm.submit.refuse_live", lambda _: None)
-    for module in (resume_verb, status_jobs):
+    for module in (resume_run, run_state):
         monkeypatch.setattr(module, "with_states", lambda records: [(record, None) for record in records])
     monkeypatch.setattr(SlurmClient, "job_states", lambda *_: {})
-    for module in (submit_sweep, sending):
+    for module in (submit_command, submit_run):
         monkeypatch.setattr(module, "check_jobs", lambda _, jobs: [StartEstimate(None, "", "") for _ in jobs])
     return typed
 
@@ -284,13 +291,13 @@ def test_a_finished_run_and_a_cancelled_one(run: Path, slurm: list[list[str]], c
     append_job(run, job("1", "train"))
     (run / "CANCEL").touch()
     write_status(run, Status(state="stopped", step=3, num_steps=40, attempt=1))
-    assert resume_verb.resume(str(run), [], None, None, False) == 0
+    assert main(["resume", str(run)]) == 0
     assert slurm == [["train.sbatch", "RUN"]]
     assert not (run / "CANCEL").exists(), "the job would end before it began"
     assert f"{run}: job 101 train" in capsys.readouterr().out
     write_status(run, Status(state="finished", step=40, num_steps=40, attempt=1))
     with pytest.raises(UserError, match="is finished"):
-        resume_verb.resume(str(run), [], None, None, False)
+        resume_run.resume(str(run), [], None, None, False)
 
 
 @pytest.mark.parametrize(("state", "code"), [("CANCELLED", 0), ("RUNNING", 2), (None, 2)])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from launching_cases import planned
 
-from packhorse.commands.status import status
+from packhorse.cli.status import status
 from packhorse.run_folder.attempts import AttemptStart, end_attempt, write_attempt_start
 from packhorse.run_folder.checkpoints.manifest import RunFacts, bring_to_disk, write_manifest
 from packhorse.run_folder.layout import LOCK_FILE
@@ -56,7 +56,7 @@ def shown(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_run_that_was_killed_whole_is_not_shown_as_training(run: Path, capsys) -> None:
     (run / LOCK_FILE).write_text(json.dumps({"pid": NOBODY, "host": socket.gethostname(), "since": "x"}))
     text = shown(run, capsys)
-    assert "state ended without a word (killed) at " in text
+    assert "state killed at " in text
     assert "rank 0 in phase backward of step 45" in text
     assert "checkpoint step 40 is the newest complete one" in text
 
@@ -66,7 +66,7 @@ def test_lost_steps_and_ettr_count_from_the_newest_checkpoint(run: Path, capsys)
     text = shown(run, capsys)
     assert "attempts 1: steps 0 to 37 in 50 s, lost: rank 1 was killed by SIGKILL" in text
     assert "attempts 2: steps 30 to 44 in 60 s, killed" in text
-    assert "lost 11 of 51 steps were made in vain or twice, about 22 s" in text
+    assert "lost 11 of 51 steps were lost or repeated, about 22 s" in text
     assert "ETTR 78.4% of the steps count; 50.0% of the 160 s since the first start" in text
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from packhorse.cli.main import main
-from packhorse.commands.prepared import require_data
 from packhorse.data.data_manifest import DataManifest, SplitCounts, read_data_manifest, write_data_manifest
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import read_plan
+from packhorse.workflows.prepared_data import require_data
 from tiny import write_tiny
 
 

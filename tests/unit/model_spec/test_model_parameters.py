@@ -14,7 +14,6 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from packhorse.commands.parameters import parameter_lines
 from packhorse.data.resolve import vocabulary_size
 from packhorse.model_spec.configuration import find_configuration, published
 from packhorse.model_spec.parameters import FAMILIES, list_parameters, read_shape
@@ -30,6 +29,7 @@ from packhorse.recipe.methods import (
     PromptTuningMethod,
     QloraMethod,
 )
+from packhorse.workflows.model_shape import parameter_lines
 
 # Totals of the models' cards on the hub (safetensors: parameters) and of the papers; tied heads are counted once.
 PUBLISHED = {
@@ -231,8 +231,14 @@ def test_a_local_configuration_wins_over_the_shipped_table(tmp_path: Any, monkey
     [
         ([], "8,030,261,248"),
         (["model.id=nobody/nothing"], "`hf download nobody/nothing config.json` fetches it"),
-        (["model.new_tokens=[<a>]"], "whether its embedding has rows to spare for model.new_tokens is seen then"),
-        (["model.id=Qwen/Qwen3-30B-A3B", "method=ia3"], "a qwen3_moe is peft's choice; method.target says it"),
+        (
+            ["model.new_tokens=[<a>]"],
+            "only the loaded model shows whether its embedding has free rows for model.new_tokens",
+        ),
+        (
+            ["model.id=Qwen/Qwen3-30B-A3B", "method=ia3"],
+            "peft chooses what ia3 trains of a qwen3_moe; set method.target to choose it",
+        ),
     ],
     ids=["counted", "unknown model", "new tokens", "unknown choice"],
 )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.commands.prepared import data_facts
 from packhorse.data.data_manifest import read_data_manifest
 from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
@@ -20,6 +19,7 @@ from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.shipped import list_recipes
+from packhorse.workflows.prepared_data import data_facts
 from prepared import LENGTH_TOKENS, write_prepared
 
 BOX = Hardware(num_cores=8, gpus=())

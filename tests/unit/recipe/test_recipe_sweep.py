@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packhorse.commands.train import train
+from packhorse.cli.train import train
 from packhorse.errors import UserError
 from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from packhorse.cli.main import main
-from packhorse.commands import data
 from packhorse.report.data_page import render_data_page
+from packhorse.workflows import check as data
 from report_cases import hostile_report, real_report
 from tiny import write_tiny
 

@@ -1,0 +1,67 @@
+"""`packhorse prepare`: rows become token ids, masks and packs on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from packhorse.data.data_manifest import DataManifest
+from packhorse.errors import EXIT_OK
+from packhorse.recipe.load import load_recipe
+from packhorse.recipe.schema import Recipe
+from packhorse.report.readable import readable
+from packhorse.report.terminal import ledger_table, split_table
+from packhorse.run_folder.layout import PLAN_FILE
+from packhorse.run_folder.sweep import find_sweep, member_folder, read_sweep
+from packhorse.workflows.prepare import prepare_data, prepare_run
+
+
+def prepare(recipe: str, overrides: Sequence[str]) -> int:
+    """Prepare the data of a recipe, a run or a sweep; for a recipe, show what became of every row."""
+    console = Console()
+    runs = _runs_of(recipe) if not overrides else []
+    for run in runs:
+        prepare_run(run, lambda of_run: prepare_shown(of_run, console))
+    if runs:
+        return EXIT_OK
+    manifest = prepare_shown(load_recipe(recipe, overrides), console)
+    console.print()
+    console.print(split_table(manifest.splits))
+    console.print()
+    console.print(ledger_table(manifest.ledger))
+    for note in manifest.notes:
+        console.print(f"note: {readable(note)}", markup=False, highlight=False)
+    return EXIT_OK
+
+
+def _runs_of(name: str) -> list[str]:
+    sweep = find_sweep(name)
+    if sweep is not None:
+        return [str(member_folder(sweep, member.number)) for member in read_sweep(sweep).runs]
+    return [name] if (Path(name) / PLAN_FILE).is_file() else []
+
+
+def prepare_shown(recipe: Recipe, console: Console) -> DataManifest:
+    """Prepare data with a progress bar, and print its folder."""
+    with _bar(console) as update:
+        data = prepare_data(recipe, update)
+    console.print(f"{'found' if data.was_warm else 'prepared'} {data.folder}", soft_wrap=True, highlight=False)
+    return data.manifest
+
+
+def prepare_with_progress(recipe: Recipe, console: Console) -> DataManifest:
+    """Prepare data, with a progress bar if there is a terminal."""
+    with _bar(console) as update:
+        return prepare_data(recipe, update).manifest
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} rows"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("preparing", total=None)
+        yield lambda rows: bar.update(task, completed=rows)

@@ -1,0 +1,48 @@
+"""How commands print: a label and its text per line, plain lines, a command as it would be typed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from packhorse.run_folder.folder import relative
+
+
+def pairs(lines: Sequence[tuple[str, str]]) -> Table:
+    """Return a table with a label and a text per line, folded to the width of the terminal."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in lines:
+        table.add_row(label, Text(text))
+    return table
+
+
+def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """Return an empty table without lines; its columns fold, those in `right` are aligned right."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in columns:
+        table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
+    return table
+
+
+def print_plain(text: str, console: Console | None = None) -> None:
+    """Print text unchanged: no markup, no highlighting, no line breaks, so that it can be copied."""
+    (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:  # noqa: ANN401
+    """Print a value as JSON."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def shown(argv: Sequence[str]) -> str:
+    """Return a command as it would be typed in the current folder."""
+    return shlex.join(relative(word) for word in argv)

@@ -1,0 +1,39 @@
+"""Jobs that follow the training of a submitted run: evaluate and verify, each after the one before has succeeded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from packhorse.launching.slurm.script import JobRequest, command_script, cpu_request, gpu_request
+from packhorse.launching.slurm.submit import PlannedJob
+from packhorse.run_folder.jobs import JobKind
+from packhorse.run_folder.layout import LOGS_FOLDER
+from packhorse.workflows.submit_run import Submission, planned_jobs, programs_of
+
+
+def pipeline_jobs(submission: Submission) -> list[PlannedJob]:
+    """Return the jobs of a run in order: prepare, train, evaluate, verify.
+
+    Raises:
+        UserError: See `submit_run.planned_jobs`.
+    """
+    site, run = submission.site, Path(submission.plan.run_folder)
+    requests: dict[JobKind, JobRequest] = {
+        "evaluate": _evaluation(submission),
+        "verify": cpu_request(site, submission.plan.recipe.name, run / LOGS_FOLDER, "verify"),
+    }
+    return planned_jobs(submission) + [
+        PlannedJob(kind, request, command_script(site, request, programs_of(site)), (kind, str(run)))
+        for kind, request in requests.items()
+    ]
+
+
+def _evaluation(submission: Submission) -> JobRequest:
+    """Request one GPU if training uses GPUs: one process generates the answers."""
+    site, name = submission.site, submission.plan.recipe.name
+    logs = Path(submission.plan.run_folder) / LOGS_FOLDER
+    on_cpu = cpu_request(site, name, logs, "evaluate")
+    if submission.plan.topology.device == "cpu":
+        return on_cpu
+    return replace(gpu_request(site, name, logs, "evaluate", 1), time=on_cpu.time)

@@ -1,0 +1,74 @@
+"""The prepared data of a recipe or a run: its facts for a plan, and whether it is still complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from packhorse.data.content_key import find_prepared
+from packhorse.data.data_manifest import DataManifest, read_data_manifest, require_sizes
+from packhorse.data.resolve import data_root
+from packhorse.errors import UserError
+from packhorse.plan.run_plan import DataFacts, RunPlan
+from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.folder import relative
+from packhorse.run_folder.jobs import require_prepared_data
+
+
+def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
+    """Return the manifest of the prepared data; None if there is none, or its rows are not on this machine."""
+    if not data_root(recipe).is_dir():
+        return None
+    try:
+        return find_prepared(recipe)
+    except UserError:
+        return None
+
+
+def facts_of(recipe: Recipe, manifest: DataManifest) -> DataFacts:
+    """Return what a plan records about the prepared data of a recipe."""
+    return data_facts(data_root(recipe) / manifest.content_hash, manifest)
+
+
+def data_facts(folder: Path, manifest: DataManifest) -> DataFacts:
+    """Return what a plan records about prepared data in a given folder."""
+    split = manifest.splits["train"]
+    return DataFacts(
+        folder=str(folder.absolute()),
+        content_hash=manifest.content_hash,
+        tokenizer=manifest.tokenizer,
+        num_rows=split.num_rows,
+        num_packs=split.num_packs,
+        num_tokens=split.num_tokens,
+        num_supervised_tokens=split.num_supervised_tokens,
+        fill=split.fill,
+    )
+
+
+def require_data(plan: RunPlan) -> DataFacts:
+    """Return the prepared data of a run, with every file of the recorded size.
+
+    Raises:
+        UserError: The data is not prepared yet or gone, or a file is missing or has another size.
+    """
+    require_manifest(plan)
+    assert plan.data is not None
+    return plan.data
+
+
+def require_manifest(plan: RunPlan) -> DataManifest:
+    """Return the manifest of a run's prepared data, with every file of the recorded size.
+
+    Raises:
+        UserError: The data is not prepared yet or gone, or a file is missing or has another size.
+    """
+    require_prepared_data(plan)
+    assert plan.data is not None
+    manifest = read_data_manifest(Path(plan.data.folder))
+    if manifest is not None:
+        require_sizes(Path(plan.data.folder), manifest)
+        return manifest
+    raise UserError(
+        f"the prepared data of this run, {plan.data.folder}, is gone.",
+        "packs and held-out rows are read from that folder.",
+        f"prepare it again: packhorse prepare {relative(plan.run_folder)}/recipe.yaml",
+    )
