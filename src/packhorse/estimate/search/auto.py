@@ -101,11 +101,7 @@ def _explained(best: Way, case: Case, found: Sequence[Way], recipe: Recipe) -> R
         decisions[at] = Decision(name="batch.micro", value=micro_words(plan.batch), reason=why)
         plan = plan.model_copy(update={"recipe": plan.recipe.changed("batch", micro="auto")})
     values = {"parallel.engine": str(best.engine), "parallel.checkpointing": str(best.checkpointing).lower()}
-    decisions += [
-        Decision(name=name, value=micro_words(plan.batch), reason=why)
-        for name, value in values.items()
-        if name in chosen
-    ]
+    decisions += [Decision(name=name, value=value, reason=why) for name, value in values.items() if name in chosen]
     return plan.model_copy(update={"decisions": tuple(decisions)})
 
 
