@@ -13,10 +13,8 @@ from packhorse.plan.command import deepspeed_config, launch_argv
 from packhorse.plan.make_plan import plan_for_topology
 from packhorse.plan.run_plan import Decision, RunPlan, Topology, leaves
 from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology, with_mesh
-from packhorse.recipe.load import override_recipe
+from packhorse.recipe.load import overridden_fields, override_recipe
 from packhorse.recipe.schema import Recipe
-from packhorse.run_folder.layout import PLAN_FILE, REPLACED_PLANS, numbered
-from packhorse.yaml_source.overrides import parse_override
 
 MAY_CHANGE: Final = ("parallel", "batch.micro", "recovery", "checkpoint", "track")
 """Fields and sections that do not change the trained weights, except for rounding."""
@@ -122,8 +120,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _refuse_other_maths(overrides: Sequence[str], plan: RunPlan) -> None:
-    for text in overrides:
-        key = ".".join(parse_override(text).keys)
+    for text, key in zip(overrides, overridden_fields(overrides), strict=True):
         if not any(key == field or key.startswith(f"{field}.") for field in MAY_CHANGE):
             raise UserError(
                 f"--resume came with {text}.",
@@ -136,8 +133,7 @@ def _place(
     plan: RunPlan, recipe: Recipe, overrides: Sequence[str], request: DeviceRequest, machine: Hardware
 ) -> tuple[Topology, Decision]:
     """Place the processes as before, unless the command line sets them: `auto` can differ on another machine."""
-    keys = {parse_override(text).keys for text in overrides}
-    if request.gpus is not None or request.on_cpus or ("parallel", "processes") in keys:
+    if request.gpus is not None or request.on_cpus or "parallel.processes" in overridden_fields(overrides):
         return choose_topology(recipe.parallel, request, machine)
     same = plan.topology.model_copy(update={"engine": recipe.parallel.engine})
     processes = next(decision for decision in plan.decisions if decision.name == "processes")

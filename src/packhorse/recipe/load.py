@@ -77,6 +77,15 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _resolve(*parse_yaml(dump_recipe(recipe), "the run's recipe"), overrides, check_environment=True)
 
 
+def overridden_fields(overrides: Sequence[str]) -> list[str]:
+    """Return the dotted field that each override sets.
+
+    Raises:
+        UserError: An override cannot be read.
+    """
+    return [".".join(parse_override(text).keys) for text in overrides]
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """Return the whole recipe as YAML, with every default; loading it gives an equal recipe."""
     values = recipe.model_dump(mode="python")

@@ -88,6 +88,12 @@ def test_a_good_recipe_loads(good):
             'quote it: `method.target.1: "3"`.',
         ),
         (
+            ("- path: rows.jsonl", "- path: rows.jsonl\n      columns: {messages: 3}"),
+            7,
+            "data.sources.0.columns.messages is 3 (a whole number); it takes text.",
+            'quote it: `data.sources.0.columns.messages: "3"`.',
+        ),
+        (
             ("1e-4", "'1e-4'"),
             8,
             "optimizer.learning_rate is 1e-4 (text); it takes a number above 0.",

@@ -173,9 +173,8 @@ def _length_rules(recipe: Recipe) -> Iterator[Finding]:
             else f"steps is {steps} and epochs is {recipe.epochs}."
         )
         paths: tuple[KeyPath, ...] = (("steps",), ("epochs",))
-        yield Finding(
-            paths, fact, "exactly one of the two sets the length of training.", "give one of them, e.g. epochs: 1"
-        )
+        why = "exactly one of the two sets the length of training."
+        yield Finding(paths, fact, why, "give one of them, e.g. epochs: 1")
     if steps is not None and schedule.warmup_steps is not None and schedule.warmup_steps >= steps:
         yield Finding(
             (("schedule", "warmup_steps"), ("steps",)),
