@@ -146,8 +146,9 @@ def _put(state: dict[str, Any], slot: str, value: Any, parameter: Tensor) -> Non
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
     """Return a state on the parameter's device, sharded as the parameter is; counters are whole everywhere."""
     moved = value.to(parameter.device)
-    is_whole = value.dim() == 0 or not isinstance(parameter, DTensor)
-    return moved if is_whole else shard_like(moved, parameter)
+    if value.dim() == 0 or not isinstance(parameter, DTensor):
+        return moved
+    return shard_like(moved, parameter)
 
 
 def _refuse_unknown(stored: set[str], trained: set[str], folder: Path) -> None:
