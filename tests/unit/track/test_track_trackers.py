@@ -62,7 +62,7 @@ def test_a_tracker_that_fails_is_given_up_with_one_line(fails_at, calls, caplog)
     tracker.close()
     assert recorder.calls == calls
     assert [record.getMessage() for record in caplog.records] == (
-        ["W&B is off for this run (no network); figures go on to metrics.jsonl."] if fails_at else []
+        ["W&B is off for this run (no network); metrics.jsonl still gets all figures."] if fails_at else []
     )
 
 
