@@ -299,7 +299,7 @@ def test_rows_that_change_meanwhile(make_recipe: MakeRecipe, rows: Path) -> None
 
 def test_unknown_builtin_names_the_closest(make_recipe: MakeRecipe) -> None:
     message = refusal(make_recipe("builtin:tickets.jsonl"))
-    assert "builtin:tickets.jsonl is not one of Packhorse's own files: core.messages.jsonl" in message
+    assert "builtin:tickets.jsonl is not one of the files that come with Packhorse: core.messages.jsonl" in message
     assert "write builtin:tickets." in message
 
 
@@ -387,7 +387,7 @@ def test_replayed_rows_are_of_those_an_earlier_run_trained_on(
     assert said(prepared.folder, "retain") == said(earlier.folder, "validation")
     trained, before = (tokens_of(data.folder) for data in (prepared, earlier))
     assert len(trained & before) == 20
-    with pytest.raises(UserError, match="asks for 71 replay_rows of .*whose train share has 70 rows"):
+    with pytest.raises(UserError, match="has 71 replay_rows for .*, and its train share has 70 rows"):
         prepare(make_recipe(new, data={"retain": [{"path": str(rows), "replay_rows": 71}]}))
 
 

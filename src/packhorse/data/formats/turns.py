@@ -135,7 +135,9 @@ def _is_trained(turn: dict[str, Any], role: str, number: int) -> bool:
             "write 0 or 1.",
         )
     if wanted is not None and not isinstance(wanted, bool):
-        raise BadRowError(f"train of turn {number} is {shown(wanted)}.", "it is true or false.", "write one of them.")
+        raise BadRowError(
+            f"train of turn {number} is {shown(wanted)}.", "it says whether to train on it.", "write true or false."
+        )
     if role != "assistant" and (wanted or weight):
         raise BadRowError(
             f"turn {number} of the role {role} is marked to be trained on.",

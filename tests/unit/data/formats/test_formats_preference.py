@@ -115,19 +115,19 @@ def test_a_rejected_answer_of_several_turns() -> None:
     ("values", "fact", "fix"),
     [
         pytest.param({"chosen": "a", "rejected": "b"}, "rejected, and no prompt", "add prompt", id="no prompt"),
-        pytest.param({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same", "remove", id="same"),
-        pytest.param({"chosen": [USER, BOT], "rejected": [USER, BOT]}, "are the same", "remove", id="same chats"),
+        pytest.param({"prompt": "a", "chosen": "b", "rejected": "b"}, "are equal", "remove", id="same"),
+        pytest.param({"chosen": [USER, BOT], "rejected": [USER, BOT]}, "are equal", "remove", id="same chats"),
         pytest.param({"prompt": "a", "chosen": "b", "rejected": " "}, "rejected is empty", "fill", id="empty rejected"),
         pytest.param({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen is empty", "fill", id="empty chosen"),
         pytest.param({"prompt": "a", "chosen": None, "rejected": "b"}, "chosen is null", "as text", id="null"),
-        pytest.param({"prompt": "a", "chosen": [USER], "rejected": [BOT]}, "chosen begins with", "let", id="user"),
-        pytest.param({"prompt": "a", "chosen": [BOT, USER], "rejected": [BAD]}, "chosen ends with", "let", id="ends"),
+        pytest.param({"prompt": "a", "chosen": [USER], "rejected": [BOT]}, "chosen begins with", "move", id="user"),
+        pytest.param({"prompt": "a", "chosen": [BOT, USER], "rejected": [BAD]}, "chosen ends with", "move", id="ends"),
         pytest.param({"prompt": "a", "chosen": [BOT], "rejected": {"x": 1}}, "neither role nor from", "", id="object"),
         pytest.param(
-            {"chosen": [USER, BOT], "rejected": [HI, BAD]}, "there is no turn in what both begin", "same", id="unlike"
+            {"chosen": [USER, BOT], "rejected": [HI, BAD]}, "there is no turn in their common", "same", id="unlike"
         ),
         pytest.param(
-            {"prompt": "else", "chosen": [USER, BOT], "rejected": [USER, BAD]}, "turn 'else' is not among", "let",
+            {"prompt": "else", "chosen": [USER, BOT], "rejected": [USER, BAD]}, "turn 'else' is not among", "same",
             id="another prompt",
         ),
         pytest.param({"messages": [USER], "label": True}, "ends with a turn of the role user", "end", id="no answer"),

@@ -155,7 +155,7 @@ def test_each_way_is_what_its_name_says() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 500)
     assert (pack(lengths, 64, "mixed", 7).order == pack_mixed(lengths, 64, 7).order).all()
     assert (pack(lengths, 64, "best_fit", 7).order == pack_lengths(lengths, 64).order).all()
-    with pytest.raises(ValueError, match="wrapped is no way to pack"):
+    with pytest.raises(ValueError, match="wrapped is not a packing method"):
         pack(lengths, 64, "wrapped", 0)
 
 

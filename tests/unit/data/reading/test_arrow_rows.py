@@ -71,7 +71,7 @@ def test_a_packed_file_that_was_cut_off_anywhere(tmp_path: Path, name: str, endi
     for size in [*range(1, 30), *range(30, len(content), 23), len(content) - 1]:
         path.write_bytes(content[:size])
         message = mistake_of(path)
-        assert message.startswith(f"{path} cannot be unpacked as "), size
+        assert message.startswith(f"{path} cannot be decompressed as "), size
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "stream.arrow", "file.arrow"])
@@ -111,7 +111,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str) -> None:
             writer.write_table(table)
     else:
         parquet.write_table(table, path)
-    assert "two columns are called text" in mistake_of(path)
+    assert "two columns are named text" in mistake_of(path)
 
 
 def test_a_row_that_python_cannot_hold_costs_itself_alone(tmp_path: Path) -> None:

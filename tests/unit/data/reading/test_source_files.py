@@ -94,8 +94,10 @@ def test_rows_of_several_files_in_several_forms(tmp_path: Path) -> None:
     [
         pytest.param([], "has no file of rows; it has nothing.", id="empty"),
         pytest.param([".a.jsonl", ".git/b.jsonl"], "it has 2 hidden (.a.jsonl, .git).", id="hidden"),
-        pytest.param(["1.md", "2.txt", "3.py", "4"], "it has 4 of other endings (1.md, 2.txt, 3.py, …).", id="others"),
-        pytest.param([".a", "b.txt"], "it has 1 hidden (.a) and 1 of other endings (b.txt).", id="both"),
+        pytest.param(
+            ["1.md", "2.txt", "3.py", "4"], "it has 4 with other endings (1.md, 2.txt, 3.py, …).", id="others"
+        ),
+        pytest.param([".a", "b.txt"], "it has 1 hidden (.a) and 1 with other endings (b.txt).", id="both"),
     ],
 )
 def test_a_folder_without_rows_says_what_it_has(tmp_path: Path, made: list[str], told: str) -> None:

@@ -50,11 +50,11 @@ def test_columns_by_name_keep_the_header(tmp_path: Path) -> None:
     ("content", "told"),
     [
         pytest.param(
-            b"two and two?,4\nthree?,3\n", "the first line has a column named 4, which looks like a row", id="number"
+            b"two and two?,4\nthree?,3\n", "the first line has a column named 4, which looks like a value", id="number"
         ),
         pytest.param(b"w" * 101 + b",b\n1,2\n", "which looks like a value of a row", id="long"),
-        pytest.param(b"a,b,a\n1,2,3\n", "the header names two columns a.", id="twice"),
-        pytest.param(b"a,,\n1,2,3\n", "the header names two columns nothing.", id="nameless twice"),
+        pytest.param(b"a,b,a\n1,2,3\n", "the header has two columns named a.", id="twice"),
+        pytest.param(b"a,,\n1,2,3\n", "the header has two columns named nothing.", id="nameless twice"),
         pytest.param(b'a,"b"c\n1,2\n', "rows.csv:1: the row is quoted wrongly", id="quotes"),
         pytest.param(b"a,\xff\n1,2\n", "rows.csv:1: the header is not UTF-8", id="bytes"),
         pytest.param(b'a,b\n"1,2\n3,4\n', "rows.csv:2: the row is quoted wrongly: unexpected end", id="open quote"),

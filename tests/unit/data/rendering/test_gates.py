@@ -91,31 +91,31 @@ def test_templates_that_would_train_wrongly(tmp_path: Path, template: str | None
         pytest.param(
             "{{ m.content | replace('kind', 'bad') }}",
             chat_of(*CHAT),
-            "leaves out or rewrites what turn 1 (system) says: 'be kind'",
+            "omits or rewrites the text of turn 1 (system): 'be kind'",
             id="rewrites",
         ),
         pytest.param(
             "{{ m.content | replace('hello', 'HELLO') }}",
             chat_of(*CHAT),
-            "leaves out or rewrites what turn 3 (assistant) says: 'hello'",
+            "omits or rewrites the text of turn 3 (assistant): 'hello'",
             id="rewrites an answer",
         ),
         pytest.param(
             "{{ m.content if m.role != 'system' }}",
             chat_of(*CHAT),
-            "leaves out or rewrites what turn 1 (system) says: 'be kind'",
+            "omits or rewrites the text of turn 1 (system): 'be kind'",
             id="drops the system",
         ),
         pytest.param(
             "{{ m.content }}",
             chat_of(CHAT[1], Message("assistant", "hello", thinking="a greeting")),
-            "leaves out or rewrites the thinking of turn 2: 'a greeting'",
+            "omits or rewrites the thinking of turn 2: 'a greeting'",
             id="drops thinking",
         ),
         pytest.param(
             "{{ m.content }}",
             chat_of(CHAT[1], Message("assistant", "hello", tool_calls=({"function": {"name": "look"}},))),
-            "leaves out or rewrites 'look' of a tool call in turn 2",
+            "omits or rewrites 'look' of a tool call in turn 2",
             id="drops tool calls",
         ),
         pytest.param(
@@ -124,13 +124,13 @@ def test_templates_that_would_train_wrongly(tmp_path: Path, template: str | None
                 CHAT[1],
                 Message("assistant", "", tool_calls=({"function": {"name": "look", "arguments": {"city": 1}}},)),
             ),
-            "leaves out or rewrites 'city' of a tool call in turn 2",
+            "omits or rewrites 'city' of a tool call in turn 2",
             id="drops arguments",
         ),
         pytest.param(
             "{{ m.content }}",
             chat_of(*CHAT[1:3], tools=({"type": "function", "function": {"name": "look"}},)),
-            "leaves out or rewrites the tool definition look",
+            "omits or rewrites the tool definition look",
             id="drops tools",
         ),
     ],
@@ -201,16 +201,16 @@ def merge_colon_and_break(file: Path) -> None:
     ("messages", "train_on", "told"),
     [
         pytest.param(
-            [CHAT[1], Message("assistant", "x", trained=False)], {}, "role assistant, 1 are there", id="all context"
+            [CHAT[1], Message("assistant", "x", trained=False)], {}, "role assistant: 1, of which", id="all context"
         ),
-        pytest.param([CHAT[1]], {}, "role assistant, 0 are there", id="no answer"),
+        pytest.param([CHAT[1]], {}, "role assistant: 0, of which", id="no answer"),
         pytest.param(
             [*CHAT[:4], Message("assistant", "x", trained=False)],
             {"turns": "last"},
             "the last turn",
             id="last is context",
         ),
-        pytest.param(CHAT[1:3], {"roles": ["tool"]}, "role tool, 0 are there", id="another role"),
+        pytest.param(CHAT[1:3], {"roles": ["tool"]}, "role tool: 0, of which", id="another role"),
     ],
 )
 def test_row_with_no_supervised_token(

@@ -45,7 +45,7 @@ def test_minimind_by_hand() -> None:
 def test_row_whose_generation_prompt_is_not_what_is_trained() -> None:
     folder = shared("tokenizers/minimind-6k")
     message = refusal(folder, chat_of(CHAT[1], Message("assistant", "hello", thinking="a greeting")))
-    assert message.startswith("rows.jsonl:7: the chat template writes turn 2 (assistant) otherwise")
+    assert message.startswith("rows.jsonl:7: the chat template writes turn 2 (assistant) differently")
     assert "a greeting" in message
     assert "fix: set data.train_on.thinking to remove" in message
 

@@ -87,8 +87,12 @@ def test_which_rows_are_drawn_says_nothing_of_their_side() -> None:
 @pytest.mark.parametrize(
     ("available", "fields", "said"),
     [
-        pytest.param([7, 9], [{"rows": 8}, {}], ["rows is 8 for a.jsonl, which has 7 rows", "7 or less"], id="too few"),
-        pytest.param([7, 9], [{"rows": 8}, {"rows": 10}], ["has 7 rows", "has 9 rows"], id="both at once"),
+        pytest.param(
+            [7, 9], [{"rows": 8}, {}], ["rows is 8 for a.jsonl, which has 7 usable rows", "7 or less"], id="too few"
+        ),
+        pytest.param(
+            [7, 9], [{"rows": 8}, {"rows": 10}], ["has 7 usable rows", "has 9 usable rows"], id="both at once"
+        ),
         pytest.param([9, 5], [{"weight": 0.001}, {"weight": 1.0}], ["weight 0.001 of a.jsonl"], id="a tiny weight"),
         pytest.param(
             [9, 0], [{"weight": 1.0}, {"weight": 1.0}], ["of b.jsonl, which has 0 rows"], id="an empty source"

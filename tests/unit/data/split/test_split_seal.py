@@ -124,7 +124,7 @@ def test_data_without_test_rows_says_so_and_counts_nothing(tmp_path: Path) -> No
 
 def test_test_rows_that_are_gone_cost_no_look(data: Path) -> None:
     shutil.rmtree(data / "test")
-    with pytest.raises(UserError, match=r"test is gone"):
+    with pytest.raises(UserError, match=r"test does not exist"):
         open_test(data, "tiny", FIRST)
     assert looks_on_disk(data) == []
 
