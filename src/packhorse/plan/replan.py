@@ -15,6 +15,7 @@ from packhorse.plan.run_plan import Decision, RunPlan, Topology, leaves
 from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology, with_mesh
 from packhorse.recipe.load import overridden_fields, override_recipe
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.layout import PLAN_FILE, REPLACED_PLANS, numbered
 
 MAY_CHANGE: Final = ("parallel", "batch.micro", "recovery", "checkpoint", "track")
 """Fields and sections that do not change the trained weights, except for rounding."""

@@ -104,7 +104,7 @@ def _explained(best: Candidate, case: PlanEstimate, found: Sequence[Candidate], 
         decisions[index] = Decision(name="batch.micro", value=value, reason=reason)
         plan = plan.model_copy(update={"recipe": plan.recipe.changed("batch", micro="auto")})
     values = {"parallel.engine": str(best.engine), "parallel.checkpointing": str(best.checkpointing).lower()}
-    decisions += [Decision(name=name, value=value, reason=why) for name, value in values.items() if name in chosen]
+    decisions += [Decision(name=name, value=value, reason=reason) for name, value in values.items() if name in fields]
     return plan.model_copy(update={"decisions": tuple(decisions)})
 
 
