@@ -142,7 +142,7 @@ def open_run(name: str) -> RunPlan:
         raise UserError(
             f"{relative(folder)} is a sweep, not a run.",
             "each run of a sweep has its own folder; only status, cancel and resume take the whole sweep.",
-            f"name one of its runs, such as {relative(folder)}-1.",
+            f"name one of them, such as {relative(folder)}-1.",
         )
     plan = read_plan(folder)
     if Path(plan.run_folder) == folder.absolute():
