@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from packhorse.data.audit import audit
+from packhorse.data.gather.sources import read_rows
 from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import prepare
-from packhorse.data.read.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe, Source
 from shared_folder import shared

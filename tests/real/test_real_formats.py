@@ -13,8 +13,8 @@ import pytest
 from packhorse.data.convert.convert import Target, convert_file
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
+from packhorse.data.gather.sources import read_rows
 from packhorse.data.read.row import RowMistakes
-from packhorse.data.read.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 

@@ -37,17 +37,15 @@ MAY_IMPORT = {
     "report": BASE | {"recipe", "data"},
     "doctor": BASE | {"recipe", "model_spec", "plan", "run_folder", "estimate", "data", "launching"},
     # workflows is below cli: it shows nothing
-    "workflows": {path.name for path in SOURCE.iterdir() if path.is_dir()} - {"cli"} | BASE,
+    "workflows": {path.name for path in SOURCE.iterdir() if path.is_dir()} - {"cli"} | BASE | {"library_hooks"},
     "cli": {"*"},
 }
-LAYOUT = "packhorse.run_folder.layout"
-"""Names of a run's files: imports nothing of ours, so every package may import it."""
 LAYOUT = "packhorse.run_folder.layout"
 """Names of a run's files: imports nothing of ours, so every package may import it."""
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc", "core"}
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 400, 60, 90
 SMALL_FILE, MOST_SMALL_FILES, LARGEST_SHARE_OF_IMPORTS = 50, 25, 0.11
-WITH_TORCH = ("model.", "train.", "evaluate.", "estimate.measure.", "doctor.bandwidth", "track.trackers")
+WITH_TORCH = ("model.", "train.", "evaluate.", "estimate.measure.", "doctor.bandwidth", "track.trackers", "data.packs.loader")
 
 
 def module_name(path: Path) -> str:
@@ -134,10 +132,11 @@ def test_there_is_no_import_cycle_between_modules() -> None:
 
 def test_there_is_no_import_cycle_between_the_packages_inside_a_package() -> None:
     packages = {name for name in TREES if any(other.startswith(f"{name}.") for other in TREES)}
+    graph = {name: targets - {LAYOUT} for name, targets in GRAPH.items()}
     cycles = {}
     for package in packages:
         children: dict[str, set[str]] = {}
-        for name, targets in GRAPH.items():
+        for name, targets in graph.items():
             if name.startswith(f"{package}."):
                 child = name[len(package) + 1 :].split(".")[0]
                 others = {t[len(package) + 1 :].split(".")[0] for t in targets if t.startswith(f"{package}.")}
@@ -147,11 +146,11 @@ def test_there_is_no_import_cycle_between_the_packages_inside_a_package() -> Non
     assert cycles == {}
 
 
-def test_imports_are_at_the_top_except_in_commands_and_the_public_api() -> None:
+def test_imports_are_at_the_top_except_in_commands_workflows_and_the_public_api() -> None:
     offenders = [
         f"{name} imports {target}"
         for name, tree in TREES.items()
-        if name != "packhorse" and not name.startswith("packhorse.cli.")
+        if name != "packhorse" and not name.startswith(("packhorse.cli.", "packhorse.workflows."))
         for target, inside in imports(tree)
         if inside
     ]

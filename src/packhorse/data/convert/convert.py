@@ -18,8 +18,8 @@ from packhorse.data.formats.openai import LARGEST_FILE_BYTES, LEAST_EXAMPLES, to
 from packhorse.data.formats.rows import RowFormat, renamed_rows, resolve_format, row_converter
 from packhorse.data.formats.tools import TOOL_KEYS
 from packhorse.data.formats.writing import KEYS_READ, to_alpaca, to_messages
+from packhorse.data.gather.sources import read_rows
 from packhorse.data.read.row import Row, RowMistakes
-from packhorse.data.read.sources import read_rows
 from packhorse.data.resolve import source_name
 from packhorse.durable import sync_to_disk
 from packhorse.errors import UserError

@@ -18,9 +18,9 @@ from packhorse.data.checks.texts import prompt_text
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
 from packhorse.data.gather.source_pass import UNTRAINABLE, BatchCallback, GatheredSource, SourcePass, SourceUse, Strata
+from packhorse.data.gather.sources import read_rows
 from packhorse.data.gather.spool import Spool, SpoolWriter
 from packhorse.data.read.row import RowMistakes
-from packhorse.data.read.sources import read_rows
 from packhorse.data.render.render import Renderer, make_renderer
 from packhorse.data.render.serving import saved_form
 from packhorse.data.render.tokenizer import tokenizer_of

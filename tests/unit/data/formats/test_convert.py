@@ -19,8 +19,8 @@ from packhorse.data.convert.convert import CONTEXT_MARK, Target, convert_file
 from packhorse.data.convert.prices import default_epochs, estimated_tokens, read_prices
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.rows import convert_rows
+from packhorse.data.gather.sources import read_rows
 from packhorse.data.read.row import RowMistakes
-from packhorse.data.read.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 

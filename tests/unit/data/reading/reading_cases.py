@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from packhorse.data.gather.sources import read_rows
 from packhorse.data.read.row import Row, RowMistakes
-from packhorse.data.read.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 

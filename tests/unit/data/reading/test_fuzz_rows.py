@@ -20,8 +20,8 @@ from pyarrow import ipc, parquet
 
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.rows import convert_rows, resolve_format
+from packhorse.data.gather.sources import read_rows
 from packhorse.data.read.row import RowMistakes
-from packhorse.data.read.sources import read_rows
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.schema import Source
 

@@ -8,7 +8,7 @@ import pytest
 from data_cases import write_lines
 from reading_cases import mistake_of, read, read_all
 
-from packhorse.data.read.sources import read_rows
+from packhorse.data.gather.sources import read_rows
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 
