@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from packhorse.library_hooks import check_library_hooks
 from packhorse.secrets import mask_output
 from packhorse.train.ranks.signals import StopRequest
 
@@ -25,7 +26,11 @@ def main() -> int:
     signals = StopRequest()
     signals.install()
     os.environ.update(json.loads(plan_file.read_text(encoding="utf-8"))["env"])
-    from packhorse.train.worker import run_worker
+    try:
+        from packhorse.train.worker import run_worker
+    except ImportError:
+        check_library_hooks()  # raises a clear error where a library lacks a name
+        raise
 
     return run_worker(plan_file, signals)
 

@@ -19,6 +19,7 @@ from importlib import import_module
 from packhorse.cli.commands import COMMAND_TABLE
 from packhorse.cli.flags import Action, fire_function
 from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_USER_ERROR, UserError
+from packhorse.library_hooks import check_library_hooks
 from packhorse.secrets import mask_output
 
 HELP = {"-h", "--help"}
@@ -51,11 +52,18 @@ def main(words: Sequence[str]) -> int:
         sys.stderr.write("\nstopped\n")
         return 130
     except Exception as error:
-        return _bug_or_long_path(error)
+        return _explain(error)
     return code
 
 
-def _bug_or_long_path(error: Exception) -> int:
+def _explain(error: Exception) -> int:
+    """Print why a command failed with an error that is not a UserError; return the exit code."""
+    if isinstance(error, ImportError):
+        try:
+            check_library_hooks()
+        except UserError as missing:
+            sys.stderr.write(f"{missing}\n")
+            return missing.exit_code
     # Any word of the command line, or field of the recipe, may be a path, and every system call may find it too long.
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         sys.stderr.write(f"{_path_too_long(str(error.filename))}\n")

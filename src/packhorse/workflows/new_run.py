@@ -17,6 +17,7 @@ from packhorse.estimate.search.candidates import SearchRequest
 from packhorse.launching.local.recovery import run_to_end
 from packhorse.launching.local.stop_signals import StoppedBeforeStart, stop_signals
 from packhorse.launching.preflight import check_base_model, check_disk, check_nvme, check_writable
+from packhorse.library_hooks import check_library_hooks
 from packhorse.plan.replan import replace_plan
 from packhorse.plan.run_plan import Decision, RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware, check_machine, detect_hardware
@@ -230,7 +231,11 @@ def launch_here(
         before: Plan in the run folder, if the run is resumed.
         restarts: Attempts that may follow a failed one; None takes the recipe's.
         reporter: Where progress is reported.
+
+    Raises:
+        UserError: An installed library lacks a name that Packhorse uses, or the plan cannot be made.
     """
+    check_library_hooks()
     with stop_signals() as stop:
         try:
             plan = make_plan()
