@@ -169,7 +169,7 @@ def free_gpu_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | No
 def driver_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
     """Check that the driver runs the CUDA version that torch was built for.
 
-    A driver runs every CUDA of its own major version or an older one (CUDA compatibility guide, minor versions).
+    A driver runs every CUDA of its major version or an older one (CUDA compatibility guide, minor versions).
     """
     if not request.gpus_per_node or all(node.gpu.torch_rocm for node in nodes):
         return None

@@ -1,4 +1,4 @@
-"""Run the checks on every node: on this machine, in the surrounding job, or in a short job of its own."""
+"""Run the checks on every node: on this machine, in the surrounding job, or in a separate short job."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def copies_bytes(plan: RunPlan, weights: Sequence[WeightTensor]) -> int:
     cast = (
         sum(prod(tensor.shape) for tensor in saved) * width if plan.recipe.method.trains_base and width != FP32 else 0
     )
-    # FSDP2's shards are gathered as they are written; without asynchronous copies, everything is.
+    # FSDP2's shards are gathered while they are written; without asynchronous copies, everything is.
     gathers = not plan.recipe.checkpoint.asynchronous or plan.topology.engine in ("fsdp2", "hsdp")
     owned = _owned(plan, weights)
     files = sum(_in_file(owned[rank]) for rank in range(plan.topology.processes_per_node)) if gathers else 0

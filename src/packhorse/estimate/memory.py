@@ -250,7 +250,7 @@ def _gathered(plan: RunPlan, weights: Sequence[WeightTensor], without_last: bool
 
 
 def _reduced_units(plan: RunPlan, weights: Sequence[WeightTensor], units: Collection[str]) -> list[Component]:
-    """Return FSDP2's gradients of one whole unit, as they are computed and as they are sent."""
+    """Return FSDP2's gradients of one whole unit, while they are computed and while they are sent."""
     if plan.topology.engine not in ("fsdp2", "hsdp"):
         return []
     sizes: dict[str, int] = {}
@@ -292,7 +292,7 @@ def _loading(plan: RunPlan, weights: Sequence[WeightTensor]) -> tuple[Component,
     method = plan.recipe.method
     needs_all = getattr(method, "initialization", "default") in STARTS_FROM_WEIGHTS or getattr(method, "dora", False)
     if not training_state.shards_weights(plan):
-        parts = [Component("weights", loaded, f"whole, as they are loaded ({plan.chosen('model.dtype')})")]
+        parts = [Component("weights", loaded, f"whole, in the loaded type ({plan.chosen('model.dtype')})")]
         if training_state.is_deepspeed(plan):
             flat = sum(weight.size * weight.width for weight in weights if weight.trained)
             own = total_bytes(training_state.weight_components(plan, weights))

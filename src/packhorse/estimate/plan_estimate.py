@@ -145,7 +145,7 @@ class PlanEstimate:
 
     @property
     def host_fits(self) -> bool:
-        """Whether a node's memory is large enough, as far as it is known."""
+        """Whether a node's memory is large enough, as far as Packhorse knows it."""
         return self.basis.host_bytes is None or self.storage.host_bytes <= self.basis.host_bytes
 
     @property

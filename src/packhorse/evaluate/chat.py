@@ -103,7 +103,7 @@ def _answer(pieces: Iterable[str], write: Callable[[str], None]) -> None:
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield text as soon as it is complete: one character may need several tokens."""
+    """Yield each piece of text once it is complete: one character may need several tokens."""
     so_far: list[int] = []
     shown = ""
     text = ""

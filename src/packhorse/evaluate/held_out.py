@@ -102,7 +102,7 @@ def read_held_out(data_folder: Path, name: str, settings: EvaluationSection, for
         ValueError: The name is another one; only `data.seal` opens the test rows.
     """
     if name not in SETS:
-        raise ValueError(f"{name} is none of {', '.join(SETS)}")
+        raise ValueError(f"{name} is not one of {', '.join(SETS)}")
     if not (data_folder / name).is_dir():
         return None
     documents = open_store(data_folder, name)

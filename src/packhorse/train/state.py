@@ -64,7 +64,7 @@ class TrainState:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for one step of one rank.
 
-    Random numbers (dropout) are thereby a function of the step, like the packs: a resumed run draws what an
+    Random numbers (dropout) are therefore a function of the step, like the packs: a resumed run draws what an
     uninterrupted one would have drawn, and no generator state needs to be stored.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()

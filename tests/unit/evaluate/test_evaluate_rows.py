@@ -144,5 +144,5 @@ def test_the_pieces_of_a_text_are_one_row(tiny, tokenizer, write_data, request_o
 @pytest.mark.parametrize("name", ["test", "train", "tset"])
 def test_no_other_rows_are_read_by_name(name, write_data, form):
     data = write_data(validation=ROWS[:1], test=ROWS[1:2])
-    with pytest.raises(ValueError, match=f"{name} is none of validation, retain"):
+    with pytest.raises(ValueError, match=f"{name} is not one of validation, retain"):
         read_held_out(data, name, EvaluationSection(), form)

@@ -54,7 +54,7 @@ _CARD: Final = re.compile(
     r"|3[068][0-9]{2}([ -]?)[0-9]{6}\3[0-9]{4})(?![\w-]|[.,][0-9])",
     re.ASCII,
 )
-# No block is all zeros, and no number begins with 000, 666 or 9 (US Social Security Administration).
+# No block is all zeros, and numbers never begin with 000, 666 or 9 (US Social Security Administration).
 _SOCIAL_SECURITY: Final = re.compile(
     r"(?<![\w.-])(?!000|666|9)[0-9]{3}-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-])", re.ASCII
 )

@@ -157,7 +157,7 @@ def _absent(absent: Sequence[tuple[str, str]], existing: str, where: str) -> Use
     return UserError(
         f"columns has {{{pairs}}}, and the row has no {' and no '.join(theirs for _, theirs in absent)}; {existing}.",
         "the key would be missing from every row.",
-        "write the row's key after the colon, as it is in the rows.",
+        "write the row's key after the colon, exactly as in the rows.",
         where,
     )
 

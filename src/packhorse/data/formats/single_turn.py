@@ -73,7 +73,7 @@ def answer_turns(value: object, key: str) -> list[Message]:
     """Return an answer given as a text, a turn or a list of turns.
 
     Raises:
-        BadRowError: The value is none of these, or does not begin and end with the assistant.
+        BadRowError: The value is not one of these, or does not begin and end with the assistant.
     """
     turns = turns_of(value, key)
     check_speaker(turns, key)

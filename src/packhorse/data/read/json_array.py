@@ -26,7 +26,7 @@ def read_json(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
     """Yield the objects of an array, or of the only list of objects in an object, or of each line.
 
     Raises:
-        UserError: The text is neither, or is broken in a place after which rows can no longer be told apart.
+        UserError: The text is neither, or is broken in a place after which rows can no longer be separated.
     """
     text = _JsonText(path)
     if text.has_one_row_per_line():

@@ -1,4 +1,4 @@
-"""Rows as they are read, and the mistakes of those that cannot be read."""
+"""Rows that were read, and the mistakes of rows that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prove that serving sees what training saw: render rows with `apply_chat_template` of the tokenizer as it is saved."""
+"""Prove that serving sees what training saw: render rows with `apply_chat_template` of the saved tokenizer."""
 
 from __future__ import annotations
 

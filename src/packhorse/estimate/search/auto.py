@@ -142,7 +142,7 @@ class LeastHardware:
         gpu: Kind of GPU.
         count: Number of GPUs; None where not even `MOST_GPUS` are enough.
         way: The fastest candidate on that number.
-        refused: What the packs or the model prevent, where no number of GPUs is enough.
+        refused: What the packs or the model prevent, where not even the most GPUs are enough.
     """
 
     gpu: GpuProfile

@@ -184,7 +184,7 @@ def _make_states(zero: Any, partitions: list[Partition]) -> None:  # noqa: ANN40
 
 
 def _link(engine: Engine, partitions: list[Partition]) -> None:
-    """Tell stages 1 and 2 where each parameter's states are.
+    """Give stages 1 and 2 the position where each parameter's states are.
 
     DeepSpeed does this after the first group's first step, when the other groups have no states yet.
     """
