@@ -45,8 +45,11 @@ def test_every_name_is_there_and_documented() -> None:
 
 def test_overrides_are_values_of_the_recipe(tmp_path: Path) -> None:
     recipe = write_tiny(tmp_path)
-    loaded = packhorse.load_recipe(recipe, name="12", steps=3, **{"optimizer.learning_rate": 1e-5, "schedule": None})
+    loaded = packhorse.load_recipe(
+        recipe, name="12", steps=3, **{"optimizer.learning_rate": 1e-5, "optimizer.betas": [0.8, 0.9]}
+    )
     assert (loaded.name, loaded.steps, loaded.optimizer.learning_rate) == ("12", 3, 1e-5)
+    assert list(loaded.optimizer.betas) == [0.8, 0.9]
     with pytest.raises(packhorse.UserError, match="lerning_rate"):
         packhorse.load_recipe(recipe, **{"optimizer.lerning_rate": 1})
 

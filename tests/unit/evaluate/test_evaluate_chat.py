@@ -70,7 +70,7 @@ def test_ctrl_c_cuts_an_answer_and_the_chat_goes_on(tiny, tokenizer, monkeypatch
 def test_a_chat_beyond_the_context_says_so_and_keeps_its_history(tiny, tokenizer):
     session = ChatSession(tiny, tokenizer, max_new_tokens=2)
     text = drive(session, ["say fig", "word " * 200])
-    assert "the model's context 128" in text
+    assert "and the model's context has 128" in text
     assert "/reset" in text
     assert len(session.history) == 2
 

@@ -230,7 +230,7 @@ def test_a_local_configuration_wins_over_the_shipped_table(tmp_path: Any, monkey
     ("words", "expected"),
     [
         ([], "8,030,261,248"),
-        (["model.id=nobody/nothing"], "`hf download nobody/nothing config.json` fetches it"),
+        (["model.id=nobody/nothing"], "run `hf download nobody/nothing config.json`"),
         (
             ["model.new_tokens=[<a>]"],
             "only the loaded model shows whether its embedding has free rows for model.new_tokens",
