@@ -159,8 +159,8 @@ def test_no_checkpoint_of_any_engine_holds_a_pickle(full: tuple[Path, Path], lor
     ("words", "said"),
     [
         (("parallel.processes=3",), ["batch.packs is 8, which 3 processes cannot share equally", "6 or 9"]),
-        (("optimizer.learning_rate=0.1",), ["--resume came with optimizer.learning_rate=0.1", "another name"]),
-        (("batch.packs=4",), ["--resume came with batch.packs=4"]),
+        (("optimizer.learning_rate=0.1",), ["the resumed run was given optimizer.learning_rate=0.1", "another name"]),
+        (("batch.packs=4",), ["the resumed run was given batch.packs=4"]),
         (("parallel.engine=single",), ["parallel.engine is single, and the run has 2 processes"]),
         (("parallel.engine=zero3_nvme", "parallel.nvme=/tmp"), ["zero3_nvme"]),
     ],

@@ -124,7 +124,7 @@ def _refuse_other_maths(overrides: Sequence[str], plan: RunPlan) -> None:
     for text, key in zip(overrides, overridden_fields(overrides), strict=True):
         if not any(key == field or key.startswith(f"{field}.") for field in MAY_CHANGE):
             raise UserError(
-                f"--resume came with {text}.",
+                f"the resumed run was given {text}.",
                 f"a run resumes with the maths that it started with; only {', '.join(MAY_CHANGE)} may change.",
                 f"remove {text}, or train the recipe under another name than {plan.recipe.name}.",
             )

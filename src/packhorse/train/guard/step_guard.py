@@ -270,11 +270,11 @@ def _not_finite_error(step: StepResult, cause: Cause, checkpoints: Path, partial
     """Return the error that ends the run; `partial_update` is empty where no update was made."""
     newest = newest_complete(checkpoints)
     saved = f"the newest checkpoint is of step {step_of(newest)}" if newest else "there is no checkpoint yet"
-    skip = "" if cause.in_weights or partial_update else "; with --resume recovery.on_nonfinite=skip it is skipped"
+    skip = "" if cause.in_weights or partial_update else "; `packhorse resume RUN recovery.on_nonfinite=skip` skips it"
     return UserError(
         f"at step {step.number} the loss is {step.loss} and the gradient norm {step.grad_norm}: {cause}.",
         f"{f'{partial_update}; this is not saved' if partial_update else 'no update was made with it'}; {saved}.",
         "train again under another name with a lower optimizer.learning_rate or a longer schedule.warmup_ratio. "
-        f"Resumed, the run meets the same step again{skip}.",
+        f"Resumed, the run comes to the same step again{skip}.",
         exit_code=EXIT_NOT_FINITE,
     )
