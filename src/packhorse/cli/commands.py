@@ -91,7 +91,7 @@ _TABLE = (
         "Train a recipe on this machine.",
         (
             ("packhorse train RECIPE [--gpus 2] [--restarts 3] [--force] [key=value …]", ""),
-            ("packhorse resume RUN", "resume on this machine, also a run of a cluster"),
+            ("packhorse train RUN --resume", "resume on this machine, also a run of a cluster"),
         ),
         words=(RECIPE,),
         flags=(
