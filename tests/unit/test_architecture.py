@@ -45,7 +45,15 @@ LAYOUT = "packhorse.run_folder.layout"
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc", "core"}
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOOP = 400, 60, 90
 SMALL_FILE, MOST_SMALL_FILES, LARGEST_SHARE_OF_IMPORTS = 50, 25, 0.11
-WITH_TORCH = ("model.", "train.", "evaluate.", "estimate.measure.", "doctor.bandwidth", "track.trackers", "data.packs.loader")
+WITH_TORCH = (
+    "model.",
+    "train.",
+    "evaluate.",
+    "estimate.measure.",
+    "doctor.bandwidth",
+    "track.trackers",
+    "data.packs.loader",
+)
 
 
 def module_name(path: Path) -> str:

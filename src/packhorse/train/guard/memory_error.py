@@ -53,7 +53,9 @@ def memory_error(plan: RunPlan, last: Heartbeat, error: BaseException) -> UserEr
         micro = smaller.batch.micro_packs
         fix = f"recovery.on_oom is shrink: `packhorse train` resumes with batch.micro {micro}; the result is the same."
         return AnotherAttempt("shrink", fact, why, fix, EXIT_MEMORY)
-    return UserError(fact, why, f"{suggest_less_memory(plan)}; then `packhorse resume {plan.recipe.name}`.", exit_code=EXIT_MEMORY)
+    return UserError(
+        fact, why, f"{suggest_less_memory(plan)}; then `packhorse resume {plan.recipe.name}`.", exit_code=EXIT_MEMORY
+    )
 
 
 def _planned(plan: RunPlan) -> str:
