@@ -17,11 +17,11 @@ from unittest import mock
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from cli import INJECTED, PACKHORSE, ROOM
-from packhorse.cli.train import write_run
 from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.plan.replan import replace_plan, replan
 from packhorse.plan.run_plan import RunPlan, read_plan
 from packhorse.plan.topology import DeviceRequest, detect_hardware
+from packhorse.workflows.new_run import write_run
 
 IMPORTED = ["deepspeed", "packhorse.train.worker"]
 # The first that needs DeepSpeed on a new machine waits for g++.

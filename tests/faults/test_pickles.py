@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 from packhorse.data.packs.store import open_store
 from packhorse.data.render.tokenizer import load_tokenizer
 from packhorse.errors import UserError

@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from packhorse.cli.show.parameters import parameter_lines
 from packhorse.data.resolve import vocabulary_size
 from packhorse.model_spec.configuration import find_configuration, published
 from packhorse.model_spec.parameters import FAMILIES, list_parameters, read_shape
@@ -29,7 +30,6 @@ from packhorse.recipe.methods import (
     PromptTuningMethod,
     QloraMethod,
 )
-from packhorse.workflows.model_shape import parameter_lines
 
 # Totals of the models' cards on the hub (safetensors: parameters) and of the papers; tied heads are counted once.
 PUBLISHED = {

@@ -196,7 +196,7 @@ def _bad_row_mistakes(source: GatheredSource, data: DataSection, num_good: int) 
     too_many = Mistake(
         f"{source.name} has {num_bad} bad rows of {num_bad + num_good}, {share:.1%}; data.most_bad_rows is "
         f"{data.most_bad_rows:.1%}.",
-        "a large share of bad rows is seldom an accident: the source may have another format than declared or detected.",
+        "this is seldom an accident: the source may have another format than declared or detected.",
         f"fix them, or set data.most_bad_rows to {math.ceil(share * 1000) / 1000:g}.",
     )
     return [*source.mistakes.to_show(), too_many]

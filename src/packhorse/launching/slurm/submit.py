@@ -1,4 +1,4 @@
-"""Submit the jobs of a run: Slurm checks all of them before any is sent, and each is recorded at once after it is sent."""
+"""Submit the jobs of a run: Slurm checks all of them before any is sent, and each is recorded at once."""
 
 from __future__ import annotations
 

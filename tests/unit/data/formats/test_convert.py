@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from packhorse.cli import main
+from packhorse.cli.main import main
 from packhorse.data.convert.convert import CONTEXT_MARK, Target, convert_file
 from packhorse.data.convert.prices import default_epochs, estimated_tokens, read_prices
 from packhorse.data.formats.example import Example, Message
