@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
+from packhorse.recipe.aliases import fix_for_key, fix_for_value
 from packhorse.recipe.methods import LoraMethod, Method
 from packhorse.yaml_source.schema import Fraction, Name, PositiveFloat, SchemaView, Section
 
@@ -349,4 +350,6 @@ class Recipe(Section):
 @cache
 def recipe_view() -> SchemaView:
     """Return the schema of a recipe for messages and the reference page."""
-    return SchemaView(Recipe, "the recipe", extra_keys=["extends"])
+    return SchemaView(
+        Recipe, "the recipe", extra_keys=["extends"], fix_for_key=fix_for_key, fix_for_value=fix_for_value
+    )

@@ -131,8 +131,13 @@ class _Explain:
         fields = [*fields_of(self.view.at(section, self.root) or {}), *([] if section else self.view.extra_keys)]
         close = difflib.get_close_matches(name, fields, n=1)
         touches: tuple[KeyPath, ...] = ()
+        known = self.view.fix_for_key(path, node_at(self.root, path)[0])
         elsewhere = [other for other in self.view.paths_named(name) if other != dotted(path)]
-        if close:
+        if known:
+            fix = known
+            if fix.startswith("write `"):
+                touches = (tuple(re.split(r"[:\[]", fix.removeprefix("write `"))[0].rstrip("`").split(".")),)
+        elif close:
             fix, touches = f"write `{dotted((*section, close[0]))}`", ((*section, close[0]),)
         elif elsewhere:
             fix, touches = f"write `{elsewhere[0]}`", (tuple(elsewhere[0].split(".")),)
@@ -163,7 +168,7 @@ class _Explain:
             (path,),
             f"{dotted(path)} is {show(node)}{note}; it takes {takes}.",
             self._purpose(path),
-            _fix_value(dotted(path), node, takes, choices_of(schema)),
+            self.view.fix_for_value(path, node) or _fix_value(dotted(path), node, takes, choices_of(schema)),
         )
 
     def _purpose(self, path: KeyPath) -> str:
@@ -177,7 +182,7 @@ class _Explain:
 def _fix_value(key: str, node: Node, takes: str, choices: list[str]) -> str:
     value = node.value
     if isinstance(value, str):
-        if close := difflib.get_close_matches(value, choices, n=1):
+        if close := difflib.get_close_matches(value.lower(), choices, n=1):
             return f"write `{key}: {close[0]}`"
         if takes == NAME_WORDS:
             return f"write `{key}: {re.sub('[^A-Za-z0-9._-]+', '-', value).strip('._-')[:100] or 'my-run'}`"

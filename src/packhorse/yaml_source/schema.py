@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from packhorse.yaml_source.nodes import KeyPath, Node, child_of
 
 JsonSchema = dict[str, Any]
+KnownFix = Callable[[KeyPath, Node], str | None]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -31,15 +32,25 @@ class SchemaView:
         title: What messages call the whole file, such as `the recipe`.
         extra_keys: Keys at the top of the file that are not fields of the model.
         key_words: What the keys of a section with free keys must be.
+        fix_for_key: Returns the fix for an unknown key that it knows from elsewhere, else None.
+        fix_for_value: Returns the fix for a wrong value that it knows from elsewhere, else None.
     """
 
     def __init__(
-        self, model: type[BaseModel], title: str, *, extra_keys: Sequence[str] = (), key_words: str = "text"
+        self,
+        model: type[BaseModel],
+        title: str,
+        *,
+        extra_keys: Sequence[str] = (),
+        key_words: str = "text",
+        fix_for_key: KnownFix = lambda path, node: None,
+        fix_for_value: KnownFix = lambda path, node: None,
     ) -> None:
         self.root: JsonSchema = model.model_json_schema()
         self.title = title
         self.extra_keys = tuple(extra_keys)
         self.key_words = key_words
+        self.fix_for_key, self.fix_for_value = fix_for_key, fix_for_value
 
     def resolve(self, schema: JsonSchema) -> JsonSchema:
         """Follow a reference; what is given next to the reference (default, description) has priority."""

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from packhorse.launching.local.environment import extensions_folder, remove_abandoned_locks
+from packhorse.launching.local.environment import (
+    extensions_folder,
+    remove_abandoned_locks,
+    without_other_launchers,
+)
 
 
 def test_two_environments_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +41,10 @@ def test_only_locks_that_nobody_holds_are_removed(tmp_path: Path, monkeypatch: p
     assert remove_abandoned_locks(tmp_path) == [left / "lock"]
     assert (held / "lock").is_file()
     assert FileBaton(str(left / "lock")).try_acquire()
+
+
+def test_variables_of_other_launchers_are_not_inherited() -> None:
+    left = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
+    left |= {"OMPI_COMM_WORLD_SIZE": "2", "PMI_RANK": "1", "TORCHELASTIC_RUN_ID": "x", "ACCELERATE_USE_CPU": "true"}
+    kept = {"PATH": "/bin", "HF_HUB_OFFLINE": "1", "SLURM_JOB_ID": "7", "WANDB_MODE": "offline", "NCCL_DEBUG": "INFO"}
+    assert without_other_launchers(left | kept) == kept

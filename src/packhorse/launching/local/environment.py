@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,11 @@ from packhorse.plan.run_plan import RANK_LOGS_VARIABLE, Topology
 
 FOLDER_VARIABLE: Final = "TORCH_EXTENSIONS_DIR"
 LIBRARIES: Final = ("torch", "deepspeed")
+OTHER_LAUNCHERS: Final = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+    r"|(OMPI|PMI|PMIX|MPI|MV2|TORCHELASTIC|PET|ACCELERATE|FSDP)_\w+"
+)
+"""Variables by which launchers place a rank; those that another launcher left in the shell would misplace ours."""
 
 
 def launch_environment(topology: Topology) -> dict[str, str]:
@@ -29,6 +35,11 @@ def launch_environment(topology: Topology) -> dict[str, str]:
         "PET_SIGNALS_TO_HANDLE": "SIGINT",
         RANK_LOGS_VARIABLE: "1",
     }
+
+
+def without_other_launchers(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the variables that another launcher, such as mpirun or torchrun, left in it."""
+    return {name: value for name, value in environment.items() if not OTHER_LAUNCHERS.fullmatch(name)}
 
 
 def path_with_programs(environment: Mapping[str, str]) -> str:

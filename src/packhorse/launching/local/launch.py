@@ -17,6 +17,7 @@ from packhorse.launching.local.environment import (
     launch_environment,
     path_with_programs,
     remove_abandoned_locks,
+    without_other_launchers,
 )
 from packhorse.launching.local.failure_logs import find_failure
 from packhorse.launching.local.hang_report import request_hang_report
@@ -99,7 +100,7 @@ def _collect_reports(child: subprocess.Popen[bytes], logs: Path, watcher: RankWa
 
 def _environment(plan: RunPlan, attempt: int) -> dict[str, str]:
     return {
-        **os.environ,
+        **without_other_launchers(os.environ),
         **launch_environment(plan.topology),
         "PATH": path_with_programs(os.environ),
         FOLDER_VARIABLE: str(extensions_folder()),
