@@ -117,7 +117,7 @@ def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
     from packhorse.train.ranks.signals import StopRequest
     from packhorse.train.worker import run_worker
 
-    standstill.LAST_WORDS_SECONDS *= ROOM
+    standstill.REPORT_SECONDS *= ROOM
     if fault:
         _injected().Fault(fault, None).install(loop)
     signals = StopRequest()

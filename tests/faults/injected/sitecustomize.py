@@ -79,13 +79,13 @@ class Fault:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         checkpoint = sys.modules["packhorse.train.checkpoint.checkpoints"]
-        publish = checkpoint.publish
+        publish = checkpoint.publish_checkpoint
 
         def at_publish(temporary: Path, facts: Any) -> None:
             self._hold("publish", facts.step)
             publish(temporary, facts)
 
-        checkpoint.publish = at_publish
+        checkpoint.publish_checkpoint = at_publish
         loop.seed_step, loop.micro_batch_loss, loop.HeartbeatWriter.phase = at_step, loss, at_phase
 
     def _hold(self, phase: str, step: int) -> None:

@@ -132,7 +132,7 @@ def waiting_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(SlurmClient, "submit", submit)
     monkeypatch.setattr(
-        "packhorse.cli.show.submission.check_jobs", lambda site, jobs: [StartEstimate(1.0, "n1", "p")] * 2
+        "packhorse.workflows.submit_run.check_jobs", lambda site, jobs: [StartEstimate(1.0, "n1", "p")] * 2
     )
     assert main(["submit", "tiny.yaml", "--nodes", "2"]) == 0
     return run

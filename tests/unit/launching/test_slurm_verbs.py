@@ -51,7 +51,7 @@ def run(tmp_path: Path) -> Path:
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The jobs that Slurm was asked to end."""
     found: list[str] = []
-    monkeypatch.setattr(cancel_run, "cancel_jobs", found.extend)
+    monkeypatch.setattr(SlurmClient, "cancel", lambda _, job_ids: found.extend(job_ids))
     return found
 
 

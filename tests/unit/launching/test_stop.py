@@ -24,13 +24,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ask_while_preparing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Send the signal when the packs are written, before the folder gets its name."""
-    write_manifest = prepare.write_manifest
+    write_manifest = prepare.write_data_manifest
 
     def ask_first(*arguments):
         os.kill(os.getpid(), number)
         write_manifest(*arguments)
 
-    monkeypatch.setattr(prepare, "write_manifest", ask_first)
+    monkeypatch.setattr(prepare, "write_data_manifest", ask_first)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
