@@ -237,7 +237,7 @@ def test_status_shows_the_chain_the_reason_and_the_first_failing_ranks_last_line
     assert "state failed: rank 1 failed: ValueError: bad row 7" in text
     assert "job 12 train: did not end well: rank 1 failed: ValueError: bad row 7" in text
     assert "job 13 evaluate: does not run: job 12 (train) did not succeed" in text
-    assert f"next mend what failed; `packhorse resume {run}` goes on from there" in text
+    assert f"next fix what failed; `packhorse resume {run}` resumes from there" in text
     assert f"failed first rank 1; its last lines (all of it in {logs}/rank-1.json):" in text
     assert "attempts 1: steps 0 to 0 in 0 s, failed: ValueError: bad row 7" in text
     assert "File x \n ValueError: bad row 7 \n" in text

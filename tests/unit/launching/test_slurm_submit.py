@@ -92,7 +92,7 @@ def test_data_that_is_prepared_needs_no_job(folder: Path, capsys) -> None:
         (["runs_folder=x%j"], {}, "set runs_folder to"),
         (["runs_folder=a\nb"], {}, "runs_folder"),
         ([], {"shared": ["/nowhere"]}, "is in none of the folders that the nodes of here see: /nowhere"),
-        ([], {"partition": "a b"}, "site.yaml:4: partition is 'a b'"),
+        ([], {"partition": "a b"}, "site.yaml:4: partition is a b (text)"),
         (["--site", "other.yaml"], {}, "there is no file other.yaml"),
         (["--site", "$(touch canary)"], {}, "there is no file"),
     ],

@@ -71,7 +71,7 @@ def test_a_mapped_key_is_no_field_any_more() -> None:
         pytest.param(
             {"columns": {"question": "q", "answer": "a"}},
             "columns has {question: q}, and the row has no q; the row's keys are ask, a",
-            "as it is in the rows", id="absent",
+            "exactly as in the rows", id="absent",
         ),
         pytest.param({"columns": {"question": "ask.0"}}, "the row has no ask.0", "", id="no such path"),
         pytest.param({"columns": {"qestion": "ask"}}, "no format has a key qestion", "write question", id="mistyped"),
