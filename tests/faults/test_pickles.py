@@ -238,9 +238,9 @@ def test_code_that_comes_with_a_model_runs_only_where_the_recipe_says_so(
 def test_plan_says_where_a_model_runs_code_of_its_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny(here, model={"id": "org/model"})
     assert main(["plan", "tiny.yaml", "model.trust_remote_code=true"]) == 0
-    assert "Python code of its own" in " ".join(capsys.readouterr().out.split())
+    assert "running the model's Python code" in " ".join(capsys.readouterr().out.split())
     assert main(["plan", "tiny.yaml"]) == 0
-    assert "Python code of its own" not in " ".join(capsys.readouterr().out.split())
+    assert "running the model's Python code" not in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "x.pkl"])
@@ -268,7 +268,7 @@ def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(key: str, place: str
     file = folder / "tokenizer_config.json"
     fields = json.loads(file.read_text())
     file.write_text(json.dumps(fields | {key: value}))
-    with pytest.raises(UserError, match=f"{key} is {value}, a file outside that folder"):
+    with pytest.raises(UserError, match=f"sets {key} to {value}, a file outside that folder"):
         load_tokenizer(folder, "tokenizer")
     for harmless in ("/root/.cache/of/another/machine/tokenizer.json", "tokenizer.json", None):
         file.write_text(json.dumps(fields | {key: harmless}))
