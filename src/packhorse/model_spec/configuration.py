@@ -49,9 +49,7 @@ def find_configuration(recipe: Recipe, vocab_size: int | None = None) -> Configu
 @cache
 def published() -> Mapping[str, Configuration]:
     """Return the shipped table: hub name -> configuration."""
-    # libyaml's loader, where PyYAML was built with it, takes a tenth of the time.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    table: Mapping[str, Configuration] = yaml.load(TABLE.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506
+    table: Mapping[str, Configuration] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     return table
 
 
