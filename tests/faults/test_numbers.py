@@ -137,7 +137,7 @@ def test_one_more_than_may_be_left_out_ends_the_run(recipe: Path) -> None:
     write_skipped_steps(run, {1: "by hand", 2: "by hand"})
     records = run_ranks(run, f"nan_loss@{FAULT_AT}:0")
     assert [record["exit_code"] for record in records] == [EXIT_NOT_FINITE] * 2
-    assert "3 steps would be left out, and recovery.most_left_out is 2" in records[0]["message"]
+    assert "3 steps would be skipped, and recovery.most_left_out is 2" in records[0]["message"]
     assert list(read_skipped_steps(run)) == [1, 2], "resumed, it must end at the same step again"
     assert checkpoints(run) == list(range(1, BAD_STEP))
 
