@@ -37,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-write", action="store_true", help="print the tables, do not change docs/lab-log.md")
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="tables to make; default: the first three")
+    parser.add_argument("--smoke", action="store_true", help="make only the first table, and do not write it")
     options = parser.parse_args()
     if options.smoke:
         options.tables, options.no_write = ["published"], True
