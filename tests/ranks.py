@@ -91,12 +91,14 @@ def _all(plan: RunPlan) -> range:
 
 def _variables(plan: RunPlan) -> dict[str, str]:
     """What `accelerate launch` would set, by its own hand, and what its agent adds."""
-    told: dict[str, str] = {}
-    with mock.patch("torch.distributed.run.run", side_effect=lambda _: told.update(os.environ)):
-        launch_command(launch_command_parser().parse_args(list(plan.argv[2:])))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    told: dict[str, str] = {}
+    # With a port, else accelerate warns where another launch has its default one.
+    words = ["--main_process_port", str(port), *plan.argv[2:]]
+    with mock.patch("torch.distributed.run.run", side_effect=lambda _: told.update(os.environ)):
+        launch_command(launch_command_parser().parse_args(words))
     world = str(plan.topology.world_size)
     agent = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # As our launcher has it: where DeepSpeed's C++ parts are built, and with which ninja.

@@ -51,14 +51,15 @@ def train_forked(recipe: Path, engine: Engine, name: str, *words: str) -> Path:
 
 
 def launch_by_hand(folder: Path, name: str, words: list[str], script: Path | None = None) -> Typed:
-    """Plans a run, and types the launch that stands in its plan; with another script where one is given."""
+    """Plan a run, and type the launch command of its plan; with another script where one is given."""
     planned = packhorse(folder, "plan", *words, "--write")
     assert planned.code == 0, planned.err
-    launcher, *argv = json.loads((folder / "runs" / name / "plan.json").read_text(encoding="utf-8"))["argv"]
+    launcher, verb, *argv = json.loads((folder / "runs" / name / "plan.json").read_text(encoding="utf-8"))["argv"]
     if script is not None:
         argv = [str(script) if word.endswith("launch/train.py") else word for word in argv]
     done = subprocess.run(
-        [str(PACKHORSE.with_name(launcher)), *argv],
+        # A free port: another test may launch at the same time.
+        [str(PACKHORSE.with_name(launcher)), verb, "--main_process_port", "0", *argv],
         cwd=folder,
         env=environment(),
         capture_output=True,
