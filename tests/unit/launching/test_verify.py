@@ -37,7 +37,7 @@ def test_data_is_sound_damaged_old_or_gone(data: Path, capsys: pytest.CaptureFix
     rows.write_bytes(content[:-2] + b" \n")
     assert main(["verify", "runs/tiny"]) == 1
     output = capsys.readouterr().out
-    assert "damaged\n  validation/rows.jsonl has another content than was written (sha256)." in output
+    assert "damaged\n  validation/rows.jsonl has other content than was written (sha256)." in output
     assert "packhorse prepare runs/tiny/recipe.yaml" in output
     rows.write_bytes(content)
 
@@ -58,7 +58,7 @@ def test_what_reads_a_runs_data_refuses_it_in_another_size(data: Path) -> None:
     assert require_data(plan) == plan.data
     file = data / "train" / "supervised.bin"
     file.write_bytes(file.read_bytes() + b"\0")
-    with pytest.raises(UserError, match=r"train/supervised.bin has .* bytes, and .* were written"):
+    with pytest.raises(UserError, match=r"train/supervised.bin has .* bytes instead of "):
         require_data(plan)
 
 
