@@ -21,7 +21,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit/test_architecture.py
 
-# Lint too, and all tests that this machine can run, in groups: some words choose, `make test ONLY="lint slurm"`.
+# Lint and every test that this machine can run, in groups; `make test ONLY="lint slurm"` runs some of them.
 test: install
 	$(BIN)/python tests/run.py $(ONLY)
 
@@ -32,14 +32,14 @@ bench: install
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/saving.py
 
-# Every method under every engine, 20 steps each; golden curves are computed again by hand and compared with those that
-# are committed; the table goes to docs/lab-log.md. Then the cells of other tests that `make test` leaves to this.
+# Every method under every engine, 20 steps each, written to docs/lab-log.md. The curves of the hand-written loop are
+# computed again and compared with the committed ones. Then the cells of other tests that `make test` does not run.
 parity: install
 	$(BIN)/python benchmarks/parity.py
 	$(BIN)/pytest tests/unit tests/faults -m matrix
 
-# Two hundred kills and twenty minutes of all kinds of faults, about an hour; the table goes to docs/lab-log.md. Then
-# every kind of interruption in every phase of jobs on a real Slurm.
+# 200 kills and 20 minutes of all kinds of faults, about an hour, written to docs/lab-log.md. Then every kind of
+# interruption in every phase of jobs on a real Slurm.
 chaos: install
 	$(BIN)/python benchmarks/chaos.py
 	$(BIN)/pytest tests/slurm -m chaos
