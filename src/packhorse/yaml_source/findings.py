@@ -134,9 +134,8 @@ class _Explain:
         known = self.view.fix_for_key(path, node_at(self.root, path)[0])
         elsewhere = [other for other in self.view.paths_named(name) if other != dotted(path)]
         if known:
-            fix = known
-            if fix.startswith("write `"):
-                touches = (tuple(re.split(r"[:\[]", fix.removeprefix("write `"))[0].rstrip("`").split(".")),)
+            fix, field = known
+            touches = (field,) if field else ()
         elif close:
             fix, touches = f"write `{dotted((*section, close[0]))}`", ((*section, close[0]),)
         elif elsewhere:

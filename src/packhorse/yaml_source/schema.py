@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from packhorse.yaml_source.nodes import KeyPath, Node, child_of
 
 JsonSchema = dict[str, Any]
-KnownFix = Callable[[KeyPath, Node], str | None]
+KeyFix = Callable[[KeyPath, Node], tuple[str, KeyPath] | None]
+ValueFix = Callable[[KeyPath, Node], str | None]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -32,7 +33,7 @@ class SchemaView:
         title: What messages call the whole file, such as `the recipe`.
         extra_keys: Keys at the top of the file that are not fields of the model.
         key_words: What the keys of a section with free keys must be.
-        fix_for_key: Returns the fix for an unknown key that it knows from elsewhere, else None.
+        fix_for_key: Returns the fix for an unknown key that it knows from elsewhere and the field it sets, else None.
         fix_for_value: Returns the fix for a wrong value that it knows from elsewhere, else None.
     """
 
@@ -43,8 +44,8 @@ class SchemaView:
         *,
         extra_keys: Sequence[str] = (),
         key_words: str = "text",
-        fix_for_key: KnownFix = lambda path, node: None,
-        fix_for_value: KnownFix = lambda path, node: None,
+        fix_for_key: KeyFix = lambda path, node: None,
+        fix_for_value: ValueFix = lambda path, node: None,
     ) -> None:
         self.root: JsonSchema = model.model_json_schema()
         self.title = title
