@@ -110,3 +110,8 @@ def test_every_value_is_refused_with_its_counterpart() -> None:
     for key, values in TABLE["values"].items():
         for value, line in values.items():
             assert aliases.fix_for_value(tuple(key.split(".")), Node(value.upper(), "r.yaml")) == f"write `{line}`"
+
+
+def test_a_required_field_under_another_name_is_reported_once(tmp_path: Path) -> None:
+    text = BASE.replace("learning_rate: 1e-4", "lr: 1e-4")
+    assert list(mistakes(tmp_path, text).values()) == ["write `optimizer.learning_rate: 1e-4`."]
