@@ -115,11 +115,12 @@ def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
     from packhorse.train import loop
-    from packhorse.train.ranks import hang_watch as standstill
+    from packhorse.train.ranks import hang_watch
     from packhorse.train.ranks.signals import StopRequest
     from packhorse.train.worker import run_worker
 
-    standstill.REPORT_SECONDS *= ROOM
+    # Of ranks that hang, rank 0 ends last: the others close its connections while it waits, the harder order.
+    hang_watch.REPORT_SECONDS *= ROOM if rank == 0 else 0
     if fault:
         _injected().Fault(fault, None).install(loop)
     signals = StopRequest()

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from packhorse.data.packs.store import open_store
 from packhorse.data.render.tokenizer import tokenizer_of
-from packhorse.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, UserError
+from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED, UserError
 from packhorse.model.parameters import count_parameters, trained_kinds
 from packhorse.model.sequence import SequenceGroup, join_sequence_group
 from packhorse.plan.command import nvme_folder, with_local_nvme
@@ -56,7 +56,7 @@ def run_worker(plan_file: Path, signals: StopRequest) -> int:
     run_folder = Path(plan.run_folder)
     attempt = open_attempt(run_folder, signals)
     attempt.watch_others(plan.topology.world_size, plan.recipe.recovery.hang_seconds)
-    message, again = "", None
+    message, again, hung = "", None, None
     try:
         code = _work(plan, attempt)
     except Stopped:
@@ -66,10 +66,12 @@ def run_worker(plan_file: Path, signals: StopRequest) -> int:
         code, message = EXIT_BUG, traceback.format_exc()
         if isinstance(shown, UserError):
             code, message = shown.exit_code, str(shown)
+        elif found := attempt.hang_found_by_another():
+            code, (message, hung) = EXIT_LOST, found
         again = shown.again if isinstance(shown, AnotherAttempt) else None
     if code == EXIT_STOPPED and again is None:
         remove_stop_request(run_folder)
-    attempt.record(code, message, again)
+    attempt.record(code, message, again, hung)
     if message:
         state = newest_state(run_folder)
         run_state: State = "stopped" if code == EXIT_STOPPED else "failed"

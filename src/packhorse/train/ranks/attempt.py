@@ -24,6 +24,7 @@ from torch._C import _distributed_c10d
 from packhorse.durable import replace_file
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import ATTEMPT_VARIABLE, RANK_LOGS_VARIABLE
+from packhorse.run_folder.attempts import read_rank_records
 from packhorse.run_folder.heartbeat import LAUNCHER_VARIABLE, HeartbeatWriter
 from packhorse.run_folder.layout import (
     ATTEMPT_FOLDERS,
@@ -119,6 +120,15 @@ class Attempt:
         if message:
             sys.stderr.write(f"rank {self._rank}: {message}\n")
             sys.stderr.flush()
+
+    def hang_found_by_another(self) -> tuple[str, int] | None:
+        """Return message and hung rank of another rank that has ended this attempt because it hung; else None.
+
+        That rank closes its connections as it ends, so a collective of this rank that fails afterwards is no fault of
+        its own.
+        """
+        found = (record for record in read_rank_records(self._logs) if record["hung"] is not None)
+        return next(((record["message"], record["hung"]) for record in found), None)
 
     def _record_hang(self, code: int, message: str, hung: int) -> None:
         self.record(code, message, hung=hung)
