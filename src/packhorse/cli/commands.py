@@ -23,14 +23,23 @@ SUBMIT = (
 _TABLE = (
     Command(
         "recipes",
-        "List the shipped recipes, show one, copy one, or print the reference of all fields.",
+        "List the shipped recipes, show or copy one, import a file of another trainer, or print the reference.",
         (
             ("packhorse recipes", ""),
             ("packhorse recipes show quickstart/full", ""),
             ("packhorse recipes copy quickstart/full my.yaml", ""),
-            ("packhorse recipes reference", ""),
+            (
+                "packhorse recipes import axolotl.yml [--out my.yaml] [--gpus 8]",
+                "a file of axolotl, LLaMA-Factory, TRL or torchtune",
+            ),
+            ("packhorse recipes reference", "all fields of a recipe"),
         ),
         words=(("action", "list"), ("name", ""), ("target", "")),
+        flags=(
+            Flag("out", "file to write", shows="my.yaml"),
+            Flag("trainer", "import: axolotl, llamafactory, trl or torchtune; default: detected", shows="NAME"),
+            Flag("gpus", "import: number of GPUs that the file is meant for; default: 1", "count", "8"),
+        ),
     ),
     Command(
         "check",

@@ -1,6 +1,6 @@
-"""Names and values of other trainers, for the message about an unknown key or value of a recipe.
+"""Names and values of other trainers, for `packhorse recipes import` and for messages about unknown keys and values.
 
-Nothing is translated silently: the message gives the line that a recipe has instead.
+A recipe is never translated silently: the message gives the line that a recipe has instead.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from packhorse.yaml_source.nodes import KeyPath, Node, dotted
 
@@ -24,13 +24,12 @@ def fix_for_key(path: KeyPath, node: Node) -> tuple[str, KeyPath] | None:
         path: Unknown key, with the sections around it.
         node: Value of the key.
     """
-    name = str(path[-1]).lower().replace("-", "_")
-    table = _table()
-    if reason := table["sentences"].get(name):
+    name = str(path[-1])
+    if reason := counterpart("sentences", name):
         return f"remove {dotted(path)}: {reason}", ()
-    if line := table["lines"].get(name):
+    if line := counterpart("lines", name):
         return (f"remove {dotted(path)}", ()) if node.value is False else (f"write `{line}`", _field_of(line))
-    field = table["fields"].get(name)
+    field = counterpart("fields", name)
     if field is None:
         return None
     return f"write `{field}: {node.written}`" if node.written else f"write `{field}`", _field_of(field)
@@ -43,14 +42,26 @@ def fix_for_value(path: KeyPath, node: Node) -> str | None:
         path: Field of the recipe that does not take the value.
         node: Value.
     """
-    key, text = dotted(path), str(node.value).lower()
-    line = _table()["values"].get(key, {}).get(text)
+    key = dotted(path)
+    line = line_for_value(key, node.value)
     if line is None and isinstance(node.value, str):
         if key == "model":
             line = f"model.{'path' if node.value.startswith(('.', '/', '~')) else 'id'}: {node.value}"
         elif key in ("data", "data.sources"):
             line = f"data.sources: [{{path: {node.value}}}]"
     return f"write `{line}`" if line else None
+
+
+def counterpart(kind: Literal["fields", "lines", "sentences"], name: str) -> str | None:
+    """Return what the table gives for a name of another trainer: its field, its line, or why it has neither."""
+    found: str | None = _table()[kind].get(name.lower().replace("-", "_"))
+    return found
+
+
+def line_for_value(field: str, value: object) -> str | None:
+    """Return the line of a recipe, `field: value`, for a value of another trainer; None for any other value."""
+    line: str | None = _table()["values"].get(field, {}).get(str(value).lower())
+    return line
 
 
 def _field_of(line: str) -> KeyPath:

@@ -88,8 +88,18 @@ def overridden_fields(overrides: Sequence[str]) -> list[str]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the whole recipe as YAML, with every default; loading it gives an equal recipe."""
-    values = recipe.model_dump(mode="python")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(recipe.model_dump(mode="python"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def dump_field(key: str, value: Any) -> str:  # noqa: ANN401
+    """Return `key: value` as YAML; a list of sections on several lines, anything else on one."""
+    lines = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    style, width = (None, 120) if lines else (True, 10**6)
+    field = {key: value}
+    text = yaml.dump(
+        field, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=style
+    ).rstrip()
+    return text.replace("\n", "\n  ") if lines else text[1:-1]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -102,6 +112,25 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
+
+
+def parse_recipe(root: Node, mistakes: Sequence[Mistake] = ()) -> Recipe:
+    """Return the recipe of a tree of nodes that is not a file of the user, such as an imported one.
+
+    Raises:
+        UserError: `mistakes` are given, or the tree has others; all are reported at once, by file and line.
+    """
+    return _resolve(root, list(mistakes), (), check_environment=False)
+
+
+def refused_values(root: Node) -> list[KeyPath]:
+    """Return the fields of a tree of nodes whose values have a type that the recipe does not take."""
+    root = _with_method_section(root)
+    try:
+        Recipe.model_validate(plain(root))
+    except ValidationError as error:
+        return [path for finding in schema_findings(error, root, recipe_view()) for path in finding.paths]
+    return []
 
 
 # --- files and overrides -------------------------------------------------------------------------------------------
