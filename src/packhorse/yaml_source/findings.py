@@ -15,6 +15,8 @@ from packhorse.yaml_source.nodes import KeyPath, Node, child_of, dotted, kind_of
 from packhorse.yaml_source.schema import NAME_WORDS, SchemaView, choices_of, fields_of, join_words
 
 RULE = "packhorse_rule"
+CLOSE_KEY, CLOSE_VALUE = 0.8, 0.75
+"""Smallest similarity of a hint: one typing mistake in a short word. At 0.6, `save_steps` would be close to `steps`."""
 KEY_MARK = "[key]"
 """Pydantic ends the location of an error with this if the key, not the value, is wrong."""
 
@@ -129,7 +131,7 @@ class _Explain:
     def _unknown_key(self, path: KeyPath) -> Finding:
         section, name = path[:-1], str(path[-1])
         fields = [*fields_of(self.view.at(section, self.root) or {}), *([] if section else self.view.extra_keys)]
-        close = difflib.get_close_matches(name, fields, n=1)
+        close = difflib.get_close_matches(name, fields, n=1, cutoff=CLOSE_KEY)
         touches: tuple[KeyPath, ...] = ()
         known = self.view.fix_for_key(path, node_at(self.root, path)[0])
         elsewhere = [other for other in self.view.paths_named(name) if other != dotted(path)]
@@ -181,7 +183,7 @@ class _Explain:
 def _fix_value(key: str, node: Node, takes: str, choices: list[str]) -> str:
     value = node.value
     if isinstance(value, str):
-        if close := difflib.get_close_matches(value.lower(), choices, n=1):
+        if close := difflib.get_close_matches(value.lower(), choices, n=1, cutoff=CLOSE_VALUE):
             return f"write `{key}: {close[0]}`"
         if takes == NAME_WORDS:
             return f"write `{key}: {re.sub('[^A-Za-z0-9._-]+', '-', value).strip('._-')[:100] or 'my-run'}`"

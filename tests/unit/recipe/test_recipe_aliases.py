@@ -115,3 +115,44 @@ def test_every_value_is_refused_with_its_counterpart() -> None:
 def test_a_required_field_under_another_name_is_reported_once(tmp_path: Path) -> None:
     text = BASE.replace("learning_rate: 1e-4", "lr: 1e-4")
     assert list(mistakes(tmp_path, text).values()) == ["write `optimizer.learning_rate: 1e-4`."]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("ckpt_steps", "steps"),
+        ("decay_steps", "steps"),
+        ("enable_jit_checkpoint", "checkpoint"),
+        ("eval_accumulation_steps", "evaluation"),
+        ("schedule_free", "schedule"),
+        ("mixed_precision_mode", "precision"),
+        ("base_revision", "precision"),
+        ("optim_args", "optimizer"),
+        ("parallelism_config", "parallel"),
+    ],
+)
+def test_a_name_that_is_only_alike_gets_no_hint(tmp_path: Path, key: str, wrong: str) -> None:
+    (fix,) = mistakes(tmp_path, f"{BASE}{key}: 3\n").values()
+    assert fix.startswith("remove it, or use one of"), f"{key} is taken for {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wrong"),
+    [
+        ("schedule.name", "inverse", "linear"),
+        ("checkpoint.on_full", "constant", "continue"),
+    ],
+)
+def test_a_value_that_is_only_alike_gets_no_hint(tmp_path: Path, field: str, value: str, wrong: str) -> None:
+    section, name = field.split(".")
+    (fix,) = mistakes(tmp_path, f"{BASE}{section}: {{{name}: {value}}}\n").values()
+    assert f": {wrong}`" not in fix
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("modle", "model"), ("epocs", "epochs"), ("stpes", "steps"), ("optimiser", "optimizer"), ("sed", "seed"),
+     ("checkpoints", "checkpoint"), ("run_folder", "runs_folder"), ("trak", "track"), ("precison", "precision")],
+)  # fmt: skip
+def test_a_typing_mistake_gets_the_name(tmp_path: Path, typed: str, meant: str) -> None:
+    assert f"write `{meant}`." in mistakes(tmp_path, f"{BASE}{typed}: 3\n").values()
