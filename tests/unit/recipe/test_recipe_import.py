@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from trl import ModelConfig, SFTConfig
 
 from packhorse.cli.main import main
 from packhorse.data.resolve import NAMED_TEMPLATES
+from packhorse.errors import UserError
 from packhorse.recipe.importers.draft import trainers
 from packhorse.recipe.importers.importer import import_recipe
 from packhorse.recipe.load import load_recipe
@@ -499,10 +501,20 @@ def test_no_key_disappears(text: str, expected: dict[str, Any]) -> None:
             continue
         try:
             without = imported(yaml.safe_dump({name: v for name, v in values.items() if name != key}), trainer)
-        except Exception:  # the key is needed
+        except UserError:  # the key is needed
             continue
         silent += [key] if without == imported(yaml.safe_dump(values), trainer) else []
     assert silent == []
+
+
+@pytest.mark.parametrize("value", [{"a": [1]}, "w: # ''x"], ids=["section", "text"])
+@pytest.mark.parametrize("name", ["axolotl-chat", "llama-factory-qlora", "torchtune-lora"])
+def test_a_value_of_another_type_is_a_mistake_of_the_file_or_a_comment(name: str, value: object) -> None:
+    values = yaml.safe_load(FILES[name][0])
+    trainer = name.rpartition("-")[0].replace("-", "")
+    for key in values:
+        with suppress(UserError):  # anything else would be a traceback
+            imported(yaml.safe_dump({**values, key: value}), trainer)
 
 
 @pytest.mark.parametrize(
@@ -643,7 +655,7 @@ def test_bad_commands(words: list[str], message: str, folder: Path, capsys: pyte
 
 def test_a_file_of_two_trainers_needs_the_name() -> None:
     text = "model_name_or_path: org/m\ndataset_name: org/d\nstage: sft\n"
-    with pytest.raises(Exception, match="of LLaMA-Factory and of TRL"):
+    with pytest.raises(UserError, match="of LLaMA-Factory and of TRL"):
         imported(text)
     assert "a file of TRL" in imported(text, "trl")
 

@@ -20,7 +20,7 @@ from packhorse.yaml_source.nodes import FileKind, Node, dotted, parse_yaml, read
 TRAINERS = ("axolotl", "llamafactory", "trl", "torchtune")
 FLATTENED = ("model", "tokenizer", "optimizer", "lr_scheduler", "checkpointer", "metric_logger")
 """Sections of torchtune whose keys are read one by one."""
-REQUIRED = {"name", "optimizer.learning_rate", "data.sources"}
+REQUIRED = {"name", "optimizer.learning_rate", "data.sources", "epochs"}
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 FILE_KIND = FileKind(
     "a file of another trainer", "base_model: org/name", "give a file of axolotl, LLaMA-Factory, TRL or torchtune"

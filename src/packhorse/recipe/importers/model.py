@@ -73,7 +73,7 @@ def _method(draft: Draft) -> None:
     bits = draft.take("quantization_bit")
     eight, four = draft.take("load_in_8bit"), draft.take("load_in_4bit")
     quantized = {4: four is not None and four.value is True, 8: eight is not None and eight.value is True}
-    if bits is not None and bits.value in quantized:
+    if bits is not None and bits.value in (4, 8):
         quantized[int(bits.value)] = True
     if kind == "lora" and any(quantized.values()):
         kind = "qlora"
@@ -118,7 +118,7 @@ def _lora(draft: Draft, kind: str) -> None:
     if rank is not None:
         draft.set("method.rank", rank)
     alpha = draft.take_field("method.alpha")
-    if alpha is None and rank is not None and draft.trainer == "llamafactory":
+    if alpha is None and rank is not None and type(rank.value) is int and draft.trainer == "llamafactory":
         draft.set("method.alpha", 2 * rank.value, rank, f"default of {draft.title}: twice the rank")
     elif alpha is not None:
         draft.set("method.alpha", alpha)
@@ -184,8 +184,9 @@ def _zero_engine(node: Node) -> str:
     name = str(content)
     if isinstance(content, str) and Path(content).is_file():
         content = plain(parse_yaml(Path(content).read_text(encoding="utf-8"), content)[0])
-    zero = content.get("zero_optimization", {}) if isinstance(content, dict) else {}
+    zero = content.get("zero_optimization") if isinstance(content, dict) else None
+    zero = zero if isinstance(zero, dict) else {}
     found = ZERO_STAGE.search(name)
-    stage = zero.get("stage") if zero else content if type(content) is int else int(found[1]) if found else 3
+    stage = zero.get("stage", content) if zero or type(content) is int else int(found[1]) if found else 3
     offload = any("offload" in key for key in zero) if zero else "offload" in name
     return "ddp" if stage == 0 else "zero3_offload" if stage == 3 and offload else f"zero{stage}"
