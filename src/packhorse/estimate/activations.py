@@ -278,7 +278,7 @@ def _head(
 
 
 def _logits(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...], labels: int) -> int:
-    """Return the bytes of one chunk of float32 logits, of the last hidden states, and of the loss's 16-bit gradients."""
+    """Return the bytes of one chunk of float32 logits and, in 16 bits, of hidden states and the loss's gradients."""
     weight, trained = _head_weight(shape, weights)
     chunk = min(CHUNK_TOKENS, labels) * shape.vocabulary * FP32
     if settings.compute == FP32:
