@@ -53,11 +53,11 @@ def widest_head(configuration: Configuration) -> int | None:
     if fields.get("qk_rope_head_dim") is not None:
         # Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): queries and values differ in width.
         query = fields.get("qk_nope_head_dim", 0) + fields["qk_rope_head_dim"]
-        return max(query, fields.get("v_head_dim") or 0)
+        return int(max(query, fields.get("v_head_dim") or 0))
     if fields.get("head_dim") is not None:
         return int(fields["head_dim"])
     hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
-    return hidden // heads if hidden and heads else None
+    return int(hidden // heads) if hidden and heads else None
 
 
 @cache
