@@ -25,7 +25,11 @@ def main() -> int:
     mask_output()
     signals = StopRequest()
     signals.install()
-    os.environ.update(json.loads(plan_file.read_text(encoding="utf-8"))["env"])
+    planned = json.loads(plan_file.read_text(encoding="utf-8"))["env"]
+    if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        # The user has set the allocator; of two names torch would read the plan's older one first.
+        planned.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    os.environ.update(planned)
     try:
         from packhorse.train.worker import run_worker
     except ImportError:

@@ -20,7 +20,7 @@ from packhorse.estimate.saved_tensors import (
     SavedTensors,
     save_masks_and_scores,
 )
-from packhorse.estimate.weights import WeightTensor, base_width, casts_weights, compute_width
+from packhorse.estimate.weights import WeightTensor, base_width, casts_adapter_inputs, casts_weights, compute_width
 from packhorse.model_spec.measured_model import MeasuredModel, PassFormats
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
@@ -226,6 +226,7 @@ def _settings(plan: RunPlan, packs: PackFigures) -> PassSettings:
         autocast=compute == 2 and not casts,
         base=compute if casts else base_width(plan),
         adapter=compute if casts else FP32,
+        casts_inputs=casts_adapter_inputs(plan),
         dropout=isinstance(method, LoraMethod) and method.dropout > 0,
         on_cuda=plan.topology.device == "cuda",
         varlen=plan.chosen("model.attention") == "varlen",
@@ -277,7 +278,7 @@ def _head(
 
 
 def _logits(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...], labels: int) -> int:
-    """Return the bytes of one chunk of float32 logits, and of the gradients that torch's loss computes in 16 bit."""
+    """Return the bytes of one chunk of float32 logits and, in 16 bits, of hidden states and the loss's gradients."""
     weight, trained = _head_weight(shape, weights)
     chunk = min(CHUNK_TOKENS, labels) * shape.vocabulary * FP32
     if settings.compute == FP32:
@@ -285,6 +286,8 @@ def _logits(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, .
     gradients = (weight.size if trained else 0) + labels * shape.hidden
     # CUDA multiplies 16-bit numbers into float32; the CPU copies the weight and sums its gradient in float32.
     copies = 0 if settings.on_cuda else weight.size * FP32 * (2 if trained else 1)
+    # The model's output lives until the loss of its supervised rows is computed.
+    gradients += settings.tokens * shape.hidden
     return chunk + gradients * settings.compute + copies
 
 
@@ -296,8 +299,10 @@ def _layer_workspace(settings: PassSettings, shape: Shape, weights: tuple[Weight
     trained = [weight for weight in weights if weight.trained and weight.unit.startswith("layer")]
     own = max((weight.size for weight in trained), default=0) * (width if width != FP32 else 0)
     adapted = any(weight.kind == "adapter" and "mlp." in weight.name for weight in trained)
-    # An adapter's input is copied into the adapter's format, and so is its gradient.
-    copies = 2 * t * mlp * settings.adapter if adapted and settings.adapter > width else 0
+    copies = 0
+    if adapted and settings.adapter > width:
+        # The gradient of an adapter's input, beside that of the base; a cast copies both input and gradient.
+        copies = t * mlp * (2 * settings.adapter if settings.casts_inputs else width)
     return 2 * hidden + 2 * t * mlp * width + own + copies
 
 

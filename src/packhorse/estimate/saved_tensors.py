@@ -97,6 +97,7 @@ class PassSettings:
         autocast: Whether autocast casts the inputs of products, where weights or hidden states are float32.
         base: Bytes of a base weight in the forward pass.
         adapter: Bytes of an adapter's weight in the forward pass.
+        casts_inputs: Whether a low-rank adapter casts its input to the adapter's format.
         dropout: Whether low-rank adapters use dropout.
         on_cuda: Whether CUDA's kernels run, whose dropout masks take one byte per element.
         varlen: Whether attention is torch's varlen kernel; otherwise SDPA, one document at a time.
@@ -113,6 +114,7 @@ class PassSettings:
     autocast: bool
     base: int
     adapter: int
+    casts_inputs: bool
     dropout: bool
     on_cuda: bool
     varlen: bool
@@ -203,7 +205,7 @@ class DecoderLayer:
     def _low_rank(self, x: ForwardTensor, out: ForwardTensor, adapters: Sequence[WeightTensor]) -> ForwardTensor:
         """Apply peft's LoRA layer: the input in the adapter's format, dropout, A, B, and the sum."""
         saved, (down, up, *magnitude) = self._saved, adapters
-        given = saved.cast(x, self._set.adapter)
+        given = saved.cast(x, self._set.adapter) if self._set.casts_inputs else x
         if self._set.dropout:
             if given.has_grad:
                 saved.save_new(given.elements, 1 if self._set.on_cuda else given.width, "dropout masks")

@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from packhorse.estimate.communication import shard_group
 from packhorse.estimate.flops import PassWork, Products
-from packhorse.estimate.weights import WeightTensor, casts_weights, compute_width
+from packhorse.estimate.weights import WeightTensor, casts_adapter_inputs, casts_weights, compute_width
 from packhorse.model_spec.parameters import Shape, norm_widths
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.methods import Ia3Method, LoraMethod, QloraMethod
@@ -114,8 +114,7 @@ def _adapters(plan: RunPlan, work: PassWork) -> list[Traffic]:
         return [Traffic("adapters", scaled, scaled * BACKWARD, "factors of IA³, on a third of the layers")]
     if not isinstance(method, LoraMethod):
         return []
-    # peft casts the input to the adapters' float32 where the engine does not keep them in 16 bits; autocast rounds it.
-    given = 4 if not casts_weights(plan) and b == 2 else b
+    given = 4 if casts_adapter_inputs(plan) else b
     before = (2 * given + 1 if method.dropout else 0) + (2 * (b + given) if given != b else 0)
     # Scale and sum forward; backward the gradient is scaled, and that of the input added to the others'.
     after, sum_of_gradients, scaled_gradient = 5 * b, 3 * b, 2 * b

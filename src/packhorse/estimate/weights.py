@@ -133,6 +133,13 @@ def casts_weights(plan: RunPlan) -> bool:
     return sharded and plan.recipe.precision != "fp32"
 
 
+def casts_adapter_inputs(plan: RunPlan) -> bool:
+    """Return whether adapters cast their inputs to float32 under autocast; peft's cast is off for LoRA without DoRA."""
+    method = plan.recipe.method
+    has_no_cast = isinstance(method, LoraMethod) and not method.dora
+    return compute_width(plan) == 2 and not casts_weights(plan) and not has_no_cast
+
+
 def base_width(plan: RunPlan) -> int:
     """Return the bytes of a base weight on the device, as the engine keeps it."""
     if plan.topology.engine.startswith("zero") and plan.recipe.precision != "fp32":

@@ -198,13 +198,17 @@ def _varlen(
     refuse_dropout(dropout)
     # Under autocast rotary embeddings convert q and k to fp32, and autocast does not know this kernel.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    width = value.shape[3]
+    scaling = scaling or query.shape[3] ** -0.5
+    query, key, value = _of_one_width(query, key, value)
     ends, before = documents.cu_seq_lens, documents.prefix_length
     # With more keys than queries, the kernel's causal mask aligns the last query with the last key.
     key_ends = ends + before * torch.arange(len(ends), device=ends.device, dtype=ends.dtype) if before else ends
     out = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        # A view both ways: the backward pass of query[0] would fill a tensor with zeros and copy.
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
         ends,
         key_ends,
         documents.max_length,
@@ -214,7 +218,13 @@ def _varlen(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
+    return out[..., :width].unsqueeze(0)
+
+
+def _of_one_width(*tensors: Tensor) -> list[Tensor]:
+    """Pad heads with zeros, which change no product, to the one width that the kernel takes: a multiple of 8."""
+    width = -(-max(tensor.shape[3] for tensor in tensors) // 8) * 8
+    return [F.pad(tensor, (0, width - tensor.shape[3])) if tensor.shape[3] < width else tensor for tensor in tensors]
 
 
 _KERNELS: Mapping[Kernel, Attention] = {"sdpa": _per_document_sdpa, "varlen": _varlen}

@@ -46,6 +46,20 @@ def find_configuration(recipe: Recipe, vocab_size: int | None = None) -> Configu
     return published().get(model.id)
 
 
+def widest_head(configuration: Configuration) -> int | None:
+    """Return the width of the model's widest attention head, of queries or values; None where it is not given."""
+    # Multimodal models keep the shape of their language model in `text_config`.
+    fields = configuration.get("text_config") or configuration
+    if fields.get("qk_rope_head_dim") is not None:
+        # Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): queries and values differ in width.
+        query = fields.get("qk_nope_head_dim", 0) + fields["qk_rope_head_dim"]
+        return int(max(query, fields.get("v_head_dim") or 0))
+    if fields.get("head_dim") is not None:
+        return int(fields["head_dim"])
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    return int(hidden // heads) if hidden and heads else None
+
+
 @cache
 def published() -> Mapping[str, Configuration]:
     """Return the shipped table: hub name -> configuration."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Final
 
 from packhorse.errors import UserError
+from packhorse.model_spec.configuration import find_configuration, widest_head
 from packhorse.model_spec.supported import check_model
 from packhorse.plan.batch import resolve_auto, split_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
@@ -16,6 +18,9 @@ from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.layout import MODEL_FOLDER, PLAN_FILE
 from packhorse.version import VERSION
+
+WIDEST_VARLEN_HEAD: Final = 256
+"""Widest attention head of FlashAttention-2 (torch, flash_api.cpp)."""
 
 
 def run_folder_of(recipe: Recipe) -> Path:
@@ -133,7 +138,13 @@ def _count_steps(recipe: Recipe, steps_per_epoch: int | None) -> tuple[int | Non
 
 
 def _attention(recipe: Recipe, device: str) -> Decision:
-    attention = recipe.model.attention
+    attention, width = recipe.model.attention, widest_head(find_configuration(recipe) or {}) or 0
+    if attention == "varlen" and width > WIDEST_VARLEN_HEAD:
+        raise UserError(
+            f"model.attention is varlen, and the model's attention heads are {width} wide.",
+            f"torch's varlen kernel takes heads of at most {WIDEST_VARLEN_HEAD}.",
+            "set model.attention to sdpa or auto.",
+        )
     if attention == "varlen" and (device == "cpu" or recipe.precision == "fp32"):
         raise UserError(
             f"model.attention is varlen, on {device} with precision {recipe.precision}.",
@@ -142,6 +153,9 @@ def _attention(recipe: Recipe, device: str) -> Decision:
         )
     if attention != "auto":
         return Decision(name="model.attention", value=attention, reason="model.attention of the recipe")
+    if device == "cuda" and width > WIDEST_VARLEN_HEAD:
+        reason = f"heads of {width}; torch's varlen kernel takes at most {WIDEST_VARLEN_HEAD}"
+        return Decision(name="model.attention", value="sdpa", reason=reason)
     if device == "cuda" and recipe.precision != "fp32":
         return Decision(
             name="model.attention", value="varlen", reason="torch's varlen kernel separates documents on CUDA"

@@ -94,7 +94,7 @@ def training_model(
 
     def attached(base: PreTrainedModel) -> nn.Module:
         _set_stop_tokens(base, tokenizer)
-        model: Any = attach(base, method, start)
+        model: Any = attach(base, method, start, autocast=plan.recipe.precision != "fp32")
         install_loss_head(model)
         apply_checkpointing(model, plan.recipe.parallel)
         return model  # type: ignore[no-any-return]

@@ -102,7 +102,7 @@ def step(model: dict[str, Any], recipe: Recipe, autocast: bool) -> tuple[int, in
         attn_implementation=register_attention("sdpa"),
         dtype=torch.float32 if whole else torch.bfloat16,
     )
-    trained: nn.Module = attach(base, recipe.method, Start(seed=1))
+    trained: nn.Module = attach(base, recipe.method, Start(seed=1), autocast)
     if not autocast:  # as engines hold it that compute in 16 bits
         trained = trained.to(torch.bfloat16)
     install_loss_head(trained)

@@ -91,7 +91,7 @@ A100 = {"gpu": "A100-80GB", "model": "3B", "length": 4096, "micro": 2}
 ROWS = [
     Row(
         "8B LoRA, NeMo AutoModel", 12_473, "H100", "8B", LORA, 4096, packs=32,
-        reason="fused kernels for LoRA and norms; in Packhorse peft casts the adapters' inputs to float32",
+        reason="fused kernels for LoRA and norms",
     ),
     Row(
         "8B full, torchtitan, eager", 5_762, "H100", "8B", "full", 8192, micro=2, count=8,
@@ -134,13 +134,13 @@ ROWS = [
     Row(
         "7B LoRA DDP, fsdp_qlora", 2_400, "4090", "Llama 2 7B", LORA, 2048, micro=4, count=2,
         engine="ddp", checkpointing=True,
-        reason="adapters in bfloat16; in Packhorse they are float32 under ddp, and peft casts their inputs",
+        reason="adapters in bfloat16; in Packhorse they are float32 under ddp",
     ),
     Row("7B LoRA FSDP, fsdp_qlora", 2_180, "4090", "Llama 2 7B", LORA, 2048, micro=6, count=2, **SHARDED),
     Row(
         "7B QLoRA DDP, fsdp_qlora", 2_330, "4090", "Llama 2 7B", QLORA, 2048, micro=8, count=2,
         engine="ddp", checkpointing=True,
-        reason="adapters in bfloat16; in Packhorse they are float32 under ddp, and peft casts their inputs",
+        reason="adapters in bfloat16; in Packhorse they are float32 under ddp",
     ),
     Row(
         "7B LoRA DDP, fsdp_qlora", 1_190, "3090", "Llama 2 7B", LORA, 2048, micro=4, count=2,

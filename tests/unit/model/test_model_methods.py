@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
@@ -80,6 +81,27 @@ def training_model(folder: Path, method: Method, resumed: bool = False, **more: 
     model = attach(base, method, start)
     install_loss_head(model)
     return model.train()
+
+
+def test_lora_without_peft_cast_gives_the_same_bits_under_autocast(bases: Path) -> None:
+    found = []
+    for autocast in (False, True):
+        base = load_model(request(bases / "llama", register_attention("sdpa"), dtype=torch.bfloat16), VOCABULARY)
+        model = attach(base, LoraMethod(rank=4, dropout=0.0), Start(seed=1), autocast)
+        install_loss_head(model)
+        seen: list[torch.dtype] = []
+        layer = next(layer for layer in model.modules() if isinstance(layer, LoraLayer))
+        layer.lora_A["default"].register_forward_hook(lambda _, given, __, seen=seen: seen.append(given[0].dtype))
+        optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(4):
+            with torch.autocast("cpu", torch.bfloat16):
+                packed_loss(model, documents(())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((seen, [p.detach() for p in model.parameters() if p.requires_grad]))
+    (cast, expected), (kept, weights) = found
+    assert (set(cast), set(kept)) == ({torch.float32}, {torch.bfloat16})
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights, expected, strict=True))
 
 
 def documents(new_tokens: Sequence[int]) -> list[Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,9 +20,16 @@ from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
-from packhorse.train.engine.launch_proof import assert_sharded_as_planned
+from packhorse.train.engine.launch_proof import assert_device_as_planned, assert_sharded_as_planned
 
 LAPTOP = Hardware(num_cores=4, gpus=())
+FIELDS: dict[str, Any] = {
+    "name": "r",
+    "model": {"id": "o/m"},
+    "data": {"sources": [{"path": "r.jsonl"}]},
+    "optimizer": {"learning_rate": 1e-4},
+    "steps": 9,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +40,7 @@ def _one_rank(tmp_path: Path) -> Iterator[None]:
 
 
 def plan(**parallel: Any) -> RunPlan:
-    fields = {
-        "name": "r",
-        "model": {"id": "o/m"},
-        "data": {"sources": [{"path": "r.jsonl"}]},
-        "optimizer": {"learning_rate": 1e-4},
-        "steps": 9,
-        "parallel": parallel,
-    }
-    return make_plan(Recipe.model_validate(fields), DeviceRequest(), LAPTOP, None)
+    return make_plan(Recipe.model_validate(FIELDS | {"parallel": parallel}), DeviceRequest(), LAPTOP, None)
 
 
 def layers() -> nn.Module:
@@ -72,3 +73,24 @@ def test_processes_that_do_not_share_gradients_are_refused() -> None:
         assert_sharded_as_planned(layers(), plan(engine="ddp", processes=2))
     assert_sharded_as_planned(DistributedDataParallel(layers()), plan(engine="ddp", processes=2))
     assert_sharded_as_planned(layers(), plan(engine="single"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "sections", "fact"),
+    [
+        (None, {}, "finds none here"),
+        ((7, 5), {"precision": "fp16"}, "model.attention is varlen, and Tesla T4 has compute capability 7.5"),
+        ((7, 5), {"model": {"id": "o/m", "attention": "sdpa"}, "precision": "bf16"}, "precision is bf16, and Tesla T4"),
+        ((7, 5), {"model": {"id": "o/m", "attention": "sdpa"}, "precision": "fp16"}, ""),
+        ((9, 0), {"precision": "bf16"}, ""),
+    ],
+)
+def test_a_plan_for_gpus_is_refused_where_torch_or_the_gpu_cannot_run_it(
+    capability: tuple[int, int] | None, sections: dict[str, Any], fact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    recipe = Recipe.model_validate(FIELDS | sections)
+    with pytest.raises(UserError, match=fact) if fact else contextlib.nullcontext():
+        assert_device_as_planned(make_plan(recipe, DeviceRequest(gpus=1), LAPTOP, None))

@@ -76,6 +76,17 @@ def test_the_host_s_allocator_is_recognised_by_its_message() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: unhandled cuda error. Last error:\nFailed to CUDA calloc 4194304 bytes",
+    ],
+)
+def test_allocations_of_cuda_s_libraries_are_recognised(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
     "error",
     [
         RuntimeError("the reader ran out of memory of its own"),

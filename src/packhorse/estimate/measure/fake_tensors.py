@@ -89,7 +89,7 @@ class FakeTensorMeter:
 
     def _measure(self, method: Method, formats: PassFormats) -> KeptBytes:
         base = _build(self._fields, DTYPES[formats.base])
-        model: Any = attach(base, _without_initialization(method), Start())
+        model: Any = attach(base, _without_initialization(method), Start(), autocast=formats.autocast)
         for parameter in model.parameters():
             if parameter.requires_grad and not method.trains_base:
                 parameter.data = parameter.data.to(DTYPES[formats.adapter])

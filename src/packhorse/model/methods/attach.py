@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from packhorse.model.methods.partial import freeze_others
-from packhorse.recipe.methods import FullMethod, Method, PartialMethod
+from packhorse.recipe.methods import FullMethod, LoraMethod, Method, PartialMethod
 
 # Imported by name when needed: peft takes six CPU seconds to import, which full fine-tuning never needs.
 PACKAGE: Final = "packhorse.model.methods"
@@ -53,7 +53,7 @@ class Start:
     resumed: bool = False
 
 
-def attach(model: nn.Module, method: Method, start: Start) -> nn.Module:
+def attach(model: nn.Module, method: Method, start: Start, autocast: bool = False) -> nn.Module:
     """Freeze what the method does not train, and add what it trains.
 
     Plain LoRA (`initialization` default, gaussian or orthogonal, no DoRA, no new tokens) reads no weight, and accepts
@@ -63,6 +63,7 @@ def attach(model: nn.Module, method: Method, start: Start) -> nn.Module:
         model: The base, before it is sharded.
         method: Method of the recipe.
         start: What an adapter starts from.
+        autocast: Whether autocast rounds the inputs of products; LoRA then does not cast them to float32 before.
 
     Returns:
         The model itself, or a peft model around it. Everything that is trained is float32.
@@ -80,6 +81,8 @@ def attach(model: nn.Module, method: Method, start: Start) -> nn.Module:
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             # peft makes its own matrices float32; copies of whole modules and rows of new tokens have the base's dtype.
             parameter.data = parameter.data.float()
+    if autocast and isinstance(method, LoraMethod) and not method.dora:
+        _module("lora").keep_input_dtype(adapted)
     return adapted
 
 

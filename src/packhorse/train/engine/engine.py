@@ -22,7 +22,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from packhorse.plan.run_plan import RunPlan
 from packhorse.train.engine.gradient_norm import clip_gradients, gradient_norm
 from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
-from packhorse.train.engine.launch_proof import assert_launched_as_planned, assert_sharded_as_planned
+from packhorse.train.engine.launch_proof import (
+    assert_device_as_planned,
+    assert_launched_as_planned,
+    assert_sharded_as_planned,
+)
 from packhorse.train.engine.precision import mixed_precision, refuse_small_loss_scale, scale_on_cpu
 from packhorse.train.engine.process_group import GROUP_TIMEOUT, control_group
 
@@ -166,8 +170,9 @@ def start_accelerator(plan: RunPlan) -> Accelerator:
     """Join the process group, and assert that the launch matches the plan.
 
     Raises:
-        UserError: World size or engine differ from the plan.
+        UserError: Device, world size or engine differ from the plan.
     """
+    assert_device_as_planned(plan)
     plugin = {}
     if plan.deepspeed is not None:
         # Accelerate's own fields would contradict the plan's complete DeepSpeed configuration.

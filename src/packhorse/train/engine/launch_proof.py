@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -15,6 +16,43 @@ from torch.nn.parallel import DistributedDataParallel
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan, Topology
 from packhorse.train.engine.process_group import world_size
+
+AMPERE = (8, 0)
+
+
+def assert_device_as_planned(plan: RunPlan) -> None:
+    """Compare this machine's GPU with the plan, before Accelerate starts: it would silently train on the CPU.
+
+    Raises:
+        UserError: torch finds no GPU, or the GPU lacks what the plan's kernel or precision needs.
+    """
+    if plan.topology.device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise UserError(
+            f"the plan is for GPUs, and torch {torch.__version__} finds none here.",
+            f"this torch is {built}; a container without --nv or --gpus, a driver older than that CUDA, or an empty "
+            "CUDA_VISIBLE_DEVICES also hides GPUs.",
+            "run `nvidia-smi` and `python -c 'import torch; print(torch.version.cuda, torch.cuda.is_available())'` "
+            "here; install the torch of your driver's CUDA from download.pytorch.org.",
+        )
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if (major, minor) >= AMPERE:
+        return
+    gpu = f"{name} has compute capability {major}.{minor}"
+    if plan.chosen("model.attention") == "varlen":
+        raise UserError(
+            f"model.attention is varlen, and {gpu}.",
+            "torch's varlen kernel is FlashAttention-2, which needs 8.0 (Ampere) or newer.",
+            "train again with model.attention=sdpa.",
+        )
+    if plan.recipe.precision == "bf16":
+        raise UserError(
+            f"precision is bf16, and {gpu}.",
+            "GPUs before 8.0 (Ampere) have no bf16 units, and torch emulates them slowly.",
+            "train again with precision=fp16, or fp32.",
+        )
 
 
 def assert_launched_as_planned(accelerator: Accelerator, plan: RunPlan) -> None:

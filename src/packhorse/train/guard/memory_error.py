@@ -16,15 +16,21 @@ from packhorse.run_folder.heartbeat import Heartbeat
 from packhorse.train.ranks.attempt import AnotherAttempt
 
 MAX_SHOWN = 8
+# Allocations outside torch's CUDA allocator: the host's, cuBLAS's workspace (CUDABlas.cpp), NCCL's buffers (alloc.h).
+WITHOUT_OWN_CLASS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Failed to CUDA calloc",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocator ran out of memory; other errors that mention memory do not count."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    # A CUDA call outside torch's allocator; and the host's allocator, which has no exception class.
-    outside = isinstance(error, torch.AcceleratorError) and "out of memory" in str(error)
-    return outside or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+    if isinstance(error, torch.AcceleratorError) and "out of memory" in str(error):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in WITHOUT_OWN_CLASS)
 
 
 @contextmanager

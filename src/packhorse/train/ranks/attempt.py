@@ -124,8 +124,7 @@ class Attempt:
     def hang_found_by_another(self) -> tuple[str, int] | None:
         """Return message and hung rank of another rank that has ended this attempt because it hung; else None.
 
-        That rank closes its connections as it ends, so a collective of this rank that fails afterwards is no fault of
-        its own.
+        That rank closes its connections as it ends, so a collective of this rank that fails afterwards is no cause.
         """
         found = (record for record in read_rank_records(self._logs) if record["hung"] is not None)
         return next(((record["message"], record["hung"]) for record in found), None)
