@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,37 +46,33 @@ def detect_hardware() -> Hardware:
 
 
 def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes that this process may use: of the machine, or the limit of a container or a Slurm job.
+    """Return the bytes that this process may use, see `memory_limits`; None where they are not known."""
+    return min(memory_limits(proc, groups).values(), default=None)
+
+
+def memory_limits(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> dict[str, int]:
+    """Return the bytes of the machine, the least limit of the control group and its parents, and the Slurm job's.
 
     Args:
         proc: Folder of the proc file system.
-        groups: Folder of control groups, version 2 or 1.
+        groups: Folder of control groups: memory.max in version 2, memory.limit_in_bytes in version 1.
     """
-    try:
-        line = next(line for line in (proc / "meminfo").read_text(encoding="utf-8").splitlines() if "MemTotal" in line)
-    except (OSError, StopIteration):
-        return None
-    return min(int(line.split()[1]) * 1024, *_limits(proc, groups), 2**63)
-
-
-def _limits(proc: Path, groups: Path) -> Iterator[int]:
-    """Yield the memory limits of the control group of this process and of its parents."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers not in ("", "memory"):
+    files = (proc / "meminfo", proc / "self" / "cgroup")
+    machine, own = (path.read_text(encoding="utf-8") if path.is_file() else "" for path in files)
+    limits = [("the machine", int(number) * 1024) for number in re.findall(r"MemTotal:\s+(\d+) kB", machine)]
+    for _, controllers, path in (line.split(":", 2) for line in own.splitlines()):
+        if controllers and "memory" not in controllers.split(","):
             continue
-        root, file = (groups / controllers, "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        root, file = (groups / "memory", "memory.limit_in_bytes") if controllers else (groups, "memory.max")
         inside = Path(path.lstrip("/"))
-        for group in (inside, *inside.parents):
-            try:
-                word = (root / group / file).read_text(encoding="utf-8").strip()
-            except OSError:
-                continue
-            if word.isdigit():
-                yield int(word)
+        for limit in (root / group / file for group in (inside, *inside.parents)):
+            if limit.is_file() and (number := limit.read_text(encoding="utf-8").strip()).isdecimal():
+                limits.append(("its cgroup", int(number)))
+    granted = os.environ.get("SLURM_MEM_PER_NODE", "")
+    if granted.isdecimal() and int(granted) > 0:
+        limits.append(("its Slurm job", int(granted) * 2**20))
+    # Of several limits of one kind the least one stays.
+    return dict(sorted(limits, key=lambda limit: -limit[1]))
 
 
 def _installed_gpus() -> tuple[str, ...]:
