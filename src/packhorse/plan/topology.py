@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import Decision, Device, Topology
-from packhorse.recipe.schema import Engine, ParallelSection
+from packhorse.recipe.schema import ParallelSection
 
 GPUS_PER_NODE = 8
 THREADS_PER_GPU = 8
@@ -146,15 +146,23 @@ def _on_this_machine(parallel: ParallelSection, machine: Hardware) -> tuple[Topo
         reason = f"this machine has {len(machine.gpus)} GPUs{cores}"
     else:
         count, reason = parallel.processes, "parallel.processes of the recipe"
+    reason += f" ({available} {'GPUs' if machine.gpus else 'CPU cores'} here)"
+    return _placed(parallel, machine.device, 1, count, machine.num_cores // count, reason)
+
+
+def _placed(
+    parallel: ParallelSection, device: Device, nodes: int, count: int, threads: int, reason: str
+) -> tuple[Topology, Decision]:
+    """Return `count` processes on these nodes, and the reason."""
+    assert parallel.engine != "auto", "auto is resolved before processes are placed"
     topology = Topology(
-        device=machine.device,
-        engine=_engine(parallel),
-        num_nodes=1,
-        processes_per_node=count,
-        threads_per_process=max(1, machine.num_cores // count),
+        device=device,
+        engine=parallel.engine,
+        num_nodes=nodes,
+        processes_per_node=count // nodes,
+        threads_per_process=max(1, threads),
     )
-    where = "GPUs" if machine.gpus else "CPU cores"
-    return topology, Decision(name="processes", value=str(count), reason=f"{reason} ({available} {where} here)")
+    return topology, Decision(name="processes", value=str(count), reason=reason)
 
 
 def _missing_gpus(nodes: int) -> UserError:
@@ -164,11 +172,6 @@ def _missing_gpus(nodes: int) -> UserError:
         f"give both, for example --gpus {8 * nodes} --nodes {nodes}; for nodes without GPUs set "
         f"parallel.processes, for example to {nodes}.",
     )
-
-
-def _engine(parallel: ParallelSection) -> Engine:
-    assert parallel.engine != "auto", "auto is resolved before processes are placed"
-    return parallel.engine
 
 
 def _on_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tuple[Topology, Decision]:
@@ -185,18 +188,8 @@ def _on_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tuple[T
             "each node runs the same number of processes.",
             f"set --gpus to {_nearest_multiples(gpus, num_nodes)}.",
         )
-    topology = Topology(
-        device="cuda",
-        engine=_engine(parallel),
-        num_nodes=num_nodes,
-        processes_per_node=gpus // num_nodes,
-        threads_per_process=THREADS_PER_GPU,
-    )
-    return topology, Decision(
-        name="processes",
-        value=str(gpus),
-        reason=f"--gpus {gpus}: {gpus // num_nodes} GPUs on each of {num_nodes} nodes, one process per GPU",
-    )
+    reason = f"--gpus {gpus}: {gpus // num_nodes} GPUs on each of {num_nodes} nodes, one process per GPU"
+    return _placed(parallel, "cuda", num_nodes, gpus, THREADS_PER_GPU, reason)
 
 
 def _on_cpus(parallel: ParallelSection, nodes: int, machine: Hardware) -> tuple[Topology, Decision]:
@@ -208,15 +201,8 @@ def _on_cpus(parallel: ParallelSection, nodes: int, machine: Hardware) -> tuple[
             "each node runs the same number of processes.",
             f"set parallel.processes to {_nearest_multiples(count, nodes)}, or --nodes to a divisor of {count}.",
         )
-    topology = Topology(
-        device="cpu",
-        engine=_engine(parallel),
-        num_nodes=nodes,
-        processes_per_node=count // nodes,
-        threads_per_process=max(1, machine.num_cores * nodes // count),
-    )
     reason = f"{count // nodes} on each of {nodes} nodes without GPUs"
-    return topology, Decision(name="processes", value=str(count), reason=reason)
+    return _placed(parallel, "cpu", nodes, count, machine.num_cores * nodes // count, reason)
 
 
 def with_mesh(parallel: ParallelSection, flat: Topology) -> Topology:
