@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from packhorse.errors import UserError
     from packhorse.workflows.api import (
-        Run,
         RunFailedError,
         check,
         evaluate,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         resume,
         train,
     )
+    from packhorse.workflows.run import Run
 
 __all__ = [
     "Run",

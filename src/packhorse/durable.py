@@ -104,6 +104,11 @@ def disk_error(target: Path, error: Exception) -> UserError:
     )
 
 
+def nearest_existing(folder: Path) -> Path:
+    """Return the folder, or the nearest parent that exists."""
+    return next(each for each in (folder, *folder.parents) if each.exists())
+
+
 def size(num_bytes: float) -> str:
     """Return a number of bytes as text: `1.5 GB`, `20.0 MB`."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
@@ -116,7 +121,7 @@ def _ends_with_newline(file: Path) -> bool:
 
 
 def _free(target: Path) -> str:
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    existing = nearest_existing(target.absolute().parent)
     try:
         return f"{size(shutil.disk_usage(existing).free)} are free"
     except OSError as error:  # a disk that refuses writes may refuse this too

@@ -67,7 +67,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one_to_the_same_en
 
     told = packhorse(folder, "verify", "runs/damaged")
     assert told.code == 1
-    assert "step-000004/model/model.safetensors has another content than was written" in told.out
+    assert "step-000004/model/model.safetensors has other content than was written" in told.out
     assert "resumes from step-000002" in told.out
 
     done = packhorse(folder, "train", "runs/damaged", "--resume")
@@ -76,7 +76,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one_to_the_same_en
     ours, unbroken = ((folder / "runs" / name / "model" / "model.safetensors") for name in ("damaged", "tiny"))
     assert ours.read_bytes() == unbroken.read_bytes()
     log = (run / "logs" / "attempt-2" / "rank-0.log").read_text()
-    assert "passed over: step-000004/model/model.safetensors has another content" in log
+    assert "passed over: step-000004/model/model.safetensors has other content" in log
     assert (run / "checkpoints" / "step-000004.damaged-1").is_dir()
     assert packhorse(folder, "verify", "runs/damaged").code == 0, "step 4 was written again"
 

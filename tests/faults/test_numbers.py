@@ -118,7 +118,7 @@ def test_a_step_that_is_left_out_changes_nothing_and_is_left_out_again(recipe: P
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert not math.isfinite(float(lines[BAD_STEP]["train/grad_norm"]))
-    assert [line.get("recovery/left_out") for line in lines] == [None] * BAD_STEP + [1] + [None] * (STEPS - BAD_STEP)
+    assert [line.get("recovery/skipped") for line in lines] == [None] * BAD_STEP + [1] + [None] * (STEPS - BAD_STEP)
 
     # Whoever goes on from before that step, without the fault, comes to the same end.
     for step in range(BAD_STEP - 1, STEPS + 1):
@@ -128,16 +128,16 @@ def test_a_step_that_is_left_out_changes_nothing_and_is_left_out_again(recipe: P
     assert [record["exit_code"] for record in run_ranks(run, attempt=2)] == [EXIT_OK] * 2
     assert curve(run)[BAD_STEP - 1 :] == first_curve
     assert (run / weights).read_bytes() == first_end
-    assert metrics(run)[BAD_STEP] == {"step": BAD_STEP, "recovery/left_out": 1}
+    assert metrics(run)[BAD_STEP] == {"step": BAD_STEP, "recovery/skipped": 1}
 
 
 def test_one_more_than_may_be_left_out_ends_the_run(recipe: Path) -> None:
-    words = ("recovery.on_nonfinite=skip", "recovery.most_left_out=2")
+    words = ("recovery.on_nonfinite=skip", "recovery.most_skipped=2")
     run = planned(recipe, "too-many", *words)
     write_skipped_steps(run, {1: "by hand", 2: "by hand"})
     records = run_ranks(run, f"nan_loss@{FAULT_AT}:0")
     assert [record["exit_code"] for record in records] == [EXIT_NOT_FINITE] * 2
-    assert "3 steps would be skipped, and recovery.most_left_out is 2" in records[0]["message"]
+    assert "3 steps would be skipped, and recovery.most_skipped is 2" in records[0]["message"]
     assert list(read_skipped_steps(run)) == [1, 2], "resumed, it must end at the same step again"
     assert checkpoints(run) == list(range(1, BAD_STEP))
 

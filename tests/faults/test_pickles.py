@@ -20,7 +20,7 @@ from packhorse.data.packs.store import open_store
 from packhorse.data.render.tokenizer import load_tokenizer
 from packhorse.errors import UserError
 from packhorse.model.load import ModelRequest, load_model, open_model
-from packhorse.model.methods.attach import with_adapter
+from packhorse.model.methods.adapter_files import with_adapter
 from packhorse.quickstart.files import materialise
 from packhorse.run_folder.checkpoints.listing import find_newest_sound
 from packhorse.run_folder.checkpoints.manifest import (

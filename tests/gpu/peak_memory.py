@@ -23,10 +23,12 @@ import torch
 from measured_memory import LivePeak, save_model
 from packhorse.data.data_manifest import DataManifest, read_data_manifest
 from packhorse.data.packs.store import open_store
+from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.measure.rank_tensors import weight_tensors
 from packhorse.estimate.measure.rehearse import rank_environment
-from packhorse.estimate.memory import MemoryEstimate, estimate_memory
+from packhorse.estimate.memory import MemoryEstimate
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
 from packhorse.model_spec.configuration import published
 from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.make_plan import make_plan
@@ -211,9 +213,8 @@ def plan_of(case: Case, folder: Path, gpus: Sequence[str]) -> tuple[RunPlan, Mem
     shape = read_shape(case.config)
     assert shape is not None
     figures = [_figures(mine / "data", split) for split in ("train", "validation")]
-    estimate = estimate_memory(plan, shape, *figures)
-    assert estimate is not None
-    return plan, estimate
+    basis = EstimateInputs(shape, figures[0], find_gpu("H100"), validation=figures[1])
+    return plan, PlanEstimate(plan, basis).memory
 
 
 def _figures(folder: Path, split: str) -> PackFigures:

@@ -25,7 +25,7 @@ from interrupted import (
 
 from cli import curve, metrics, packhorse
 from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder
-from packhorse.launching.slurm.script import train_request, train_script
+from packhorse.launching.slurm.script import job_script, train_request
 from packhorse.launching.slurm.site import SiteProfile
 from packhorse.run_folder.attempts import read_attempts
 from packhorse.run_folder.jobs import read_jobs
@@ -181,7 +181,7 @@ def test_where_requeue_is_forbidden_another_job_goes_on(cluster: Cluster, slurm_
     site = SiteProfile(name="here", gpus_per_node=0, cpus_per_node=1, memory_per_node="16000M", requeue=False)
     request = train_request(site, "followed", run, num_nodes=2, gpus_per_node=0, time="00:10:00", signal_seconds=60)
     script = slurm_folder / "job.sbatch"
-    script.write_text(train_script(site, request, programs=None), encoding="utf-8")
+    script.write_text(job_script(site, request, programs=None), encoding="utf-8")
     job = Interrupted(cluster, run, script=script)
     job.interrupt("forward", time_is_nearly_over, is_signal=True)
     assert cluster.wait(job.job) == "FAILED"

@@ -35,8 +35,8 @@ def convert(source: str, target: str, to: str, format: str, force: bool) -> int:
 
 def _lines(done: Conversion, to: str) -> list[tuple[str, str]]:
     lines = []
-    if done.left_out:
-        counted = ", ".join(f"{name} ({rows:,} rows)" for name, rows in done.left_out.most_common())
+    if done.dropped:
+        counted = ", ".join(f"{name} ({rows:,} rows)" for name, rows in done.dropped.most_common())
         lines.append(("dropped", f"{counted}: the form has no field for it"))
     if to == "openai":
         tokens = done.tokens

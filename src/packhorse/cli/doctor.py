@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from packhorse.doctor.run_checks import (
 )
 from packhorse.doctor.table import EXIT_BROKEN, print_table
 from packhorse.errors import EXIT_OK, UserError
-from packhorse.launching.slurm.script import show
 from packhorse.launching.slurm.site import SiteProfile, load_site
 from packhorse.plan.topology import detect_hardware
 from packhorse.run_folder.folder import open_run
@@ -37,7 +37,7 @@ def doctor(
         programs = profile.programs or str(Path(sys.executable).parent)
         if dry_run:
             words = ["srun", *short_job_arguments(question, profile, programs), question.model_dump_json()]
-            print_plain(show(words), console)
+            print_plain(shlex.join(words), console)
             return EXIT_OK
         facts, notes = check_nodes_in_short_job(question, profile, programs, lambda line: print(line, file=sys.stderr))  # noqa: T201
     else:

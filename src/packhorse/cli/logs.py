@@ -10,7 +10,15 @@ from typing import Final
 
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.run_folder.folder import open_run, relative
-from packhorse.run_folder.layout import ATTEMPT_FOLDERS, JOB_LOGS, LOGS_FOLDER, RANK_LOGS, STDERR_LOG, numbered
+from packhorse.run_folder.layout import (
+    LOGS_FOLDER,
+    RANK_LOGS,
+    STDERR_LOG,
+    attempt_logs,
+    attempt_numbers,
+    job_logs,
+    numbered,
+)
 from packhorse.workflows.run_state import is_under_way
 
 LOOK_SECONDS: Final = 0.5
@@ -45,14 +53,11 @@ def logs(run: str, rank: int | None = None, follow: bool = False) -> int:
 
 def log_files(folder: Path, rank: int | None) -> list[Path]:
     """Return the logs of the newest job, and of the newest attempt's launcher and rank 0; or the log of one rank."""
-    attempts = sorted(
-        (folder / LOGS_FOLDER).glob(ATTEMPT_FOLDERS), key=lambda path: int(path.name.removeprefix("attempt-"))
-    )
+    attempts = [attempt_logs(folder, number) for number in attempt_numbers(folder)[-1:]]
     if rank is not None:
-        return [file for attempt in attempts[-1:] if (file := attempt / numbered(RANK_LOGS, rank)).is_file()]
-    jobs = sorted((folder / LOGS_FOLDER).glob(JOB_LOGS), key=lambda path: path.stat().st_mtime)
-    of_attempt = [attempt / name for attempt in attempts[-1:] for name in (STDERR_LOG, numbered(RANK_LOGS, 0))]
-    return [file for file in [*jobs[-1:], *of_attempt] if file.is_file() and file.stat().st_size]
+        return [file for attempt in attempts if (file := attempt / numbered(RANK_LOGS, rank)).is_file()]
+    of_attempt = [attempt / name for attempt in attempts for name in (STDERR_LOG, numbered(RANK_LOGS, 0))]
+    return [file for file in [*job_logs(folder)[-1:], *of_attempt] if file.is_file() and file.stat().st_size]
 
 
 class LogPrinter:

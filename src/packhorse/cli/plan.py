@@ -27,7 +27,7 @@ from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.estimate.gpus import find_gpu, known_gpus
 from packhorse.estimate.plan_estimate import EstimateInputs
-from packhorse.estimate.search.auto import least_hardware, plan_best
+from packhorse.estimate.search.auto import least_hardware, plan_best, refusal
 from packhorse.estimate.search.candidates import all_candidates, automatic_choice
 from packhorse.estimate.search.scaling import MemoryByScale, scale
 from packhorse.launching.places.node_commands import launch_commands
@@ -144,8 +144,7 @@ def _compare(console: Console, request: PlanRequest, as_json: bool) -> int:
     candidates = all_candidates(request.wanted, basis)
     winner = automatic_choice(candidates)
     if winner is None:
-        errors = {candidate.engine: candidate.error for candidate in candidates if candidate.error is not None}
-        raise errors.get("ddp") or next(iter(errors.values()))
+        raise refusal(candidates)
     if as_json:
         print_json(ways_value(candidates, winner))
     else:
@@ -160,10 +159,7 @@ def _scale(console: Console, request: PlanRequest, as_json: bool) -> int:
     if "auto" in (recipe.parallel.engine, recipe.parallel.checkpointing):
         recipe = plan_best(request.wanted, basis).recipe
     counted: MemoryByScale = {}
-    modes = [
-        scale(recipe, basis.shape, basis.packs, basis.gpu, mode, network_gb=basis.network_gb, counted=counted)
-        for mode in ("weak", "strong")
-    ]
+    modes = [scale(recipe, basis, mode, counted=counted) for mode in ("weak", "strong")]
     if as_json:
         print_json([scaling_value(scaling) for scaling in modes])
         return EXIT_OK

@@ -7,7 +7,7 @@ from typing import Final
 
 from packhorse.doctor.facts import DoctorRequest, NodeFacts
 from packhorse.doctor.interfaces import GLOO_VARIABLE, NCCL_VARIABLE
-from packhorse.doctor.table import Row
+from packhorse.doctor.table import Row, broken, not_tried, note, ok
 
 NOTE_SKEW_SECONDS: Final = 1.0
 MAX_SKEW_SECONDS: Final = 30.0
@@ -18,52 +18,41 @@ POOR_SHARE: Final = 0.5
 VARIABLES: Final = {"gloo": GLOO_VARIABLE, "nccl": NCCL_VARIABLE}
 
 
-def name_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
+def name_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row:
     """Check that all nodes resolve the first node's name to its address."""
-    if request.num_nodes == 1:
-        return None
     master = nodes[0].network.master_addr
     failed = [node for node in nodes if node.network.resolve_error]
     if failed:
-        return Row(
-            "name",
-            "broken",
+        return broken(
             f"{failed[0].host} cannot resolve {master}, the name of the first node: {failed[0].network.resolve_error}",
             "add the names of the nodes to DNS or to /etc/hosts of all nodes, or set MASTER_ADDR to an address.",
         )
     others = dict.fromkeys(node.network.resolved for node in nodes if node.node_id != 0)
     if any(address.startswith("127.") for address in others) and not _all_met(request, nodes):
-        return Row(
-            "name",
-            "broken",
+        return broken(
             f"{master}, the name of the first node, is {', '.join(others)} on other nodes: their own loopback address",
             "fix /etc/hosts of the nodes: no node's name may have the address 127.0.0.1 or 127.0.1.1.",
         )
-    return Row("name", "ok", f"{master} is {', '.join(others) or nodes[0].network.resolved}")
+    return ok(f"{master} is {', '.join(others) or nodes[0].network.resolved}")
 
 
-def port_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
+def port_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row:
     """Check that all nodes reach the port of the rendezvous."""
-    if request.num_nodes == 1:
-        return None
     port, master = nodes[0].network.master_port, nodes[0].network.master_addr
     first_error = nodes[0].network.rendezvous_error if nodes[0].node_id == 0 else ""
-    name = name_row(request, nodes)
-    if name is not None and name.status == "broken":
-        return Row("port", "not tried", "the first node's name does not lead to it; see above")
+    if name_row(request, nodes).status == "broken":
+        return not_tried("the first node's name does not lead to it; see above")
     if first_error:
-        return Row("port", "broken", first_error, "set MASTER_PORT to a port that is free there, for example 29511.")
+        return broken(first_error, "set MASTER_PORT to a port that is free there, for example 29511.")
     failed = [node for node in nodes if node.network.rendezvous_error]
     if failed:
         hosts = first_hosts([node.host for node in failed])
         network = failed[0].network
-        return Row(
-            "port",
-            "broken",
+        return broken(
             f"{hosts} cannot reach port {port} of {master} ({network.resolved}): {network.rendezvous_error}",
             "open TCP ports 20000 to 65535 between the nodes in their firewall, or set MASTER_PORT to an open one.",
         )
-    return Row("port", "ok", f"{first_hosts([node.host for node in nodes[1:]])} can reach port {port} of {master}")
+    return ok(f"{first_hosts([node.host for node in nodes[1:]])} can reach port {port} of {master}")
 
 
 def interface_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row:
@@ -72,19 +61,14 @@ def interface_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row:
         for choice in node.network.choices:
             # On a single machine Gloo's fallback, the loopback interface, is sufficient.
             if choice.error and (request.num_nodes > 1 or not choice.address):
-                return Row(
-                    "interface",
-                    "broken",
-                    f"{node.host}: {choice.error}, so {choice.library} finds none",
-                    _interface_fix(node, choice.library),
+                return broken(
+                    f"{node.host}: {choice.error}, so {choice.library} finds none", _interface_fix(node, choice.library)
                 )
-    return Row("interface", "ok", "; ".join(dict.fromkeys(_choices(node) for node in nodes)))
+    return ok("; ".join(dict.fromkeys(_choices(node) for node in nodes)))
 
 
-def connection_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
+def connection_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row:
     """Check that every node reaches every other at the address that it will use."""
-    if request.num_nodes == 1:
-        return None
     num_connections = sum(node.network.num_connections for node in nodes)
     failures = [(node, failure) for node in nodes for failure in node.network.failed_connections]
     if failures:
@@ -94,25 +78,21 @@ def connection_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | 
             (choice.interface for choice in other.network.choices if choice.library == failure.library),
             "its interface",
         )
-        return Row(
-            "between nodes",
-            "broken",
+        return broken(
             f"{node.host} cannot reach {other.host} at {failure.address} ({interface}, used by {failure.library}): "
             f"{failure.error} ({len(failures)} of {num_connections} connections fail)",
             _interface_fix(other, failure.library) + " If it is the right one, open TCP ports 20000 to 65535 on it.",
         )
     if not _all_met(request, nodes):
-        return Row("between nodes", "not tried", "the nodes did not meet; see above")
-    return Row("between nodes", "ok", f"every node reaches every other ({num_connections} connections)")
+        return not_tried("the nodes did not meet; see above")
+    return ok(f"every node reaches every other ({num_connections} connections)")
 
 
-def clock_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
+def clock_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row:
     """Check that the clocks of the nodes agree."""
-    if request.num_nodes == 1:
-        return None
     known = [node for node in nodes if node.network.clock_skew_seconds is not None]
     if len(known) < len(nodes):
-        return Row("clocks", "not tried", "the nodes did not meet; see above")
+        return not_tried("the nodes did not meet; see above")
     worst = max(known, key=lambda node: abs(node.network.clock_skew_seconds or 0.0))
     seconds = worst.network.clock_skew_seconds or 0.0
     fact = (
@@ -120,10 +100,10 @@ def clock_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
     )
     fix = "switch on NTP or chrony on that node: heartbeats and logs of nodes are compared."
     if abs(seconds) > MAX_SKEW_SECONDS:
-        return Row("clocks", "broken", fact, fix)
+        return broken(fact, fix)
     if abs(seconds) > NOTE_SKEW_SECONDS:
-        return Row("clocks", "note", fact, fix)
-    return Row("clocks", "ok", f"within {abs(seconds) * 1000:.0f} ms of the first node's")
+        return note(fact, fix)
+    return ok(f"within {abs(seconds) * 1000:.0f} ms of the first node's")
 
 
 def bandwidth_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | None:
@@ -133,12 +113,10 @@ def bandwidth_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | N
         return None
     results = [(node, node.bandwidth) for node in nodes if node.bandwidth is not None]
     if not results:
-        return Row("bandwidth", "not tried", "the nodes do not reach each other; see above")
+        return not_tried("the nodes do not reach each other; see above")
     for node, result in results:
         if result.error:
-            return Row(
-                "bandwidth",
-                "broken",
+            return broken(
                 f"the all-reduce failed on {node.host}: {result.error}",
                 "set NCCL_DEBUG=INFO (or TORCH_DISTRIBUTED_DEBUG=DETAIL) in the environment, and read the output.",
             )
@@ -150,13 +128,13 @@ def bandwidth_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | N
     )
     mbit = node.network.link_mbit
     if request.num_nodes == 1 or mbit is None:
-        return Row("bandwidth", "ok", fact + (" (the rate of the link is unknown)" * (request.num_nodes > 1)))
+        return ok(fact + (" (the rate of the link is unknown)" * (request.num_nodes > 1)))
     share = measured.bus_bytes_per_second * 8 / 1e6 / mbit
     fact += f"; the link carries {mbit / 8000:.2f} GB/s, so {share:.0%} of it"
     fix = "look at NCCL_DEBUG=INFO: NET/IB is InfiniBand; NET/Socket on a cluster with InfiniBand is a wrong choice."
     if measured.backend == "nccl" and share < BROKEN_SHARE:
-        return Row("bandwidth", "broken", fact, fix)
-    return Row("bandwidth", "note" if share < POOR_SHARE else "ok", fact, fix if share < POOR_SHARE else "")
+        return broken(fact, fix)
+    return note(fact, fix) if share < POOR_SHARE else ok(fact)
 
 
 def _interface_fix(node: NodeFacts, library: str) -> str:

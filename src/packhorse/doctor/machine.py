@@ -18,6 +18,7 @@ from typing import Final, Literal
 
 from packhorse.doctor.facts import Gpu, GpuFacts, ResourceFacts
 from packhorse.errors import UserError
+from packhorse.plan.topology import memory_limits
 from packhorse.recipe.locate import path_of
 from packhorse.version import VERSION
 
@@ -142,7 +143,7 @@ def resource_facts(scratch_setting: str) -> ResourceFacts:
         error = f"{scratch}: {fault.strerror}"
     except UserError as mistake:
         error = mistake.mistakes[0].fact
-    memory, source = memory_limit()
+    source, memory = min(memory_limits().items(), key=lambda limit: limit[1], default=("", 0))
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return ResourceFacts(
         scratch=str(scratch),
@@ -155,29 +156,6 @@ def resource_facts(scratch_setting: str) -> ResourceFacts:
         locked_bytes=-1 if locked == resource.RLIM_INFINITY or os.geteuid() == 0 else locked,
         infiniband=INFINIBAND.is_dir() and any(INFINIBAND.iterdir()),
     )
-
-
-def memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, str]:
-    """Return the least of machine memory, the limits of the cgroup and its parents, and the Slurm job's memory.
-
-    Cgroup limits are memory.max in version 2, memory.limit_in_bytes in version 1 (kernel documentation).
-    """
-    text = (proc / "meminfo").read_text(encoding="utf-8")
-    limits = [(int(re.findall(r"MemTotal:\s+(\d+) kB", text)[0]) * 1024, "the machine")]
-    for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, name = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, file = (cgroups / "memory", "memory.limit_in_bytes") if controllers else (cgroups, "memory.max")
-        cgroup = root / name.lstrip("/")
-        for folder in (cgroup, *cgroup.parents[: len(cgroup.relative_to(root).parts)]):
-            limit_file = folder / file
-            if limit_file.is_file() and (number := limit_file.read_text(encoding="utf-8").strip()).isdecimal():
-                limits.append((int(number), "its cgroup"))
-    granted = os.environ.get("SLURM_MEM_PER_NODE", "")
-    if granted.isdecimal() and int(granted) > 0:
-        limits.append((int(granted) * 2**20, "its Slurm job"))
-    return min(limits, key=lambda limit: limit[0])
 
 
 def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:

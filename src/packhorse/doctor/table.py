@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Literal
 
 from rich.console import Console
@@ -20,16 +21,20 @@ class Row:
     """Result of one check.
 
     Attributes:
-        name: Name of the check.
         status: `broken`: training would fail, or learn nothing; `note`: it may be slow, or fail later.
         fact: Finding, with the names of the nodes.
         fix: Smallest change that fixes it; empty if none is needed.
+        name: Name of the check.
     """
 
-    name: str
     status: RowStatus
     fact: str
     fix: str = ""
+    name: str = ""
+
+
+ok, not_tried = partial(Row, "ok"), partial(Row, "not tried")
+note, broken = partial(Row, "note"), partial(Row, "broken")
 
 
 def first_broken(rows: Sequence[Row]) -> Row | None:

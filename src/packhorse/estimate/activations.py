@@ -6,6 +6,7 @@ each operation of the architecture is counted, because norms, rotations, gated M
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
@@ -82,15 +83,12 @@ class Activations:
         Args:
             with_head: Include last norm and output head, which the backward pass frees first.
         """
-        parts: dict[str, int] = {"inputs": self.inputs}
+        parts = Counter({"inputs": self.inputs})
         for layer in self.layers:
-            if layer.recomputed:
-                parts["layer inputs"] = parts.get("layer inputs", 0) + (0 if self.offloaded else layer.input)
-                continue
-            for part, size in layer.kept.items():
-                parts[part] = parts.get(part, 0) + size
-        for part, size in self.head.items() if with_head else ():
-            parts[part] = parts.get(part, 0) + size
+            recomputed = {"layer inputs": 0 if self.offloaded else layer.input}
+            parts.update(recomputed if layer.recomputed else layer.kept)
+        if with_head:
+            parts.update(self.head)
         return parts
 
     @property

@@ -8,11 +8,10 @@ save to save.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import ceil, prod
 from typing import Final
 
 from packhorse.estimate import training_state
@@ -90,7 +89,7 @@ def _most_at_once(plan: RunPlan) -> int:
     if section.every_steps is None:
         kept = 1  # the one at the end, or at a stop
     elif plan.num_steps is not None:
-        kept = min(kept, math.ceil(plan.num_steps / section.every_steps))
+        kept = min(kept, ceil(plan.num_steps / section.every_steps))
     return kept + 1
 
 

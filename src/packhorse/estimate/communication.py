@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 from packhorse.estimate.flops import PassWork
 from packhorse.estimate.gpus import GpuProfile
+from packhorse.estimate.training_state import uses_muon, zero_settings
 from packhorse.estimate.weights import WeightTensor, casts_weights, compute_width
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan, Topology
@@ -47,6 +48,7 @@ GLOO_STEP_SECONDS: Final = 30e-6
 DDP_BUCKET_BYTES: Final = 25 * 2**20
 
 Phase = Literal["forward", "backward", "step"]
+PASS: Final[tuple[Phase, ...]] = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def _of_engine(
     gathers = _gathers(plan, shape, weights, work, links, group)
     if not engine.startswith("zero3"):
         return [*gathers, *_of_fsdp2(plan, shape, trained, group, links)]
-    calls = max(1, ceil(trained / _zero(plan)["reduce_bucket_size"]))
+    calls = max(1, ceil(trained / zero_settings(plan)["reduce_bucket_size"]))
     seconds, passes = links.gather(width * trained, group, calls), plan.batch.accumulation_steps
     reason = "ZeRO-3 reduce-scatters gradients in each pass"
     moved = group.ring_bytes(width * trained)
@@ -201,7 +203,7 @@ def _of_engine(
 
 
 def _of_zero(plan: RunPlan, trained: float, group: Group, width: int, links: Links) -> list[Transfer]:
-    stage, zero = plan.topology.engine, _zero(plan)
+    stage, zero = plan.topology.engine, zero_settings(plan)
     times = plan.batch.accumulation_steps if stage == "zero2" else 1
     calls = max(1, ceil(trained / zero["reduce_bucket_size"]))
     seconds = links.all_reduce(width * trained, group, calls)
@@ -246,7 +248,7 @@ def _gathers(
     calls, name = shape.layers + 2, "FSDP2"
     if plan.topology.engine.startswith("zero3"):
         # Weights smaller than the bucket are sent together, larger ones alone.
-        bucket = _zero(plan)["stage3_prefetch_bucket_size"]
+        bucket = zero_settings(plan)["stage3_prefetch_bucket_size"]
         calls, name = max(calls, ceil(sum(min(1.0, weight.size / bucket) for weight in weights))), "ZeRO-3"
     # Layers that no gradient passes through are not gathered again, nor is the last unit of the forward pass.
     backward = layers * work.layers_backward / shape.layers
@@ -270,9 +272,8 @@ def _of_offload(
     on_disk = engine == "zero3_nvme"
     fetched = max(links.host(part), part * per_node / DISK_BYTES_PER_SECOND if on_disk else 0.0)
     where = "the disk" if on_disk else "host memory"
-    phases: tuple[Phase, ...] = ("forward", "backward")
     reason = f"each rank's part comes from {where}"
-    found = [Transfer(f"weights from {where}", phase, passes, part, fetched, True, reason) for phase in phases]
+    found = [Transfer(f"weights from {where}", phase, passes, part, fetched, True, reason) for phase in PASS]
     share = trained / ranks
     sent, reason = share * width, "for the update on the host"
     found.append(Transfer("gradients to the host", "backward", passes, sent, links.host(sent), True, reason))
@@ -316,23 +317,16 @@ def _of_activations(plan: RunPlan, shape: Shape, work: PassWork, links: Links) -
     moved = work.layers_recomputed * work.tokens * shape.hidden * compute_width(plan)
     passes, seconds = plan.batch.accumulation_steps, links.host(moved)
     reason = "inputs of recomputed layers go to host memory and back"
-    phases: tuple[Phase, ...] = ("forward", "backward")
-    return [Transfer("activations", phase, passes, moved, seconds, False, reason) for phase in phases]
+    return [Transfer("activations", phase, passes, moved, seconds, False, reason) for phase in PASS]
 
 
 def _of_muon(plan: RunPlan, weights: tuple[WeightTensor, ...], links: Links) -> list[Transfer]:
     """Return the gathers of sharded matrices for each product of an iteration: the matrix twice, a square once."""
     if plan.recipe.optimizer.name != "muon" or plan.topology.engine not in ("fsdp2", "hsdp"):
         return []
-    shapes = [each.shape for each in weights if each.trained and len(each.shape) == 2 and each.unit.startswith("layer")]
+    shapes = [each.shape for each in weights if each.trained and uses_muon(each)]
     total = sum(5.0 * 2 * (2 * rows * columns + min(rows, columns) ** 2) for rows, columns in shapes)
     group = shard_group(plan.topology)
     seconds = links.gather(total, group, 15 * len(shapes))
     reason = "Muon's five iterations gather each matrix, in bfloat16"
     return [Transfer("matrices of Muon", "step", 1, group.ring_bytes(total), seconds, False, reason)]
-
-
-def _zero(plan: RunPlan) -> dict[str, int]:
-    assert plan.deepspeed is not None
-    settings: dict[str, int] = plan.deepspeed["zero_optimization"]
-    return settings

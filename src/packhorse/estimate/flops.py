@@ -133,13 +133,11 @@ class PassWork:
         return products + attention + self.attention.forward_flops
 
 
-def pass_work(plan: RunPlan, shape: Shape, packs: PackFigures) -> PassWork | None:
-    """Count the FLOPs of a mean pass; None where peft alone decides what the method trains."""
+def pass_work(plan: RunPlan, shape: Shape, packs: PackFigures) -> PassWork:
+    """Count the FLOPs of a mean pass of a method whose trained weights are known."""
     method = plan.recipe.method
-    virtual = isinstance(method, (PromptTuningMethod, PrefixTuningMethod))
-    trained = {} if virtual else trained_by_name(list_parameters(shape), method, shape)
-    if trained is None:
-        return None
+    trained = trained_by_name(list_parameters(shape), method, shape)
+    assert trained is not None, "list_weights knows them"
     share = plan.batch.micro_packs / plan.topology.sequence
     tokens, supervised = packs.tokens_mean * share, packs.supervised_mean * share
     if isinstance(method, PromptTuningMethod):

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -28,7 +28,7 @@ TABLE_FILE: Final = FileKind(
     "H100-96GB: {extends: H100-80GB, memory_mib: 97871}",
     "write the name of each GPU and its fields below it",
 )
-NOT_INHERITED: Final = ("aliases", "device_names")
+NOT_INHERITED: Final = ("aliases", "device_names", "sky")
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -41,6 +41,7 @@ class GpuProfile(BaseModel):
     name: str
     aliases: tuple[str, ...] = ()
     device_names: tuple[str, ...] = ()
+    sky: str = ""
     memory_mib: PositiveInt
     bf16_tflops: PositiveFloat
     fp16_tflops: PositiveFloat
@@ -82,21 +83,11 @@ _NEEDED: Final = tuple(
 )
 
 
-@dataclass(frozen=True)
-class GpuRequest:
-    """Value of `--gpus`.
+def parse_gpus(text: str) -> tuple[int, GpuProfile | None]:
+    """Parse the value of `--gpus`: `8`, `8xH100-80GB`, or `H100-80GB` for one GPU.
 
-    Attributes:
-        count: Number of GPUs in all.
-        gpu: Kind of GPU; None where only a number was given.
-    """
-
-    count: int
-    gpu: GpuProfile | None
-
-
-def parse_gpus(text: str) -> GpuRequest:
-    """Parse `8`, `8xH100-80GB`, or `H100-80GB` for one GPU.
+    Returns:
+        Number of GPUs in all, and their kind; None where only a number was given.
 
     Raises:
         UserError: The text has another form, no GPU has that name, or the user's own file is wrong.
@@ -113,7 +104,7 @@ def parse_gpus(text: str) -> GpuRequest:
             "write for example --gpus 8 or --gpus 8xH100-80GB.",
         )
     name = kind or alone
-    return GpuRequest(int(count or 1), find_gpu(name) if name else None)
+    return int(count or 1), find_gpu(name) if name else None
 
 
 def find_gpu(name: str) -> GpuProfile:

@@ -6,6 +6,7 @@ The sum is what torch's caching allocator reports as `torch.cuda.max_memory_allo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +16,7 @@ from packhorse.estimate.activations import Activations, count_activations
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.saved_tensors import COPIES
 from packhorse.estimate.training_state import FP32, Component, total_bytes
-from packhorse.estimate.weights import WIDTHS, WeightTensor, compute_width, list_weights
+from packhorse.estimate.weights import WIDTHS, WeightTensor, compute_width
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 
@@ -81,25 +82,19 @@ class MemoryEstimate:
 def estimate_memory(
     plan: RunPlan,
     shape: Shape,
+    weights: tuple[WeightTensor, ...],
     packs: PackFigures,
     validation: PackFigures | None = None,
-    weights: tuple[WeightTensor, ...] | None = None,
-) -> MemoryEstimate | None:
+) -> MemoryEstimate:
     """Count the memory of the device of the rank that needs most.
 
     Args:
         plan: Plan of the run.
         shape: Shape of its model.
+        weights: Result of `list_weights`.
         packs: Training packs; `PackFigures.full` where the data is not prepared.
         validation: Validation packs; None takes `packs`.
-        weights: Result of `list_weights`, where the caller has it.
-
-    Returns:
-        None where peft alone decides what the method trains.
     """
-    weights = weights or list_weights(plan, shape)
-    if weights is None:
-        return None
     kept = count_activations(plan, shape, weights, packs)
     persistent = _persistent(plan, weights)
     evaluated = count_activations(plan, shape, weights, validation) if validation else kept
@@ -221,10 +216,9 @@ def _head_gradients(plan: RunPlan, weights: Sequence[WeightTensor]) -> int:
 
 def _unit_bytes(weights: Sequence[WeightTensor], width: int) -> dict[str, int]:
     """Return the bytes of each unit's weights when they are gathered for computation."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for weight in weights:
-        size = weight.data_bytes if weight.storage != "plain" else weight.size * min(width, weight.width)
-        sizes[weight.unit] = sizes.get(weight.unit, 0) + size
+        sizes[weight.unit] += weight.data_bytes if weight.storage != "plain" else weight.size * min(width, weight.width)
     return sizes
 
 
@@ -253,10 +247,10 @@ def _reduced_units(plan: RunPlan, weights: Sequence[WeightTensor], units: Collec
     """Return FSDP2's gradients of one whole unit, while they are computed and while they are sent."""
     if plan.topology.engine not in ("fsdp2", "hsdp"):
         return []
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for weight in weights:
         if weight.trained and weight.unit in units:
-            sizes[weight.unit] = sizes.get(weight.unit, 0) + weight.size
+            sizes[weight.unit] += weight.size
     largest = max(sizes.values(), default=0)
     reason = "gradients of one whole unit, and the float32 buffer that is reduce-scattered"
     return [Component("reduce buckets", largest * (compute_width(plan) + FP32), reason)]

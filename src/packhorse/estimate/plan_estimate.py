@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from packhorse.estimate.gpus import GpuProfile
 from packhorse.estimate.memory import MemoryEstimate, estimate_memory
@@ -16,7 +16,10 @@ from packhorse.estimate.weights import WeightTensor, list_weights
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import Prediction, RunPlan
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    # A plan of prepared data needs neither tokenizers nor pyarrow.
+    from packhorse.data.estimate_packs import PackEstimate
+
 MARGIN: Final = 0.10
 """Share of the card that an automatic choice leaves free, because some parts are assumed."""
 
@@ -32,19 +35,6 @@ class SpeedCorrection:
 
     factor: float
     source: str
-
-
-@dataclass(frozen=True)
-class PackGuess:
-    """Approximate number of packs, before the data is prepared.
-
-    Attributes:
-        num_packs: Number of packs.
-        reason: What the number is derived from.
-    """
-
-    num_packs: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class EstimateInputs:
     network_gb: float | None = None
     price_per_gpu_hour: float | None = None
     measured: SpeedCorrection | None = None
-    guessed: PackGuess | None = None
+    guessed: PackEstimate | None = None
     host_bytes: int | None = None
 
 
@@ -86,32 +76,28 @@ class PlanEstimate:
         """Weights of the run, which all estimates share; None where peft alone decides what is trained."""
         return list_weights(self.plan, self.basis.shape)
 
+    @property
+    def _known_weights(self) -> tuple[WeightTensor, ...]:
+        assert self.weights is not None, "estimate_plan checks that the weights are known"
+        return self.weights
+
     @cached_property
     def memory(self) -> MemoryEstimate:
         """Memory of one GPU."""
         basis = self.basis
-        return _known(estimate_memory(self.plan, basis.shape, basis.packs, basis.validation, self.weights))
+        return estimate_memory(self.plan, basis.shape, self._known_weights, basis.packs, basis.validation)
 
     @cached_property
     def storage(self) -> StorageEstimate:
         """Host memory and disk space."""
-        return _known(estimate_storage(self.plan, self.basis.shape, self.basis.packs, self.weights))
+        return estimate_storage(self.plan, self.basis.shape, self._known_weights, self.basis.packs)
 
     @cached_property
     def speed(self) -> SpeedEstimate:
         """Speed of the run."""
         basis, measured = self.basis, self.basis.measured
-        speed = _known(
-            estimate_speed(
-                self.plan,
-                basis.shape,
-                basis.packs,
-                basis.gpu,
-                basis.network_gb,
-                basis.price_per_gpu_hour,
-                self.weights,
-            )
-        )
+        gpu = (basis.gpu, basis.network_gb, basis.price_per_gpu_hour)
+        speed = estimate_speed(self.plan, basis.shape, self._known_weights, basis.packs, *gpu)
         speed = replace(speed, num_steps=self.num_steps)
         return speed if measured is None else scaled(speed, measured.factor, measured.source)
 
@@ -176,8 +162,3 @@ def estimate_plan(plan: RunPlan, basis: EstimateInputs) -> PlanEstimate | None:
     """Return the plan's estimate; None where peft alone decides what the method trains."""
     estimate = PlanEstimate(plan, basis)
     return None if estimate.weights is None else estimate
-
-
-def _known(estimate: T | None) -> T:
-    assert estimate is not None, "estimate_plan checks that the weights are known"
-    return estimate

@@ -16,6 +16,7 @@ Shapes: t tokens of the row on this rank, T of the whole row (t except under seq
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -77,9 +78,9 @@ class SavedTensors:
 
     def by_part(self) -> dict[str, int]:
         """Return the saved bytes of each part."""
-        parts: dict[str, int] = {}
+        parts: Counter[str] = Counter()
         for part, size in self.saved.values():
-            parts[part] = parts.get(part, 0) + size
+            parts[part] += size
         return parts
 
 

@@ -20,7 +20,8 @@ from packhorse.estimate.flops import PassWork, Products, pass_work
 from packhorse.estimate.gpus import GpuProfile
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.traffic import Traffic, pass_traffic, step_bytes
-from packhorse.estimate.weights import WeightTensor, compute_width, list_weights
+from packhorse.estimate.training_state import uses_muon
+from packhorse.estimate.weights import WeightTensor, compute_width
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.methods import LoraMethod
@@ -149,29 +150,24 @@ class SpeedEstimate:
 def estimate_speed(
     plan: RunPlan,
     shape: Shape,
+    weights: tuple[WeightTensor, ...],
     packs: PackFigures,
     gpu: GpuProfile,
     network_gb: float | None = None,
     price_per_gpu_hour: float | None = None,
-    weights: tuple[WeightTensor, ...] | None = None,
-) -> SpeedEstimate | None:
+) -> SpeedEstimate:
     """Estimate the time of a step and the cost of the run.
 
     Args:
         plan: Plan of the run.
         shape: Shape of its model.
+        weights: Result of `list_weights`.
         packs: Sizes of its packs.
         gpu: Kind of GPU.
         network_gb: GB/s of one GPU between nodes, in one direction; None takes the profile's.
         price_per_gpu_hour: Price in any currency.
-        weights: Result of `list_weights`, where the caller has it.
-
-    Returns:
-        None where peft alone decides what the method trains.
     """
-    work, weights = pass_work(plan, shape, packs), weights or list_weights(plan, shape)
-    if work is None or weights is None:
-        return None
+    work = pass_work(plan, shape, packs)
     network = (gpu.network_gb if network_gb is None else network_gb) * 1e9
     moved = transfers(plan, shape, weights, work, Links(gpu, network))
     rates = Rates.of(plan, gpu)
@@ -366,7 +362,7 @@ def muon_flops(weights: Sequence[WeightTensor]) -> float:
     For a matrix [m, n] with m <= n each of five iterations computes X Xᵀ, its square, and their product with X:
     4 m² n + 2 m³.
     """
-    shapes = [each.shape for each in weights if each.trained and len(each.shape) == 2 and each.unit.startswith("layer")]
+    shapes = [each.shape for each in weights if each.trained and uses_muon(each)]
     return sum(5.0 * (4 * min(sides) ** 2 * max(sides) + 2 * min(sides) ** 3) for sides in shapes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -12,7 +13,7 @@ from packhorse.estimate.activations import count_activations
 from packhorse.estimate.checkpoint_size import copies_bytes, space_of
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.training_state import ALL_LIVE, FP32, Component, total_bytes
-from packhorse.estimate.weights import WIDTHS, WeightTensor, compute_width, list_weights
+from packhorse.estimate.weights import WIDTHS, WeightTensor, compute_width
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.checkpoints.pinned_slabs import pinned_bytes
@@ -49,38 +50,28 @@ class StorageEstimate:
 
 
 def estimate_storage(
-    plan: RunPlan, shape: Shape, packs: PackFigures, weights: tuple[WeightTensor, ...] | None = None
-) -> StorageEstimate | None:
+    plan: RunPlan, shape: Shape, weights: tuple[WeightTensor, ...], packs: PackFigures
+) -> StorageEstimate:
     """Count host memory and disk space.
 
     Args:
         plan: Plan of the run.
         shape: Shape of its model.
+        weights: Result of `list_weights`.
         packs: Its training packs.
-        weights: Result of `list_weights`, where the caller has it.
-
-    Returns:
-        None where peft alone decides what the method trains.
     """
-    weights = weights or list_weights(plan, shape)
-    if weights is None:
-        return None
+    ranks = plan.topology.processes_per_node
     host = (
-        *_processes(plan),
+        Component("processes", ranks * PROCESS_BYTES, f"{ranks} x Python, torch and its libraries; an assumption"),
         *_offloaded(plan, weights),
         *_activations(plan, shape, weights, packs),
-        *_batches(plan, packs),
-        _loading_or_saving(plan, weights),
+        _batches(plan, packs),
+        # Loading and saving never coincide.
+        max(_loading(plan, weights), _saving(plan, weights), key=lambda part: part.bytes),
     )
     disk = (_checkpoints(plan, weights), _result(plan, weights), _store(plan, packs))
-    local = _nvme(plan, weights)
+    local = _states(plan, weights, "the ranks' parts") if plan.topology.engine == "zero3_nvme" else ()
     return StorageEstimate(*(tuple(part for part in parts if part.bytes) for parts in (host, disk, local)))
-
-
-def _processes(plan: RunPlan) -> list[Component]:
-    number = plan.topology.processes_per_node
-    reason = f"{number} x Python, torch and its libraries; an assumption"
-    return [Component("processes", number * PROCESS_BYTES, reason)]
 
 
 def _offloaded(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> list[Component]:
@@ -96,13 +87,10 @@ def _offloaded(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> list[Compone
     parts.append(Component("gradients", gradients, "the ranks' parts, pinned"))
     share = training_state.trained_share(plan, weights)
     if plan.topology.engine == "zero3_offload":
-        own = ranks * sum(training_state.shard_bytes(plan, weight) for weight in weights)
-        states = training_state.master_bytes(plan, weights) + training_state.optimizer_bytes(plan, weights)
         reason = "the ranks' parts once more in float32, for the update, pinned"
         return [
             *parts,
-            Component("weights", own, "the ranks' parts, pinned"),
-            Component("optimizer states", ranks * states, "float32 weights and their states"),
+            *_states(plan, weights, "the ranks' parts, pinned"),
             Component("step gradients", ranks * FP32 * share, reason),
             Component("pinning", ranks * _pinning(plan, weights), PINNING),
         ]
@@ -134,11 +122,22 @@ def _pinning(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> int:
     return sum(pinned_bytes(size) for size in pinned) - (sum(pinned) - flat)
 
 
-def _batches(plan: RunPlan, packs: PackFigures) -> list[Component]:
+def _states(plan: RunPlan, weights: tuple[WeightTensor, ...], reason: str) -> list[Component]:
+    """Return weights and optimizer states of all ranks of a node, where they are kept off the devices."""
+    ranks = plan.topology.processes_per_node
+    own = sum(training_state.shard_bytes(plan, weight) for weight in weights)
+    states = training_state.master_bytes(plan, weights) + training_state.optimizer_bytes(plan, weights)
+    return [
+        Component("weights", ranks * own, reason),
+        Component("optimizer states", ranks * states, "float32 weights and their states"),
+    ]
+
+
+def _batches(plan: RunPlan, packs: PackFigures) -> Component:
     """Return the batches that wait; each rank of a sequence group lays out the whole packs."""
     tokens = math.ceil(plan.batch.packs_per_step / plan.topology.data_ranks * packs.tokens_mean)
     size = plan.topology.processes_per_node * BATCHES * BATCH_BYTES * tokens
-    return [Component("batches", size, "the current step and the next two, for each process")]
+    return Component("batches", size, "the current step and the next two, for each process")
 
 
 def _activations(plan: RunPlan, shape: Shape, weights: tuple[WeightTensor, ...], packs: PackFigures) -> list[Component]:
@@ -148,19 +147,14 @@ def _activations(plan: RunPlan, shape: Shape, weights: tuple[WeightTensor, ...],
     return [Component("activations", on_host, "inputs of recomputed layers, pinned")]
 
 
-def _loading_or_saving(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> Component:
-    """Return the larger of the two, which never coincide."""
-    return max(_loading(plan, weights), _saving(plan, weights), key=lambda part: part.bytes)
-
-
 def _loading(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> Component:
     width, ranks = WIDTHS[plan.chosen("model.dtype")], plan.topology.processes_per_node
     if plan.recipe.model.config is not None and training_state.shards_weights(plan):
         whole = sum(weight.size for weight in weights if weight.kind == "base") * width * ranks
         return Component("loading", whole, "a fresh model, which each process initialises whole before sharding")
-    units: dict[str, int] = {}
+    units: Counter[str] = Counter()
     for weight in weights:
-        units[weight.unit] = units.get(weight.unit, 0) + weight.size * width
+        units[weight.unit] += weight.size * width
     reason = "one unit per process; the system can drop pages of the mapped files"
     return Component("loading", max(units.values()) * ranks, reason)
 
@@ -189,15 +183,3 @@ def _result(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> Component:
 def _store(plan: RunPlan, packs: PackFigures) -> Component:
     tokens = plan.data.num_tokens if plan.data else int((packs.num_packs or 0) * packs.tokens_mean)
     return Component("data store", tokens * TOKEN_BYTES, f"{tokens:,} tokens with their loss masks")
-
-
-def _nvme(plan: RunPlan, weights: tuple[WeightTensor, ...]) -> list[Component]:
-    if plan.topology.engine != "zero3_nvme":
-        return []
-    ranks = plan.topology.processes_per_node
-    own = ranks * sum(training_state.shard_bytes(plan, weight) for weight in weights)
-    states = training_state.master_bytes(plan, weights) + training_state.optimizer_bytes(plan, weights)
-    return [
-        Component("weights", own, "the ranks' parts"),
-        Component("optimizer states", ranks * states, "float32 weights and their states"),
-    ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
-from packhorse.estimate.weights import WeightTensor
+from packhorse.estimate.weights import WeightTensor, compute_width
 from packhorse.plan.run_plan import RunPlan
 
 FP32: Final = 4
@@ -97,11 +97,7 @@ def split_persistent(plan: RunPlan, weights: Sequence[WeightTensor]) -> tuple[li
     if not plan.topology.engine.startswith("zero3"):
         return [], list(weights)
     limit = int(zero_settings(plan).get("stage3_param_persistence_threshold", PERSISTING))
-    persistent: list[WeightTensor] = []
-    others: list[WeightTensor] = []
-    for weight in weights:
-        (persistent if weight.data_size <= limit else others).append(weight)
-    return persistent, others
+    return [each for each in weights if each.data_size <= limit], [each for each in weights if each.data_size > limit]
 
 
 # --- weights and optimizer states -------------------------------------------------------------------
@@ -197,21 +193,16 @@ def uses_paging(plan: RunPlan) -> bool:
 # --- gradients --------------------------------------------------------------------------------------
 
 
-def gradient_width(plan: RunPlan) -> int:
-    """Return the bytes of one gradient element after DeepSpeed's backward pass."""
-    return 2 if plan.recipe.precision != "fp32" else FP32
-
-
 def unreduced_gradient_bytes(plan: RunPlan, trained: Iterable[WeightTensor]) -> int:
-    """Return the bytes of whole gradients as the backward pass produces them."""
-    return sum(weight.size * (gradient_width(plan) if is_deepspeed(plan) else weight.width) for weight in trained)
+    """Return the bytes of whole gradients as the backward pass produces them: DeepSpeed's in the compute format."""
+    return sum(weight.size * (compute_width(plan) if is_deepspeed(plan) else weight.width) for weight in trained)
 
 
 def accumulated_width(plan: RunPlan) -> int:
     """Return the bytes of one gradient element as ZeRO sums it over passes (`data_types` of the DeepSpeed JSON)."""
     assert plan.deepspeed is not None
     requested = plan.deepspeed.get("data_types", {}).get("grad_accum_dtype")
-    return FP32 if requested == "fp32" else gradient_width(plan)
+    return FP32 if requested == "fp32" else compute_width(plan)
 
 
 def final_gradient_bytes(plan: RunPlan, weights: Sequence[WeightTensor]) -> int:
@@ -253,7 +244,7 @@ def waiting_gradient_bytes(plan: RunPlan, weights: Sequence[WeightTensor]) -> in
     if plan.topology.engine in ("fsdp2", "hsdp"):
         # Not exchanged before the last pass: they stay whole on every rank, in the format they are reduced in.
         return FP32 * trained
-    return gradient_width(plan) * trained if plan.topology.engine == "zero1" else final_gradient_bytes(plan, weights)
+    return compute_width(plan) * trained if plan.topology.engine == "zero1" else final_gradient_bytes(plan, weights)
 
 
 def zero3_gradient_bytes(plan: RunPlan, weights: Sequence[WeightTensor]) -> int:
@@ -272,7 +263,7 @@ def update_buffer(plan: RunPlan, weights: Sequence[WeightTensor]) -> Component:
     engine, share = plan.topology.engine, trained_share(plan, weights)
     if is_deepspeed(plan) and not offloads(plan):
         tile = min(share, int(zero_settings(plan).get("sub_group_size", ALL_LIVE)))
-        in_place = engine == "zero2" and accumulated_width(plan) != gradient_width(plan)
+        in_place = engine == "zero2" and accumulated_width(plan) != compute_width(plan)
         size = 0 if in_place else FP32 * (tile if engine.startswith("zero3") else share)
         return Component("update buffer", size, "a flat float32 copy of this rank's gradients")
     largest = max((prod(weight.shape) for weight in trained), default=0)
@@ -292,7 +283,7 @@ def reduce_buckets(plan: RunPlan, weights: Sequence[WeightTensor]) -> list[Compo
         return [Component("reduce buckets", size, reason)]
     if not is_deepspeed(plan):
         return []
-    settings, width = zero_settings(plan), gradient_width(plan)
+    settings, width = zero_settings(plan), compute_width(plan)
     size = int(settings["reduce_bucket_size"]) * width
     if engine.startswith("zero3"):
         return [Component("reduce buckets", size, f"reduce_bucket_size x {width} bytes")]

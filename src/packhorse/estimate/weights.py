@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from packhorse.model_spec.measured_model import Parameter
 from packhorse.model_spec.parameters import Shape, list_parameters
-from packhorse.model_spec.trainable import trained_by_name
+from packhorse.model_spec.trainable import trained_by_name, virtual_shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.methods import (
     Ia3Method,
@@ -103,8 +103,7 @@ def list_weights(plan: RunPlan, shape: Shape) -> tuple[WeightTensor, ...] | None
     """
     method = plan.recipe.method
     parameters = list_parameters(shape)
-    virtual = isinstance(method, (PromptTuningMethod, PrefixTuningMethod))
-    trained = {} if virtual else trained_by_name(parameters, method, shape)
+    trained = trained_by_name(parameters, method, shape)
     if trained is None or (shape.measured_model is not None and not shape.measured_model.supports(method)):
         return None
     width = base_width(plan)
@@ -113,11 +112,8 @@ def list_weights(plan: RunPlan, shape: Shape) -> tuple[WeightTensor, ...] | None
         weights.append(_base(plan, shape, parameter, width, method.trains_base and parameter.name in trained))
         if not method.trains_base and parameter.name in trained:
             weights += _adapters_of(plan, shape, parameter)
-    if isinstance(method, PromptTuningMethod):
-        weights.append(_adapter(plan, "prompt", "head", (method.virtual_tokens, shape.hidden)))
-    if isinstance(method, PrefixTuningMethod):
-        width = 2 * shape.layers * shape.key_value_heads * shape.head_width
-        weights.append(_adapter(plan, "prefix", "head", (method.virtual_tokens, width)))
+    if isinstance(method, (PromptTuningMethod, PrefixTuningMethod)):
+        weights.append(_adapter(plan, method.kind, "head", virtual_shape(method, shape)))
     weights += _token_rows(plan, shape)
     return tuple(weights)
 

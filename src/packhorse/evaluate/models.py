@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from packhorse.errors import UserError
 from packhorse.model.load import ModelRequest, load_model
-from packhorse.model.methods.attach import with_adapter
+from packhorse.model.methods.adapter_files import with_adapter
 from packhorse.run_folder.folder import relative
 
 if TYPE_CHECKING:  # peft takes seconds to import, and a whole model does not need it

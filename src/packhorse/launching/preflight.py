@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from packhorse.durable import size
+from packhorse.durable import nearest_existing, size
 from packhorse.errors import UserError
 from packhorse.estimate.checkpoint_size import CheckpointSpace
 from packhorse.plan.command import nvme_folder
@@ -29,17 +29,24 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: The nearest folder that exists is not writable.
     """
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    try:
-        # Not os.access: for root it returns true even on a read-only file system.
-        with tempfile.TemporaryFile(dir=existing):
-            return
-    except OSError as error:
+    existing = nearest_existing(folder)
+    if error := _write_error(existing):
         raise UserError(
             f"{folder} cannot be written: {existing}: {error.strerror}.",
             "run folders and prepared data are kept there.",
             "set runs_folder to a folder that you may write.",
         ) from error
+
+
+def _write_error(folder: Path) -> OSError | None:
+    """Create the folder if it does not exist; return why it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not os.access: for root it returns true even on a read-only file system.
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
 
 
 def check_base_model(plan: RunPlan) -> None:
@@ -91,11 +98,7 @@ def check_nvme(plan: RunPlan) -> None:
     if folder is None or plan.deepspeed is None:
         return
     weights = plan.deepspeed["zero_optimization"]["offload_param"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+    if error := _write_error(folder):
         raise UserError(
             f"parallel.nvme is {plan.recipe.parallel.nvme}, and {folder} cannot be written: {error.strerror}.",
             "zero3_nvme keeps weights and optimizer states there.",
@@ -144,7 +147,7 @@ def check_disk(plan: RunPlan, room: CheckpointSpace | None) -> None:
         return
     room = disk_still_needed(plan, room)
     needed, run_folder = room.total_bytes, Path(plan.run_folder)
-    existing = next(parent for parent in (run_folder, *run_folder.parents) if parent.exists())
+    existing = nearest_existing(run_folder)
     free = shutil.disk_usage(existing).free
     if free >= needed:
         return

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Final
 
-from packhorse.model_spec.configuration import Configuration
 from packhorse.model_spec.measured_model import Names, Parameter
-from packhorse.model_spec.parameters import Shape, list_parameters, read_shape
+from packhorse.model_spec.parameters import Shape, list_parameters
 from packhorse.recipe.methods import (
     Ia3Method,
     LoraMethod,
@@ -76,29 +76,20 @@ class ParameterCounts:
     modules: tuple[ModuleCount, ...]
 
 
-def count_parameters(configuration: Configuration | None, method: Method) -> ParameterCounts | None:
-    """Count parameters; None where the family is not described, or peft decides what the method trains."""
-    shape = read_shape(configuration)
-    return None if shape is None else count_shape(shape, method)
-
-
 def count_shape(shape: Shape, method: Method) -> ParameterCounts | None:
     """Count the parameters of a shape; None where peft decides what the method trains."""
     parameters = list_parameters(shape)
     base = sum(parameter.size for parameter in parameters)
     if isinstance(method, (PromptTuningMethod, PrefixTuningMethod)):
-        extra = _virtual(method, shape)
-        modules = (
-            *_by_module(parameters, {}, shape.names),
-            ModuleCount(method.kind, 1, extra, extra[0] * extra[1], _area(extra)),
-        )
-        return ParameterCounts(base, _area(extra), base + _area(extra), modules)
+        size = prod(virtual_shape(method, shape))
+        added = ModuleCount(method.kind, 1, virtual_shape(method, shape), size, size)
+        return ParameterCounts(base, size, base + size, (*_by_module(parameters, {}, shape.names), added))
     trained = trained_by_name(parameters, method, shape)
     if trained is None:
         return None
     trainable = sum(trained.values())
-    added = 0 if method.trains_base else trainable
-    return ParameterCounts(base, trainable, base + added, _by_module(parameters, trained, shape.names))
+    total = base if method.trains_base else base + trainable
+    return ParameterCounts(base, trainable, total, _by_module(parameters, trained, shape.names))
 
 
 def trained_by_name(parameters: Sequence[Parameter], method: Method, shape: Shape) -> dict[str, int] | None:
@@ -106,6 +97,8 @@ def trained_by_name(parameters: Sequence[Parameter], method: Method, shape: Shap
 
     None where peft decides what is trained. Prompt and prefix tuning train weights without such a parameter.
     """
+    if isinstance(method, (PromptTuningMethod, PrefixTuningMethod)):
+        return {}
     if isinstance(method, LoraMethod):
         return _lora(parameters, method, shape)
     if isinstance(method, Ia3Method):
@@ -153,7 +146,8 @@ def _ia3(parameters: Sequence[Parameter], method: Ia3Method, shape: Shape) -> di
     }
 
 
-def _virtual(method: PromptTuningMethod | PrefixTuningMethod, shape: Shape) -> tuple[int, int]:
+def virtual_shape(method: PromptTuningMethod | PrefixTuningMethod, shape: Shape) -> tuple[int, int]:
+    """Return the shape of what prompt and prefix tuning train: one row per virtual token."""
     if isinstance(method, PromptTuningMethod):
         return method.virtual_tokens, shape.hidden
     return method.virtual_tokens, shape.layers * 2 * shape.key_value_heads * shape.head_width
@@ -161,10 +155,6 @@ def _virtual(method: PromptTuningMethod | PrefixTuningMethod, shape: Shape) -> t
 
 def _ends_with(module: str, names: Sequence[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _area(shape: tuple[int, int]) -> int:
-    return shape[0] * shape[1]
 
 
 def _by_module(parameters: Sequence[Parameter], trained: Mapping[str, int], names: Names) -> tuple[ModuleCount, ...]:

@@ -22,33 +22,17 @@ TRIAL_BUFFER = 2**22
 
 def launch_argv(topology: Topology, run_folder: Path) -> tuple[str, ...]:
     """Return the command line as a list of words, which no shell ever parses."""
-    config = shipped_path("accelerate_configs", f"{topology.engine}.yaml")
-    script = shipped_path("launch", "train.py")
-    return (
-        "accelerate",
-        "launch",
-        "--config_file",
-        str(config),
-        "--num_processes",
-        str(topology.world_size),
-        "--num_machines",
-        str(topology.num_nodes),
-        *_mesh_words(topology),
-        str(script),
-        str(run_folder / PLAN_FILE),
-    )
-
-
-def _mesh_words(topology: Topology) -> tuple[str, ...]:
-    """Return accelerate's options for hsdp, which override its file."""
-    if topology.shard_group is None:
-        return ()
-    return (
-        "--parallelism_config_dp_replicate_size",
-        str(topology.world_size // topology.shard_group),
-        "--parallelism_config_dp_shard_size",
-        str(topology.shard_group),
-    )
+    options: dict[str, object] = {
+        "--config_file": shipped_path("accelerate_configs", f"{topology.engine}.yaml"),
+        "--num_processes": topology.world_size,
+        "--num_machines": topology.num_nodes,
+    }
+    if topology.shard_group is not None:
+        # hsdp: these override the file.
+        options["--parallelism_config_dp_replicate_size"] = topology.world_size // topology.shard_group
+        options["--parallelism_config_dp_shard_size"] = topology.shard_group
+    words = [str(word) for option in options.items() for word in option]
+    return ("accelerate", "launch", *words, str(shipped_path("launch", "train.py")), str(run_folder / PLAN_FILE))
 
 
 def job_argv(plan: RunPlan) -> tuple[str, ...]:

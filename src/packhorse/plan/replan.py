@@ -15,7 +15,7 @@ from packhorse.plan.run_plan import Decision, RunPlan, Topology, leaves
 from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology, with_mesh
 from packhorse.recipe.load import overridden_fields, override_recipe
 from packhorse.recipe.schema import Recipe
-from packhorse.run_folder.layout import PLAN_FILE, REPLACED_PLANS, numbered
+from packhorse.run_folder.layout import PLAN_FILE, REPLACED_PLANS, first_free
 
 MAY_CHANGE: Final = ("parallel", "batch.micro", "recovery", "checkpoint", "track")
 """Fields and sections that do not change the trained weights, except for rounding."""
@@ -105,9 +105,7 @@ def replace_plan(plan: RunPlan) -> Path:
         UserError: The folder cannot be written; the earlier plan is unchanged.
     """
     folder = Path(plan.run_folder)
-    number = 1
-    while (kept := folder / numbered(REPLACED_PLANS, number)).exists():
-        number += 1
+    kept = first_free(folder, REPLACED_PLANS)
     _write(kept, (folder / PLAN_FILE).read_text(encoding="utf-8"))
     _write(folder / PLAN_FILE, plan.model_dump_json(indent=2) + "\n")
     return kept

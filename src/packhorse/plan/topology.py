@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import Decision, Device, Topology
-from packhorse.recipe.schema import Engine, ParallelSection
+from packhorse.recipe.schema import ParallelSection
 
 GPUS_PER_NODE = 8
 THREADS_PER_GPU = 8
@@ -46,37 +46,33 @@ def detect_hardware() -> Hardware:
 
 
 def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes that this process may use: of the machine, or the limit of a container or a Slurm job.
+    """Return the bytes that this process may use, see `memory_limits`; None where they are not known."""
+    return min(memory_limits(proc, groups).values(), default=None)
+
+
+def memory_limits(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> dict[str, int]:
+    """Return the bytes of the machine, the least limit of the control group and its parents, and the Slurm job's.
 
     Args:
         proc: Folder of the proc file system.
-        groups: Folder of control groups, version 2 or 1.
+        groups: Folder of control groups: memory.max in version 2, memory.limit_in_bytes in version 1.
     """
-    try:
-        line = next(line for line in (proc / "meminfo").read_text(encoding="utf-8").splitlines() if "MemTotal" in line)
-    except (OSError, StopIteration):
-        return None
-    return min(int(line.split()[1]) * 1024, *_limits(proc, groups), 2**63)
-
-
-def _limits(proc: Path, groups: Path) -> Iterator[int]:
-    """Yield the memory limits of the control group of this process and of its parents."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers not in ("", "memory"):
+    files = (proc / "meminfo", proc / "self" / "cgroup")
+    machine, own = (path.read_text(encoding="utf-8") if path.is_file() else "" for path in files)
+    limits = [("the machine", int(number) * 1024) for number in re.findall(r"MemTotal:\s+(\d+) kB", machine)]
+    for _, controllers, path in (line.split(":", 2) for line in own.splitlines()):
+        if controllers and "memory" not in controllers.split(","):
             continue
-        root, file = (groups / controllers, "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        root, file = (groups / "memory", "memory.limit_in_bytes") if controllers else (groups, "memory.max")
         inside = Path(path.lstrip("/"))
-        for group in (inside, *inside.parents):
-            try:
-                word = (root / group / file).read_text(encoding="utf-8").strip()
-            except OSError:
-                continue
-            if word.isdigit():
-                yield int(word)
+        for limit in (root / group / file for group in (inside, *inside.parents)):
+            if limit.is_file() and (number := limit.read_text(encoding="utf-8").strip()).isdecimal():
+                limits.append(("its cgroup", int(number)))
+    granted = os.environ.get("SLURM_MEM_PER_NODE", "")
+    if granted.isdecimal() and int(granted) > 0:
+        limits.append(("its Slurm job", int(granted) * 2**20))
+    # Of several limits of one kind the least one stays.
+    return dict(sorted(limits, key=lambda limit: -limit[1]))
 
 
 def _installed_gpus() -> tuple[str, ...]:
@@ -150,15 +146,23 @@ def _on_this_machine(parallel: ParallelSection, machine: Hardware) -> tuple[Topo
         reason = f"this machine has {len(machine.gpus)} GPUs{cores}"
     else:
         count, reason = parallel.processes, "parallel.processes of the recipe"
+    reason += f" ({available} {'GPUs' if machine.gpus else 'CPU cores'} here)"
+    return _placed(parallel, machine.device, 1, count, machine.num_cores // count, reason)
+
+
+def _placed(
+    parallel: ParallelSection, device: Device, nodes: int, count: int, threads: int, reason: str
+) -> tuple[Topology, Decision]:
+    """Return `count` processes on these nodes, and the reason."""
+    assert parallel.engine != "auto", "auto is resolved before processes are placed"
     topology = Topology(
-        device=machine.device,
-        engine=_engine(parallel),
-        num_nodes=1,
-        processes_per_node=count,
-        threads_per_process=max(1, machine.num_cores // count),
+        device=device,
+        engine=parallel.engine,
+        num_nodes=nodes,
+        processes_per_node=count // nodes,
+        threads_per_process=max(1, threads),
     )
-    where = "GPUs" if machine.gpus else "CPU cores"
-    return topology, Decision(name="processes", value=str(count), reason=f"{reason} ({available} {where} here)")
+    return topology, Decision(name="processes", value=str(count), reason=reason)
 
 
 def _missing_gpus(nodes: int) -> UserError:
@@ -168,11 +172,6 @@ def _missing_gpus(nodes: int) -> UserError:
         f"give both, for example --gpus {8 * nodes} --nodes {nodes}; for nodes without GPUs set "
         f"parallel.processes, for example to {nodes}.",
     )
-
-
-def _engine(parallel: ParallelSection) -> Engine:
-    assert parallel.engine != "auto", "auto is resolved before processes are placed"
-    return parallel.engine
 
 
 def _on_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tuple[Topology, Decision]:
@@ -189,18 +188,8 @@ def _on_gpus(parallel: ParallelSection, gpus: int, nodes: int | None) -> tuple[T
             "each node runs the same number of processes.",
             f"set --gpus to {_nearest_multiples(gpus, num_nodes)}.",
         )
-    topology = Topology(
-        device="cuda",
-        engine=_engine(parallel),
-        num_nodes=num_nodes,
-        processes_per_node=gpus // num_nodes,
-        threads_per_process=THREADS_PER_GPU,
-    )
-    return topology, Decision(
-        name="processes",
-        value=str(gpus),
-        reason=f"--gpus {gpus}: {gpus // num_nodes} GPUs on each of {num_nodes} nodes, one process per GPU",
-    )
+    reason = f"--gpus {gpus}: {gpus // num_nodes} GPUs on each of {num_nodes} nodes, one process per GPU"
+    return _placed(parallel, "cuda", num_nodes, gpus, THREADS_PER_GPU, reason)
 
 
 def _on_cpus(parallel: ParallelSection, nodes: int, machine: Hardware) -> tuple[Topology, Decision]:
@@ -212,15 +201,8 @@ def _on_cpus(parallel: ParallelSection, nodes: int, machine: Hardware) -> tuple[
             "each node runs the same number of processes.",
             f"set parallel.processes to {_nearest_multiples(count, nodes)}, or --nodes to a divisor of {count}.",
         )
-    topology = Topology(
-        device="cpu",
-        engine=_engine(parallel),
-        num_nodes=nodes,
-        processes_per_node=count // nodes,
-        threads_per_process=max(1, machine.num_cores * nodes // count),
-    )
     reason = f"{count // nodes} on each of {nodes} nodes without GPUs"
-    return topology, Decision(name="processes", value=str(count), reason=reason)
+    return _placed(parallel, "cpu", nodes, count, machine.num_cores * nodes // count, reason)
 
 
 def with_mesh(parallel: ParallelSection, flat: Topology) -> Topology:

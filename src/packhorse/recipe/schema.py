@@ -273,7 +273,7 @@ class RecoverySection(Section):
     """Time without a heartbeat of a rank, or with all ranks in one phase, after which the attempt is ended as hung."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """If a loss or gradient is NaN or Inf: end the run before the weights change, or skip the step."""
-    most_left_out: Annotated[int, Field(ge=0)] = 10
+    most_skipped: Annotated[int, Field(ge=0)] = 10
     """Most steps that `on_nonfinite` and `on_spike` may skip in total; one more ends the run."""
     on_spike: Literal["ignore", "warn", "rewind"] = "warn"
     """If a loss is far above the recent ones: log a warning, or return to an earlier checkpoint and skip its steps."""

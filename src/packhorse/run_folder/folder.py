@@ -22,6 +22,7 @@ from packhorse.run_folder.layout import (
     SWEEP_FILE,
     attempt_logs,
     attempt_numbers,
+    first_free,
 )
 from packhorse.run_folder.status import State, Status, read_status, write_status
 
@@ -42,7 +43,8 @@ def check_free(folder: Path) -> None:
         return
     status = read_status(folder) if (folder / PLAN_FILE).is_file() else None
     if status is not None and status.state == "failed" and not any((folder / CHECKPOINTS_FOLDER).glob(STEP_FOLDERS)):
-        _rename_failed_run(folder)
+        # Nothing to resume from: its name is available again.
+        folder.rename(first_free(folder.parent, f"{folder.name}.failed-*"))
         return
     content = f"a run that is {status.state} at step {status.step} of {status.num_steps}" if status else "files"
     commands = {"finished": "", "waiting": f"packhorse submit {relative(folder)}"}
@@ -53,14 +55,6 @@ def check_free(folder: Path) -> None:
         "a run folder is the record of one run and is never overwritten.",
         f"{resume}choose another name, for example name={folder.name}-2.",
     )
-
-
-def _rename_failed_run(folder: Path) -> None:
-    """Make the name of a run available again that has nothing to resume from."""
-    number = 1
-    while (renamed := folder.with_name(f"{folder.name}.failed-{number}")).exists():
-        number += 1
-    folder.rename(renamed)
 
 
 def create_run(plan: RunPlan, files: Mapping[str, str]) -> Path:

@@ -27,6 +27,7 @@ RUNS/NAME/                                                          a sweep; its
 from __future__ import annotations
 
 import re
+from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -110,9 +111,9 @@ def numbered(pattern: str, number: int) -> str:
     return pattern.replace("*", str(number))
 
 
-def job_script_name(kind: str) -> str:
-    """Return the name of the script of a job."""
-    return "job.sbatch" if kind == "train" else f"{kind}.sbatch"
+def first_free(folder: Path, pattern: str) -> Path:
+    """Return the first path of `numbered` names in a folder, counted from 1, that does not exist."""
+    return next(path for number in count(1) if not (path := folder / numbered(pattern, number)).exists())
 
 
 def job_log_name(kind: str) -> str:

@@ -16,7 +16,8 @@ from packhorse.data.packs.store import open_store
 from packhorse.data.render.tokenizer import pieces_before
 from packhorse.model.attention import register_attention
 from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model, open_model
-from packhorse.model.methods.attach import Start, attach, load_adapter
+from packhorse.model.methods.adapter_files import load_adapter
+from packhorse.model.methods.attach import Start, attach
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
 from packhorse.recipe.methods import QloraMethod

@@ -9,31 +9,17 @@ from typing import TYPE_CHECKING, Any
 from packhorse.errors import EXIT_OK
 from packhorse.recipe import load
 from packhorse.recipe.schema import Recipe
-from packhorse.run_folder.folder import open_run as open_plan
+from packhorse.run_folder import folder
 from packhorse.workflows import new_run, resume_run
 from packhorse.workflows.new_run import RunEnd
 from packhorse.workflows.plan_request import PlanResult, completed, plan_request, plan_with_estimates, read_gpus
 from packhorse.workflows.prepare import prepare_data
-from packhorse.workflows.run import Run, open_run
+from packhorse.workflows.run import Run
 
 if TYPE_CHECKING:
     from packhorse.data.audit_report import AuditReport
     from packhorse.data.prepare import PreparedData
     from packhorse.evaluate.results import Comparison
-
-
-__all__ = [
-    "Run",
-    "RunFailedError",
-    "check",
-    "evaluate",
-    "load_recipe",
-    "open_run",
-    "plan",
-    "prepare",
-    "resume",
-    "train",
-]
 
 
 class RunFailedError(Exception):
@@ -151,6 +137,15 @@ def resume(
     return _finished(resume_run.resume_here(_folder(run), words, gpus, restarts, force))
 
 
+def open_run(path: str | Path) -> Run:
+    """Open a run given by its folder, or by its name below `runs`.
+
+    Raises:
+        UserError: There is no such run, or it is a sweep.
+    """
+    return Run(folder.open_run(str(path)))
+
+
 def evaluate(run: Run | str | Path, *, test: bool = False, again: bool = False) -> Comparison:
     """Compare the base and the tuned model of a finished run on held-out rows; also keep the result in the run folder.
 
@@ -165,7 +160,7 @@ def evaluate(run: Run | str | Path, *, test: bool = False, again: bool = False) 
     # Only here: it imports torch when it runs.
     from packhorse.workflows.evaluate import evaluate_run
 
-    return evaluate_run(open_plan(_folder(run)), test, again)
+    return evaluate_run(folder.open_run(_folder(run)), test, again)
 
 
 def _recipe(recipe: Recipe | str) -> Recipe:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from packhorse.launching.slurm.script import JobRequest, command_script, cpu_request, gpu_request
-from packhorse.launching.slurm.submit import PlannedJob
+from packhorse.launching.slurm.script import JobRequest, cpu_request, gpu_request
+from packhorse.launching.slurm.submit import PlannedJob, planned_job
 from packhorse.run_folder.jobs import JobKind
 from packhorse.run_folder.layout import LOGS_FOLDER
-from packhorse.workflows.submit_run import Submission, planned_jobs, programs_of
+from packhorse.workflows.submit_run import Submission, planned_jobs
 
 
 def pipeline_jobs(submission: Submission) -> list[PlannedJob]:
@@ -23,10 +23,8 @@ def pipeline_jobs(submission: Submission) -> list[PlannedJob]:
         "evaluate": _evaluation(submission),
         "verify": cpu_request(site, submission.plan.recipe.name, run / LOGS_FOLDER, "verify"),
     }
-    return planned_jobs(submission) + [
-        PlannedJob(kind, request, command_script(site, request, programs_of(site)), (kind, str(run)))
-        for kind, request in requests.items()
-    ]
+    following = [planned_job(site, kind, request, kind, str(run)) for kind, request in requests.items()]
+    return planned_jobs(submission) + following
 
 
 def _evaluation(submission: Submission) -> JobRequest:

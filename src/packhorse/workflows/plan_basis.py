@@ -11,7 +11,7 @@ from packhorse.data.resolve import data_root
 from packhorse.estimate.checkpoint_size import CheckpointSpace, checkpoint_space
 from packhorse.estimate.gpus import GpuProfile, gpu_of_device
 from packhorse.estimate.packs import PackFigures
-from packhorse.estimate.plan_estimate import EstimateInputs, PackGuess
+from packhorse.estimate.plan_estimate import EstimateInputs
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import Hardware
 from packhorse.recipe.schema import Recipe
@@ -86,8 +86,7 @@ def with_guess(basis: EstimateInputs, recipe: Recipe) -> EstimateInputs:
     # Only here: resuming a run needs neither tokenizers nor pyarrow in this process.
     from packhorse.data.estimate_packs import estimate_packs
 
-    guess = estimate_packs(recipe)
-    return basis if guess is None else replace(basis, guessed=PackGuess(guess.num_packs, guess.reason))
+    return replace(basis, guessed=estimate_packs(recipe))
 
 
 def _gpu_here(here: Hardware) -> GpuProfile | Unknown:

@@ -87,10 +87,8 @@ def read_gpus(
     Raises:
         UserError: `--gpus` is not a number of GPUs, or names an unknown GPU.
     """
-    request = parse_gpus(gpus) if gpus else None
-    return DeviceRequest(request.count if request else None, nodes), GpuTerms(
-        request.gpu if request else None, network_gbit, price
-    )
+    count, gpu = parse_gpus(gpus) if gpus else (None, None)
+    return DeviceRequest(count, nodes), GpuTerms(gpu, network_gbit, price)
 
 
 def completed(request: PlanRequest, calibrate: str = "") -> PlanRequest:

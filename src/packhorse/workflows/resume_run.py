@@ -13,9 +13,8 @@ from packhorse.estimate.plan_estimate import PlanEstimate
 from packhorse.estimate.search.candidates import SearchRequest
 from packhorse.estimate.search.changes import refuse_unfit
 from packhorse.launching.preflight import check_disk, check_resumable
-from packhorse.launching.slurm.chain import resubmit, unfinished_jobs
 from packhorse.launching.slurm.job_reports import jobs_of_runs, read_ends, report_jobs
-from packhorse.launching.slurm.jobs import with_states
+from packhorse.launching.slurm.jobs import resubmit, unfinished_jobs, with_states
 from packhorse.launching.slurm.submit import only_submission
 from packhorse.plan.replan import replan
 from packhorse.plan.run_plan import RunPlan, read_plan

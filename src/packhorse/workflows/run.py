@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.schema import Recipe
-from packhorse.run_folder import folder
 from packhorse.run_folder.layout import CHECKPOINTS_FOLDER, LOGS_FOLDER, METRICS_FILE
 from packhorse.run_folder.metrics import read_metrics
 from packhorse.run_folder.status import Status, read_status
@@ -91,12 +90,3 @@ class Run:
 
         file = result_file(self.path, test)
         return Comparison.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def open_run(path: str | Path) -> Run:
-    """Open a run given by its folder, or by its name below `runs`.
-
-    Raises:
-        UserError: There is no such run, or it is a sweep.
-    """
-    return Run(folder.open_run(str(path)))

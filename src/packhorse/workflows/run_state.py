@@ -14,7 +14,7 @@ from packhorse.plan.run_plan import read_plan
 from packhorse.run_folder.attempts import AttemptRecord, has_ended, read_attempts
 from packhorse.run_folder.heartbeat import Heartbeat, find_process, read_heartbeats
 from packhorse.run_folder.jobs import JobRecord, read_jobs
-from packhorse.run_folder.layout import ATTEMPT_FOLDERS, LOGS_FOLDER, numbered
+from packhorse.run_folder.layout import attempt_logs
 from packhorse.run_folder.lock import lock_holder
 from packhorse.run_folder.status import read_status
 
@@ -59,7 +59,7 @@ def is_under_way(folder: Path) -> bool:
 
 def newest_heartbeats(folder: Path, attempts: Sequence[AttemptRecord]) -> list[Heartbeat]:
     """Return the heartbeats of the newest attempt."""
-    return read_heartbeats(folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, attempts[-1].attempt)) if attempts else []
+    return read_heartbeats(attempt_logs(folder, attempts[-1].attempt)) if attempts else []
 
 
 def ranks_live(folder: Path, attempts: Sequence[AttemptRecord], beats: Sequence[Heartbeat]) -> bool:

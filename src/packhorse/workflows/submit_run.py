@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,12 @@ from packhorse.launching.slurm.refusals import explain_refusal
 from packhorse.launching.slurm.script import (
     SignalLead,
     check_path,
-    command_script,
     cpu_request,
     signal_lead,
     train_request,
-    train_script,
 )
 from packhorse.launching.slurm.site import DURATION, SITE_FILE, SiteProfile, load_site, seconds_of
-from packhorse.launching.slurm.submit import PlannedJob, check_jobs, refuse_live, send
+from packhorse.launching.slurm.submit import PlannedJob, check_jobs, planned_job, refuse_live, send
 from packhorse.plan.replan import replace_plan, replan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
@@ -123,24 +120,29 @@ def planned_jobs(submission: Submission) -> list[PlannedJob]:
         UserError: A value would break a script, or the time limit leaves no time to train.
     """
     plan, site, lead = submission.plan, submission.site, submission.lead
-    folder, topology = Path(plan.run_folder), plan.topology
+    folder = Path(plan.run_folder)
     if lead.seconds >= seconds_of(site.time):
         raise UserError(
             f"the job may take {site.time}, and {lead.seconds} s of it are kept for saving.",
             f"{lead.reason}.",
             f"set --time to more than {lead.seconds} s.",
         )
+    name, has_data = plan.recipe.name, plan.data is not None
+    return [*([] if has_data else [prepare_job(site, name, folder)]), train_job(submission, name, folder)]
+
+
+def train_job(submission: Submission, name: str, folder: Path) -> PlannedJob:
+    """Return the job that trains a run, or one task for each run of a sweep in this folder."""
+    site, topology = submission.site, submission.plan.topology
     gpus = topology.processes_per_node if topology.device == "cuda" else 0
-    name, logs = plan.recipe.name, folder / LOGS_FOLDER
-    request = train_request(site, name, logs, topology.num_nodes, gpus, site.time, lead.seconds)
-    jobs = [PlannedJob("train", request, train_script(site, request, programs_of(site)), (str(folder),))]
-    return jobs if plan.data is not None else [prepare_job(site, name, folder), *jobs]
+    size = (topology.num_nodes, gpus, site.time, submission.lead.seconds)
+    return planned_job(site, "train", train_request(site, name, folder / LOGS_FOLDER, *size), str(folder))
 
 
 def prepare_job(site: SiteProfile, name: str, folder: Path) -> PlannedJob:
     """Return the job that prepares the data of a run or a sweep."""
     request = cpu_request(site, name, folder / LOGS_FOLDER, "prepare")
-    return PlannedJob("prepare", request, command_script(site, request, programs_of(site)), ("prepare", str(folder)))
+    return planned_job(site, "prepare", request, "prepare", str(folder))
 
 
 def check_submission(submission: Submission, jobs: Sequence[PlannedJob]) -> list[StartEstimate]:
@@ -179,11 +181,6 @@ def make_run(submission: Submission) -> None:
         replace_plan(submission.plan)
     record = Path(submission.plan.run_folder) / SITE_RECORD
     record.write_text(submission.site.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def programs_of(site: SiteProfile) -> str | None:
-    """Return the folder of python and accelerate on the nodes; None in a container."""
-    return site.programs or (None if site.container else str(Path(sys.executable).parent))
 
 
 def with_time(site: SiteProfile, time: str) -> SiteProfile:

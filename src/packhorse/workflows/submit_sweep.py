@@ -11,7 +11,6 @@ from packhorse.errors import UserError
 from packhorse.launching.slurm.client import SlurmClient, SlurmError, StartEstimate
 from packhorse.launching.slurm.jobs import submit_job
 from packhorse.launching.slurm.refusals import explain_refusal
-from packhorse.launching.slurm.script import train_request, train_script
 from packhorse.launching.slurm.submit import PlannedJob, sbatch_arguments
 from packhorse.plan.make_plan import run_folder_of
 from packhorse.recipe.load import load_recipe
@@ -26,8 +25,8 @@ from packhorse.workflows.submit_run import (
     make_run,
     planned_jobs,
     prepare_job,
-    programs_of,
     submission,
+    train_job,
 )
 
 
@@ -107,14 +106,9 @@ def _jobs(folder: Path, submissions: Sequence[Submission]) -> list[PlannedJob]:
     for run in submissions:
         planned_jobs(run)  # refuses what no job of this run could do
     latest = max(submissions, key=lambda run: run.lead.seconds)
-    site, topology = latest.site, latest.plan.topology
-    gpus = topology.processes_per_node if topology.device == "cuda" else 0
-    logs, lead_seconds = folder / LOGS_FOLDER, latest.lead.seconds
-    request = train_request(site, folder.name, logs, topology.num_nodes, gpus, site.time, lead_seconds)
-    jobs = [PlannedJob("train", request, train_script(site, request, programs_of(site)), (str(folder),))]
-    if any(run.plan.data is None for run in submissions):
-        jobs.insert(0, prepare_job(site, folder.name, folder))
-    return jobs
+    waits = any(run.plan.data is None for run in submissions)
+    prepare = [prepare_job(latest.site, folder.name, folder)] if waits else []
+    return [*prepare, train_job(latest, folder.name, folder)]
 
 
 def _send(sweep: Sweep, expected: Sequence[StartEstimate]) -> list[JobRecord]:

@@ -7,7 +7,7 @@ import pytest
 
 from packhorse.doctor.facts import DoctorRequest
 from packhorse.doctor.inputs import check_inputs, weights_fault
-from packhorse.doctor.machine import file_system, gpu_facts, memory_limit, resource_facts, torch_built_for, versions
+from packhorse.doctor.machine import file_system, gpu_facts, resource_facts, torch_built_for, versions
 
 SMI = "0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 4\n1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 20000\n"
 
@@ -80,26 +80,6 @@ def test_cuda_of_torch_without_importing_it(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delitem(__import__("sys").modules, "torch")
     monkeypatch.syspath_prepend(tmp_path)
     assert (torch_built_for("cuda"), torch_built_for("hip")) == ("12.8", "")
-
-
-def test_the_least_of_all_limits_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
-    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
-    job = groups / "system.slice/job_7/step_0"
-    for folder in (proc / "self", job):
-        folder.mkdir(parents=True)
-    (proc / "meminfo").write_text("MemTotal:       65536000 kB\nMemFree: 1 kB\n")
-    (proc / "self/cgroup").write_text("0::/system.slice/job_7/step_0\n")
-    (job / "memory.max").write_text("max\n")
-    assert memory_limit(proc, groups) == (65536000 * 1024, "the machine")
-    (job.parent / "memory.max").write_text(f"{8 * 2**30}\n")
-    assert memory_limit(proc, groups) == (8 * 2**30, "its cgroup")
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4000")
-    assert memory_limit(proc, groups) == (4000 * 2**20, "its Slurm job")
-    (proc / "self/cgroup").write_text("5:cpuset:/\n4:memory:/job\n")
-    (groups / "memory/job").mkdir(parents=True)
-    (groups / "memory/job/memory.limit_in_bytes").write_text(f"{2**30}\n")
-    assert memory_limit(proc, groups) == (2**30, "its cgroup")
 
 
 def test_file_system_of_a_path(tmp_path: Path) -> None:

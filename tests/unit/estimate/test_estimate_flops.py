@@ -93,7 +93,6 @@ def counted(model: dict[str, Any], method: Any, **parallel: Any) -> tuple[float,
     )
     shape = read_shape(model) or measure_shape(json.dumps(model))
     work = pass_work(plan, shape, packs)
-    assert work is not None
     config = AutoConfig.for_model(**model)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation=register_attention("sdpa"))

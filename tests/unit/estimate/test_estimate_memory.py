@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from packhorse.estimate import activations, training_state
-from packhorse.estimate.memory import MemoryEstimate, Phase, estimate_memory
+from packhorse.estimate.gpus import find_gpu
+from packhorse.estimate.memory import MemoryEstimate, Phase
 from packhorse.estimate.packs import PackFigures
-from packhorse.estimate.storage import StorageEstimate, estimate_storage
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
+from packhorse.estimate.storage import StorageEstimate
 from packhorse.estimate.training_state import total_bytes
 from packhorse.estimate.weights import WeightTensor, list_weights
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.parameters import Shape, list_parameters, read_shape
-from packhorse.model_spec.trainable import count_parameters
+from packhorse.model_spec.trainable import count_shape
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
@@ -56,15 +58,16 @@ def shape_of(plan: RunPlan) -> Shape:
 
 
 def memory(plan: RunPlan, length: int | None = None) -> MemoryEstimate:
-    found = estimate_memory(plan, shape_of(plan), PackFigures.full(length or plan.batch.length_tokens))
-    assert found is not None
-    return found
+    return estimate(plan, length).memory
+
+
+def estimate(plan: RunPlan, length: int | None = None) -> PlanEstimate:
+    packs = PackFigures.full(length or plan.batch.length_tokens)
+    return PlanEstimate(plan, EstimateInputs(shape_of(plan), packs, find_gpu("H100")))
 
 
 def storage(plan: RunPlan) -> StorageEstimate:
-    found = estimate_storage(plan, shape_of(plan), PackFigures.full(plan.batch.length_tokens))
-    assert found is not None
-    return found
+    return estimate(plan).storage
 
 
 def of(phase: Phase, name: str) -> int:
@@ -272,7 +275,7 @@ def test_every_shipped_recipe_is_estimated_and_every_component_says_why(name: st
     recipe = load_recipe(name)
     plan = make_plan(recipe, DeviceRequest(gpus=8), LAPTOP, None)
     shape = shape_of(plan)
-    counts = count_parameters(find_configuration(recipe), recipe.method)
+    counts = count_shape(shape, recipe.method)
     held = list_weights(plan, shape)
     assert held is not None
     assert counts is not None

@@ -10,10 +10,10 @@ import pytest
 from packhorse.estimate.communication import CONTENTION, RING_NODE_SECONDS, RING_SHARE, Group, Links, Transfer
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
 from packhorse.estimate.search.scaling import COUNTS, MemoryByScale, Mode, Scaling, scale
 from packhorse.estimate.speed import (
     SpeedEstimate,
-    estimate_speed,
     measured_step_seconds,
     scaled,
 )
@@ -51,9 +51,7 @@ def estimate(method: Any = "full", count: int = 8, packs: int = 32, **more: Any)
     plan = make_plan(recipe, DeviceRequest(count, more.pop("nodes", None)), Hardware(2, ()), None)
     packs_of = more.pop("figures", PackFigures.full(length))
     assert SHAPE is not None
-    found = estimate_speed(plan, SHAPE, packs_of, find_gpu(more.pop("gpu", "H100")), **more)
-    assert found is not None
-    return found
+    return PlanEstimate(plan, EstimateInputs(SHAPE, packs_of, find_gpu(more.pop("gpu", "H100")), **more)).speed
 
 
 PARALLEL = {"engine", "checkpointing", "sequence", "shard_group", "offload_activations", "nvme"}
@@ -139,8 +137,8 @@ def test_steps_that_are_not_known_yet_cost_nothing_yet() -> None:
     recipe = load_recipe("llama3.1-8b/lora", [], check_environment=False)
     plan = make_plan(recipe, DeviceRequest(8), Hardware(2, ()), None)
     assert SHAPE is not None
-    found = estimate_speed(plan, SHAPE, PackFigures.full(4096), find_gpu("H100"), price_per_gpu_hour=2.0)
-    assert found is not None
+    basis = EstimateInputs(SHAPE, PackFigures.full(4096), find_gpu("H100"), price_per_gpu_hour=2.0)
+    found = PlanEstimate(plan, basis).speed
     assert (found.num_steps, found.hours, found.energy_kwh, found.price) == (None, None, None, None)
 
 
@@ -217,8 +215,7 @@ def test_a_small_model_waits_for_python() -> None:
     assert shape is not None
     recipe = load_recipe("llama3.1-8b/lora", ["parallel.engine=single"], check_environment=False)
     plan = make_plan(recipe, DeviceRequest(1), Hardware(2, ()), None)
-    found = estimate_speed(plan, shape, PackFigures.full(4096), find_gpu("H100"))
-    assert found is not None
+    found = PlanEstimate(plan, EstimateInputs(shape, PackFigures.full(4096), find_gpu("H100"))).speed
     assert seconds(found, "launches") > 0.2 * found.step_seconds
 
 
@@ -252,9 +249,9 @@ def test_every_shipped_recipe_has_an_estimate(name: str) -> None:
     assert shape is not None
     plan = make_plan(recipe, DeviceRequest(8), Hardware(2, ()), None)
     start = time.process_time()
-    found = estimate_speed(plan, shape, PackFigures.full(recipe.batch.length), find_gpu("H100"))
+    basis = EstimateInputs(shape, PackFigures.full(recipe.batch.length), find_gpu("H100"))
+    found = PlanEstimate(plan, basis).speed
     assert time.process_time() - start < 0.2  # a table of all choices asks for some hundred
-    assert found is not None
     assert 0.1 < found.mfu < found.hfu < 0.6
 
 
@@ -270,7 +267,8 @@ def test_what_one_mode_has_counted_is_what_the_other_would_count() -> None:
     counted: MemoryByScale = {}
 
     def found(mode: Mode, counted: MemoryByScale | None) -> Scaling:
-        return scale(recipe, shape, PackFigures.full(2048), find_gpu("H100"), mode, (8, 32, 64), counted=counted)
+        basis = EstimateInputs(shape, PackFigures.full(2048), find_gpu("H100"))
+        return scale(recipe, basis, mode, (8, 32, 64), counted)
 
     assert found("weak", counted) == found("weak", None)
     assert found("strong", counted) == found("strong", None)
@@ -284,7 +282,7 @@ def test_a_70b_from_1_to_4096_gpus(name: str, mode: Any) -> None:
     shape = read_shape(find_configuration(recipe))
     assert shape is not None
     start = time.process_time()
-    found = scale(recipe, shape, PackFigures.full(recipe.batch.length), find_gpu("H100"), mode)
+    found = scale(recipe, EstimateInputs(shape, PackFigures.full(recipe.batch.length), find_gpu("H100")), mode)
     assert time.process_time() - start < 2
     efficiency = points(found)
     if mode == "strong":
@@ -311,8 +309,8 @@ def test_a_faster_network_and_copies_of_the_weights_carry_further() -> None:
     def at_512(engine: str, network_gb: float) -> float:
         parallel = recipe.parallel.model_copy(update={"engine": engine})
         changed = recipe.model_copy(update={"parallel": parallel})
-        found = scale(changed, shape, PackFigures.full(4096), find_gpu("H100"), "weak", (8, 512), network_gb)
-        return points(found)[512]
+        basis = EstimateInputs(shape, PackFigures.full(4096), find_gpu("H100"), network_gb=network_gb)
+        return points(scale(changed, basis, "weak", (8, 512)))[512]
 
     assert at_512("fsdp2", 3.0) < at_512("fsdp2", 50.0)
     assert at_512("fsdp2", 3.0) < at_512("hsdp", 3.0)

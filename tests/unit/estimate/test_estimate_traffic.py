@@ -89,7 +89,6 @@ def moved(family: str, method: Any, engine: str) -> tuple[tuple[int, int], tuple
     shape = read_shape(model)
     assert shape is not None
     work = pass_work(plan, shape, PackFigures.full(TOKENS))
-    assert work is not None
     planned = pass_traffic(plan, shape, work)
     seen = step(model, recipe, autocast=engine == "single")
     return seen, (sum(each.forward for each in planned), sum(each.backward for each in planned))

@@ -156,7 +156,6 @@ def figures(plan: RunPlan, shape: Shape) -> dict[str, float]:
     packs = PackFigures.full(512)
     held, work = list_weights(plan, shape), pass_work(plan, shape, packs)
     assert held is not None
-    assert work is not None
     kept = count_activations(plan, shape, held, packs)
     return {
         "weights": sum(each.size for each in held),
@@ -201,8 +200,6 @@ def test_all_experts_are_in_memory_and_active_ones_in_flops() -> None:
     packs = PackFigures.full(512)
     plan = gpu_plan(fields, "full", "single", False, "bf16")
     few, many = (pass_work(plan, built(each), packs) for each in (fields, more))
-    assert few is not None
-    assert many is not None
     of_experts = [sum(each.model_flops for each in work.products if each.part == "experts") for work in (few, many)]
     assert of_experts[1] == 2 * of_experts[0] > 0
     assert count_shape(built(fields), FullMethod()) == count_shape(built(more), FullMethod())

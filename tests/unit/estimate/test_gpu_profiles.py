@@ -50,8 +50,8 @@ def test_names_and_aliases_are_each_of_one_card() -> None:
     ],
 )
 def test_what_is_typed(typed: str, count: int, name: str | None) -> None:
-    request = parse_gpus(typed)
-    assert (request.count, request.gpu and request.gpu.name) == (count, name)
+    found, gpu = parse_gpus(typed)
+    assert (found, gpu and gpu.name) == (count, name)
 
 
 @pytest.mark.parametrize("typed", ["", "0", "0xH100", "x", "-8"])
@@ -78,7 +78,7 @@ def test_nvidia_smi_names_are_known() -> None:
 def test_a_user_file_adds_and_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = "H100-96GB:\n  extends: H100-80GB\n  memory_mib: 97871\n  bandwidth_gb: 2400\nL4-24GB:\n  extends: A10-24GB\n"
     Path(OWN_FILE).write_text(own)
-    ours = parse_gpus("8xH100-96GB").gpu
+    _, ours = parse_gpus("8xH100-96GB")
     assert ours is not None
     assert (ours.memory_mib, ours.bandwidth_gb, ours.bf16_tflops) == (97871, 2400, 989.4)
     assert find_gpu("L4-24GB").bf16_tflops == 125

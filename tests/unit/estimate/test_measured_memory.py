@@ -27,7 +27,8 @@ from measured_memory import (
     shape_of,
 )
 from packhorse.estimate.activations import CHUNK_TOKENS
-from packhorse.estimate.memory import estimate_memory
+from packhorse.estimate.gpus import find_gpu
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
 from packhorse.train.objectives import token_loss as objective
 
 # Of peft, bitsandbytes and DeepSpeed, about names that torch has changed.
@@ -150,8 +151,7 @@ def test_fullest_moment(method: str, precision: str, checkpointing: bool, tmp_pa
     save_model(tmp_path, WIDE)
     parallel = {"checkpointing": checkpointing}
     plan = plan_of(tmp_path, (1024,), method=METHODS[method], precision=precision, parallel=parallel)
-    estimate = estimate_memory(plan, shape_of(tmp_path), figures_of((1024,)))
-    assert estimate is not None
+    estimate = PlanEstimate(plan, EstimateInputs(shape_of(tmp_path), figures_of((1024,)), find_gpu("H100"))).memory
     # In float32 the loss makes its gradients in the forward pass, where its logits are not seen.
     phases = ("loss", "backward") if precision == "bf16" else ("backward",)
     planned = max(estimate.phase(name).bytes for name in phases)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from packhorse.estimate.memory import MemoryEstimate, estimate_memory
+from packhorse.estimate.gpus import find_gpu
+from packhorse.estimate.memory import MemoryEstimate
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
 from packhorse.model_spec.configuration import published
 from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.make_plan import make_plan
@@ -47,9 +49,7 @@ class Row:
         plan = make_plan(recipe, DeviceRequest(1), Hardware(2, ()), None)
         shape = read_shape(config)
         assert shape is not None
-        estimate = estimate_memory(plan, shape, PackFigures.full(2048))
-        assert estimate is not None
-        return estimate
+        return PlanEstimate(plan, EstimateInputs(shape, PackFigures.full(2048), find_gpu("H100"))).memory
 
     @property
     def predicted(self) -> float:

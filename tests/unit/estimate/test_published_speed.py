@@ -11,8 +11,9 @@ import pytest
 
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
 from packhorse.estimate.search.scaling import scale
-from packhorse.estimate.speed import PUBLISHED, SpeedEstimate, estimate_speed
+from packhorse.estimate.speed import PUBLISHED, SpeedEstimate
 from packhorse.model_spec.configuration import find_configuration, published
 from packhorse.model_spec.parameters import read_shape
 from packhorse.plan.make_plan import make_plan
@@ -79,9 +80,7 @@ class Row:
         shape = read_shape(recipe.model.config)
         assert shape is not None
         gpu = find_gpu(self.gpu).model_copy(update=self.other_gpu)
-        estimate = estimate_speed(plan, shape, PackFigures.full(self.length), gpu)
-        assert estimate is not None
-        return estimate
+        return PlanEstimate(plan, EstimateInputs(shape, PackFigures.full(self.length), gpu)).speed
 
 
 COMPILED = "compiled: norms, rotary embedding, activation and adapters are fused, in Packhorse they are eager"
@@ -232,7 +231,8 @@ def scaling_line(name: str) -> str:
     shape = read_shape(find_configuration(recipe))
     assert shape is not None
     counts = (8, 64, 256, 512, 1024, 2048, 4096)
-    found = scale(recipe, shape, PackFigures.full(recipe.batch.length), find_gpu("H100"), "weak", counts)
+    basis = EstimateInputs(shape, PackFigures.full(recipe.batch.length), find_gpu("H100"))
+    found = scale(recipe, basis, "weak", counts)
     speeds = [point.estimate.tokens_per_second_per_gpu for point in found.points if point.estimate is not None]
     end = f"{found.stopped_at:,}: {found.stopped_by}" if found.stopped_at else "beyond 4,096"
     return f"| {name} | {' | '.join(f'{speed:,.0f}' for speed in speeds)} | {end} |"

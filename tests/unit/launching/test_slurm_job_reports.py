@@ -14,10 +14,10 @@ from launching_cases import PREPARED, planned
 
 from packhorse.cli.show.jobs import queue_words
 from packhorse.cli.status import status
-from packhorse.launching.slurm import chain
-from packhorse.launching.slurm.chain import link_successor, resubmit, unfinished_jobs
+from packhorse.launching.slurm import jobs as slurm_jobs
 from packhorse.launching.slurm.client import JobState, NoSlurmError, SlurmClient
 from packhorse.launching.slurm.job_reports import JobReport, read_ends, report_jobs
+from packhorse.launching.slurm.jobs import link_successor, resubmit, unfinished_jobs
 from packhorse.plan.run_plan import write_plan
 from packhorse.recipe.shipped import shipped_path
 from packhorse.run_folder.attempts import AttemptStart, write_attempt_start
@@ -317,7 +317,7 @@ def test_jobs_that_wait_follow_training_through_every_job_of_a_chain(run: Path, 
     records = read_jobs(run)
     waiting = [(record, JobState(record.job_id, "PENDING", "Dependency")) for record in records[2:4]]
     changed: dict[str, list[str]] = {}
-    monkeypatch.setattr(chain, "live_jobs", lambda _: [*waiting, (records[4], JobState("30", "RUNNING"))])
+    monkeypatch.setattr(slurm_jobs, "live_jobs", lambda _: [*waiting, (records[4], JobState("30", "RUNNING"))])
     monkeypatch.setattr(SlurmClient, "depend_on_any", lambda _, job, any_of: changed.update({job: any_of}))
     assert link_successor(run, "30", "31") == ["13"]
     assert changed == {"13": ["30", "31"]}

@@ -14,13 +14,12 @@ from packhorse.errors import UserError
 from packhorse.launching.slurm.script import (
     SITE_BEGINS,
     SITE_ENDS,
-    command_script,
     cpu_request,
+    job_script,
     quoted,
     signal_lead,
     site_lines,
     train_request,
-    train_script,
 )
 from packhorse.launching.slurm.site import SiteProfile, load_site, shipped_sites
 
@@ -54,7 +53,7 @@ NASTY = [
 
 
 def train_of(site: SiteProfile, programs: str = "/shared/packhorse/.venv/bin") -> str:
-    return train_script(site, train_request(site, "first", LOGS, 2, site.gpus_per_node, site.time, 240), programs)
+    return job_script(site, train_request(site, "first", LOGS, 2, site.gpus_per_node, site.time, 240), programs)
 
 
 def block(text: str) -> list[str]:
@@ -79,7 +78,7 @@ def bash(text: str, folder: Path) -> str:
 @pytest.mark.parametrize("name", shipped_sites())
 def test_every_directive_is_one_word_before_the_first_command(name: str) -> None:
     site = load_site(name)
-    for text in (train_of(site), command_script(site, cpu_request(site, "first", LOGS, "prepare"), None)):
+    for text in (train_of(site), job_script(site, cpu_request(site, "first", LOGS, "prepare"), None)):
         assert [line for line in block(text) if " " in line or not line.startswith("--")] == []
         assert len(block(text)) == text.count("\n#SBATCH ")
         checked = subprocess.run([shutil.which("bash"), "-n"], input=text, text=True, capture_output=True)
@@ -102,14 +101,14 @@ def test_resources_of_a_job() -> None:
 
 def test_jobs_without_gpus_request_none_in_the_partition_of_the_site() -> None:
     site = load_site("university")
-    asked = block(command_script(site, cpu_request(site, "first", LOGS, "prepare"), None))
+    asked = block(job_script(site, cpu_request(site, "first", LOGS, "prepare"), None))
     assert not [word for word in asked if "gpu" in word or "constraint" in word]
     assert {"--partition=standard", "--qos=short", "--cpus-per-task=16", "--mem=32768M"} <= {*asked}
 
 
 def test_nodes_without_gpus() -> None:
     site = SiteProfile(name="plain", gpus_per_node=0, cpus_per_node=4)
-    asked = block(train_script(site, train_request(site, "first", LOGS, 2, 0, "00:10:00", 180), None))
+    asked = block(job_script(site, train_request(site, "first", LOGS, 2, 0, "00:10:00", 180), None))
     assert "--cpus-per-task=4" in asked
     assert not [word for word in asked if "gpu" in word or "gres" in word]
 
@@ -143,14 +142,14 @@ def test_only_references_to_variables_are_expanded(tmp_path: Path) -> None:
 def test_a_name_that_would_break_the_block_is_refused(name: str) -> None:
     site = load_site("cloud")
     with pytest.raises(UserError, match="the name of the job"):
-        train_script(site, replace(train_request(site, "x", LOGS, 1, 8, site.time, 180), name=name), None)
+        job_script(site, replace(train_request(site, "x", LOGS, 1, 8, site.time, 180), name=name), None)
 
 
 @pytest.mark.parametrize("folder", ["/a b", "/a\nb", "/a%j", "/$(id)", "/a'b", "relative"], ids=ascii)
 def test_a_path_that_would_break_the_block_is_refused(folder: str) -> None:
     site = load_site("cloud")
     with pytest.raises(UserError, match="set runs_folder to"):
-        train_script(site, train_request(site, "x", Path(folder) / "logs", 1, 8, site.time, 180), None)
+        job_script(site, train_request(site, "x", Path(folder) / "logs", 1, 8, site.time, 180), None)
 
 
 def test_everything_after_the_site_is_as_shipped() -> None:

@@ -30,7 +30,8 @@ from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model
 from packhorse.model.methods.attach import Start, attach
 from packhorse.model.units import units_of
 from packhorse.model_spec.configuration import find_configuration
-from packhorse.model_spec.trainable import count_parameters
+from packhorse.model_spec.parameters import read_shape
+from packhorse.model_spec.trainable import count_shape
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
@@ -127,7 +128,9 @@ def on_meta(name: str) -> tuple[PreTrainedModel, nn.Module]:
 def test_it_is_made_at_full_size_and_has_the_parameters_that_the_plan_tells(name: str) -> None:
     recipe = load_recipe(name)
     _, adapted = on_meta(name)
-    counts = count_parameters(find_configuration(recipe), recipe.method)
+    shape = read_shape(find_configuration(recipe))
+    assert shape is not None
+    counts = count_shape(shape, recipe.method)
     assert counts is not None
     every = list(adapted.parameters())
     assert counts.total == sum(parameter.numel() for parameter in every)

@@ -18,13 +18,14 @@ from packhorse.cli.show.parameters import parameter_lines
 from packhorse.data.resolve import vocabulary_size
 from packhorse.model_spec.configuration import find_configuration, published
 from packhorse.model_spec.parameters import FAMILIES, list_parameters, read_shape
-from packhorse.model_spec.trainable import count_parameters
+from packhorse.model_spec.trainable import ParameterCounts, count_shape
 from packhorse.quickstart.files import VOCABULARY_SIZE
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.methods import (
     FullMethod,
     Ia3Method,
     LoraMethod,
+    Method,
     PartialMethod,
     PrefixTuningMethod,
     PromptTuningMethod,
@@ -102,6 +103,11 @@ METHODS: dict[str, tuple[Any, Any]] = {
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7),
     ),
 }
+
+
+def count_parameters(fields: Mapping[str, Any] | None, method: Method) -> ParameterCounts | None:
+    shape = read_shape(fields)
+    return None if shape is None else count_shape(shape, method)
 
 
 def on_meta(fields: Mapping[str, Any]) -> nn.Module:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.plan.topology import host_memory
+from packhorse.plan.topology import host_memory, memory_limits
 
 MACHINE = 64 * 2**20 * 1024
 
@@ -46,3 +46,27 @@ def test_where_there_is_no_linux_it_is_not_known(tmp_path: Path) -> None:
 
 def test_this_machine_has_some() -> None:
     assert 2**28 < (host_memory() or 0) < 2**50
+
+
+def least(*folders: Path) -> tuple[str, int]:
+    return min(memory_limits(*folders).items(), key=lambda limit: limit[1])
+
+
+def test_what_limits_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    job = groups / "system.slice/job_7/step_0"
+    for folder in (proc / "self", job):
+        folder.mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal:       65536000 kB\nMemFree: 1 kB\n")
+    (proc / "self/cgroup").write_text("0::/system.slice/job_7/step_0\n")
+    (job / "memory.max").write_text("max\n")
+    assert least(proc, groups) == ("the machine", 65536000 * 1024)
+    (job.parent / "memory.max").write_text(f"{8 * 2**30}\n")
+    assert least(proc, groups) == ("its cgroup", 8 * 2**30)
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4000")
+    assert least(proc, groups) == ("its Slurm job", 4000 * 2**20)
+    (proc / "self/cgroup").write_text("5:cpuset:/\n4:memory:/job\n")
+    (groups / "memory/job").mkdir(parents=True)
+    (groups / "memory/job/memory.limit_in_bytes").write_text(f"{2**30}\n")
+    assert least(proc, groups) == ("its cgroup", 2**30)

@@ -65,8 +65,8 @@ REFUSED = {
         "recovery.rewind_steps is 6, and of the checkpoints every 2 steps the last 3 are kept.",
     ),
     "rewind-over-most": (
-        ["recovery={on_spike: rewind, rewind_steps: 5, most_left_out: 4}", "checkpoint.every_steps=5"],
-        "recovery.rewind_steps is 5, and recovery.most_left_out is 4.",
+        ["recovery={on_spike: rewind, rewind_steps: 5, most_skipped: 4}", "checkpoint.every_steps=5"],
+        "recovery.rewind_steps is 5, and recovery.most_skipped is 4.",
     ),
     "tf32-of-bf16": (["tf32=true"], "tf32 is true, and precision is bf16."),
     "bf16-weights-fp16-arithmetic": (

@@ -67,7 +67,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     for offset in range(0, len(content), 64):
         path.write_bytes(content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :])
         (fault,) = checkpoint_faults(tmp_path / "step-000004")
-        assert "model/model.safetensors has another content" in fault
+        assert "model/model.safetensors has other content" in fault
 
 
 def test_what_the_run_did_not_write_is_a_fault(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from packhorse.recipe.methods import (
     PromptTuningMethod,
     QloraMethod,
 )
-from packhorse.train.engine.sharding import Whole
+from packhorse.train.engine.sharding import Placement
 from packhorse.train.loading import can_stream, place_streamed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -71,7 +71,7 @@ def test_streamed_start_is_that_of_a_whole_model(name: str, tied: bool, tmp_path
     weights = open_model(request, 90)
     assert can_stream(method)
     assert weights is not None
-    found = dict(place_streamed(weights, attached, Whole(), method, 1, CPU, lambda: None).named_parameters())
+    found = dict(place_streamed(weights, attached, Placement(), method, 1, CPU, lambda: None).named_parameters())
     assert found.keys() == expected.keys()  # a copy that is no longer tied would be one more
     for key, value in expected.items():
         assert found[key].dtype == value.dtype, key

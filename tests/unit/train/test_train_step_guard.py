@@ -143,7 +143,7 @@ def test_a_rewind_too_many_takes_nothing_back(tmp_path: Path, engine: Engine, lo
     assert isinstance(decision.ends, UserError)
     assert not isinstance(decision.ends, AnotherAttempt)
     assert decision.ends.exit_code == EXIT_NOT_FINITE
-    assert "11 steps would be skipped, and recovery.most_left_out is 10" in str(decision.ends)
+    assert "11 steps would be skipped, and recovery.most_skipped is 10" in str(decision.ends)
     assert len(read_skipped_steps(tmp_path)) == 6
     assert (tmp_path / "checkpoints" / "step-000030").is_dir()
 
@@ -163,7 +163,7 @@ def test_ranks_that_do_not_agree_on_a_gradient_end_the_run(tmp_path: Path, engin
 def test_skipped_steps_are_counted_up_to_a_step(tmp_path: Path, engine: Engine, loader: PackLoader) -> None:
     write_skipped_steps(tmp_path, {3: "a", 5: "b"})
     guard = watch(tmp_path, engine, loader)
-    assert [guard.figures(number).get("recovery/left_out") for number in (2, 3, 4, 5, 6)] == [None, 1, 1, 2, 2]
+    assert [guard.figures(number).get("recovery/skipped") for number in (2, 3, 4, 5, 6)] == [None, 1, 1, 2, 2]
 
 
 def losses(level: float, scatter: float, count: int = WINDOW) -> list[float]:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from packhorse.errors import UserError
 from packhorse.train.checkpoint.verify_weights import verify_weights
-from packhorse.train.checkpoint.weights import save_weights
+from packhorse.train.checkpoint.weights import weights_writer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
 
@@ -48,7 +48,7 @@ def test_a_model_as_it_was_written_passes(
     make: Callable[[], nn.Module], dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
     model = make()
-    save_weights(model, held(model), tmp_path, dtype)
+    weights_writer(model, held(model), dtype)(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {dtype or torch.float32}
     assert sum(value.numel() for value in stored.values()) == sum(value.numel() for value in model.parameters())
@@ -87,7 +87,7 @@ def broken_type(tensors: dict[str, Tensor]) -> None:
 )
 def test_a_damaged_file_is_refused(damage: Callable[[dict[str, Tensor]], None], fact: str, tmp_path: Path) -> None:
     model = tied_llama()
-    save_weights(model, held(model), tmp_path, None)
+    weights_writer(model, held(model), None)(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     damage(tensors)
@@ -99,7 +99,7 @@ def test_a_damaged_file_is_refused(damage: Callable[[dict[str, Tensor]], None], 
 def test_an_adapter_that_lost_a_matrix_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(tied_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-    save_weights(model, trained, tmp_path, None)
+    weights_writer(model, trained, None)(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors.pop(sorted(tensors)[0])
@@ -111,8 +111,8 @@ def test_an_adapter_that_lost_a_matrix_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_whose_b_matrices_never_left_zero_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(tied_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-    save_weights(model, trained, tmp_path / "before", None)  # as it is drawn, B is zero
+    weights_writer(model, trained, None)(tmp_path / "before")  # as it is drawn, B is zero
     with pytest.raises(UserError, match="each of 2 B matrices of the adapter in .* is zero after a step"):
-        save_weights(model, trained, tmp_path / "after", None, was_stepped=True)
+        weights_writer(model, trained, None, was_stepped=True)(tmp_path / "after")
     next(value for name, value in trained.items() if "lora_B" in name)[0, 0] = 1e-6
-    save_weights(model, trained, tmp_path / "moved", None, was_stepped=True)
+    weights_writer(model, trained, None, was_stepped=True)(tmp_path / "moved")

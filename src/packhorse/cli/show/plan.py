@@ -8,14 +8,14 @@ from datetime import datetime, timedelta
 from rich.table import Table
 from rich.text import Text
 
+from packhorse.cli.show.text import plain_table
 from packhorse.durable import size
-from packhorse.estimate.memory import Phase
 from packhorse.estimate.plan_estimate import MARGIN, PlanEstimate
 from packhorse.estimate.search.auto import LeastHardware
 from packhorse.estimate.search.candidates import Candidate, host_memory_text, rejection_reason
 from packhorse.estimate.search.changes import Change
 from packhorse.estimate.search.scaling import Scaling
-from packhorse.estimate.training_state import Component
+from packhorse.estimate.training_state import Component, total_bytes
 
 GIB = 2**30
 BAR_CELLS = 40
@@ -36,12 +36,9 @@ def verdict_words(case: PlanEstimate) -> str:
 
 def phase_table(case: PlanEstimate) -> Table:
     """Return a table with one bar per phase; a full bar is the memory of the GPU."""
-    outside = sum(part.bytes for part in case.memory.outside)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("phase")
-    table.add_column(f"0 to {case.basis.gpu.memory_bytes / GIB:.1f} GiB", no_wrap=True)
-    table.add_column("GiB", justify="right")
-    table.add_column("")
+    outside = total_bytes(case.memory.outside)
+    bar = f"0 to {case.basis.gpu.memory_bytes / GIB:.1f} GiB"
+    table = plain_table("phase", bar, "GiB", "", right=("GiB",), whole=(bar,))
     for phase in case.memory.phases:
         filled = (phase.bytes + outside) / case.basis.gpu.memory_bytes
         mark = "fullest" if phase == case.memory.peak else ""
@@ -57,12 +54,8 @@ def _bar(filled: float) -> str:
 
 def component_table(case: PlanEstimate) -> Table:
     """Return the components of the fullest phase, the largest first."""
-    peak: Phase = case.memory.peak
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(f"in {peak.name}")
-    table.add_column("GiB", justify="right")
-    table.add_column("why", overflow="fold")
-    parts = sorted(peak.components, key=lambda part: -part.bytes)
+    table = plain_table(f"in {case.memory.peak.name}", "GiB", "why", right=("GiB",))
+    parts = sorted(case.memory.peak.components, key=lambda part: -part.bytes)
     for part in (*parts, *case.memory.outside):
         table.add_row(part.name, f"{part.bytes / GIB:.2f}", Text(part.reason))
     return table
@@ -73,15 +66,13 @@ def storage_lines(case: PlanEstimate) -> list[tuple[str, str]]:
     storage = case.storage
     lines = [
         ("host", f"{host_memory_text(case)}: {_parts(storage.host)}"),
-        ("disk", f"{_total(storage.disk)}: {_parts(storage.disk)}"),
+        ("disk", f"{size(total_bytes(storage.disk))}: {_parts(storage.disk)}"),
     ]
     if storage.local_disk:
-        lines.append(("local disk", f"{_total(storage.local_disk)} on each node: {_parts(storage.local_disk)}"))
+        lines.append(
+            ("local disk", f"{size(total_bytes(storage.local_disk))} on each node: {_parts(storage.local_disk)}")
+        )
     return lines
-
-
-def _total(parts: Sequence[Component]) -> str:
-    return size(sum(part.bytes for part in parts))
 
 
 def _parts(parts: Sequence[Component]) -> str:
@@ -136,11 +127,9 @@ def _seconds(seconds: float) -> str:
 
 def change_table(changes: Sequence[Change]) -> Table:
     """Return a table with one row per change that makes the run fit."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("change that fits", overflow="fold", min_width=len("parallel.engine=zero3_offload"))
-    table.add_column("GiB", justify="right", no_wrap=True)
-    table.add_column("tokens/s\nper GPU", justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    figures = ("GiB", "tokens/s\nper GPU")
+    table = plain_table("change that fits", *figures, "", right=figures)
+    table.columns[0].min_width = len("parallel.engine=zero3_offload")
     for change in changes:
         speed = f"{change.case.speed.tokens_per_second_per_gpu:,.0f} ({1 / (1 + change.slower) - 1:+.0%})"
         table.add_row(change.words, f"{change.case.required_bytes / GIB:.1f}", speed, change.result)
@@ -149,11 +138,8 @@ def change_table(changes: Sequence[Change]) -> Table:
 
 def ways_table(candidates: Sequence[Candidate], winner: Candidate) -> Table:
     """Return a table of configurations: the best, those that fit, those that do not fit, those that are refused."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("engine", no_wrap=True)
-    for heading in ("micro", "check-\npointing", "GiB", "s per\nstep", "tokens/s\nper GPU"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", overflow="fold")
+    figures = ("micro", "check-\npointing", "GiB", "s per\nstep", "tokens/s\nper GPU")
+    table = plain_table("engine", *figures, "verdict", right=figures, whole=("engine",))
     for way in sorted(candidates, key=lambda way: _rank(way, winner)):
         if way.case is None:
             micro = "" if way.micro is None else str(way.micro)
@@ -183,11 +169,8 @@ def _rank(way: Candidate, winner: Candidate) -> tuple[int, float]:
 
 def least_table(results: Sequence[LeastHardware]) -> Table:
     """Return a table with the fewest GPUs of each kind."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("GPUs", no_wrap=True)
-    table.add_column("with", overflow="fold")
-    for heading in ("GiB", "of", "tokens/s in total", "run"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    figures = ("GiB", "of", "tokens/s in total", "run")
+    table = plain_table("GPUs", "with", *figures, right=figures, whole=("GPUs",))
     for least in results:
         if least.way is None or least.way.case is None:
             table.add_row(least.gpu.name, Text(least.refused or "too small, however many", style="dim"))
@@ -210,20 +193,9 @@ def scaling_table(scaling: Scaling, card_bytes: int) -> Table:
         scaling: Weak or strong scaling.
         card_bytes: Memory of one GPU.
     """
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    headings = (
-        "GPUs",
-        "packs\nper step",
-        "s per\nstep",
-        "tokens/s\nper GPU",
-        "in total",
-        "effi-\nciency",
-        "waiting",
-        "GiB",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    speeds = ("s per\nstep", "tokens/s\nper GPU", "in total", "effi-\nciency", "waiting")
+    headings = ("GPUs", "packs\nper step", *speeds, "GiB")
+    table = plain_table(*headings, "", right=headings)
     for point in scaling.points:
         if point.estimate is not None:
             speed = point.estimate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -47,12 +48,10 @@ def ways_value(candidates: Sequence[Candidate], winner: Candidate) -> list[Value
     """Return one value per configuration of `--compare`."""
     values = []
     for way in candidates:
-        value: Value = {"engine": way.engine, "micro": way.micro, "checkpointing": way.checkpointing}
-        value |= {"best": way == winner, "rejection_reason": rejection_reason(way, winner)}
+        value = _way(way) | {"best": way == winner, "rejection_reason": rejection_reason(way, winner)}
         if way.case is not None:
-            value |= {"fits": way.case.fits, "margin": way.case.margin, "required_bytes": way.case.required_bytes}
-            value |= {"step_seconds": way.case.step_seconds, "mfu": way.case.speed.mfu}
-            value |= {"host_required_bytes": way.case.storage.host_bytes}
+            value |= _fields(way.case, "fits", "margin", "required_bytes", "step_seconds")
+            value |= {"mfu": way.case.speed.mfu, "host_required_bytes": way.case.storage.host_bytes}
         values.append(value)
     return values
 
@@ -63,10 +62,9 @@ def least_value(results: Sequence[LeastHardware]) -> list[Value]:
     for least in results:
         value: Value = {"gpu": least.gpu.name, "count": least.count, "refused": least.refused}
         if least.way is not None and least.way.case is not None:
-            case, way = least.way.case, least.way
-            value |= {"engine": way.engine, "micro": way.micro, "checkpointing": way.checkpointing}
-            value |= {"required_bytes": case.required_bytes, "step_seconds": case.step_seconds}
-            value |= {"hours": case.speed.hours, "price": case.speed.price}
+            case = least.way.case
+            value |= _way(least.way) | _fields(case, "required_bytes", "step_seconds")
+            value |= _fields(case.speed, "hours", "price")
         values.append(value)
     return values
 
@@ -75,13 +73,20 @@ def scaling_value(scaling: Scaling) -> Value:
     """Return weak or strong scaling as a value; impossible points have a reason."""
     points = []
     for point in scaling.points:
-        value: Value = {"gpus": point.gpus, "packs": point.packs, "refused": point.refused}
+        value = _fields(point, "gpus", "packs", "refused")
         if point.estimate is not None:
-            value |= {"step_seconds": point.estimate.step_seconds, "tokens_per_second": point.tokens_per_second}
-            value |= {"efficiency": point.efficiency, "waiting": point.waiting, "required_bytes": point.required_bytes}
+            value["step_seconds"] = point.estimate.step_seconds
+            value |= _fields(point, "tokens_per_second", "efficiency", "waiting", "required_bytes")
         points.append(value)
-    stop = {"stopped_at": scaling.stopped_at, "stopped_by": scaling.stopped_by, "reason": scaling.reason}
-    return {"mode": scaling.mode, "points": points, **stop}
+    return {"mode": scaling.mode, "points": points} | _fields(scaling, "stopped_at", "stopped_by", "reason")
+
+
+def _fields(of: object, *names: str) -> Value:
+    return {name: getattr(of, name) for name in names}
+
+
+def _way(way: Candidate) -> Value:
+    return _fields(way, "engine", "micro", "checkpointing")
 
 
 def _estimates(case: PlanEstimate, now: datetime) -> Value:
@@ -108,27 +113,19 @@ def _estimates(case: PlanEstimate, now: datetime) -> Value:
         "time": {
             "step_seconds": speed.step_seconds,
             "parts": {part.name: part.seconds for part in speed.parts},
-            "tokens_per_second_per_gpu": speed.tokens_per_second_per_gpu,
-            "model_flops": speed.model_flops,
-            "hardware_flops": speed.hardware_flops,
-            "mfu": speed.mfu,
-            "hfu": speed.hfu,
-            "hours": speed.hours,
+            **_fields(speed, "tokens_per_second_per_gpu", "model_flops", "hardware_flops", "mfu", "hfu", "hours"),
             "ready": ready,
-            "energy_kwh": speed.energy_kwh,
-            "price": speed.price,
-            "uncertainty": speed.uncertainty,
-            "uncertainty_reason": speed.uncertainty_reason,
+            **_fields(speed, "energy_kwh", "price", "uncertainty", "uncertainty_reason"),
             "measured_over_predicted": speed.factor,
         },
     }
 
 
 def _parts(parts: Sequence[Component]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for part in parts:
         # Gradients of this micro-batch and accumulated gradients have one name.
-        sizes[part.name] = sizes.get(part.name, 0) + part.bytes
+        sizes[part.name] += part.bytes
     return sizes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,6 @@ from rich.console import Console
 
 from packhorse.cli.show.text import pairs, print_plain
 from packhorse.launching.slurm.client import StartEstimate
-from packhorse.launching.slurm.script import show
 from packhorse.launching.slurm.submit import PlannedJob, sbatch_arguments
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.jobs import JobRecord
@@ -36,7 +36,7 @@ def show_jobs(console: Console, folder: Path, jobs: Sequence[PlannedJob], sweep:
     before: tuple[str, ...] = ()
     for job in jobs:
         options = sweep.options(job) if sweep is not None else []
-        print_plain(show(["sbatch", "--parsable", *sbatch_arguments(folder, job, before, options)]), console)
+        print_plain(shlex.join(["sbatch", "--parsable", *sbatch_arguments(folder, job, before, options)]), console)
         before = (f"JOB_{job.kind}",)
 
 

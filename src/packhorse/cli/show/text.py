@@ -25,11 +25,13 @@ def pairs(lines: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """Return an empty table without lines; its columns fold, those in `right` are aligned right."""
+def plain_table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """Return an empty table without lines; its columns fold, except those in `whole` and, aligned right, in `right`."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in columns:
-        table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
+        is_right = heading in right
+        no_wrap = is_right or heading in whole
+        table.add_column(heading, overflow="fold", justify="right" if is_right else "left", no_wrap=no_wrap)
     return table
 
 

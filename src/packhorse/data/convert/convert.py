@@ -40,13 +40,13 @@ class Conversion:
     Attributes:
         row_format: Format of the rows that were read.
         num_rows: Rows written.
-        left_out: Field that the form cannot hold, and the number of rows without it.
+        dropped: Field that the form cannot hold, and the number of rows without it.
         tokens: Estimate of the tokens, for `openai`.
     """
 
     row_format: RowFormat
     num_rows: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
     tokens: TokenCount = field(default_factory=TokenCount)
 
 
@@ -109,7 +109,7 @@ def _lines(
             mistakes.add(error.at(row.where))
             continue
         conversion.num_rows += 1
-        conversion.left_out.update(_left_out(example, others, written, to))
+        conversion.dropped.update(_dropped(example, others, written, to))
         if to == "openai":
             conversion.tokens.add(written)
         yield line
@@ -120,10 +120,10 @@ def _others(values: dict[str, Any], row_format: RowFormat, example: Example) -> 
     return {key: value for key, value in values.items() if key not in read}
 
 
-def _left_out(example: Example, others: Mapping[str, Any], written: Mapping[str, Any], to: Target) -> list[str]:
-    left_out = [key for key in others if key not in written]
+def _dropped(example: Example, others: Mapping[str, Any], written: Mapping[str, Any], to: Target) -> list[str]:
+    dropped = [key for key in others if key not in written]
     context = any(not turn.trained and turn.role != "assistant" for turn in example.messages or ())
-    return [*left_out, CONTEXT_MARK] if context and to != "messages" else left_out
+    return [*dropped, CONTEXT_MARK] if context and to != "messages" else dropped
 
 
 def _json_line(row: dict[str, Any]) -> str:

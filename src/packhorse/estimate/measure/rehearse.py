@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections import Counter
@@ -289,27 +290,18 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:  # noqa: ANN401
         """Run the operator."""
         space, _, name = str(func.name()).partition("::")
-        if space in ("c10d", "_c10d_functional", "_c10d_functional_autograd") and name in _COLLECTIVES:
-            self.counts[_COLLECTIVES[name]] += 1
+        if space in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            self.counts.update(kind for kind, form in _COLLECTIVES.items() if form.fullmatch(name))
         return func(*args, **(kwargs or {}))
 
 
+# As in c10d and in functional collectives: `_allgather_base_`, `all_gather_into_tensor`.
 _COLLECTIVES: Final = {
-    "allreduce_": "all-reduce",
-    "allreduce_coalesced_": "all-reduce",
-    "all_reduce": "all-reduce",
-    "allgather_": "all-gather",
-    "_allgather_base_": "all-gather",
-    "allgather_into_tensor_coalesced_": "all-gather",
-    "all_gather_into_tensor": "all-gather",
-    "reduce_scatter_": "reduce-scatter",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
-    "reduce_scatter_tensor": "reduce-scatter",
-    "alltoall_": "all-to-all",
-    "alltoall_base_": "all-to-all",
-    "all_to_all_single": "all-to-all",
-    "reduce_": "reduce",
-    "broadcast_": "broadcast",
-    "barrier": "barrier",
+    "reduce-scatter": re.compile(r"_?reduce_scatter_.*"),
+    "all-reduce": re.compile(r"all_?reduce.*"),
+    "all-gather": re.compile(r"_?all_?gather_.*"),
+    "all-to-all": re.compile(r"all_?to_?all_.*"),
+    "reduce": re.compile(r"reduce_"),
+    "broadcast": re.compile(r"broadcast_"),
+    "barrier": re.compile(r"barrier"),
 }

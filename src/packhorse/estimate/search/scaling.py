@@ -11,12 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from packhorse.errors import UserError
-from packhorse.estimate.gpus import GpuProfile
-from packhorse.estimate.memory import estimate_memory
-from packhorse.estimate.packs import PackFigures
-from packhorse.estimate.speed import SpeedEstimate, estimate_speed
-from packhorse.estimate.weights import list_weights
-from packhorse.model_spec.parameters import Shape
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
+from packhorse.estimate.speed import SpeedEstimate
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
@@ -80,31 +76,25 @@ class Scaling:
 
 def scale(
     recipe: Recipe,
-    shape: Shape,
-    packs: PackFigures,
-    gpu: GpuProfile,
+    basis: EstimateInputs,
     mode: Mode,
     counts: Sequence[int] = COUNTS,
-    network_gb: float | None = None,
     counted: MemoryByScale | None = None,
 ) -> Scaling:
     """Plan the recipe for each number of GPUs and find what stops it.
 
     Args:
         recipe: Recipe whose engine and batch are kept; weak scaling takes its packs for those of 8 GPUs.
-        shape: Shape of its model.
-        packs: Sizes of its packs.
-        gpu: Kind of GPU.
+        basis: Inputs of the estimates.
         mode: Weak or strong scaling.
         counts: Numbers of GPUs, rising.
-        network_gb: GB/s of one GPU between nodes; None takes the profile's.
         counted: Cache of the memory of a GPU, which another mode of the same recipe can use.
     """
     counted = {} if counted is None else counted
     points: list[ScalePoint] = []
     best = 0.0
     for count in counts:
-        point = _point(recipe, shape, packs, gpu, mode, count, network_gb, counted)
+        point = _point(recipe, basis, mode, count, counted)
         if point.estimate is not None:
             best = best or point.estimate.tokens_per_second_per_gpu
             efficiency = point.estimate.tokens_per_second_per_gpu / best
@@ -120,29 +110,18 @@ def waiting_share(estimate: SpeedEstimate) -> float:
     return waited / estimate.step_seconds
 
 
-def _point(
-    recipe: Recipe,
-    shape: Shape,
-    packs: PackFigures,
-    gpu: GpuProfile,
-    mode: Mode,
-    count: int,
-    network_gb: float | None,
-    counted: MemoryByScale,
-) -> ScalePoint:
+def _point(recipe: Recipe, basis: EstimateInputs, mode: Mode, count: int, counted: MemoryByScale) -> ScalePoint:
     step_packs = recipe.batch.packs if mode == "strong" else max(1, recipe.batch.packs // 8) * count
     try:
         plan = make_plan(recipe.changed("batch", packs=step_packs), DeviceRequest(count), Hardware(1, ()), None)
     except UserError as error:
         return ScalePoint(count, step_packs, None, 0.0, 0.0, error.mistakes[0].fact)
-    weights = list_weights(plan, shape)
+    case = PlanEstimate(plan, basis)
     # All that memory depends on as the number of GPUs and of packs changes.
     key = (count, plan.batch.micro_packs, plan.batch.accumulation_steps > 1)
     if key not in counted:
-        memory = estimate_memory(plan, shape, packs, weights=weights)
-        counted[key] = memory.required_bytes if memory is not None else 0
-    speed = estimate_speed(plan, shape, packs, gpu, network_gb, weights=weights)
-    return ScalePoint(count, step_packs, speed, 0.0, 0.0, required_bytes=counted[key])
+        counted[key] = case.required_bytes
+    return ScalePoint(count, step_packs, case.speed, 0.0, 0.0, required_bytes=counted[key])
 
 
 def _stop(points: Sequence[ScalePoint]) -> tuple[int | None, str, str]:

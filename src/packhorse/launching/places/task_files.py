@@ -16,28 +16,11 @@ from typing import Any, Final
 import yaml
 
 from packhorse.errors import UserError
+from packhorse.estimate.gpus import known_gpus
 from packhorse.launching.places.node_commands import DEFAULT_PORT
 from packhorse.plan.run_plan import RunPlan
 
 START: Final = ("python", "-m", "packhorse.launching.places.start")
-SKY_NAMES: Final[Mapping[str, str]] = {
-    "H100-80GB": "H100",
-    "H100-PCIE-80GB": "H100",
-    "H200-141GB": "H200",
-    "B200-180GB": "B200",
-    "A100-80GB": "A100-80GB",
-    "A100-40GB": "A100",
-    "A100-PCIE-80GB": "A100-80GB",
-    "A100-PCIE-40GB": "A100",
-    "L40S-48GB": "L40S",
-    "A10-24GB": "A10",
-    "L4-24GB": "L4",
-    "RTX-3090-24GB": "RTX3090",
-    "RTX-4090-24GB": "RTX4090",
-    "RTX-5090-32GB": "RTX5090",
-    "MI300X-192GB": "MI300X",
-}
-"""SkyPilot's names of the GPUs in gpus.yaml."""
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 GRACE_SECONDS: Final = 600
 """Seconds between SIGTERM and SIGKILL of a pod: time for a step, and for saving a large model."""
@@ -243,13 +226,14 @@ def _sky_devices(plan: RunPlan) -> YamlObject:
     if topology.device == "cpu":
         return {"cpus": f"{topology.processes_per_node * topology.threads_per_process}+"}
     kind = plan.predicted.gpu if plan.predicted is not None else ""
-    if kind not in SKY_NAMES:
+    names = {name: gpu.sky for name, gpu in known_gpus().items() if gpu.sky}
+    if kind not in names:
         raise UserError(
             f"the plan is for {topology.world_size} GPUs" + (f" named {kind}." if kind else ", without a name."),
-            f"SkyPilot finds machines by the name of the GPU; it knows {', '.join(SKY_NAMES)}.",
+            f"SkyPilot finds machines by the name of the GPU; it knows {', '.join(names)}.",
             "plan for one of them, for example --gpus 16xH100-80GB.",
         )
-    return {"accelerators": f"{SKY_NAMES[kind]}:{topology.processes_per_node}"}
+    return {"accelerators": f"{names[kind]}:{topology.processes_per_node}"}
 
 
 def _command(plan: RunPlan, rank: str, address: str, port: str) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from packhorse.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from packhorse.launching.local.outcome import Outcome, determine_outcome, newest_step, stopped_outcome
 from packhorse.launching.local.watch import ForcedEnd, RankWatcher
-from packhorse.launching.slurm.chain import link_successor
+from packhorse.launching.slurm.jobs import link_successor
 from packhorse.launching.slurm.next_action import NextAction, RunHistory, SlurmSignals, decide
 from packhorse.plan.command import launch_argv
 from packhorse.plan.replan import replace_plan, with_smaller_micro
@@ -40,7 +40,7 @@ from packhorse.run_folder.attempts import (
 from packhorse.run_folder.folder import next_attempt, open_run, relative
 from packhorse.run_folder.heartbeat import read_heartbeats
 from packhorse.run_folder.jobs import JobRecord, append_job, read_jobs, require_prepared_data
-from packhorse.run_folder.layout import ATTEMPT_FOLDERS, CANCEL_FILE, LOGS_FOLDER, STOP_FILE, numbered
+from packhorse.run_folder.layout import CANCEL_FILE, STOP_FILE, attempt_logs
 from packhorse.run_folder.lock import lock_for_job, release_job_lock
 from packhorse.run_folder.status import Status, read_status, write_status
 
@@ -113,7 +113,7 @@ def end(
     """
     plan = open_run(run)
     folder, attempt = Path(plan.run_folder), int(environment[ATTEMPT_VARIABLE])
-    logs = folder / LOGS_FOLDER / numbered(ATTEMPT_FOLDERS, attempt)
+    logs = attempt_logs(folder, attempt)
     outcome = _outcome(plan, logs, attempt, exit_code, signals)
     end_attempt(folder, attempt, outcome_of(outcome.exit_code, outcome.again), outcome.headline, time.time())
     _remove_stop_of_job(folder)

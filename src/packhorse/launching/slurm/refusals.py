@@ -9,10 +9,9 @@ from typing import Final
 from packhorse.errors import UserError
 from packhorse.launching.slurm.client import SlurmClient, SlurmError
 from packhorse.launching.slurm.script import JobRequest
-from packhorse.launching.slurm.site import SiteProfile, seconds_of
+from packhorse.launching.slurm.site import SiteProfile, limit_seconds, seconds_of
 
 GPUS_OF_NODE = re.compile(r"gpu(?::([^:,(]+))??:(\d+)")
-SLURM_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 NOT_UP: Final = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "MAINT", "NOT_RESPONDING", "POWERED_DOWN"}
 FactAndFix = tuple[str, str]
 """Fact and fix of a message; Slurm's own output is the why."""
@@ -54,7 +53,7 @@ def find_excess(site: SiteProfile, request: JobRequest) -> UserError | None:
             why,
             f"set --nodes to {most_nodes} or less, or partition to {', '.join(others) or 'another'}.",
         )
-    limits = [_seconds(partition.get("MaxTime", "UNLIMITED")) for partition in partitions]
+    limits = [limit_seconds(partition.get("MaxTime", "UNLIMITED")) for partition in partitions]
     # A QOS may lift the partition's limit (Flags=PartitionTimeLimit).
     if request.qos is None and None not in limits:
         longest = max(limit for limit in limits if limit is not None)
@@ -87,6 +86,12 @@ def unavailable_nodes(error: SlurmError, request: JobRequest) -> str:
 def gpus_of(node: Mapping[str, str]) -> list[tuple[str, int]]:
     """Return type (empty without one) and number of a node's GPUs, from `Gres` of `scontrol show node`."""
     return [(kind, int(count)) for kind, count in GPUS_OF_NODE.findall(node.get("Gres", ""))]
+
+
+def features_of(nodes: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the names of all features of nodes."""
+    names = {name for node in nodes for name in node.get("AvailableFeatures", "").split(",")}
+    return sorted(names - {"", "(null)"})
 
 
 def _fits(node: Mapping[str, str], request: JobRequest) -> bool:
@@ -152,8 +157,7 @@ def _explain_time(slurm: SlurmClient, site: SiteProfile, request: JobRequest) ->
 
 
 def _explain_features(slurm: SlurmClient, site: SiteProfile, request: JobRequest) -> FactAndFix:
-    names = {name for node in slurm.nodes() for name in node.get("AvailableFeatures", "").split(",")}
-    features = ", ".join(sorted(names - {"", "(null)"}))
+    features = ", ".join(features_of(slurm.nodes()))
     fix = f"set constraint of {site.name} to features of the nodes: {features}."
     return f"constraint is {request.constraint or 'not set'}.", (
         fix if features else f"remove constraint from {site.name}: no node has features."
@@ -203,15 +207,6 @@ def _partitions_of(slurm: SlurmClient, request: JobRequest) -> list[dict[str, st
 def _nodes_of(slurm: SlurmClient, request: JobRequest) -> list[dict[str, str]]:
     names = {partition["PartitionName"] for partition in _partitions_of(slurm, request)}
     return [node for node in slurm.nodes() if names & set(node.get("Partitions", "").split(","))]
-
-
-def _seconds(limit: str) -> int | None:
-    """Parse `1-00:00:00`, `01:00:00` or `30:00`; None for no limit."""
-    match = SLURM_TIME.fullmatch(limit)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _hours(seconds: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -158,27 +158,31 @@ def cpu_request(site: SiteProfile, name: str, logs: Path, kind: str) -> JobReque
     )
 
 
-def train_script(site: SiteProfile, request: JobRequest, programs: str | None) -> str:
-    """Return the job script of a run; its argument is the run folder.
+def job_script(site: SiteProfile, request: JobRequest, programs: str | None) -> str:
+    """Return the script of a job: its argument is the run folder, or the words of a command of Packhorse.
 
     Args:
         site: Profile of the cluster.
-        request: Resources of the job.
-        programs: Folder of python and accelerate on the nodes; None if they are on PATH or in a container.
+        request: Resources of the job; only a training job is signalled before its end.
+        programs: Folder of python and accelerate on the nodes; None if they are on PATH.
 
     Raises:
         UserError: A value of the request would break the script.
     """
-    return _filled(TRAIN_SCRIPT, site, request, programs)
-
-
-def command_script(site: SiteProfile, request: JobRequest, programs: str | None) -> str:
-    """Return the script of a job that runs one command of Packhorse; its arguments are the command's words.
-
-    Raises:
-        UserError: A value of the request would break the script.
-    """
-    return _filled(COMMAND_SCRIPT, site, request, programs)
+    trains = request.signal_seconds is not None
+    name = TRAIN_SCRIPT if trains else COMMAND_SCRIPT
+    lines = shipped_path("slurm", name).read_text(encoding="utf-8").splitlines()
+    at = [number for number, line in enumerate(lines) if line.startswith(DIRECTIVE)]
+    assert all(after == before + 1 for before, after in pairwise(at)), f"{name}: its #SBATCH lines form one block"
+    begins, ends = lines.index(SITE_BEGINS), lines.index(SITE_ENDS)
+    filled = [
+        *lines[: at[0]],
+        *directives(site, request),
+        *lines[at[-1] + 1 : begins + 1],
+        *site_lines(site, programs, trains),
+        *lines[ends:],
+    ]
+    return "\n".join(filled) + "\n"
 
 
 def directives(site: SiteProfile, request: JobRequest) -> list[str]:
@@ -255,26 +259,6 @@ def quoted(text: str) -> str:
     parts.append(text[end:])
     words = [part if number % 2 else shlex.quote(part) for number, part in enumerate(parts) if part]
     return "".join(words) or "''"
-
-
-def show(words: Sequence[str]) -> str:
-    """Return a command as it can be typed."""
-    return shlex.join(words)
-
-
-def _filled(name: str, site: SiteProfile, request: JobRequest, programs: str | None) -> str:
-    lines = shipped_path("slurm", name).read_text(encoding="utf-8").splitlines()
-    at = [number for number, line in enumerate(lines) if line.startswith(DIRECTIVE)]
-    assert all(after == before + 1 for before, after in pairwise(at)), f"{name}: its #SBATCH lines form one block"
-    begins, ends = lines.index(SITE_BEGINS), lines.index(SITE_ENDS)
-    filled = [
-        *lines[: at[0]],
-        *directives(site, request),
-        *lines[at[-1] + 1 : begins + 1],
-        *site_lines(site, programs, trains=name == TRAIN_SCRIPT),
-        *lines[ends:],
-    ]
-    return "\n".join(filled) + "\n"
 
 
 def _gpu_option(site: SiteProfile, count: int) -> tuple[str, object]:

@@ -27,7 +27,8 @@ PROFILE_FILE: Final = FileKind("a site profile", "partition: gpu", "write a firs
 WHO_READS_A_PROFILE: Final = "the profile is copied into job scripts, which all users of the cluster may read."
 TEXT: Final = r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*$"
 REFERENCE: Final = r"\$\{env:[A-Za-z_][A-Za-z0-9_]*\}"
-DURATION = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
+DURATION = re.compile(r"(?:\d+-)?\d{1,2}:[0-5]\d:[0-5]\d")
+LIMIT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 SCALES: Final = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 """Units of memory in Slurm: KiB, MiB, GiB, TiB."""
 VARIABLE_WORDS: Final = "names of variables: letters, digits and `_`, no digit first"
@@ -236,9 +237,17 @@ def _broken_rules(site: SiteProfile) -> Iterator[Finding]:
 
 
 def seconds_of(duration: str) -> int:
-    """Return the seconds of a duration such as `24:00:00` or `1-00:00:00`."""
-    match = DURATION.fullmatch(duration)
-    assert match is not None, "durations are checked when they are read"
+    """Return the seconds of a duration of a profile, such as `24:00:00` or `1-00:00:00`."""
+    seconds = limit_seconds(duration)
+    assert seconds is not None, "durations are checked when they are read"
+    return seconds
+
+
+def limit_seconds(limit: str) -> int | None:
+    """Return the seconds of a time limit as Slurm reports it, such as `1-00:00:00` or `30:00`; None for no limit."""
+    match = LIMIT.fullmatch(limit)
+    if match is None:
+        return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from packhorse.errors import UserError
 from packhorse.launching.slurm.client import SlurmClient
-from packhorse.launching.slurm.refusals import gpus_of
+from packhorse.launching.slurm.refusals import features_of, gpus_of
+from packhorse.launching.slurm.site import limit_seconds
 
 Record = Mapping[str, str]
 COMMENT_COLUMN = 34
@@ -156,11 +157,11 @@ def _share_lines(nodes: Sequence[Record], gpus_per_node: int) -> list[ProfileLin
 
 def _time_lines(chosen: Record) -> list[ProfileLine]:
     longest = chosen.get("MaxTime", "UNLIMITED")
-    is_limited = _is_limit(longest)
-    time = longest if is_limited and _hours(longest) < 24 else "24:00:00"
-    maximum = json.dumps(longest) if is_limited else ""
+    maximum = json.dumps(longest) if limit_seconds(longest) is not None else ""
     return [
-        ProfileLine("time", json.dumps(time), "of one job; a longer run resumes in the next job automatically"),
+        ProfileLine(
+            "time", json.dumps(_at_most(24, longest)), "of one job; a longer run resumes in the next job automatically"
+        ),
         ProfileLine("longest_time", maximum, "MaxTime of the partition", '"48:00:00"'),
         ProfileLine("requeue", "", "if the site forbids requeue: a second job resumes the run", "false"),
     ]
@@ -180,18 +181,16 @@ def _cpu_jobs_line(
     use_other = without_gpus and gpus_per_node
     partition, nodes = without_gpus[0] if use_other else (chosen, _nodes_of(chosen, all_nodes))
     cpus = min(MAX_PREPARE_CPUS, *(int(node.get("CPUTot", "1")) for node in nodes))
-    longest = partition.get("MaxTime", "UNLIMITED")
-    time = longest if _is_limit(longest) and _hours(longest) < PREPARE_HOURS else f"{PREPARE_HOURS:02}:00:00"
-    fields = [f"cpus: {cpus}", f"time: {json.dumps(time)}"]
+    time = _at_most(PREPARE_HOURS, partition.get("MaxTime", "UNLIMITED"))
+    fields = f"cpus: {cpus}, time: {json.dumps(time)}"
     if partition is chosen:
-        return ProfileLine("cpu_jobs", f"{{{', '.join(fields)}}}", "jobs that prepare data, in the same partition")
-    fields.insert(0, f"partition: {_as_yaml(partition['PartitionName'])}")
-    return ProfileLine("cpu_jobs", f"{{{', '.join(fields)}}}", "jobs that prepare data, without GPUs")
+        return ProfileLine("cpu_jobs", f"{{{fields}}}", "jobs that prepare data, in the same partition")
+    name = _as_yaml(partition["PartitionName"])
+    return ProfileLine("cpu_jobs", f"{{partition: {name}, {fields}}}", "jobs that prepare data, without GPUs")
 
 
 def _optional_lines(nodes: Sequence[Record]) -> list[ProfileLine]:
-    names = {name for node in nodes for name in node.get("AvailableFeatures", "").split(",")}
-    features = sorted(names - {"", "(null)"})
+    features = features_of(nodes)
     comment = f"features of the nodes: {', '.join(features)}" if features else "the nodes report no features"
     return [
         ProfileLine("constraint", "", comment, features[0] if features else "a100"),
@@ -207,14 +206,10 @@ def _optional_lines(nodes: Sequence[Record]) -> list[ProfileLine]:
     ]
 
 
-def _is_limit(time: str) -> bool:
-    return time.replace("-", "").replace(":", "").isdigit()
-
-
-def _hours(limit: str) -> float:
-    days, _, rest = limit.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    return int(days or 0) * 24 + (parts[0] if len(parts) == 3 else 0)
+def _at_most(hours: int, limit: str) -> str:
+    """Return this number of hours, or the limit of a partition if it is less."""
+    seconds = limit_seconds(limit)
+    return f"{hours:02}:00:00" if seconds is None or seconds >= hours * 3600 else limit
 
 
 def _most_common(counts: Sequence[int]) -> int:

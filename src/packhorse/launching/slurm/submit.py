@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,11 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from packhorse.errors import UserError
-from packhorse.launching.slurm.chain import dependency_options, release_ended
 from packhorse.launching.slurm.client import SlurmClient, SlurmError, StartEstimate
-from packhorse.launching.slurm.jobs import live_jobs, submit_job
+from packhorse.launching.slurm.jobs import dependency_options, live_jobs, release_ended, submit_job
 from packhorse.launching.slurm.refusals import explain_refusal, find_excess, unavailable_nodes
-from packhorse.launching.slurm.script import TRAIN_SCRIPT, JobRequest
+from packhorse.launching.slurm.script import TRAIN_SCRIPT, JobRequest, job_script
 from packhorse.launching.slurm.site import SiteProfile
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.jobs import JobKind, JobRecord, append_job
@@ -44,6 +44,16 @@ class PlannedJob:
     def script_name(self) -> str:
         """File name of the script in the run folder."""
         return TRAIN_SCRIPT if self.kind == "train" else f"{self.kind}.sbatch"
+
+
+def planned_job(site: SiteProfile, kind: JobKind, request: JobRequest, *words: str) -> PlannedJob:
+    """Return a job with its script, which uses the programs of the site or of this Python.
+
+    Raises:
+        UserError: A value of the request would break the script.
+    """
+    script = job_script(site, request, site.programs or str(Path(sys.executable).parent))
+    return PlannedJob(kind, request, script, words)
 
 
 def sbatch_arguments(

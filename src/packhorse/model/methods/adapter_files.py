@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from packhorse.errors import UserError
-from packhorse.model.methods.prompts import answer_with_prompt
 from packhorse.model.sharded import assign
 
 ADAPTER: Final = "default"
@@ -21,8 +20,22 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PROMPT: Final = f"prompt_encoder.{ADAPTER}.embedding.weight"
 
 
+def _peft() -> Any:  # noqa: ANN401
+    """Import peft by name: it takes six CPU seconds, which full fine-tuning never needs."""
+    return import_module("peft")
+
+
 def adapter_writer(model: Any, weights: dict[str, Tensor], for_base: bool) -> Callable[[Path], None]:  # noqa: ANN401
-    """See `attach.adapter_writer`."""
+    """Return a function that writes an adapter in peft's form into a folder, which it creates if needed.
+
+    The model is read now and not by the function, because a step may be changing it by then.
+
+    Args:
+        model: Model from `attach`.
+        weights: Whole tensors of the trained parameters, by the model's names.
+        for_base: Where the method changed the base at the start (PiSSA, OLoRA), write an adapter of twice the rank for
+            the unchanged base; otherwise write the trained adapter unchanged.
+    """
     config = copy.deepcopy(model.peft_config[ADAPTER])
     initial = getattr(model, "initial_adapter", None)
     if for_base and initial is not None:
@@ -43,15 +56,23 @@ def adapter_writer(model: Any, weights: dict[str, Tensor], for_base: bool) -> Ca
 
 
 def load_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401
-    """See `attach.load_adapter`."""
+    """Load a saved adapter into one that was attached with the same method.
+
+    Raises:
+        UserError: The folder holds another adapter.
+    """
     for parameter, value in stored_adapter(model, folder):
         assign(parameter, value)
 
 
 def stored_adapter(model: Any, folder: Path) -> list[tuple[nn.Parameter, Tensor]]:  # noqa: ANN401
-    """See `attach.stored_adapter`."""
+    """Return each trained parameter of a model from `attach` with its value in a saved adapter, on the CPU.
+
+    Raises:
+        UserError: The folder holds another adapter.
+    """
     _require_safetensors(folder)
-    stored = load_peft_weights(str(folder), device="cpu")
+    stored: dict[str, Tensor] = _peft().load_peft_weights(str(folder), device="cpu")
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     named = _peft_form(model, trained)
     if stored.keys() != named.keys():
@@ -66,12 +87,13 @@ def stored_adapter(model: Any, folder: Path) -> list[tuple[nn.Parameter, Tensor]
 
 
 def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """See `attach.with_adapter`."""
+    """Put a finished adapter on its base, which has rows for new tokens, for evaluation."""
     _require_safetensors(folder)
-    adapted: nn.Module = PeftModel.from_pretrained(model, str(folder))
-    if adapted.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
-        answer_with_prompt(adapted)
-    return adapted
+    adapted: Any = _peft().PeftModel.from_pretrained(model, str(folder))
+    if adapted.active_peft_config.is_prompt_learning:
+        import_module("packhorse.model.methods.prompts").answer_with_prompt(adapted)
+    whole: nn.Module = adapted
+    return whole
 
 
 def _require_safetensors(folder: Path) -> None:
@@ -97,8 +119,8 @@ def _peft_form(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:  # 
         if name not in weights and id(value) in first
     }
     # Never save whole embeddings with the adapter: rows of new tokens are saved separately.
-    named: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=weights | tied, save_embedding_layers=False)
-    return named
+    state = _peft().get_peft_model_state_dict(model, state_dict=weights | tied, save_embedding_layers=False)
+    return dict(state)
 
 
 def _minus_initial(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,7 +136,7 @@ def _minus_initial(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> di
     return whole
 
 
-def _double_rank(config: PeftConfig) -> None:
+def _double_rank(config: Any) -> None:  # noqa: ANN401
     """Double the rank at the same scale."""
     config.r *= 2
     config.lora_alpha *= 2**0.5 if config.use_rslora else 2

@@ -10,11 +10,9 @@ prompt_tuning, prefix_tuning
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Final
 
 import torch
@@ -76,7 +74,7 @@ def attach(model: nn.Module, method: Method, start: Start, autocast: bool = Fals
     if isinstance(method, PartialMethod):
         freeze_others(model, method)
         return model
-    adapted: nn.Module = _module(ADAPTERS[method.kind]).attach(model, method, start)
+    adapted: nn.Module = import_module(f"{PACKAGE}.{ADAPTERS[method.kind]}").attach(model, method, start)
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             # peft makes its own matrices float32; copies of whole modules and rows of new tokens have the base's dtype.
@@ -86,50 +84,6 @@ def attach(model: nn.Module, method: Method, start: Start, autocast: bool = Fals
     return adapted
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Load a saved adapter into one that was attached with the same method.
-
-    Raises:
-        UserError: The folder holds another adapter.
-    """
-    _module("adapter_files").load_adapter(model, folder)
-
-
-def stored_adapter(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """Return each trained parameter of a model from `attach` with its value in a saved adapter, on the CPU.
-
-    Raises:
-        UserError: The folder holds another adapter.
-    """
-    pairs: list[tuple[nn.Parameter, torch.Tensor]] = _module("adapter_files").stored_adapter(model, folder)
-    return pairs
-
-
-def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Put a finished adapter on its base, which has rows for new tokens, for evaluation."""
-    adapted: nn.Module = _module("adapter_files").with_adapter(model, folder)
-    return adapted
-
-
 def is_adapted(model: nn.Module) -> bool:
     """Return whether the model is a peft model around a base."""
     return hasattr(model, "peft_config")
-
-
-def adapter_writer(model: nn.Module, weights: dict[str, torch.Tensor], for_base: bool) -> Callable[[Path], None]:
-    """Return a function that writes an adapter in peft's form into a folder, which it creates if needed.
-
-    The model is read now and not by the function, because a step may be changing it by then.
-
-    Args:
-        model: Model from `attach`.
-        weights: Whole tensors of the trained parameters, by the model's names.
-        for_base: Where the method changed the base at the start (PiSSA, OLoRA), write an adapter of twice the rank for
-            the unchanged base; otherwise write the trained adapter unchanged.
-    """
-    writer: Callable[[Path], None] = _module("adapter_files").adapter_writer(model, weights, for_base)
-    return writer
-
-
-def _module(name: str) -> ModuleType:
-    return import_module(f"{PACKAGE}.{name}")

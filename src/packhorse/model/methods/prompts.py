@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import MethodType
-from typing import Any, Final
+from typing import Any
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
@@ -25,8 +25,6 @@ from packhorse.errors import UserError
 from packhorse.model.attention import Documents
 from packhorse.model.methods.attach import Start
 from packhorse.recipe.methods import PrefixTuningMethod, PromptTuningMethod
-
-ADAPTER: Final = "default"
 
 
 def attach(model: Any, method: PromptTuningMethod | PrefixTuningMethod, start: Start) -> nn.Module:  # noqa: ANN401

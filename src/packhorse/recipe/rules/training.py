@@ -298,12 +298,12 @@ def _rewind_rules(recipe: Recipe) -> Iterator[Finding]:
             "all of them can be newer than the step to return to, and the rewind would start again at step 0.",
             f"set checkpoint.keep_last to {1 - (1 - back) // every} or more, or checkpoint.every_steps higher",
         )
-    if recovery.most_left_out < back:
+    if recovery.most_skipped < back:
         yield Finding(
-            (("recovery", "most_left_out"), ("recovery", "rewind_steps")),
-            f"recovery.rewind_steps is {back}, and recovery.most_left_out is {recovery.most_left_out}.",
+            (("recovery", "most_skipped"), ("recovery", "rewind_steps")),
+            f"recovery.rewind_steps is {back}, and recovery.most_skipped is {recovery.most_skipped}.",
             "the first rewind would skip more steps than allowed and end the run.",
-            f"set recovery.most_left_out to {back} or more",
+            f"set recovery.most_skipped to {back} or more",
         )
 
 

@@ -13,6 +13,7 @@ from packhorse.run_folder.layout import (
     STEP_FOLDER,
     STEP_FOLDERS,
     UNFINISHED_STEP_FOLDERS,
+    first_free,
     removed_step_folder,
 )
 
@@ -70,11 +71,7 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
     renamed = []
     for checkpoint in checkpoints_in(folder):
         if step_of(checkpoint) > step:
-            number = 1
-            while (target := checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")).exists():
-                number += 1
-            checkpoint.rename(target)
-            renamed.append(target)
+            renamed.append(checkpoint.rename(first_free(folder, f"{checkpoint.name}.damaged-*")))
     return renamed
 
 

@@ -13,29 +13,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from packhorse.durable import forget_cached, replace_file, sync_to_disk
+from packhorse.plan.run_plan import PlanPart
 from packhorse.run_folder.layout import MANIFEST_FILE
 
 MANIFEST_VERSION: Final = 1
 CHUNK_BYTES: Final = 1 << 22
 
 
-class Part(BaseModel):
-    """Part of the manifest: immutable, unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileRecord(Part):
+class FileRecord(PlanPart):
     """Size and content of one file."""
 
     bytes: int
     sha256: str
 
 
-class RunFacts(Part):
+class RunFacts(PlanPart):
     """Facts of the run when the checkpoint was written.
 
     Attributes:
@@ -55,7 +50,7 @@ class RunFacts(Part):
     wandb_id: str | None = None
 
 
-class CheckpointManifest(Part):
+class CheckpointManifest(PlanPart):
     """Content of a checkpoint; paths are relative to its folder, with `/`."""
 
     version: int = MANIFEST_VERSION
@@ -138,7 +133,7 @@ def checkpoint_faults(folder: Path) -> Iterator[str]:
         yield f"{folder.name}/{name} was not written by the run."
     for name, path, record in same_size:
         if sha256_of(path) != record.sha256:
-            yield f"{folder.name}/{name} has another content than was written (sha256)."
+            yield f"{folder.name}/{name} has other content than was written (sha256)."
 
 
 def files_below(folder: Path) -> list[Path]:

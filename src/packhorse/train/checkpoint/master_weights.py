@@ -6,14 +6,15 @@ Checkpoints store the master weights as the weights themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from packhorse.model.load import ModelRequest, load_model, open_model
-from packhorse.model.methods.attach import is_adapted, stored_adapter
+from packhorse.model.methods.adapter_files import stored_adapter
+from packhorse.model.methods.attach import is_adapted
 from packhorse.train.checkpoint.zero_state import has_master_weight, set_master_weight
 
 
@@ -23,7 +24,7 @@ def load_master_weights(model: nn.Module, folder: Path, trust_remote_code: bool)
     if not missing:
         return
     if is_adapted(model):
-        pairs: Iterator[tuple[nn.Parameter, Tensor]] = iter(stored_adapter(model, folder))
+        pairs: Iterable[tuple[nn.Parameter, Tensor]] = stored_adapter(model, folder)
     else:
         stored = _stored_model(folder, trust_remote_code)
         pairs = ((missing.pop(name), value) for name, value in stored if name in missing)

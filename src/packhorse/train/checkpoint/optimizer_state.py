@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -23,6 +22,7 @@ from packhorse.errors import UserError
 from packhorse.model.sharded import shard_like
 from packhorse.run_folder.layout import OPTIMIZER_FILE, OPTIMIZER_TENSORS
 from packhorse.train.checkpoint.snapshot import Snapshot
+from packhorse.train.checkpoint.verify_weights import stored_tensors
 from packhorse.train.checkpoint.weights import unwrapped
 from packhorse.train.checkpoint.zero_state import PartitionLoader, gather_partitions
 from packhorse.train.engine.engine import Engine
@@ -62,7 +62,8 @@ def load_states(engine: Engine, folder: Path) -> None:
         _make_buffers(optimizer)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     stored: set[str] = set()
-    for key, value in chain(record["states"].items(), _tensors(folder)):  # one tensor in memory at a time
+    # One tensor in memory at a time.
+    for key, value in chain(record["states"].items(), stored_tensors(folder, OPTIMIZER_TENSORS)):
         name, slot = key.rsplit("/", 1)
         if partitions is not None and partitions.put_partition(name, slot, value):
             continue
@@ -112,13 +113,6 @@ def _scaler_of(engine: Engine) -> Any:  # noqa: ANN401
         return engine.accelerator.scaler
     zero: Any = engine.model.optimizer
     return zero.loss_scaler if engine.loss_scale is not None else None
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(folder.glob(OPTIMIZER_TENSORS)):
-        with safe_open(file, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
-                yield key, stored.get_tensor(key)
 
 
 def _make_buffers(optimizer: Any) -> None:  # noqa: ANN401

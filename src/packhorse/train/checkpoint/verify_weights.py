@@ -42,7 +42,7 @@ def verify_weights(
     """
     shapes = {}
     is_nonzero = {}
-    for name, tensor in _tensors(folder):
+    for name, tensor in stored_tensors(folder):
         shapes[name] = tuple(tensor.shape)
         if LORA_B in name:
             is_nonzero[name] = bool(tensor.any())
@@ -70,8 +70,9 @@ def _stored_bytes(value: Tensor, dtype: torch.dtype | None) -> int:
     return value.numel() * (dtype if dtype is not None and value.is_floating_point() else value.dtype).itemsize
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(folder.glob("*.safetensors")):
+def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> Iterator[tuple[str, Tensor]]:
+    """Yield name and value of each tensor in the safetensors files of a folder, on the CPU."""
+    for file in sorted(folder.glob(pattern)):
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield name, stored.get_tensor(name)

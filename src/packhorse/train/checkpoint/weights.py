@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from packhorse.durable import disk_error, publish_folder
-from packhorse.model.methods.attach import adapter_writer, is_adapted
+from packhorse.model.methods.adapter_files import adapter_writer
+from packhorse.model.methods.attach import is_adapted
 from packhorse.model.sharded import gathered
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.layout import ADAPTER_FOLDER, MODEL_FOLDER
@@ -132,18 +133,6 @@ def _write_model(model: Any, weights: dict[str, Tensor], folder: Path, dtype: to
     model.save_pretrained(folder, state_dict=chosen, safe_serialization=True)
 
 
-def save_weights(
-    model: Any,  # noqa: ANN401
-    weights: dict[str, Tensor],
-    folder: Path,
-    dtype: torch.dtype | None,
-    is_result: bool = False,
-    was_stepped: bool = False,
-) -> None:
-    """Write the weights now; see `weights_writer` for arguments and errors."""
-    weights_writer(model, weights, dtype, is_result, was_stepped)(folder)
-
-
 def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool) -> None:  # noqa: ANN401
     """Write RUN/model or RUN/adapter with its tokenizer, in the dtype that training computed in; a collective."""
     weights = gather_saved_weights(engine, is_main)
@@ -155,7 +144,7 @@ def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool)
     dtype = COMPUTE_DTYPES[plan.recipe.precision] if name == MODEL_FOLDER else None
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_weights(unwrapped(engine), weights, temporary, dtype, is_result=True)
+        weights_writer(unwrapped(engine), weights, dtype, is_result=True)(temporary)
         tokenizer.save_pretrained(temporary)
         publish_folder(temporary, target)
     except (OSError, SafetensorError) as error:

@@ -27,7 +27,7 @@ from packhorse.train.engine.launch_proof import (
     assert_launched_as_planned,
     assert_sharded_as_planned,
 )
-from packhorse.train.engine.precision import mixed_precision, refuse_small_loss_scale, scale_on_cpu
+from packhorse.train.engine.precision import refuse_small_loss_scale, scale_on_cpu
 from packhorse.train.engine.process_group import GROUP_TIMEOUT, control_group
 
 
@@ -184,7 +184,7 @@ def start_accelerator(plan: RunPlan) -> Accelerator:
     accelerator = Accelerator(
         # `cpu=True` makes Accelerate choose DDP instead of DeepSpeed, which reads DS_ACCELERATOR=cpu instead.
         cpu=on_cpu and plan.deepspeed is None,
-        mixed_precision=mixed_precision(plan),
+        mixed_precision="no" if plan.recipe.precision == "fp32" else plan.recipe.precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
         **plugin,
     )

@@ -6,14 +6,11 @@ bf16 and fp16 are autocast over float32 weights under single, ddp, fsdp2 and hsd
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from accelerate import Accelerator
 from torch.amp import GradScaler
 
 from packhorse.errors import UserError
-from packhorse.plan.run_plan import RunPlan
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_LOSS_SCALE = 1.0
@@ -22,12 +19,6 @@ MIN_LOSS_SCALE = 1.0
 def set_matmul_precision(tf32: bool) -> None:
     """Allow or forbid that fp32 products on NVIDIA GPUs round their inputs to TF32, whatever torch's default is."""
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-
-
-def mixed_precision(plan: RunPlan) -> Literal["no", "bf16", "fp16"]:
-    """Return Accelerate's name for the recipe's precision."""
-    precision = plan.recipe.precision
-    return "no" if precision == "fp32" else precision
 
 
 def scale_on_cpu(accelerator: Accelerator) -> None:

@@ -7,7 +7,6 @@ zero3                        DeepSpeed's partitioned parameters (Rajbhandari et 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -26,39 +25,28 @@ from packhorse.train.engine.precision import COMPUTE_DTYPES
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Placement(ABC):
-    """Places a unit that has just been loaded."""
+class Placement:
+    """Leaves each unit where it was loaded: whole, on the device of every rank. Subclasses shard it."""
+
+    shards = False
 
     def whole_first(self, request: ModelRequest) -> ModelRequest:
-        """Return the request for a model that must be whole before it is sharded: it waits on the host."""
+        """Return the request for a model that is loaded whole: it waits on the host if it is sharded afterwards."""
         # Quantised weights are far smaller, and made by kernels of the device.
-        return request if request.quantization is not None else replace(request, device=torch.device("cpu"))
+        on_device = not self.shards or request.quantization is not None
+        return request if on_device else replace(request, device=torch.device("cpu"))
 
-    @abstractmethod
     def unit(self, modules: Sequence[nn.Module], is_last: bool) -> None:
         """Place modules whose weights are used together; a collective where it shards."""
 
-    @abstractmethod
     def root(self, model: nn.Module) -> None:
         """Place what belongs to no unit; called after all units."""
 
 
-class Whole(Placement):
-    """Every rank holds all weights on its device, where they were loaded."""
-
-    def whole_first(self, request: ModelRequest) -> ModelRequest:
-        """Return the request unchanged."""
-        return request
-
-    def unit(self, modules: Sequence[nn.Module], is_last: bool) -> None:
-        """Do nothing."""
-
-    def root(self, model: nn.Module) -> None:
-        """Do nothing."""
-
-
 class Fsdp2(Placement):
     """Each rank keeps a part of every weight, and gathers a unit while it computes."""
+
+    shards = True
 
     def __init__(self, mesh: DeviceMesh, precision: str) -> None:
         self._mesh = mesh
@@ -80,6 +68,8 @@ class Fsdp2(Placement):
 
 class Zero3(Placement):
     """Each rank keeps a part of every weight; DeepSpeed gathers a module while it computes."""
+
+    shards = True
 
     def __init__(self, config: dict[str, Any], precision: str, device: torch.device) -> None:
         self._config = config
@@ -124,7 +114,7 @@ def placement_of(plan: RunPlan, device: torch.device) -> Placement:
     if engine.startswith("zero3"):
         assert plan.deepspeed is not None
         return Zero3(dict(plan.deepspeed), plan.recipe.precision, device)
-    return Whole()
+    return Placement()
 
 
 def make_mesh(topology: Topology, device: torch.device) -> DeviceMesh:

@@ -136,7 +136,7 @@ class StepGuard:
     def figures(self, step: int) -> Figures:
         """Return the number of skipped steps up to this one; empty while there are none."""
         count = sum(number <= step for number in self.skipped_steps)
-        return {"recovery/left_out": count} if count else {}
+        return {"recovery/skipped": count} if count else {}
 
     def judge(self, step: StepResult, recent_losses: Sequence[float]) -> StepDecision:
         """Decide about a step that was made, or that the engine refused.
@@ -212,15 +212,15 @@ class StepGuard:
 
     def _too_many(self, steps: Iterable[int], why: str) -> UserError | None:
         """Return the error that ends a run with too many skipped steps; the new ones are then not recorded."""
-        count, most = len(self.skipped_steps.keys() | set(steps)), self._recovery.most_left_out
+        count, most = len(self.skipped_steps.keys() | set(steps)), self._recovery.most_skipped
         if count <= most:
             return None
         self._finish_saving()
         return UserError(
-            f"{count} steps would be skipped, and recovery.most_left_out is {most}; the last: {why}.",
+            f"{count} steps would be skipped, and recovery.most_skipped is {most}; the last: {why}.",
             "this many bad steps are no accident: the run does not train with these settings.",
             "train again under another name with a lower optimizer.learning_rate; or inspect the rows, and resume with "
-            f"`packhorse resume {self._folder} recovery.most_left_out={2 * count}`.",
+            f"`packhorse resume {self._folder} recovery.most_skipped={2 * count}`.",
             exit_code=EXIT_NOT_FINITE,
         )
 

@@ -163,11 +163,11 @@ def test_a_field_that_is_no_json_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.parametrize(("to", "left_out"), [("messages", {}), ("alpaca", {CONTEXT_MARK: 2})])
-def test_what_is_left_out_is_counted(tmp_path: Path, to: Target, left_out: dict[str, int]) -> None:
+@pytest.mark.parametrize(("to", "dropped"), [("messages", {}), ("alpaca", {CONTEXT_MARK: 2})])
+def test_what_is_left_out_is_counted(tmp_path: Path, to: Target, dropped: dict[str, int]) -> None:
     source = write(tmp_path / "in.jsonl", *[chat({**USER, "train": False}, BOT)] * 2, chat(USER, BOT, lang="en"))
     done = convert_file(Source(path=str(source)), tmp_path / "out.jsonl", to, False, tmp_path)
-    assert (done.num_rows, done.row_format, dict(done.left_out)) == (3, "messages", left_out)
+    assert (done.num_rows, done.row_format, dict(done.dropped)) == (3, "messages", dropped)
 
 
 def test_the_service_takes_ten_examples_or_more(tmp_path: Path) -> None:
