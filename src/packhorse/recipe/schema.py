@@ -74,6 +74,8 @@ class Source(Section):
     """Other names for the keys of the format: `{messages: dialog, role: speaker, content: says}`."""
     roles: dict[str, str] = {}
     """Other names for the roles: `{customer: user, agent: assistant}`."""
+    keep_nulls: bool = False
+    """Keep nulls of Parquet and Arrow rows; by default they are removed, as Arrow adds one for each absent key."""
     weight: PositiveFloat | None = None
     """Share of this source among the rows used, relative to the weights of other sources; no row is repeated."""
     rows: PositiveInt | None = None

@@ -23,6 +23,7 @@ from packhorse.data.checks.words import signatures
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import RowFormat
 from packhorse.data.gather.spool import SpoolWriter
+from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import Rendered, Renderer, render_examples
 from packhorse.data.render.serving import check_serving
@@ -53,12 +54,14 @@ class GatheredSource:
         use: Purpose of its rows.
         row_format: Format of its rows, detected or declared.
         mistakes: Bad rows of the source.
+        removed_nulls: Nulls that Arrow added and that were removed.
     """
 
     declared: Source
     use: SourceUse
     row_format: RowFormat
     mistakes: RowMistakes
+    removed_nulls: RemovedNulls
 
     @property
     def name(self) -> str:
