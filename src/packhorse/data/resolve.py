@@ -57,7 +57,9 @@ def runs_folder_of(recipe: Recipe) -> Path:
 
 def source_name(source: Source) -> str:
     """Return the name of a source in messages."""
-    return source.path or f"hub data set {source.id}"
+    if source.path is None:
+        return f"hub data set {source.id}"
+    return f"{source.path} ({source.key})" if source.key else source.path
 
 
 def source_files(text: str, runs_folder: Path) -> list[Path]:

@@ -68,6 +68,8 @@ class Source(Section):
     """Configuration of `id`, if it has several."""
     split: str = "train"
     """Split of `id`."""
+    key: str | None = None
+    """Key of the list with the rows, in a .json file such as `{"train": […], "test": […]}`."""
     format: Format = "auto"
     """Format of the rows; `auto` detects it from the keys of the first rows and reports it."""
     columns: dict[str, str] = {}
@@ -160,6 +162,8 @@ class DataSection(Section):
     """Rows with mistakes: stop and report them all, or drop and count them."""
     most_bad_rows: Fraction = 0.01
     """Largest share of bad rows that `on_bad_row: drop` accepts."""
+    strip: bool = False
+    """Remove white space around the text of each turn of a chat."""
     fix_encoding: bool = False
     """Fix text that was decoded wrongly, such as `Ã³` for `ó` (ftfy)."""
     duplicates: DuplicatesSection = DuplicatesSection()

@@ -127,6 +127,8 @@ class SourcePass:
             return [], []
         if self.needed:
             batch = [example for example in batch if self._has_fields(example)]
+        if self.data.strip:
+            batch = [_stripped(example) for example in batch]
         if self.data.fix_encoding:
             batch = [_with_fixed_encoding(example) for example in batch]
         rendered = render_examples(self.renderer, batch, self.source.mistakes)
@@ -209,6 +211,14 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
             batch = []
     if batch:
         yield batch
+
+
+def _stripped(example: Example) -> Example:
+    turns = example.messages and tuple(
+        replace(turn, content=turn.content.strip(), thinking=turn.thinking and turn.thinking.strip())
+        for turn in example.messages
+    )
+    return replace(example, messages=turns)
 
 
 def _with_fixed_encoding(example: Example) -> Example:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from packhorse.data.read.arrow_rows import ROWS_AT_ONCE, read_arrow, read_parquet, rows_of_batches
 from packhorse.data.read.arrow_values import RemovedNulls
-from packhorse.data.read.json_array import read_json
+from packhorse.data.read.json_array import no_keys, read_json
 from packhorse.data.read.json_rows import read_jsonl
 from packhorse.data.read.listing import form_of
 from packhorse.data.read.row import Row, RowMistakes
@@ -60,11 +60,15 @@ def _read_files(
 
 def _read_file(path: Path, source: Source, mistakes: RowMistakes, removed: RemovedNulls | None) -> Iterator[Row]:
     form = form_of(path)[0]
+    if form == ".json":
+        return read_json(path, mistakes, source.key)
+    if source.key is not None:
+        raise no_keys(f"{path}, which is a {form} file", source.key)
     if form in (".csv", ".tsv"):
         return read_table(path, "," if form == ".csv" else "\t", not _by_number(source), mistakes)
     if form in (".parquet", ".arrow"):
         return (read_parquet if form == ".parquet" else read_arrow)(path, mistakes, removed)
-    return (read_jsonl if form == ".jsonl" else read_json)(path, mistakes)
+    return read_jsonl(path, mistakes)
 
 
 def _by_number(source: Source) -> bool:

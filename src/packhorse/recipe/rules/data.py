@@ -143,7 +143,22 @@ def _source_rules(source: Source, path: KeyPath) -> Iterator[Finding]:
             "each source reads rows from one location.",
             f"give {name}.path (a file) or {name}.id (a hub data set)",
         )
-    elif source.path is not None:
+    elif source.path is None:
+        if source.key is not None:
+            yield Finding(
+                ((*path, "key"),),
+                f"{name}.key is {source.key}, but {name} is a data set on the hub.",
+                "key names a list in a local .json file.",
+                f"remove {name}.key; {name}.split selects a split of a data set on the hub",
+            )
+    else:
+        if source.split != "train":
+            yield Finding(
+                ((*path, "split"),),
+                f"{name}.split is {source.split}, but {name} is a local file.",
+                "split selects part of a data set on the hub.",
+                f"remove {name}.split; for a .json file with several lists, write {name}.key: {source.split}",
+            )
         given = {"revision": source.revision, "subset": source.subset}
         for key in [key for key, value in given.items() if value is not None]:
             yield Finding(

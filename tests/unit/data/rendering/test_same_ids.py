@@ -73,10 +73,13 @@ def tokens_of(make_recipe: MakeRecipe, tmp_path: Path) -> Callable[..., list[lis
     folder = byte_tokenizer(tmp_path / "bytes", "<|im_start|>", "<|im_end|>")
     data = {"template": "chatml", "split": {"train": 1.0, "validation": 0.0, "test": 0.0}, "packing": "in_order"}
 
-    def prepared_tokens(path: Path, **source: Any) -> list[list[int]]:
-        recipe = make_recipe(
-            {"path": str(path), **source}, data=data, model={"tokenizer": str(folder)}, batch={"length": 2048}
-        )
+    def prepared_tokens(path: Path, settings: Row | None = None, **source: Any) -> list[list[int]]:
+        sections = {
+            "data": {**data, **(settings or {})},
+            "model": {"tokenizer": str(folder)},
+            "batch": {"length": 2048},
+        }
+        recipe = make_recipe({"path": str(path), **source}, **sections)
         store = open_store(prepare(recipe).folder, "train")
         return [store.document(number)[0].tolist() for number in range(store.num_documents)]
 
@@ -175,3 +178,13 @@ def test_a_first_row_without_an_answer_costs_only_itself(make_recipe: MakeRecipe
     data = {"template": "alpaca", "on_bad_row": "drop", "split": {"train": 1.0, "validation": 0.0, "test": 0.0}}
     ledger = prepare(make_recipe(tmp_path / "rows.parquet", data=data)).manifest.ledger
     assert {name: entry.rows for name, entry in ledger.losses.items()} == {"bad": 1}
+
+
+def test_white_space_around_turns(tmp_path: Path, tokens_of: Callable[..., list[list[int]]]) -> None:
+    def rows(space: str) -> list[Row]:
+        answer = {"role": "assistant", "content": f"{space}a b{space}", "reasoning_content": f"{space}so{space}"}
+        return [{"messages": [{"role": "user", "content": f"{space}go\n on{space}"}, answer]}]
+
+    bare, spaced = (write_lines(tmp_path / f"{len(space)}.jsonl", *rows(space)) for space in ("", " \n\u00a0 "))
+    assert tokens_of(bare) != tokens_of(spaced)
+    assert tokens_of(bare) == tokens_of(spaced, settings={"strip": True})
