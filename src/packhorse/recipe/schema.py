@@ -156,6 +156,8 @@ class DataSection(Section):
     """`tokenizer` (its own), a file, or `chatml`, `qwen3`, `llama3`, `gemma`, `mistral`, `phi3`, `phi4`, `alpaca`."""
     train_on: TrainOnSection = TrainOnSection()
     """Part of a chat that is trained on; all plain text is trained on."""
+    half_thinking: Literal["raise", "open"] = "raise"
+    """An answer with `</think>` and no `<think>`, where the template knows thinking: refuse it, or add `<think>`."""
     control_tokens: Literal["raise", "escape", "keep"] = "raise"
     """Control tokens in the text of a row, such as `</s>`: refuse them, break them up by a space, or keep them."""
     on_bad_row: Literal["raise", "drop"] = "raise"

@@ -129,6 +129,8 @@ class SourcePass:
             batch = [example for example in batch if self._has_fields(example)]
         if self.data.strip:
             batch = [_stripped(example) for example in batch]
+        if self.data.half_thinking == "open" and self.renderer.chats is not None:
+            batch = [self.renderer.chats.thinking.opened(example) for example in batch]
         if self.data.fix_encoding:
             batch = [_with_fixed_encoding(example) for example in batch]
         rendered = render_examples(self.renderer, batch, self.source.mistakes)

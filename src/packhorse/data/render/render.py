@@ -22,6 +22,7 @@ from packhorse.data.render.prove_template import prove_template, refuse_double_s
 from packhorse.data.render.renderer import ChatRenderer, Rendered, Renderer
 from packhorse.data.render.serving import check_serving
 from packhorse.data.render.spans import TurnSpan, render_chat
+from packhorse.data.render.thinking import thinking_marks
 from packhorse.data.render.tokenizer import load_tokenizer, require_stop_token, stop_ids
 from packhorse.data.render.turns import template_tools, template_turns, trained_turns
 from packhorse.recipe.schema import DataSection
@@ -53,7 +54,7 @@ def make_renderer(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSe
         # Some tokenizers have a separate template for chats with tools.
         tool_source = tokenizer.get_chat_template(tools=[{}])
         with_tools = template if tool_source == template.source else ChatTemplate(tool_source, tokenizer)
-        renderer = ChatRenderer(template, with_tools, masker)
+        renderer = ChatRenderer(template, with_tools, masker, thinking_marks(template, tokenizer))
     # The vocabulary may have gaps, so its size can be smaller than its highest id.
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     control = ControlTokens(tokenizer, data.control_tokens)
@@ -97,6 +98,8 @@ def render_examples(renderer: Renderer, examples: Sequence[Example], mistakes: R
 def _chat_text(renderer: Renderer, example: Example) -> tuple[str, list[TurnSpan]]:
     chats = renderer.chats
     assert chats is not None, "the caller of make_renderer said that there are no chats"
+    messages = example.messages or ()
+    chats.thinking.check_turns(messages)
     trained = trained_turns(example, renderer.train_on)
     turns = template_turns(example, renderer.train_on, renderer.control)
     tools = template_tools(example, renderer.control)
@@ -110,6 +113,7 @@ def _chat_text(renderer: Renderer, example: Example) -> tuple[str, list[TurnSpan
             "fix the row, or set data.template to one that accepts it.",
         ) from error
     check_contents(text, turns, tools, spans)
+    chats.thinking.check_spans(text, spans, messages)
     return text, spans
 
 

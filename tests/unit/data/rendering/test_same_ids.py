@@ -188,3 +188,17 @@ def test_white_space_around_turns(tmp_path: Path, tokens_of: Callable[..., list[
     bare, spaced = (write_lines(tmp_path / f"{len(space)}.jsonl", *rows(space)) for space in ("", " \n\u00a0 "))
     assert tokens_of(bare) != tokens_of(spaced)
     assert tokens_of(bare) == tokens_of(spaced, settings={"strip": True})
+
+
+def test_half_a_thinking_block_is_completed_on_request(
+    tmp_path: Path, tokens_of: Callable[..., list[list[int]]]
+) -> None:
+    def written(name: str, *answers: str) -> Path:
+        rows = [{"messages": [USER, {"role": "assistant", "content": answer}]} for answer in answers]
+        return write_lines(tmp_path / f"{name}.jsonl", *rows)
+
+    half = written("half", "It is 4.\n</think>\n\n4", "\nno\n</think>5", "6")
+    whole = tokens_of(written("whole", "<think>\nIt is 4.\n</think>\n\n4", "<think>\nno\n</think>5", "6"))
+    assert tokens_of(half, settings={"half_thinking": "open"}) == whole
+    removed = tokens_of(half, settings={"half_thinking": "open", "train_on": {"thinking": "remove"}})
+    assert removed == tokens_of(written("answers", "4", "5", "6"))
