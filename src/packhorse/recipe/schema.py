@@ -30,6 +30,7 @@ Format = Literal[
     "preference",
     "kto",
 ]
+Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", json_schema_extra={"takes": "a date such as 2026-01-31"})]
 
 
 class ModelSection(Section):
@@ -154,6 +155,8 @@ class DataSection(Section):
     """Old skills: their validation rows are evaluated to measure forgetting, and `replay_rows` are trained on."""
     template: str = "tokenizer"
     """`tokenizer` (its own), a file, or `chatml`, `qwen3`, `llama3`, `gemma`, `mistral`, `phi3`, `phi4`, `alpaca`."""
+    template_date: Day | None = None
+    """Date that the template writes in training and in use, if it writes the current date (`strftime_now`)."""
     train_on: TrainOnSection = TrainOnSection()
     """Part of a chat that is trained on; all plain text is trained on."""
     half_thinking: Literal["raise", "open"] = "raise"

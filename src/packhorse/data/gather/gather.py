@@ -163,6 +163,23 @@ def _open_all(recipe: Recipe) -> list[Opened]:
     return opened
 
 
+def may_have_chats(recipe: Recipe) -> bool:
+    """Return whether a source to train on has chats, as declared or as the first rows of its files say.
+
+    Sources of the hub are not opened: whether they have chats is not known before they are downloaded.
+    """
+    return any(_may_be_chats(source, runs_folder_of(recipe)) for source in recipe.data.sources)
+
+
+def _may_be_chats(source: Source, runs_folder: Path) -> bool:
+    if source.format != "auto" or source.path is None:
+        return source.format not in ("auto", "text")
+    try:
+        return _open(source, "train", runs_folder)[0].row_format != "text"
+    except UserError:
+        return False  # the preparation reports what is wrong with the rows
+
+
 def _open(source: Source, use: SourceUse, runs_folder: Path) -> Opened:
     mistakes = RowMistakes(source_name(source))
     removed = RemovedNulls()
