@@ -18,6 +18,7 @@ from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.chat_template import ChatTemplate
 from packhorse.data.render.check_contents import check_contents
 from packhorse.data.render.control_tokens import ControlTokens
+from packhorse.data.render.late_system import check_late_systems
 from packhorse.data.render.prove_template import prove_template, refuse_double_start
 from packhorse.data.render.renderer import ChatRenderer, Rendered, Renderer
 from packhorse.data.render.serving import check_serving
@@ -104,6 +105,7 @@ def _chat_text(renderer: Renderer, example: Example) -> tuple[str, list[TurnSpan
     turns = template_turns(example, renderer.train_on, renderer.control)
     tools = template_tools(example, renderer.control)
     template = chats.tool_template if tools else chats.template
+    check_late_systems(template, turns, tools)
     try:
         text, spans = render_chat(template, turns, tools, trained)
     except TemplateError as error:
