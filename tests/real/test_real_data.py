@@ -120,6 +120,11 @@ def test_fourteen_broken_lines_are_named(tmp_path: Path) -> None:
     # Answers that begin with a line break, which one token of qwen2 joins with the template's own.
     assert message.count("begins inside a token") == 20
     assert "alpaca_libre_v2.jsonl has 99 mistakes; 54 are shown." in message
+    # What the message proposes for these 34 answers is enough.
+    assert "fix: set data.strip: true, which removes white space around turns" in message
+    stripped = refusal(recipe_of(tmp_path / "runs", path, QWEN, strip=True))
+    assert "begins inside a token" not in stripped
+    assert "alpaca_libre_v2.jsonl has 65 mistakes; 34 are shown." in stripped
 
 
 def test_alpaca_rows_that_can_be_read(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def convert(source: str, target: str, to: str, format: str, force: bool) -> int:
     done = convert_file(rows, path_of(target), to, force, Path("runs"))  # type: ignore[arg-type]
     console = Console()
     print_plain(f"{done.num_rows:,} rows of {source} ({done.row_format}) written to {target} ({to})", console)
-    if lines := _lines(done, to):
+    if lines := _lines(done, to, source):
         console.print(pairs(lines))
     if to == "openai":
         console.print(_prices(done.tokens))
@@ -33,8 +33,8 @@ def convert(source: str, target: str, to: str, format: str, force: bool) -> int:
     return EXIT_OK
 
 
-def _lines(done: Conversion, to: str) -> list[tuple[str, str]]:
-    lines = []
+def _lines(done: Conversion, to: str, source: str) -> list[tuple[str, str]]:
+    lines = [("nulls", note)] if (note := done.removed_nulls.note(source)) else []
     if done.dropped:
         counted = ", ".join(f"{name} ({rows:,} rows)" for name, rows in done.dropped.most_common())
         lines.append(("dropped", f"{counted}: the form has no field for it"))

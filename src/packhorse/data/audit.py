@@ -80,7 +80,7 @@ def _report(recipe: Recipe, packed: PackedRows, watch: _AuditCallback) -> AuditR
     return AuditReport(
         name=recipe.name,
         tokenizer=resolve_tokenizer(recipe).name,
-        template=recipe.data.template,
+        template=f"{recipe.data.template} of {day}" if (day := recipe.data.template_date) else recipe.data.template,
         stop_token=gathered.renderer.tokenizer.eos_token,
         length_tokens=recipe.batch.length,
         sources=tuple(_source(gathered, number) for number in range(len(gathered.sources))),

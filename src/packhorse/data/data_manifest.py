@@ -53,6 +53,8 @@ class SourceRecord(_Frozen):
     """train, validation or retain."""
     losses: dict[str, int] = {}
     """Dropped rows of this source, by the reasons of the ledger."""
+    removed_nulls: int = 0
+    """Nulls that Arrow added for absent keys, and that were removed."""
 
 
 class TestLook(_Frozen):

@@ -240,7 +240,7 @@ def pack_rows(
         for side in SIDES
         if len(lengths := fitted.side(side).lengths)
     }
-    notes = (*decision.notes, *_packing_note(fitted.side("train"), packings["train"], recipe))
+    notes = (*gathered.notes, *decision.notes, *_packing_note(fitted.side("train"), packings["train"], recipe))
     return PackedRows(gathered, fitted, packings, notes, _test_rows(gathered.spool, decision))
 
 

@@ -203,6 +203,7 @@ def _source_record(packed: PackedRows, number: int, recipe: Recipe) -> SourceRec
         format=source.row_format,
         use=source.use,
         losses={"bad": num_bad, **by_reason} if num_bad else by_reason,
+        removed_nulls=source.removed_nulls.num_nulls,
     )
 
 

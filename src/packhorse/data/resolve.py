@@ -57,7 +57,9 @@ def runs_folder_of(recipe: Recipe) -> Path:
 
 def source_name(source: Source) -> str:
     """Return the name of a source in messages."""
-    return source.path or f"hub data set {source.id}"
+    if source.path is None:
+        return f"hub data set {source.id}"
+    return f"{source.path} ({source.key})" if source.key else source.path
 
 
 def source_files(text: str, runs_folder: Path) -> list[Path]:
@@ -169,8 +171,8 @@ def resolve_tokenizer(recipe: Recipe) -> Path:
     return _download_tokenizer(text, model.revision if text == model.id else None)
 
 
-def fast_tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """Load the recipe's tokenizer.json without downloading or writing anything, for plans; None if it is not local.
+def local_tokenizer(recipe: Recipe) -> Path | None:
+    """Return the folder of the recipe's tokenizer without downloading or writing anything; None if it is not local.
 
     Raises:
         UserError: Its path names an environment variable that is not set.
@@ -180,14 +182,22 @@ def fast_tokenizer(recipe: Recipe) -> Tokenizer | None:
     if name is None or name.startswith(BUILTIN):
         return None
     folder = locate(name, path_of(recipe.runs_folder))
-    file = folder / TOKENIZER_FILE
-    if not folder.is_dir():
-        revision = model.revision if model.tokenizer is None else None
-        cached = try_to_load_from_cache(name, TOKENIZER_FILE, cache_dir=HF_HUB_CACHE, revision=revision)
-        if not isinstance(cached, str):
-            return None
-        file = Path(cached)
-    return Tokenizer.from_file(str(file)) if file.is_file() else None
+    if folder.is_dir():
+        return folder
+    revision = model.revision if model.tokenizer is None else None
+    cached = try_to_load_from_cache(name, TOKENIZER_FILE, cache_dir=HF_HUB_CACHE, revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def fast_tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """Load the recipe's tokenizer.json without downloading or writing anything, for plans; None if it is not local.
+
+    Raises:
+        UserError: Its path names an environment variable that is not set.
+    """
+    folder = local_tokenizer(recipe)
+    file = None if folder is None else folder / TOKENIZER_FILE
+    return Tokenizer.from_file(str(file)) if file is not None and file.is_file() else None
 
 
 def vocabulary_size(recipe: Recipe) -> int | None:

@@ -30,6 +30,7 @@ Format = Literal[
     "preference",
     "kto",
 ]
+Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", json_schema_extra={"takes": "a date such as 2026-01-31"})]
 
 
 class ModelSection(Section):
@@ -68,12 +69,16 @@ class Source(Section):
     """Configuration of `id`, if it has several."""
     split: str = "train"
     """Split of `id`."""
+    key: str | None = None
+    """Key of the list with the rows, in a .json file such as `{"train": […], "test": […]}`."""
     format: Format = "auto"
     """Format of the rows; `auto` detects it from the keys of the first rows and reports it."""
     columns: dict[str, str] = {}
     """Other names for the keys of the format: `{messages: dialog, role: speaker, content: says}`."""
     roles: dict[str, str] = {}
     """Other names for the roles: `{customer: user, agent: assistant}`."""
+    keep_nulls: bool = False
+    """Keep nulls of Parquet and Arrow rows; by default they are removed, as Arrow adds one for each absent key."""
     weight: PositiveFloat | None = None
     """Share of this source among the rows used, relative to the weights of other sources; no row is repeated."""
     rows: PositiveInt | None = None
@@ -150,14 +155,20 @@ class DataSection(Section):
     """Old skills: their validation rows are evaluated to measure forgetting, and `replay_rows` are trained on."""
     template: str = "tokenizer"
     """`tokenizer` (its own), a file, or `chatml`, `qwen3`, `llama3`, `gemma`, `mistral`, `phi3`, `phi4`, `alpaca`."""
+    template_date: Day | None = None
+    """Date that the template writes in training and in use, if it writes the current date (`strftime_now`)."""
     train_on: TrainOnSection = TrainOnSection()
     """Part of a chat that is trained on; all plain text is trained on."""
+    half_thinking: Literal["raise", "open"] = "raise"
+    """An answer with `</think>` and no `<think>`, where the template knows thinking: refuse it, or add `<think>`."""
     control_tokens: Literal["raise", "escape", "keep"] = "raise"
     """Control tokens in the text of a row, such as `</s>`: refuse them, break them up by a space, or keep them."""
     on_bad_row: Literal["raise", "drop"] = "raise"
     """Rows with mistakes: stop and report them all, or drop and count them."""
     most_bad_rows: Fraction = 0.01
     """Largest share of bad rows that `on_bad_row: drop` accepts."""
+    strip: bool = False
+    """Remove white space around the text of each turn of a chat."""
     fix_encoding: bool = False
     """Fix text that was decoded wrongly, such as `Ã³` for `ó` (ftfy)."""
     duplicates: DuplicatesSection = DuplicatesSection()

@@ -32,6 +32,7 @@ from packhorse.workflows.plan_basis import GpuTerms, basis_of, room_on_disk
 from packhorse.workflows.plan_request import draft_plan, fitting_plan, read_gpus
 from packhorse.workflows.prepare import Prepare, manifest_of_prepared
 from packhorse.workflows.prepared_data import facts_of
+from packhorse.workflows.template_clock import refuse_clock
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def plan_new_run(recipe: Recipe, machine: Machine, prepare: Prepare | None, forc
     manifest = find_prepared(recipe)
     if manifest is None and prepare is not None:
         manifest = prepare(recipe)
+    elif manifest is None:
+        refuse_clock(recipe)
     if manifest is None:
         plan = _waiting(draft, recipe, force)
     else:

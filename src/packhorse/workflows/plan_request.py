@@ -24,6 +24,7 @@ from packhorse.run_folder.metrics import read_metrics
 from packhorse.workflows.model_shape import Unknown
 from packhorse.workflows.plan_basis import GpuTerms, basis_of, with_guess
 from packhorse.workflows.prepared_data import facts_of, manifest_if_prepared
+from packhorse.workflows.template_clock import refuse_clock
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,11 @@ def plan_request(recipe: Recipe, ask: DeviceRequest, terms: GpuTerms) -> PlanReq
         terms: Statements of the user about the GPUs.
 
     Raises:
-        UserError: See `plan_basis.basis_of`.
+        UserError: The template writes the current date; or see `plan_basis.basis_of`.
     """
     manifest, here = manifest_if_prepared(recipe), detect_hardware()
+    if manifest is None:
+        refuse_clock(recipe)
     facts = facts_of(recipe, manifest) if manifest is not None else None
     return PlanRequest(SearchRequest(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms), manifest)
 

@@ -84,6 +84,14 @@ REFUSED = {
     "source-of-two-places": (["data.sources.0.id=x"], "data.sources.0 gives path and id at once."),
     "validation-source": (["data.validation=[{}]"], "data.validation.0 gives neither path nor id."),
     "retain-source": (["data.retain=[{path: a},{}]"], "data.retain.1 gives neither path nor id."),
+    "split-of-a-file": (
+        ["data.sources.0.split=test"],
+        "data.sources.0.split is test, but data.sources.0 is a local file.",
+    ),
+    "key-of-the-hub": (
+        ["data.sources=[{id: owner/set, key: train}]"],
+        "data.sources.0.key is train, but data.sources.0 is a data set on the hub.",
+    ),
     "subset-of-a-file": (
         ["data.sources.0.subset=en"],
         "data.sources.0.subset is en, but data.sources.0 is a local file.",

@@ -19,6 +19,7 @@ from packhorse.data.formats.rows import RowFormat, renamed_rows, resolve_format,
 from packhorse.data.formats.tools import TOOL_KEYS
 from packhorse.data.formats.writing import KEYS_READ, to_alpaca, to_messages
 from packhorse.data.gather.sources import read_rows
+from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import Row, RowMistakes
 from packhorse.data.resolve import source_name
 from packhorse.durable import sync_to_disk
@@ -42,12 +43,14 @@ class Conversion:
         num_rows: Rows written.
         dropped: Field that the form cannot hold, and the number of rows without it.
         tokens: Estimate of the tokens, for `openai`.
+        removed_nulls: Nulls that Arrow added and that were removed.
     """
 
     row_format: RowFormat
     num_rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     tokens: TokenCount = field(default_factory=TokenCount)
+    removed_nulls: RemovedNulls = field(default_factory=RemovedNulls)
 
 
 def convert_file(source: Source, target: Path, to: Target, force: bool, runs_folder: Path) -> Conversion:
@@ -69,11 +72,12 @@ def convert_file(source: Source, target: Path, to: Target, force: bool, runs_fol
     # In the folder of the target, so that the rename stays within one file system.
     draft = target.with_name(f".{target.name}.draft-{os.getpid()}")
     mistakes = RowMistakes(source_name(source))
-    rows = read_rows(source, runs_folder, mistakes)
+    removed = RemovedNulls()
+    rows = read_rows(source, runs_folder, mistakes, removed)
     first = list(islice(rows, FIRST_ROWS))
     if not first:
         raise UserError.of(mistakes.to_show())
-    conversion = Conversion(resolve_format(source.format, first, source))
+    conversion = Conversion(resolve_format(source.format, first, source), removed_nulls=removed)
     try:
         with draft.open("w", encoding="utf-8", newline="\n") as file:
             for line in _lines(chain(first, rows), source, to, conversion, mistakes):

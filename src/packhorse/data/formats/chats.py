@@ -60,9 +60,9 @@ def with_system(values: dict[str, Any], messages: list[Message]) -> list[Message
 
 
 def check_chat(messages: list[Message], tools: tuple[dict[str, Any], ...]) -> None:
-    """Raise BadRowError for a chat that has nothing to train on, or an order of turns that no template knows."""
+    """Raise BadRowError for a chat that has nothing to train on, or tools that are used wrongly."""
     has_answer = has_trained = uses_tools = False
-    for number, message in enumerate(messages, 1):
+    for message in messages:
         role = message.role
         if role == "assistant":
             has_answer = True
@@ -73,8 +73,6 @@ def check_chat(messages: list[Message], tools: tuple[dict[str, Any], ...]) -> No
                     raise empty_answer()
         elif role == "tool":
             uses_tools = True
-        elif role == "system" and number > 1:
-            raise _late_system(number)
     if not has_trained:
         raise _nothing_trained(has_answer)
     if uses_tools:
@@ -92,14 +90,6 @@ def empty_answer() -> BadRowError:
         "the answer of an assistant turn is empty.",
         "the model would learn to say nothing.",
         "fill it in, mark the turn train: false, or remove the row.",
-    )
-
-
-def _late_system(number: int) -> BadRowError:
-    return BadRowError(
-        f"turn {number} is a system turn; only the first turn can be one.",
-        "templates write the system text at the beginning, or refuse it elsewhere.",
-        "move it to the beginning, or make it a user turn.",
     )
 
 

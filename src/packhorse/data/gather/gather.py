@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from packhorse.data.formats.rows import convert_rows, resolve_format
 from packhorse.data.gather.source_pass import UNTRAINABLE, BatchCallback, GatheredSource, SourcePass, SourceUse, Strata
 from packhorse.data.gather.sources import read_rows
 from packhorse.data.gather.spool import Spool, SpoolWriter
+from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import Renderer, make_renderer
 from packhorse.data.render.serving import saved_form
@@ -28,6 +30,8 @@ from packhorse.data.resolve import resolve_tokenizer, runs_folder_of, source_nam
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.schema import DataSection, Recipe, Source
 
+FIRST_ROWS: Final = 10
+"""Rows that decide the format: a null in Parquet may hide a key of the first row."""
 Opened = tuple[GatheredSource, Iterator[Example]]
 
 
@@ -62,6 +66,12 @@ class GatheredRows:
         """bool [R], whether each row is a chat."""
         chats = np.array([source.row_format != "text" for source in self.sources])
         return np.asarray(chats[self.spool.columns.source])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the sources that the user should read."""
+        notes = (source.removed_nulls.note(source.name) for source in self.sources)
+        return tuple(note for note in notes if note)
 
     @property
     def num_bad(self) -> int:
@@ -133,7 +143,7 @@ def _gather(recipe: Recipe, folder: Path, watch: BatchCallback | None, with_prom
 
 
 def _open_all(recipe: Recipe) -> list[Opened]:
-    """Detect the format of each source from its first row, and raise the mistakes of all sources together."""
+    """Detect the format of each source from its first rows, and raise the mistakes of all sources together."""
     runs_folder = runs_folder_of(recipe)
     uses: list[tuple[SourceUse, Sequence[Source]]] = [
         ("train", recipe.data.sources),
@@ -153,15 +163,33 @@ def _open_all(recipe: Recipe) -> list[Opened]:
     return opened
 
 
+def may_have_chats(recipe: Recipe) -> bool:
+    """Return whether a source to train on has chats, as declared or as the first rows of its files say.
+
+    Sources of the hub are not opened: whether they have chats is not known before they are downloaded.
+    """
+    return any(_may_be_chats(source, runs_folder_of(recipe)) for source in recipe.data.sources)
+
+
+def _may_be_chats(source: Source, runs_folder: Path) -> bool:
+    if source.format != "auto" or source.path is None:
+        return source.format not in ("auto", "text")
+    try:
+        return _open(source, "train", runs_folder)[0].row_format != "text"
+    except UserError:
+        return False  # the preparation reports what is wrong with the rows
+
+
 def _open(source: Source, use: SourceUse, runs_folder: Path) -> Opened:
     mistakes = RowMistakes(source_name(source))
-    rows = read_rows(source, runs_folder, mistakes)
-    first = next(rows, None)
-    if first is None:
+    removed = RemovedNulls()
+    rows = read_rows(source, runs_folder, mistakes, removed)
+    first = list(islice(rows, FIRST_ROWS))
+    if not first:
         raise UserError.of(mistakes.to_show())
     row_format = resolve_format(source.format, first, source)
-    return GatheredSource(source, use, row_format, mistakes), convert_rows(
-        chain([first], rows), row_format, mistakes, source
+    return GatheredSource(source, use, row_format, mistakes, removed), convert_rows(
+        chain(first, rows), row_format, mistakes, source
     )
 
 

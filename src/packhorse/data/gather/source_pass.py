@@ -23,6 +23,7 @@ from packhorse.data.checks.words import signatures
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import RowFormat
 from packhorse.data.gather.spool import SpoolWriter
+from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import Rendered, Renderer, render_examples
 from packhorse.data.render.serving import check_serving
@@ -53,12 +54,14 @@ class GatheredSource:
         use: Purpose of its rows.
         row_format: Format of its rows, detected or declared.
         mistakes: Bad rows of the source.
+        removed_nulls: Nulls that Arrow added and that were removed.
     """
 
     declared: Source
     use: SourceUse
     row_format: RowFormat
     mistakes: RowMistakes
+    removed_nulls: RemovedNulls
 
     @property
     def name(self) -> str:
@@ -124,6 +127,10 @@ class SourcePass:
             return [], []
         if self.needed:
             batch = [example for example in batch if self._has_fields(example)]
+        if self.data.strip:
+            batch = [_stripped(example) for example in batch]
+        if self.data.half_thinking == "open" and self.renderer.chats is not None:
+            batch = [self.renderer.chats.thinking.opened(example) for example in batch]
         if self.data.fix_encoding:
             batch = [_with_fixed_encoding(example) for example in batch]
         rendered = render_examples(self.renderer, batch, self.source.mistakes)
@@ -206,6 +213,14 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
             batch = []
     if batch:
         yield batch
+
+
+def _stripped(example: Example) -> Example:
+    turns = example.messages and tuple(
+        replace(turn, content=turn.content.strip(), thinking=turn.thinking and turn.thinking.strip())
+        for turn in example.messages
+    )
+    return replace(example, messages=turns)
 
 
 def _with_fixed_encoding(example: Example) -> Example:

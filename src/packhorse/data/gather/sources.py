@@ -8,7 +8,8 @@ from itertools import chain
 from pathlib import Path
 
 from packhorse.data.read.arrow_rows import ROWS_AT_ONCE, read_arrow, read_parquet, rows_of_batches
-from packhorse.data.read.json_array import read_json
+from packhorse.data.read.arrow_values import RemovedNulls
+from packhorse.data.read.json_array import no_keys, read_json
 from packhorse.data.read.json_rows import read_jsonl
 from packhorse.data.read.listing import form_of
 from packhorse.data.read.row import Row, RowMistakes
@@ -18,22 +19,26 @@ from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 
 
-def read_rows(source: Source, runs_folder: Path, mistakes: RowMistakes | None = None) -> Iterator[Row]:
+def read_rows(
+    source: Source, runs_folder: Path, mistakes: RowMistakes | None = None, removed: RemovedNulls | None = None
+) -> Iterator[Row]:
     """Yield the rows of a source in their order, file after file.
 
     Args:
         source: File, folder, glob or hub data set.
         runs_folder: Folder of runs, for `builtin:` files.
         mistakes: Collects the rows that cannot be read; without it they are raised together at the end.
+        removed: Counts the nulls that Arrow added and that are removed; `keep_nulls` of the source keeps them.
 
     Raises:
         UserError: A file cannot be read to its end, or the source has no rows.
     """
+    nulls = None if source.keep_nulls else removed or RemovedNulls()
     collected = RowMistakes(source_name(source)) if mistakes is None else mistakes
     if source.path is None:
-        rows = _read_hub(source, collected)
+        rows = _read_hub(source, collected, nulls)
     else:
-        rows = _read_files(source, source.path, runs_folder, collected)
+        rows = _read_files(source, source.path, runs_folder, collected, nulls)
     num_before = collected.num_rows
     first = next(rows, None)
     # A source with only broken rows is not an empty one: its mistakes say why there is no row.
@@ -46,17 +51,24 @@ def read_rows(source: Source, runs_folder: Path, mistakes: RowMistakes | None = 
         collected.raise_if_any()
 
 
-def _read_files(source: Source, text: str, runs_folder: Path, mistakes: RowMistakes) -> Iterator[Row]:
+def _read_files(
+    source: Source, text: str, runs_folder: Path, mistakes: RowMistakes, removed: RemovedNulls | None
+) -> Iterator[Row]:
     files = source_files(text, runs_folder)
-    return chain.from_iterable(_read_file(path, source, mistakes) for path in files)
+    return chain.from_iterable(_read_file(path, source, mistakes, removed) for path in files)
 
 
-def _read_file(path: Path, source: Source, mistakes: RowMistakes) -> Iterator[Row]:
+def _read_file(path: Path, source: Source, mistakes: RowMistakes, removed: RemovedNulls | None) -> Iterator[Row]:
     form = form_of(path)[0]
+    if form == ".json":
+        return read_json(path, mistakes, source.key)
+    if source.key is not None:
+        raise no_keys(f"{path}, which is a {form} file", source.key)
     if form in (".csv", ".tsv"):
         return read_table(path, "," if form == ".csv" else "\t", not _by_number(source), mistakes)
-    readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".arrow": read_arrow}
-    return readers[form](path, mistakes)
+    if form in (".parquet", ".arrow"):
+        return (read_parquet if form == ".parquet" else read_arrow)(path, mistakes, removed)
+    return read_jsonl(path, mistakes)
 
 
 def _by_number(source: Source) -> bool:
@@ -65,7 +77,7 @@ def _by_number(source: Source) -> bool:
     return bool(names) and all(name.isascii() and name.isdigit() for name in names)
 
 
-def _read_hub(source: Source, mistakes: RowMistakes) -> Iterator[Row]:
+def _read_hub(source: Source, mistakes: RowMistakes, removed: RemovedNulls | None) -> Iterator[Row]:
     datasets = import_module("datasets")  # slow: it imports pandas, which files do not need
     try:
         rows = datasets.load_dataset(source.id, name=source.subset, revision=source.revision, split=source.split)
@@ -79,4 +91,4 @@ def _read_hub(source: Source, mistakes: RowMistakes) -> Iterator[Row]:
             "check the name; unset HF_HUB_OFFLINE if this machine has a network, or download the file elsewhere "
             "and give its path as data.sources[].path.",
         ) from error
-    yield from rows_of_batches(batches, f"{source.id}", mistakes)
+    yield from rows_of_batches(batches, f"{source.id}", mistakes, removed)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pyarrow
 from pyarrow import ipc, parquet
 
+from packhorse.data.read.arrow_values import RemovedNulls, RowValues
 from packhorse.data.read.row import WHOLE_ROW, Row, RowMistakes, reason
 from packhorse.data.read.streams import seekable
 from packhorse.errors import Mistake, UserError
@@ -30,66 +31,75 @@ UNREADABLE: Final = (
 )
 
 
-def read_parquet(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
+def read_parquet(path: Path, mistakes: RowMistakes, removed: RemovedNulls | None) -> Iterator[Row]:
     """Yield the rows of a Parquet file, one row group in memory at a time.
 
     Raises:
         UserError: The file cannot be read to its end, or two columns have the same name.
     """
     with seekable(path) as file:
-        yield from _rows_of_file(path, "Parquet", _parquet_batches(file), mistakes)
+        yield from _rows_of_file(path, "Parquet", _parquet_batches(file), mistakes, removed)
 
 
-def read_arrow(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
+def read_arrow(path: Path, mistakes: RowMistakes, removed: RemovedNulls | None) -> Iterator[Row]:
     """Yield the rows of an Arrow file or stream, as `datasets` saves them, one record batch in memory at a time.
 
     Raises:
         UserError: The file cannot be read to its end, or two columns have the same name.
     """
     with seekable(path) as file:
-        yield from _rows_of_file(path, "Arrow", _arrow_batches(file), mistakes)
+        yield from _rows_of_file(path, "Arrow", _arrow_batches(file), mistakes, removed)
 
 
-def rows_of_batches(batches: Iterable[pyarrow.Table], name: str, mistakes: RowMistakes) -> Iterator[Row]:
+def rows_of_batches(
+    batches: Iterable[pyarrow.Table], name: str, mistakes: RowMistakes, removed: RemovedNulls | None
+) -> Iterator[Row]:
     """Yield the rows of tables or record batches; a row that cannot be converted does not cost the rest of its batch.
 
     Args:
         batches: pyarrow tables or record batches of at most a few thousand rows.
         name: Prefix of the row number in `where`.
         mistakes: Collects rows with values that Python cannot hold.
+        removed: Counts the nulls that are removed from structs; None if they stay.
     """
     number = 0
     for batch in batches:
-        try:
-            rows = batch.to_pylist(maps_as_pydicts="strict")
-        except UNREADABLE:
-            yield from _one_by_one(batch, name, number, mistakes)
-        else:
-            for at, values in enumerate(rows, number + 1):
-                yield Row(f"{name}:{at}", values)
+        row_values = RowValues(batch.schema, removed)
+        for at, values in enumerate(_values_of(batch), number + 1):
+            where = f"{name}:{at}"
+            try:
+                if isinstance(values, Exception):
+                    raise values
+                row = Row(where, row_values.convert(values))
+            except (*UNREADABLE, RecursionError) as error:
+                fact = f"a value of the row cannot be read: {reason(error)}"
+                mistakes.add(Mistake(fact, WHOLE_ROW, "fix or remove it.", where))
+            else:
+                yield row
         number += batch.num_rows
 
 
-def _one_by_one(batch: pyarrow.Table, name: str, number: int, mistakes: RowMistakes) -> Iterator[Row]:
-    for at in range(batch.num_rows):
-        where = f"{name}:{number + at + 1}"
-        try:
-            (values,) = batch.slice(at, 1).to_pylist(maps_as_pydicts="strict")
-        except UNREADABLE as error:
-            mistakes.add(
-                Mistake(f"a value of the row cannot be read: {reason(error)}", WHOLE_ROW, "fix or remove it.", where)
-            )
-        else:
-            yield Row(where, values)
+def _values_of(batch: pyarrow.Table) -> list[dict[str, Any] | Exception]:
+    """Return the values of each row, or the error of a row with a value that Python cannot hold."""
+    try:
+        return list(batch.to_pylist(maps_as_pydicts="strict"))
+    except UNREADABLE as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [values for at in range(batch.num_rows) for values in _values_of(batch.slice(at, 1))]
 
 
 def _rows_of_file(
-    path: Path, form: str, batches: Iterator[pyarrow.RecordBatch], mistakes: RowMistakes
+    path: Path,
+    form: str,
+    batches: Iterator[pyarrow.RecordBatch],
+    mistakes: RowMistakes,
+    removed: RemovedNulls | None,
 ) -> Iterator[Row]:
     counted = _Counted(batches)
     # `rows_of_batches` handles errors of the rows, so only errors of the file arrive here.
     try:
-        yield from rows_of_batches(counted, str(path), mistakes)
+        yield from rows_of_batches(counted, str(path), mistakes, removed)
     except UNREADABLE as error:
         raise UserError(
             f"the file cannot be read as {form} after row {counted.num_rows}: {reason(error)}.",

@@ -22,14 +22,23 @@ LONGEST_TOKEN: Final = 16
 """Characters of `-Infinity`, an escaped pair and the like: an error closer to the end may come from a cut-off piece."""
 
 
-def read_json(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
-    """Yield the objects of an array, or of the only list of objects in an object, or of each line.
+def read_json(path: Path, mistakes: RowMistakes, key: str | None = None) -> Iterator[Row]:
+    """Yield the objects of an array, or of a list of objects in an object, or of each line.
+
+    Args:
+        path: File.
+        mistakes: Collects the rows that cannot be read.
+        key: Key of the list in an object; None takes the only one.
 
     Raises:
-        UserError: The text is neither, or is broken in a place after which rows can no longer be separated.
+        UserError: The text is neither, has no such list, or is broken in a place after which rows can no longer be
+            separated.
     """
     text = _JsonText(path)
-    if text.has_one_row_per_line():
+    by_line = text.has_one_row_per_line()
+    if key is not None and (by_line or text.peek() == "["):
+        raise no_keys(f"{path}, which has one object per line" if by_line else f"{path}, which is an array", key)
+    if by_line:
         yield from read_jsonl(path, mistakes)
         return
     try:
@@ -37,7 +46,7 @@ def read_json(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
             text.take("[")
             yield from _rows(text, mistakes)
         elif text.peek() == "{":
-            yield from _rows_of_object(text, mistakes)
+            yield from _rows_of_object(text, mistakes, key)
         elif text.peek():
             raise _no_rows(path, f"begins with {text.begin()}")
         if text.peek():
@@ -191,8 +200,8 @@ def _rows(text: _JsonText, mistakes: RowMistakes) -> Iterator[Row]:
             yield Row(element.where, element.value)
 
 
-def _rows_of_object(text: _JsonText, mistakes: RowMistakes) -> Iterator[Row]:
-    """Yield the rows of an object's only list of objects; its other values describe the file."""
+def _rows_of_object(text: _JsonText, mistakes: RowMistakes, wanted: str | None) -> Iterator[Row]:
+    """Yield the rows of an object's list of objects, the wanted or the only one; its other values describe the file."""
     lists: list[str] = []
     text.take("{")
     while True:
@@ -204,23 +213,51 @@ def _rows_of_object(text: _JsonText, mistakes: RowMistakes) -> Iterator[Row]:
             text.element()
         else:
             text.take("[")
-            if text.peek() == "{":
+            has_rows = text.peek() == "{"
+            is_wanted = has_rows and (not lists if wanted is None else key == wanted and key not in lists)
+            if has_rows:
                 lists.append(key)
-                yield from _rows(text, mistakes) if len(lists) == 1 else ()
+            if is_wanted:
+                yield from _rows(text, mistakes)
             else:
                 for _ in _elements(text):
                     pass
-        if len(lists) > 1:
-            raise _no_rows(text.path, f"is an object with several lists of objects: {', '.join(map(shown, lists))}")
         if text.take(",}") == "}":
             break
+    _check_lists(text.path, lists, wanted)
+
+
+def _check_lists(path: Path, lists: list[str], wanted: str | None) -> None:
+    named = ", ".join(map(shown, lists))
     if not lists:
-        raise _no_rows(text.path, "is an object without a list of objects")
+        raise _no_rows(path, "is an object without a list of objects")
+    if wanted is None and len(lists) > 1:
+        raise UserError(
+            f"{path} is an object with several lists of objects: {named}.",
+            "read together, rows that were set apart would become training rows.",
+            f"name the list to read with the source's key: {{path: {path.name}, key: {shown(lists[0])}}}.",
+        )
+    if wanted is not None and lists.count(wanted) != 1:
+        times = "no" if wanted not in lists else "more than one"
+        raise UserError(
+            f"{path} has {times} list of objects with the key {shown(wanted)}; its lists are {named}.",
+            "the source's key names the list with its rows.",
+            f"write one of these keys, such as key: {shown(lists[0])}.",
+        )
+
+
+def no_keys(what: str, key: str) -> UserError:
+    """Return the error of a source with a key whose file has no keys."""
+    return UserError(
+        f"the source's key is {key}, for {what}.",
+        "a key names one of the lists in a .json file that holds an object.",
+        "remove key from the source.",
+    )
 
 
 def _no_rows(path: Path, fact: str) -> UserError:
     return UserError(
         f"{path} {fact}.",
-        "a .json file holds one array of rows, alone or as the only list in an object.",
+        "a .json file holds one array of rows, alone or in an object.",
         "write the rows as [{…}, {…}]; a file with one row per line has the ending .jsonl.",
     )

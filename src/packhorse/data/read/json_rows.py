@@ -86,6 +86,21 @@ def check(values: object, text: str, at: int, end: int, escapes: bool) -> None:
         _refuse_half_pairs(values)
 
 
+def decode(text: str) -> Any:  # noqa: ANN401  # JSON
+    """Return the value of a JSON text that is part of a row.
+
+    Raises:
+        ValueError: Not JSON, or what `check` refuses in a row.
+        RecursionError: Nested a thousand levels deep.
+    """
+    value = STRICT_DECODER.decode(text)
+    if isinstance(value, dict | list):
+        _num_keys(value, MOST_LEVELS)
+    if SURROGATE.search(text):
+        _refuse_half_pairs(value)
+    return value
+
+
 def not_an_object(value: object, where: str, text: str) -> Mistake:
     """Return the mistake of a row that is not an object."""
     return Mistake(
@@ -111,7 +126,7 @@ def _num_keys(value: Any, levels: int) -> int:  # noqa: ANN401
     return count
 
 
-def _refuse_half_pairs(values: dict[str, Any]) -> None:
+def _refuse_half_pairs(values: object) -> None:
     text = json.dumps(values, ensure_ascii=False)
     try:
         text.encode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final
 from uuid import uuid4
 
@@ -16,6 +17,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from packhorse.data.render.clock import CLOCK, TIMES, Clock, ClockError
 
 GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Errors of a template on a row that it was not written for, such as None + str.
@@ -55,7 +58,8 @@ class ChatTemplate:
         self.source = source
         self.has_markers = GENERATION.search(source) is not None
         environment = _compile_jinja_template(source).environment.overlay(extensions=[_Markers])
-        template = environment.from_string(source)
+        self._clock = Clock()
+        template = environment.from_string(source, globals={CLOCK: self._clock})
         self._root = template.root_render_func
         known = {"messages": None, "tools": None, "documents": None, "add_generation_prompt": False}
         # One context for all rows: creating a context costs more than rendering a short chat.
@@ -66,6 +70,7 @@ class ChatTemplate:
 
         Raises:
             TemplateError: The template refuses the chat, or its markers are nested.
+            ClockError: The text depends on the current date.
         """
         first, *rest = self._render(turns, tools, prompt=False).split(_OPEN)
         if not rest:
@@ -89,8 +94,25 @@ class ChatTemplate:
         return self._render(turns, tools, prompt=False).replace(_OPEN, "").replace(_CLOSE, "")
 
     def _render(self, turns: Turns, tools: Turns | None, prompt: bool) -> str:
+        self._context.parent.update(messages=turns, tools=tools, add_generation_prompt=prompt)
+        text = self._write()
+        if self._clock.was_read:
+            self._check_clock(text)
+        return text
+
+    def _check_clock(self, text: str) -> None:
+        """Raise ClockError if the text is another one at another time."""
+        clock = self._clock
+        clock.now = TIMES[1]
+        later = self._write()
+        clock.now, clock.was_read = TIMES[0], False
+        if later != text:
+            at = next((at for at, (one, other) in enumerate(zip(text, later)) if one != other), 0)
+            clock.now = datetime.now()
+            raise ClockError(self._write(), at)
+
+    def _write(self) -> str:
         context = self._context
-        context.parent.update(messages=turns, tools=tools, add_generation_prompt=prompt)
         # Remove what the template set while it rendered the last row.
         context.vars.clear()
         context.exported_vars.clear()

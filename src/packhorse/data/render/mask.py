@@ -189,8 +189,8 @@ def _inside_a_token(text: str, span: TurnSpan) -> BadRowError:
     return BadRowError(
         f"turn {span.place + 1} begins inside a token: {excerpt(text, span.start)}",
         "a served prompt ends before the turn and is cut into other tokens, which the model never saw.",
-        "remove the white space at the start of the turn; or fix the template so that an answer begins after a special "
-        "token, or that the white space before it is inside its generation markers.",
+        "set data.strip: true, which removes white space around turns; or fix the template so that an answer begins "
+        "after a special token, or that the white space before it is inside its generation markers.",
     )
 
 

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from packhorse.data.formats.bad_row import BadRowError, excerpt
 from packhorse.data.render.chat_template import ChatTemplate
 from packhorse.data.render.check_contents import check_contents
+from packhorse.data.render.clock import ClockError
 from packhorse.data.render.mask import TokenMasker
 from packhorse.data.render.spans import TurnSpan, render_chat
-from packhorse.data.render.tokenizer import HOW_TO_MARK, fitting_templates, require_template
+from packhorse.data.render.tokenizer import HOW_TO_MARK, fitting_templates, require_template, tokenizer_of
 from packhorse.data.render.turns import Turn
 from packhorse.errors import UserError
-from packhorse.recipe.schema import TrainOnSection
+from packhorse.recipe.schema import Recipe, TrainOnSection
 
 PROBE_SYSTEM: Final[Turn] = {"role": "system", "content": "instruction of the probe"}
 PROBE: Final[tuple[Turn, ...]] = (
@@ -25,6 +26,7 @@ PROBE: Final[tuple[Turn, ...]] = (
     {"role": "user", "content": "second question of the probe"},
     {"role": "assistant", "content": "second answer of the probe"},
 )
+CHATS: Final[tuple[list[Turn], ...]] = ([PROBE_SYSTEM, *PROBE], [*PROBE])
 
 
 def prove_template(
@@ -38,10 +40,10 @@ def prove_template(
         UserError: There is no template, or it fails the proof.
     """
     require_template(tokenizer, folder)
-    chats: list[list[Turn]] = [[PROBE_SYSTEM, *PROBE], [*PROBE]]
     try:
         template = ChatTemplate(tokenizer.get_chat_template(), tokenizer)
-        for turns in chats:
+        prove_fixed_clock(template, folder)
+        for turns in CHATS:
             try:
                 return template, _prove(tokenizer, template, stops, turns, train_on)
             except (TemplateError, BadRowError) as error:
@@ -57,6 +59,25 @@ def prove_template(
         marked = "" if template.has_markers else f" In it, {HOW_TO_MARK}"
         fact = f"the chat template of {folder}, tested on a chat: {error.fact}"
         raise UserError(fact, error.why, error.fix + marked) from error
+
+
+def prove_fixed_clock(template: ChatTemplate, folder: Path) -> None:
+    """Raise UserError for a template that writes the current date into a chat, with or without a system turn."""
+    for turns in CHATS:
+        try:
+            template.text(turns)
+            template.prompt(turns[:-1])
+        except ClockError as error:
+            raise UserError(f"{error.fact}; it is the template of {folder}.", error.why, error.fix) from error
+        except TemplateError:
+            continue  # refused below, unless the template accepts the other chat
+
+
+def prove_recipe_clock(recipe: Recipe, folder: Path) -> None:
+    """Raise UserError if the template of a recipe with this tokenizer folder writes the current date into chats."""
+    tokenizer = tokenizer_of(recipe, folder)
+    if tokenizer.chat_template:
+        prove_fixed_clock(ChatTemplate(tokenizer.get_chat_template(), tokenizer), folder)
 
 
 def _prove(

@@ -18,10 +18,12 @@ from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.chat_template import ChatTemplate
 from packhorse.data.render.check_contents import check_contents
 from packhorse.data.render.control_tokens import ControlTokens
+from packhorse.data.render.late_system import check_late_systems
 from packhorse.data.render.prove_template import prove_template, refuse_double_start
 from packhorse.data.render.renderer import ChatRenderer, Rendered, Renderer
 from packhorse.data.render.serving import check_serving
 from packhorse.data.render.spans import TurnSpan, render_chat
+from packhorse.data.render.thinking import thinking_marks
 from packhorse.data.render.tokenizer import load_tokenizer, require_stop_token, stop_ids
 from packhorse.data.render.turns import template_tools, template_turns, trained_turns
 from packhorse.recipe.schema import DataSection
@@ -53,7 +55,7 @@ def make_renderer(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSe
         # Some tokenizers have a separate template for chats with tools.
         tool_source = tokenizer.get_chat_template(tools=[{}])
         with_tools = template if tool_source == template.source else ChatTemplate(tool_source, tokenizer)
-        renderer = ChatRenderer(template, with_tools, masker)
+        renderer = ChatRenderer(template, with_tools, masker, thinking_marks(template, tokenizer))
     # The vocabulary may have gaps, so its size can be smaller than its highest id.
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     control = ControlTokens(tokenizer, data.control_tokens)
@@ -97,10 +99,13 @@ def render_examples(renderer: Renderer, examples: Sequence[Example], mistakes: R
 def _chat_text(renderer: Renderer, example: Example) -> tuple[str, list[TurnSpan]]:
     chats = renderer.chats
     assert chats is not None, "the caller of make_renderer said that there are no chats"
+    messages = example.messages or ()
+    chats.thinking.check_turns(messages)
     trained = trained_turns(example, renderer.train_on)
     turns = template_turns(example, renderer.train_on, renderer.control)
     tools = template_tools(example, renderer.control)
     template = chats.tool_template if tools else chats.template
+    check_late_systems(template, turns, tools)
     try:
         text, spans = render_chat(template, turns, tools, trained)
     except TemplateError as error:
@@ -110,6 +115,7 @@ def _chat_text(renderer: Renderer, example: Example) -> tuple[str, list[TurnSpan
             "fix the row, or set data.template to one that accepts it.",
         ) from error
     check_contents(text, turns, tools, spans)
+    chats.thinking.check_spans(text, spans, messages)
     return text, spans
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from packhorse.data.render.chat_template import ChatTemplate
 from packhorse.data.render.control_tokens import ControlTokens
 from packhorse.data.render.mask import TokenMasker
+from packhorse.data.render.thinking import ThinkingMarks
 from packhorse.recipe.schema import TrainOnSection
 
 
@@ -30,11 +31,13 @@ class ChatRenderer:
         template: Template for chats.
         tool_template: Template for chats with tools; the same object unless the tokenizer has two templates.
         masker: Converter from trained turns to tokens.
+        thinking: What the template does with `<think>` and `</think>`.
     """
 
     template: ChatTemplate
     tool_template: ChatTemplate
     masker: TokenMasker
+    thinking: ThinkingMarks
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Final
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from packhorse.data.render.clock import with_fixed_clock
 from packhorse.data.resolve import NAMED_TEMPLATES, template_path
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
@@ -22,11 +23,16 @@ HOW_TO_MARK: Final = """put the markers around what the assistant says and its s
 def tokenizer_of(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer from a local folder (see `load_tokenizer`)."""
     model = recipe.model
-    return load_tokenizer(folder, recipe.data.template, model.trust_remote_code, model.new_tokens)
+    data = recipe.data
+    return load_tokenizer(folder, data.template, model.trust_remote_code, model.new_tokens, data.template_date)
 
 
 def load_tokenizer(
-    folder: Path, template: str, trust_remote_code: bool = False, new_tokens: Sequence[str] = ()
+    folder: Path,
+    template: str,
+    trust_remote_code: bool = False,
+    new_tokens: Sequence[str] = (),
+    template_date: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer and set the template that rows are trained with, so that it is saved with the model.
 
@@ -35,6 +41,7 @@ def load_tokenizer(
         template: `data.template` of the recipe.
         trust_remote_code: Whether to run Python code that comes with the tokenizer.
         new_tokens: `model.new_tokens`, added as plain tokens without a special meaning.
+        template_date: `data.template_date`, which the template then writes in place of the current date.
 
     Raises:
         UserError: The folder has no usable tokenizer, the named template needs tokens that it lacks, or a new token
@@ -45,9 +52,20 @@ def load_tokenizer(
     path = template_path(template)
     if path is not None:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if template_date is not None:
+        _fix_clock(tokenizer, template_date)
     if template in NAMED_TEMPLATES:
         _set_stop_token(tokenizer, template, folder)
     return tokenizer
+
+
+def _fix_clock(tokenizer: PreTrainedTokenizerBase, day: str) -> None:
+    given = tokenizer.chat_template
+    if isinstance(given, dict):
+        # Some tokenizers have a separate template for chats with tools.
+        tokenizer.chat_template = {name: with_fixed_clock(source, day) for name, source in given.items()}
+    elif given:
+        tokenizer.chat_template = with_fixed_clock(given, day)
 
 
 def pieces_before(

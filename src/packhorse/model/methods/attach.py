@@ -74,13 +74,14 @@ def attach(model: nn.Module, method: Method, start: Start, autocast: bool = Fals
     if isinstance(method, PartialMethod):
         freeze_others(model, method)
         return model
-    adapted: nn.Module = import_module(f"{PACKAGE}.{ADAPTERS[method.kind]}").attach(model, method, start)
+    module = import_module(f"{PACKAGE}.{ADAPTERS[method.kind]}")
+    adapted: nn.Module = module.attach(model, method, start)
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             # peft makes its own matrices float32; copies of whole modules and rows of new tokens have the base's dtype.
             parameter.data = parameter.data.float()
     if autocast and isinstance(method, LoraMethod) and not method.dora:
-        _module("lora").keep_input_dtype(adapted)
+        module.keep_input_dtype(adapted)
     return adapted
 
 

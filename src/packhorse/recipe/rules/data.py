@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from datetime import date
 
 from packhorse.recipe.schema import Recipe, Source
 from packhorse.yaml_source.findings import Finding
@@ -26,6 +27,7 @@ def data_rules(recipe: Recipe) -> Iterator[Finding]:
     """Yield the rules on `data` that the recipe breaks."""
     for path, source in _sources(recipe):
         yield from _source_rules(source, path)
+    yield from _date_rules(recipe)
     yield from _weight_rules(recipe)
     yield from _split_rules(recipe)
 
@@ -143,7 +145,22 @@ def _source_rules(source: Source, path: KeyPath) -> Iterator[Finding]:
             "each source reads rows from one location.",
             f"give {name}.path (a file) or {name}.id (a hub data set)",
         )
-    elif source.path is not None:
+    elif source.path is None:
+        if source.key is not None:
+            yield Finding(
+                ((*path, "key"),),
+                f"{name}.key is {source.key}, but {name} is a data set on the hub.",
+                "key names a list in a local .json file.",
+                f"remove {name}.key; {name}.split selects a split of a data set on the hub",
+            )
+    else:
+        if source.split != "train":
+            yield Finding(
+                ((*path, "split"),),
+                f"{name}.split is {source.split}, but {name} is a local file.",
+                "split selects part of a data set on the hub.",
+                f"remove {name}.split; for a .json file with several lists, write {name}.key: {source.split}",
+            )
         given = {"revision": source.revision, "subset": source.subset}
         for key in [key for key, value in given.items() if value is not None]:
             yield Finding(
@@ -152,6 +169,19 @@ def _source_rules(source: Source, path: KeyPath) -> Iterator[Finding]:
                 f"{key} selects part of a data set on the hub.",
                 f"remove {name}.{key}, or give {name}.id",
             )
+
+
+def _date_rules(recipe: Recipe) -> Iterator[Finding]:
+    day = recipe.data.template_date
+    try:
+        date.fromisoformat(day or "2026-01-31")
+    except ValueError as error:
+        yield Finding(
+            (("data", "template_date"),),
+            f"data.template_date is {day}: {error}.",
+            "the template writes it as a date.",
+            "write a date that exists, such as 2026-01-31",
+        )
 
 
 def _weight_rules(recipe: Recipe) -> Iterator[Finding]:

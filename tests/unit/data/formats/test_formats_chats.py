@@ -170,10 +170,6 @@ def test_the_keys_show_the_format(values: dict[str, Any], expected: str | None) 
         pytest.param({"messages": [{**USER, "reasoning": "a"}, BOT]}, "auto", "user has reasoning", "", id="thinking"),
         pytest.param({"messages": [USER, {**BOT, "train": False}]}, "auto", "no assistant turn", "one turn", id="none"),
         pytest.param(
-            {"messages": [USER, BOT, {"role": "system", "content": "be"}]}, "auto", "turn 3 is a system turn", "move",
-            id="late system",
-        ),
-        pytest.param(
             {"conversations": [{"from": "system", "value": "a"}, HUMAN, GPT], "system": "b"}, "auto", "another system",
             "remove one", id="two systems",
         ),

@@ -168,6 +168,36 @@ def test_json_that_cannot_be_read_on(tmp_path: Path, text: str, told: str) -> No
     assert told in mistake_of(path)
 
 
+SPLITS = '{"about": {"n": 2}, "train": [{"a": 1},\n{"a": 2}], "tags": ["x"], "test": [{"a": 3}], "none": []}'
+
+
+def test_a_key_selects_one_of_several_lists(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(SPLITS)
+    message = mistake_of(path)
+    assert "is an object with several lists of objects: train, test." in message
+    # The fix can be typed: it selects the first list.
+    assert "{path: rows.json, key: train}" in message
+    assert read(path, key="train") == [("rows.json:1", {"a": 1}), ("rows.json:2", {"a": 2})]
+    assert read(path, key="test") == [("rows.json:2", {"a": 3})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("rows.json", SPLITS, "has no list of objects with the key none; its lists are train, test."),
+        ("rows.json", '{"none": [{}], "none": [{}]}', "has more than one list of objects with the key none"),
+        ("rows.json", '[{"a": 1}]', "the source's key is none, for "),
+        ("rows.json", '{"a": 1}\n{"a": 2}', "rows.json, which has one object per line."),
+        ("rows.jsonl", '{"a": 1}', "rows.jsonl, which is a .jsonl file."),
+    ],
+)
+def test_a_key_that_selects_nothing(tmp_path: Path, name: str, text: str, told: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert told in mistake_of(path, key="none")
+
+
 def test_an_array_goes_on_after_a_row_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1},\n3,\n{"a": 1, "a": 2},\n{"a": "\\ud800"},\n{"a": 5}]')

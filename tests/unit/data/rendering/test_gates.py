@@ -186,7 +186,7 @@ def test_answer_that_begins_inside_a_token(tmp_path: Path) -> None:
     message = refusal(folder, chat_of(CHAT[1], Message("assistant", "\nhello")))
     assert "rows.jsonl:7: turn 2 begins inside a token: " in message
     assert "assistant:\\nhello" in message
-    assert "remove the white space at the start of the turn" in message
+    assert "set data.strip: true, which removes white space around turns" in message
 
 
 def merge_colon_and_break(file: Path) -> None:

@@ -35,7 +35,7 @@ PIECES = [
     *("</s>", "<s>", "<unk>", "<|im_end|>", "<|im_start|>", "<|im_end", "|>", "<|endoftext|>", "[INST]", "[/INST]"),
     *("<think>", "</think>", "assistant\n", "### Response:\n", "</", "<", "\ufeff", "{{", "{%", "\u200b", "Ã³", "１"),
 ]
-REASONS = ("begins inside a token", "begins with the start token twice")
+REASONS = ("begins inside a token", "begins with the start token twice", "the thinking of turn")
 
 
 def nasty_chat(random_source: random.Random) -> Example:
@@ -67,7 +67,7 @@ def test_ids_and_mask_of_nasty_chats(name: str, template: str) -> None:
     rendered = render_examples(renderer, rows, mistakes)
     taken = [(example, row) for example, row in zip(rows, rendered, strict=True) if row is not None]
     assert len(taken) + mistakes.num_rows == 500
-    assert len(taken) > 450
+    assert len(taken) > 350
     assert all(any(reason in mistake.fact for reason in REASONS) for mistake in mistakes.recorded)
     expected = tokenizer.apply_chat_template(
         [[{"role": turn.role, "content": turn.content} for turn in example.messages or ()] for example, _ in taken],
