@@ -14,6 +14,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from packhorse.recipe.locate import locate, path_of
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.layout import MODEL_FOLDER, PLAN_FILE
 
 TABLE: Final = Path(__file__).with_name("configurations.yaml")
 CONFIG_FILE: Final = "config.json"
@@ -37,13 +38,27 @@ def find_configuration(recipe: Recipe, vocab_size: int | None = None) -> Configu
     model = recipe.model
     if model.config is not None:
         return model.config if vocab_size is None else {"vocab_size": vocab_size, **model.config}
-    if model.path is not None:
-        return _read(locate(model.path, path_of(recipe.runs_folder)) / CONFIG_FILE)
+    folder = model_folder(recipe)
+    if folder is not None:
+        return _read(folder / CONFIG_FILE)
     assert model.id is not None, "the recipe's rules require one of id, path and config"
-    cached = try_to_load_from_cache(model.id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=model.revision)
-    if isinstance(cached, str):
-        return _read(Path(cached))
     return published().get(model.id)
+
+
+def model_folder(recipe: Recipe) -> Path | None:
+    """Return the folder of the recipe's model on this machine: of the recipe, of an earlier run, or the hub's cache.
+
+    Returns:
+        A folder, which need not exist; None for a fresh model and for one that is not in the cache.
+    """
+    model = recipe.model
+    if model.path is not None:
+        folder = locate(model.path, path_of(recipe.runs_folder))
+        return folder / MODEL_FOLDER if (folder / PLAN_FILE).is_file() else folder
+    if model.id is None:
+        return None
+    cached = try_to_load_from_cache(model.id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=model.revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 @cache

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 from packhorse.errors import UserError
-from packhorse.model_spec.supported import check_model
+from packhorse.model_spec.configuration import find_configuration
+from packhorse.model_spec.supported import check_model, refuse_dropout, text_part
 from packhorse.plan.batch import resolve_auto, split_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.compatibility import check_heads, check_pair, check_training_settings
@@ -133,6 +134,13 @@ def _count_steps(recipe: Recipe, steps_per_epoch: int | None) -> tuple[int | Non
 
 
 def _attention(recipe: Recipe, device: str) -> Decision:
+    decision = _kernel(recipe, device)
+    if decision.value == "varlen":
+        refuse_dropout(text_part(find_configuration(recipe) or {}).get("attention_dropout") or 0)
+    return decision
+
+
+def _kernel(recipe: Recipe, device: str) -> Decision:
     attention = recipe.model.attention
     if attention == "varlen" and (device == "cpu" or recipe.precision == "fp32"):
         raise UserError(

@@ -8,11 +8,10 @@ from itertools import chain
 from pathlib import Path
 
 from packhorse.data.read.arrow_rows import ROWS_AT_ONCE, read_arrow, read_parquet, rows_of_batches
-from packhorse.data.read.json_array import read_json
-from packhorse.data.read.json_rows import read_jsonl
+from packhorse.data.read.json_array import read_json, read_lines_or_array
 from packhorse.data.read.listing import form_of
 from packhorse.data.read.row import Row, RowMistakes
-from packhorse.data.read.table_rows import read_table
+from packhorse.data.read.table_rows import find_delimiter, read_table
 from packhorse.data.resolve import source_files, source_name
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
@@ -54,8 +53,9 @@ def _read_files(source: Source, text: str, runs_folder: Path, mistakes: RowMista
 def _read_file(path: Path, source: Source, mistakes: RowMistakes) -> Iterator[Row]:
     form = form_of(path)[0]
     if form in (".csv", ".tsv"):
-        return read_table(path, "," if form == ".csv" else "\t", not _by_number(source), mistakes)
-    readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".arrow": read_arrow}
+        delimiter = source.delimiter or find_delimiter(path, "," if form == ".csv" else "\t")
+        return read_table(path, delimiter, not _by_number(source), mistakes)
+    readers = {".jsonl": read_lines_or_array, ".json": read_json, ".parquet": read_parquet, ".arrow": read_arrow}
     return readers[form](path, mistakes)
 
 
