@@ -138,13 +138,13 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str, str]]
         {"method": {"kind": "qlora", "train_also": ["q_proj"]}},
         None,
         "whose weights are quantised (model.layers.0.self_attn.q_proj.weight)",
-        "take q_proj out of method.train_also",
+        "set method.train_also to []",
     ),
     "half of a tie": (
         {"method": {**LORA, "train_also": ["lm_head"]}},
         configured(tie_word_embeddings=True),
         "which this model ties to model.embed_tokens",
-        "add embed_tokens to method.train_also",
+        "set method.train_also to [lm_head, embed_tokens]",
     ),
     "experts": (
         {"method": {**LORA, "experts": True, "dropout": 0}},
@@ -157,7 +157,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str, str]]
         {"method": {"kind": "partial", "last_layers": 3}},
         None,
         "the model has 2 layers",
-        "set it to 2 or less",
+        "set method.last_layers to 2",
     ),
     "pattern": (
         {"method": {"kind": "partial", "train": ["*.mpl.*"]}},

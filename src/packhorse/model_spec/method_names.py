@@ -6,6 +6,7 @@ Both sides make a `ModelNames`: the plan from the model's shape, the worker from
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -55,7 +56,7 @@ def names_of_parameters(
     """Return the names of a model that is known by its parameters; modules without parameters are not among them."""
     listed = list(parameters)
     embedding, head = (name.removesuffix(".weight") for name in (names.embedding, "lm_head" if tied else names.head))
-    weights = {each.name: (each.name,) for each in listed}
+    weights: dict[str, tuple[str, ...]] = {each.name: (each.name,) for each in listed}
     if tied:
         weights[names.embedding] = (names.embedding, f"{head}.weight")
     # Fused experts are parameters of the module around them.
@@ -143,7 +144,8 @@ def _check_head(method: LoraMethod, names: ModelNames) -> None:
         raise UserError(
             f"method.target names {head}, the output head.",
             "the head computes the loss itself, in chunks, and an adapter on it would be ignored.",
-            f"take {head} out of method.target; method.train_also: [{head}] trains it whole.",
+            f"set method.target to {_corrected(method.target, head, []) or 'all-linear'}; method.train_also: [{head}] "
+            "trains it whole.",
         )
 
 
@@ -165,13 +167,17 @@ def _check_targets(method: LoraMethod, names: ModelNames) -> None:
         )
 
 
+def _corrected(entries: Iterable[str], wrong: str, instead: Iterable[str]) -> str:
+    """Return the list with a wrong entry replaced, as it can be typed; empty if nothing is left."""
+    kept = dict.fromkeys(name for entry in entries for name in (instead if entry == wrong else [entry]))
+    return f"[{', '.join(kept)}]" if kept else ""
+
+
 def no_adapter(target: str, targets: list[str], linear: Iterable[str]) -> UserError:
     """Return the error for an entry of `method.target` that gets no adapter."""
     ends = sorted({last_part(name) for name in linear})
     near = difflib.get_close_matches(target, ends, n=1)
-    # The corrected list can be typed; other wrong entries are reported next.
-    corrected = list(dict.fromkeys(end for each in targets for end in (near if each == target else [each])))
-    instead = f"[{', '.join(corrected)}]" if corrected else "all-linear"
+    instead = _corrected(targets, target, near) or "all-linear"
     return UserError(
         f"method.target has {target}, which gets no adapter in this model.",
         "it would stay unchanged, although the recipe says that it is adapted.",
@@ -188,7 +194,8 @@ def _check_ia3(method: Ia3Method, names: ModelNames) -> None:
             raise UserError(
                 f"method.target has {target}, which is no linear module of this model.",
                 "a factor without a module trains nothing.",
-                f"the nearest names are {near}.",
+                f"set method.target to {_corrected(method.target, target, near.split(', ')[:1])}; the nearest names "
+                f"are {near}.",
             )
 
 
@@ -207,10 +214,12 @@ def _check_whole(method: LoraMethod, names: ModelNames) -> None:
     for wanted in method.train_also:
         matches = [name for name in names.modules if is_named(name, [wanted])]
         if not matches:
+            near = closest(wanted, names.modules)
             raise UserError(
                 f"method.train_also has {wanted}, which is no module of this model.",
                 "peft would silently ignore it.",
-                f"the nearest names are {closest(wanted, names.modules)}.",
+                f"set method.train_also to {_corrected(method.train_also, wanted, near.split(', ')[:1])}; the nearest "
+                f"names are {near}.",
             )
         inside = tuple(f"{name}." for name in matches)
         quantized = [name for name in names.quantized if name.startswith(inside)]
@@ -218,7 +227,8 @@ def _check_whole(method: LoraMethod, names: ModelNames) -> None:
             raise UserError(
                 f"method.train_also has {wanted}, whose weights are quantised ({quantized[0]}).",
                 "weights in few bits have no gradient.",
-                f"take {wanted} out of method.train_also: method.target gives it an adapter.",
+                f"set method.train_also to {_corrected(method.train_also, wanted, []) or '[]'}: method.target gives "
+                f"{wanted} an adapter.",
             )
     ends = [names.embedding, names.head]
     named = [is_named(name, method.train_also) for name in ends]
@@ -227,7 +237,7 @@ def _check_whole(method: LoraMethod, names: ModelNames) -> None:
         raise UserError(
             f"method.train_also names {ends[named.index(True)]}, which this model ties to {ends[named.index(False)]}.",
             "they are one tensor, so both train or neither does.",
-            f"add {other} to method.train_also too, or remove both.",
+            f"set method.train_also to [{', '.join([*method.train_also, other])}], or remove both.",
         )
 
 
@@ -248,7 +258,7 @@ def chosen_weights(method: PartialMethod, names: ModelNames) -> set[str]:
     weights = names.weights
     for field, patterns in (("train", method.train), ("freeze", method.freeze)):
         for pattern in patterns:
-            _check_pattern(weights, pattern, field)
+            _check_pattern(weights, pattern, patterns, field)
         _check_tied(weights, patterns, field)
     chosen = {name for name, aliases in weights.items() if _fits(aliases, method.train)}
     if method.last_layers is not None:
@@ -265,14 +275,15 @@ def _fits(names: Iterable[str], patterns: list[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _check_pattern(weights: Mapping[str, tuple[str, ...]], pattern: str, field: str) -> None:
+def _check_pattern(weights: Mapping[str, tuple[str, ...]], pattern: str, patterns: Iterable[str], field: str) -> None:
     every = [name for aliases in weights.values() for name in aliases]
     if not any(fnmatchcase(name, pattern) for name in every):
         near = difflib.get_close_matches(pattern, every, n=3, cutoff=0.3) or every[:3]
         raise UserError(
             f"method.{field} has {pattern}, which matches none of the model's {len(every)} weights.",
             "the weights that it was meant for would not change.",
-            f"the nearest names are {', '.join(near)}; `*` stands for any letters, as in `*.mlp.*`.",
+            f"set method.{field} to {json.dumps([near[0] if each == pattern else each for each in patterns])}; the "
+            f"nearest names are {', '.join(near)}; `*` stands for any letters, as in `*.mlp.*`.",
         )
 
 
@@ -284,7 +295,7 @@ def _check_tied(weights: Mapping[str, tuple[str, ...]], patterns: list[str], fie
             raise UserError(
                 f"method.{field} matches {', '.join(fitting)}, which is tied to {', '.join(others)}: one tensor.",
                 "they are one tensor, so all of them train or none does.",
-                f"add {', '.join(others)} to method.{field}, or remove all of them.",
+                f"set method.{field} to {json.dumps([*patterns, *others])}, or remove all of them.",
             )
 
 
@@ -310,6 +321,6 @@ def _last_layers(names: ModelNames, count: int) -> tuple[str, ...]:
         raise UserError(
             f"method.last_layers is {count}, and the model has {total} layers.",
             "there is no layer before the first.",
-            f"set it to {total} or less.",
+            f"set method.last_layers to {total} or less.",
         )
     return tuple(f"{names.layers}{index}." for index in range(total - count, total))

@@ -308,7 +308,9 @@ def _warmup(recipe: Recipe, num_steps: int | None) -> Iterator[UserError]:
         yield UserError(
             f"schedule.warmup_steps is {schedule.warmup_steps}, and {recipe.epochs} epochs are {num_steps} steps.",
             "the learning rate would never reach its peak.",
-            f"set schedule.warmup_steps below {num_steps}, or use schedule.warmup_ratio: 0.03.",
+            f"set schedule.warmup_steps to {num_steps - 1} or less, or remove it: schedule.warmup_ratio then applies."
+            if num_steps > 1
+            else "remove schedule.warmup_steps.",
         )
     elif schedule.name == "wsd" and schedule.warmup_steps + num_steps * schedule.decay_ratio > num_steps:
         yield UserError(
