@@ -201,7 +201,7 @@ def test_pickled_weights_are_refused_before_rows_are_read(here: Path, capsys: py
     write_tiny(here, model={"path": "model"}, data={"sources": [{"path": "not-there.jsonl"}]})
     assert main(["train", "tiny.yaml"]) == 2
     told = capsys.readouterr().err
-    assert "model.path model has its weights in pytorch_model.bin, and no safetensors" in told
+    assert "model has its weights in pytorch_model.bin, and no safetensors" in told
     assert "not-there" not in told
 
 

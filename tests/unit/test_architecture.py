@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "plan": BASE | {"recipe", "model_spec"},
     "run_folder": BASE | {"recipe", "plan"},
     "data": BASE | {"recipe", "quickstart"},
-    "model": BASE | {"recipe"},
+    "model": BASE | {"recipe", "model_spec"},
     "track": BASE | {"recipe"},
     "train": BASE | {"recipe", "plan", "run_folder", "data", "model", "model_spec", "track"},
     "estimate": BASE | {"yaml_source", "recipe", "model_spec", "plan", "run_folder", "data", "model", "train"},

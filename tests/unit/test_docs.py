@@ -100,3 +100,18 @@ def test_no_page_names_a_place_that_a_user_does_not_have() -> None:
     places = (str(ROOT), str(Path.home()), "../shared")
     texts = {page_name(page): page.read_text(encoding="utf-8") for page in PAGES}
     assert [f"{page}: {path}" for page, text in texts.items() for path in places if f"{path}/" in text] == []
+
+
+def test_the_table_of_proofs_names_every_module_that_refuses() -> None:
+    """Whoever adds a refusal to the worker or the launcher says where it is made, and why not earlier."""
+    source = ROOT / "src" / "packhorse"
+    table = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").partition("## Where each proof is made")[2]
+    named = set(re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)+)`", table))
+    refusing = {
+        path.relative_to(source).with_suffix("").as_posix()
+        for package in ("train", "model", "launching")
+        for path in (source / package).rglob("*.py")
+        if re.search(r"\b(UserError|AnotherAttempt)\(|\braise [a-z_]\w*\(", path.read_text(encoding="utf-8"))
+    }
+    assert refusing - named == set()
+    assert {name for name in named if not (source / f"{name}.py").is_file() and not (source / name).is_dir()} == set()

@@ -51,13 +51,13 @@ def _verify_checkpoints(folder: Path) -> bool:
 def _verify_data(plan: RunPlan) -> bool:
     require_prepared_data(plan)
     assert plan.data is not None
-    folder, recipe = Path(plan.data.folder), f"{relative(plan.run_folder)}/recipe.yaml"
+    folder, run = Path(plan.data.folder), relative(plan.run_folder)
     # Not the run's copy of the manifest: data that was prepared again, from moved files, names other paths.
     manifest = read_data_manifest(folder)
     name = f"prepared data {relative(folder)}"
     if manifest is None:
         _show(name, [f"{DATA_MANIFEST_FILE} is missing: the data was never prepared completely."])
-        print_plain(f"Prepare it again: packhorse prepare {recipe}")
+        print_plain(f"Prepare it again: packhorse prepare {run}")
         return False
     if not recorded_files(manifest):
         print_plain(f"{name}  not checked: it was prepared by a version that kept no hashes of its files.")
@@ -65,7 +65,7 @@ def _verify_data(plan: RunPlan) -> bool:
     faults = list(content_faults(folder, manifest).values())
     _show(name, faults)
     if faults:
-        print_plain(f"Remove {relative(folder)}, then prepare it again: packhorse prepare {recipe}")
+        print_plain(f"Remove {relative(folder)}, then prepare it again: packhorse prepare {run}")
     return not faults
 
 

@@ -8,6 +8,7 @@ Shapes: R rows of the spool, D documents to pack, T tokens in a pack.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -240,8 +241,29 @@ def pack_rows(
         for side in SIDES
         if len(lengths := fitted.side(side).lengths)
     }
+    check_group_field(recipe, packings, gathered.measured_fields)
     notes = (*gathered.notes, *decision.notes, *_packing_note(fitted.side("train"), packings["train"], recipe))
     return PackedRows(gathered, fitted, packings, notes, _test_rows(gathered.spool, decision))
+
+
+def check_group_field(recipe: Recipe, sides: Collection[str], fields: Collection[str]) -> None:
+    """Refuse an `evaluation.group_by` that not every evaluated row has.
+
+    Args:
+        recipe: Recipe with the field.
+        sides: Sides of the split that have rows.
+        fields: Fields that every evaluated row has.
+
+    Raises:
+        UserError: The field is not among them.
+    """
+    name = recipe.evaluation.group_by
+    if name is not None and not {"validation", "retain"}.isdisjoint(sides) and name not in fields:
+        raise UserError(
+            f"evaluation.group_by is {name}, and not every evaluated row has this field.",
+            "the evaluation table has one line per value of it.",
+            f"set it to a field that every row has: {', '.join(fields) or 'there is none, so remove it'}.",
+        )
 
 
 def _test_rows(spool: Spool, decision: Decision) -> str:

@@ -28,7 +28,7 @@ from packhorse.data.decide import KEPT, REASONS
 from packhorse.data.formats.example import Example
 from packhorse.data.gather.source_pass import GatheredSource
 from packhorse.data.gather.spool import json_line, selected_pieces
-from packhorse.data.pack_rows import PackedRows, pack_rows
+from packhorse.data.pack_rows import PackedRows, check_group_field, pack_rows
 from packhorse.data.packs.store import write_pieces, write_split
 from packhorse.data.render.render import Rendered
 from packhorse.data.resolve import data_root, resolve_tokenizer
@@ -71,7 +71,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> PreparedData:
             was_warm = manifest is not None
             if manifest is None:
                 manifest = _make(recipe, folder, progress)
-    _check_group_field(recipe, manifest)
+    check_group_field(recipe, manifest.splits, manifest.fields)
     return PreparedData(folder, manifest, was_warm)
 
 
@@ -213,15 +213,4 @@ def _check_unchanged(recipe: Recipe, key: str) -> None:
             "a source, the tokenizer or the template changed while the data was prepared.",
             "the packs would hold rows that no longer exist.",
             "run the command again when the files are complete.",
-        )
-
-
-def _check_group_field(recipe: Recipe, manifest: DataManifest) -> None:
-    name = recipe.evaluation.group_by
-    measured = {"validation", "retain"} & manifest.splits.keys()
-    if name is not None and measured and name not in manifest.fields:
-        raise UserError(
-            f"evaluation.group_by is {name}, and not every evaluated row has this field.",
-            "the evaluation table has one line per value of it.",
-            f"set it to a field that every row has: {', '.join(manifest.fields) or 'there is none, so remove it'}.",
         )

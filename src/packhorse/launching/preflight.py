@@ -60,7 +60,6 @@ def check_base_model(plan: RunPlan) -> None:
         return
     folder = Path(expand(plan.base_model))
     if (folder / "config.json").is_file():
-        _refuse_pickled_weights(path, folder)
         return
     run = path_of(path)
     if (run / PLAN_FILE).is_file():
@@ -75,17 +74,6 @@ def check_base_model(plan: RunPlan) -> None:
         "a model folder in Hugging Face form has config.json next to its weights.",
         "name such a folder or a finished run (train that one first), or set model.id to a hub name.",
     )
-
-
-def _refuse_pickled_weights(path: str, folder: Path) -> None:
-    pickles = sorted(file.name for file in folder.glob("*.bin") if file.name.startswith("pytorch_model"))
-    if pickles and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"model.path {path} has its weights in {pickles[0]}, and no safetensors.",
-            "a .bin file is a pickle, which can run code when it is opened; Packhorse reads no pickles.",
-            "name a model with safetensors; if you trust the file, load it once with transformers and save it again: "
-            "save_pretrained writes safetensors.",
-        )
 
 
 def check_nvme(plan: RunPlan) -> None:

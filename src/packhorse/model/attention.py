@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 
 from packhorse.errors import UserError
 from packhorse.model.sequence import SequenceGroup, to_own_tokens, to_whole_documents
+from packhorse.model_spec.supported import refuse_dropout, uncomputed
 
 Kernel = Literal["sdpa", "varlen"]
 
@@ -127,11 +128,7 @@ def _check(attention_mask: Tensor | None, unsupported: dict[str, Any]) -> Docume
         raise RuntimeError("packed documents were passed with an attention mask, which would let them see each other")
     for name in ("softcap", "s_aux"):
         if unsupported.get(name) is not None:
-            raise UserError(
-                f"this architecture's attention uses {name}, which Packhorse's packed attention does not compute.",
-                "without it, another model would silently be trained.",
-                "choose a model without it (Llama, Qwen, Mistral, Phi and most others).",
-            )
+            raise uncomputed(name)
     return documents
 
 
@@ -169,20 +166,6 @@ def _window_mask(length: int, before: int, window: int | None, device: torch.dev
     query = torch.arange(before, before + length, device=device)
     distance = query[:, None] - torch.arange(before + length, device=device)[None, :]
     return (distance >= 0) & (distance < (window or before + length))
-
-
-def refuse_dropout(dropout: float) -> None:
-    """Refuse dropout, which the varlen kernel does not have.
-
-    Raises:
-        UserError: The model's attention has dropout.
-    """
-    if dropout:
-        raise UserError(
-            f"the model's attention_dropout is {dropout}, which the varlen kernel does not have.",
-            "without it, another model would silently be trained.",
-            "set model.attention to sdpa, or attention_dropout to 0 in the model's config.json.",
-        )
 
 
 def _varlen(

@@ -32,7 +32,9 @@ from transformers.quantizers.auto import get_hf_quantizer
 
 from packhorse.errors import UserError
 from packhorse.model.sharded import gathered, true_shape
-from packhorse.model.streaming import StreamedWeights, open_weights, refuse_incomplete
+from packhorse.model.streaming import StreamedWeights, open_weights
+from packhorse.model_spec.stored_weights import refuse_incomplete, unreadable
+from packhorse.model_spec.supported import require_embeddings, untrusted_code
 
 # Otherwise transformers has a public service convert weights that the hub lacks as safetensors, and loads the result.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
@@ -96,7 +98,7 @@ def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
     model = _fresh(request) if request.source is None else _pretrained(request)
     if request.new_tokens:
         add_rows(model, request.new_tokens, vocab_size)
-    _refuse_few_embeddings(model, vocab_size)
+    _refuse_few_embeddings(model, vocab_size, request.source is None)
     return model
 
 
@@ -115,7 +117,7 @@ def open_model(request: ModelRequest, vocab_size: int) -> StreamedWeights | None
     with _reading(request):
         weights = _open(request)
     if weights is not None:
-        _refuse_few_embeddings(weights.model, vocab_size)
+        _refuse_few_embeddings(weights.model, vocab_size, False)
     return weights
 
 
@@ -144,21 +146,15 @@ def add_rows(model: PreTrainedModel, pieces: Pieces, num_tokens: int) -> None:
                 weight[token] = weight[list(parts)].float().mean(0).to(weight.dtype)
 
 
-def _refuse_few_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
-    rows = true_shape(cast(Any, model.get_input_embeddings()).weight)[0]
-    if rows < vocab_size:
-        raise UserError(
-            f"the model has {rows} embeddings and the tokenizer {vocab_size} tokens.",
-            "a token without an embedding ends the run with an index error, or trains on another token.",
-            "use the model's own tokenizer, or set vocab_size of model.config to at least the tokenizer's size.",
-        )
+def _refuse_few_embeddings(model: PreTrainedModel, vocab_size: int, is_fresh: bool) -> None:
+    require_embeddings(true_shape(cast(Any, model.get_input_embeddings()).weight)[0], vocab_size, is_fresh)
 
 
 def build_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """Return the transformers configuration of a fresh model; a key that its class does not know is refused.
 
     Raises:
-        UserError: `model_type` is absent or unknown, or a key is unknown.
+        UserError: `model_type` is absent or unknown, a key is unknown, or the values do not fit together.
     """
     fields = dict(config)
     kind = fields.pop("model_type", None)
@@ -170,14 +166,24 @@ def build_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
             "it chooses the architecture of the fresh model.",
             "set it to a type such as llama, qwen2 or mistral.",
         ) from error
-    unknown = [name for name in fields if not hasattr(defaults, name)]
+    # Two older names are no attributes, and transformers moves them into rope_parameters.
+    moved = {"rope_theta", "rope_scaling"} if hasattr(defaults, "rope_parameters") else set()
+    unknown = [name for name in fields if not hasattr(defaults, name) and name not in moved]
     if unknown:
         raise UserError(
             f"model.config has {', '.join(sorted(unknown))}, which a {kind} model does not read.",
             "transformers silently keeps an unknown key, and the model would not have what it says.",
             f"remove it, or see the fields of {type(defaults).__name__} in transformers.",
         )
-    return type(defaults)(**fields)
+    try:
+        return type(defaults)(**fields)
+    except Exception as error:  # each class checks its values in its own way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise UserError(
+            f"model.config is no configuration of a {kind} model: {reason}",
+            "transformers checks the values against each other.",
+            f"see the fields of {type(defaults).__name__} in transformers.",
+        ) from error
 
 
 def _fresh(request: ModelRequest) -> PreTrainedModel:
@@ -224,19 +230,11 @@ def _reading(request: ModelRequest) -> Iterator[None]:
     except OSError as error:
         raise _unreachable(request, error) from error
     except SafetensorError as error:
-        raise UserError(
-            f"the weights of {request.source} are not safetensors: {error}.",
-            "the file is truncated, or another file under that name.",
-            "download the model again.",
-        ) from error
+        raise unreadable(str(request.source), error) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise UserError(
-            f"the model {request.source} needs its own Python code, and model.trust_remote_code is false.",
-            "that code could do anything that you may do on this machine.",
-            "read it, then set model.trust_remote_code: true; or choose a model type that transformers has.",
-        ) from error
+        raise untrusted_code(str(request.source)) from error
 
 
 def _unreachable(request: ModelRequest, error: OSError) -> UserError:

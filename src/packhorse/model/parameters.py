@@ -1,15 +1,18 @@
-"""Counts the parameters of a model, in total and by kind of module, and finds modules by name."""
+"""Counts the parameters of a model, in total and by kind of module, and lists the names of its parts."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from packhorse.model.sharded import true_shape
+from packhorse.model_spec.method_names import ModelNames, is_expert
 
 WRAPPERS: Final = re.compile(r"\.(default|weight|base_layer|original_module|modules_to_save|token_adapter)(?=\.|$)")
 
@@ -62,16 +65,38 @@ def trained_kinds(model: nn.Module) -> list[TrainedKind]:
     return [TrainedKind(name, len(counts), sum(counts)) for name, counts in sizes.items()]
 
 
-def module_names(model: nn.Module, kind: type[nn.Module] = nn.Module) -> list[str]:
-    """Return the names of all modules of a kind."""
-    return [name for name, part in model.named_modules() if name and isinstance(part, kind)]
+def names_of_model(model: Any) -> ModelNames:  # noqa: ANN401
+    """Return the names of a transformers model, whole or under ZeRO-3's `zero.Init`."""
+    modules = [(name, part) for name, part in model.named_modules() if name]
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (next((name for name, part in modules if part is end), "lm_head") for end in ends)
+    aliases: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases[id(parameter)].append(name)
+    parameters = list(model.named_parameters())
+    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    is_stack = (name for name, part in modules if isinstance(part, nn.ModuleList) and len(part) == num_layers)
+    return ModelNames(
+        family=str(model.config.model_type),
+        modules=tuple(name for name, _ in modules),
+        linear=tuple(name for name, part in modules if isinstance(part, (nn.Linear, Conv1D))),
+        embedding=embedding,
+        head=head,
+        tied=bool(model.config.get_text_config().tie_word_embeddings),
+        weights={names[0]: tuple(names) for names in aliases.values()},
+        quantized=tuple(name for name, weight in parameters if _is_quantized(weight)),
+        experts=tuple(
+            sorted(
+                {".".join(name.split(".")[-2:]) for name, weight in parameters if is_expert(name, true_shape(weight))}
+            )
+        ),
+        layers=f"{next(is_stack, 'layers')}.",
+        num_layers=num_layers,
+    )
 
 
-def closest(wanted: str, names: Iterable[str]) -> str:
-    """Return up to five last parts of names, the most similar first."""
-    ends = sorted({name.rsplit(".", 1)[-1] for name in names} - {""})
-    near = difflib.get_close_matches(wanted, ends, n=5, cutoff=0.3)
-    return ", ".join(near or [end for end in ends if not end.isdigit()][:5])
+def _is_quantized(weight: nn.Parameter) -> bool:
+    return hasattr(weight, "quant_state") or weight.dtype == torch.int8
 
 
 def _kind(name: str) -> str:

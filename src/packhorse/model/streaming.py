@@ -24,10 +24,8 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
-from packhorse.errors import UserError
 from packhorse.model.units import Unit, copy_tree, select_branches, units_of
-
-NUM_SHOWN = 6
+from packhorse.model_spec.stored_weights import misfit, refuse_incomplete
 
 
 @dataclass
@@ -137,11 +135,7 @@ class StreamedWeights:
     def _refuse_misfits(self, info: LoadStateDictInfo) -> None:
         if info.mismatched_keys:
             name, stored, expected = min(info.mismatched_keys)
-            raise UserError(
-                f"{name} is {list(stored)} in the checkpoint {self.source} and {list(expected)} in the model.",
-                "its config.json describes another model than its weights.",
-                "download the checkpoint again, or fix its config.json.",
-            )
+            raise misfit(self.source, name, stored, expected)
         if info.conversion_errors:
             name, reason = min(info.conversion_errors.items())
             raise RuntimeError(f"{name} of {self.source} could not be converted: {reason}")
@@ -163,26 +157,6 @@ def open_weights(
     return StreamedWeights(model, source, tensors, config, units_of(model), opened)
 
 
-def refuse_incomplete(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Refuse a checkpoint for which transformers only warns.
-
-    Raises:
-        UserError: Weights are missing or unexpected.
-    """
-    if missing:
-        raise UserError(
-            f"the checkpoint {source} lacks {_listed(missing)}.",
-            "transformers would draw them at random, and the run would not start from the model that it names.",
-            "choose a checkpoint of the same architecture, saved with its output head.",
-        )
-    if unexpected:
-        raise UserError(
-            f"the checkpoint {source} holds {_listed(unexpected)}, which the model does not have.",
-            "transformers would drop them, and the model would not be the one that was saved.",
-            "choose a checkpoint of the same architecture; an adapter's weights must be separate from their base.",
-        )
-
-
 def _make_buffers(part: PreTrainedModel, config: LoadStateDictConfig) -> None:
     """Compute buffers that no checkpoint holds, such as the frequencies of rotary embeddings."""
     device = (config.device_map or {"": "cpu"})[""]
@@ -200,9 +174,3 @@ def _is_inside(name: str, module: str) -> bool:
 
 def _are_related(name: str, other: str) -> bool:
     return name == other or _is_inside(name, other) or _is_inside(other, name)
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names, key=dot_natural_key)
-    more = f" and {len(ordered) - NUM_SHOWN} more" if len(ordered) > NUM_SHOWN else ""
-    return ", ".join(ordered[:NUM_SHOWN]) + more

@@ -14,6 +14,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from packhorse.recipe.locate import locate, path_of
 from packhorse.recipe.schema import Recipe
+from packhorse.run_folder.layout import MODEL_FOLDER, PLAN_FILE
 
 TABLE: Final = Path(__file__).with_name("configurations.yaml")
 CONFIG_FILE: Final = "config.json"
@@ -37,19 +38,15 @@ def find_configuration(recipe: Recipe, vocab_size: int | None = None) -> Configu
     model = recipe.model
     if model.config is not None:
         return model.config if vocab_size is None else {"vocab_size": vocab_size, **model.config}
-    if model.path is not None:
-        return _read(locate(model.path, path_of(recipe.runs_folder)) / CONFIG_FILE)
+    folder = model_folder(recipe)
+    if folder is not None:
+        return _read(folder / CONFIG_FILE)
     assert model.id is not None, "the recipe's rules require one of id, path and config"
-    cached = try_to_load_from_cache(model.id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=model.revision)
-    if isinstance(cached, str):
-        return _read(Path(cached))
     return published().get(model.id)
 
 
-def widest_head(configuration: Configuration) -> int | None:
+def widest_head(fields: Configuration) -> int | None:
     """Return the width of the model's widest attention head, of queries or values; None where it is not given."""
-    # Multimodal models keep the shape of their language model in `text_config`.
-    fields = configuration.get("text_config") or configuration
     if fields.get("qk_rope_head_dim") is not None:
         # Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): queries and values differ in width.
         query = fields.get("qk_nope_head_dim", 0) + fields["qk_rope_head_dim"]
@@ -58,6 +55,22 @@ def widest_head(configuration: Configuration) -> int | None:
         return int(fields["head_dim"])
     hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     return int(hidden // heads) if hidden and heads else None
+
+
+def model_folder(recipe: Recipe) -> Path | None:
+    """Return the folder of the recipe's model on this machine: of the recipe, of an earlier run, or the hub's cache.
+
+    Returns:
+        A folder, which need not exist; None for a fresh model and for one that is not in the cache.
+    """
+    model = recipe.model
+    if model.path is not None:
+        folder = locate(model.path, path_of(recipe.runs_folder))
+        return folder / MODEL_FOLDER if (folder / PLAN_FILE).is_file() else folder
+    if model.id is None:
+        return None
+    cached = try_to_load_from_cache(model.id, CONFIG_FILE, cache_dir=HUB_CACHE, revision=model.revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Final, get_args
 
 from packhorse.errors import UserError
 from packhorse.model_spec.configuration import find_configuration
+from packhorse.model_spec.supported import text_part
 from packhorse.plan.run_plan import BatchSplit, Device, Topology
 from packhorse.recipe.methods import LoraMethod, Method, QloraMethod
 from packhorse.recipe.rules.model import unshared_heads
@@ -160,9 +161,7 @@ def check_heads(recipe: Recipe, topology: Topology) -> None:
     size = topology.sequence
     if size == 1:
         return
-    configuration = find_configuration(recipe) or {}
-    # Multimodal models keep the shape of their language model in `text_config`.
-    heads = (configuration.get("text_config") or configuration).get("num_attention_heads")
+    heads = text_part(find_configuration(recipe) or {}).get("num_attention_heads")
     if heads is not None and heads % size:
         raise unshared_heads(size, heads, topology.world_size)
 
@@ -309,7 +308,9 @@ def _warmup(recipe: Recipe, num_steps: int | None) -> Iterator[UserError]:
         yield UserError(
             f"schedule.warmup_steps is {schedule.warmup_steps}, and {recipe.epochs} epochs are {num_steps} steps.",
             "the learning rate would never reach its peak.",
-            f"set schedule.warmup_steps below {num_steps}, or use schedule.warmup_ratio: 0.03.",
+            f"set schedule.warmup_steps to {num_steps - 1} or less, or remove it: schedule.warmup_ratio then applies."
+            if num_steps > 1
+            else "remove schedule.warmup_steps.",
         )
     elif schedule.name == "wsd" and schedule.warmup_steps + num_steps * schedule.decay_ratio > num_steps:
         yield UserError(

@@ -8,7 +8,7 @@ from typing import Final
 
 from packhorse.errors import UserError
 from packhorse.model_spec.configuration import find_configuration, widest_head
-from packhorse.model_spec.supported import check_model
+from packhorse.model_spec.supported import check_model, refuse_dropout, text_part
 from packhorse.plan.batch import resolve_auto, split_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.compatibility import check_heads, check_pair, check_training_settings
@@ -138,7 +138,15 @@ def _count_steps(recipe: Recipe, steps_per_epoch: int | None) -> tuple[int | Non
 
 
 def _attention(recipe: Recipe, device: str) -> Decision:
-    attention, width = recipe.model.attention, widest_head(find_configuration(recipe) or {}) or 0
+    configuration = text_part(find_configuration(recipe) or {})
+    decision = _kernel(recipe, device, widest_head(configuration) or 0)
+    if decision.value == "varlen":
+        refuse_dropout(configuration.get("attention_dropout") or 0)
+    return decision
+
+
+def _kernel(recipe: Recipe, device: str, width: int) -> Decision:
+    attention = recipe.model.attention
     if attention == "varlen" and width > WIDEST_VARLEN_HEAD:
         raise UserError(
             f"model.attention is varlen, and the model's attention heads are {width} wide.",

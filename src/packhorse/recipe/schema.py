@@ -75,6 +75,8 @@ class Source(Section):
     """Format of the rows; `auto` detects it from the keys of the first rows and reports it."""
     columns: dict[str, str] = {}
     """Other names for the keys of the format: `{messages: dialog, role: speaker, content: says}`."""
+    delimiter: str | None = None
+    """Character between the cells of .csv and .tsv, such as `;` or `"\\t"`; default: found from the first rows."""
     roles: dict[str, str] = {}
     """Other names for the roles: `{customer: user, agent: assistant}`."""
     keep_nulls: bool = False
@@ -327,7 +329,7 @@ class Recipe(Section):
 
     name: Name
     """Name of the run and of its folder in `runs_folder`."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of the order of packs, of dropout and of fresh weights."""
     runs_folder: str = "runs"
     """Folder of the run folders and prepared data; on a cluster, a folder that all nodes share."""

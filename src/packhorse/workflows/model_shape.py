@@ -62,10 +62,10 @@ def _measured_shape(recipe: Recipe, configuration: Configuration) -> Shape | Unk
 
     try:
         shape = measure_shape(json.dumps(configuration, sort_keys=True))
-        if count_shape(shape, recipe.method) is None:
-            return Unknown(f"peft chooses what {recipe.method.kind} trains of a {shape.family}")
         assert shape.measured_model is not None
         shape.measured_model.meter.kept(recipe.method, CPU_FLOAT32)
+        if count_shape(shape, recipe.method) is None:
+            return Unknown(f"peft chooses what {recipe.method.kind} trains of a {shape.family}")
     except NotMeasuredError as error:
         return Unknown(error.reason)
     return shape

@@ -27,6 +27,7 @@ from packhorse.recipe.sweep import check_single
 from packhorse.run_folder.folder import check_free, create_run, relative
 from packhorse.run_folder.layout import DATA_FILE, PLAN_FILE
 from packhorse.run_folder.lock import launcher_lock
+from packhorse.workflows.early_checks import check_start
 from packhorse.workflows.model_shape import Unknown
 from packhorse.workflows.plan_basis import GpuTerms, basis_of, room_on_disk
 from packhorse.workflows.plan_request import draft_plan, fitting_plan, read_gpus
@@ -131,6 +132,7 @@ def plan_new_run(recipe: Recipe, machine: Machine, prepare: Prepare | None, forc
     Raises:
         UserError: The run cannot start. What can be known without reading a row is refused before the rows are read.
     """
+    check_start(recipe)
     wanted = SearchRequest(recipe, machine.ask, machine.node, None)
     worst = basis_of(recipe, None, machine.node, machine.terms)
     draft = draft_plan(wanted, worst, force)

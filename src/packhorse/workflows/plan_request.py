@@ -21,6 +21,7 @@ from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.layout import METRICS_FILE
 from packhorse.run_folder.metrics import read_metrics
+from packhorse.workflows.early_checks import check_start
 from packhorse.workflows.model_shape import Unknown
 from packhorse.workflows.plan_basis import GpuTerms, basis_of, with_guess
 from packhorse.workflows.prepared_data import facts_of, manifest_if_prepared
@@ -73,8 +74,9 @@ def plan_request(recipe: Recipe, ask: DeviceRequest, terms: GpuTerms) -> PlanReq
         terms: Statements of the user about the GPUs.
 
     Raises:
-        UserError: The template writes the current date; or see `plan_basis.basis_of`.
+        UserError: The template writes the current date; or see `early_checks.check_start` and `plan_basis.basis_of`.
     """
+    check_start(recipe)
     manifest, here = manifest_if_prepared(recipe), detect_hardware()
     if manifest is None:
         refuse_clock(recipe)

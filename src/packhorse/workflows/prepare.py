@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packhorse.data.data_manifest import DataManifest
+from packhorse.data.data_manifest import DataManifest, read_data_manifest
 from packhorse.errors import UserError
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.search.candidates import SearchRequest
@@ -21,7 +21,7 @@ from packhorse.run_folder.layout import DATA_FILE, RECIPE_FILE, SITE_RECORD
 from packhorse.run_folder.status import Status, write_status
 from packhorse.workflows.plan_basis import GpuTerms, basis_of, room_on_disk
 from packhorse.workflows.plan_request import fitting_plan
-from packhorse.workflows.prepared_data import facts_of
+from packhorse.workflows.prepared_data import facts_of, require_same_rows
 
 if TYPE_CHECKING:
     from packhorse.data.prepare import PreparedData
@@ -61,8 +61,11 @@ def prepare_run(run: str, prepare: Prepare = manifest_of_prepared) -> None:
 
     Raises:
         UserError: The rows cannot be prepared, or the run does not fit its GPUs; a waiting run is then marked failed.
+            Or the rows are not those that the run began with.
     """
     plan = open_run(run)
+    if plan.data is not None and read_data_manifest(Path(plan.data.folder)) is None:
+        require_same_rows(plan)
     try:
         manifest = prepare(plan.recipe)
         if plan.data is None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from packhorse.data.content_key import find_prepared
+from packhorse.data.content_key import content_key, find_prepared, source_hash
 from packhorse.data.data_manifest import DataManifest, read_data_manifest, require_sizes
-from packhorse.data.resolve import data_root
+from packhorse.data.resolve import data_root, source_name
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.jobs import require_prepared_data
+from packhorse.run_folder.layout import DATA_FILE, RECIPE_FILE
 
 
 def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
@@ -67,8 +69,41 @@ def require_manifest(plan: RunPlan) -> DataManifest:
     if manifest is not None:
         require_sizes(Path(plan.data.folder), manifest)
         return manifest
+    require_same_rows(plan)
     raise UserError(
         f"the prepared data of this run, {plan.data.folder}, is gone.",
         "packs and held-out rows are read from that folder.",
-        f"prepare it again: packhorse prepare {relative(plan.run_folder)}/recipe.yaml",
+        f"prepare it again: packhorse prepare {relative(plan.run_folder)}",
     )
+
+
+def require_same_rows(plan: RunPlan) -> None:
+    """Refuse to prepare the data of a run again from other rows than it was started with.
+
+    Raises:
+        UserError: A source, the tokenizer or the template has changed, or is missing.
+    """
+    assert plan.data is not None
+    recipe, key = plan.recipe, content_key(plan.recipe)
+    if key == plan.data.content_hash:
+        return
+    folder = Path(plan.run_folder)
+    changed = ", ".join(_changed_sources(recipe, folder / DATA_FILE)) or "the tokenizer, the template or this version"
+    name = relative(folder)
+    raise UserError(
+        f"{name} began with the data {plan.data.content_hash}, and its recipe now gives {key}; changed: {changed}.",
+        "a run resumes with the rows that it began with, and its prepared data is gone.",
+        f"restore the earlier file and run `packhorse prepare {name}`; or train on the rows of today as a new run: "
+        f"`packhorse train {name}/{RECIPE_FILE} name={recipe.name}-2`.",
+    )
+
+
+def _changed_sources(recipe: Recipe, record: Path) -> Iterator[str]:
+    """Yield the sources whose content is not what the run's copy of data.json records."""
+    if not record.is_file():
+        return
+    before = {each.path: each.sha256 for each in DataManifest.model_validate_json(record.read_bytes()).sources}
+    for source in (*recipe.data.sources, *recipe.data.validation, *recipe.data.retain):
+        name = source_name(source)
+        if before.get(name, "") != source_hash(source, recipe):
+            yield name

@@ -16,13 +16,16 @@ from packhorse.launching.preflight import check_disk, check_resumable
 from packhorse.launching.slurm.job_reports import jobs_of_runs, read_ends, report_jobs
 from packhorse.launching.slurm.jobs import resubmit, unfinished_jobs, with_states
 from packhorse.launching.slurm.submit import only_submission
+from packhorse.plan.make_plan import run_folder_of
 from packhorse.plan.replan import replan
 from packhorse.plan.run_plan import RunPlan, read_plan
 from packhorse.plan.topology import DeviceRequest, Hardware, check_machine, detect_hardware
+from packhorse.recipe.load import load_recipe
+from packhorse.recipe.shipped import find_recipe
 from packhorse.run_folder.attempts import newest_chain
-from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.folder import named_folder, open_run, relative
 from packhorse.run_folder.jobs import JobRecord, read_jobs
-from packhorse.run_folder.layout import CANCEL_FILE
+from packhorse.run_folder.layout import CANCEL_FILE, PLAN_FILE
 from packhorse.run_folder.status import Status, read_status
 from packhorse.run_folder.sweep import find_sweep
 from packhorse.workflows.model_shape import Unknown
@@ -67,6 +70,7 @@ def resume(
     Raises:
         UserError: There is no such run, it is running or finished, or Slurm refuses a job.
     """
+    _refuse_recipe(run)
     sweep = find_sweep(run)
     folder = sweep or Path(open_run(run).run_folder)
     submitted = [record for record in read_jobs(folder) if record.goes_on_from is None]
@@ -92,6 +96,22 @@ def resume(
     return ResumedJobs([(folder, record) for record in again])
 
 
+def _refuse_recipe(name: str) -> None:
+    """Refuse the name of a recipe, which is not the name of its run."""
+    if (named_folder(name) / PLAN_FILE).is_file() or not (Path(name).is_file() or find_recipe(name) is not None):
+        return
+    folder = run_folder_of(load_recipe(name))
+    command = f"packhorse resume {relative(folder)}"
+    if not (folder / PLAN_FILE).is_file():
+        command = f"packhorse train {name}"
+    raise UserError(
+        f"{name} is a recipe, and only a run can be resumed; its run folder is {relative(folder)}"
+        f"{'' if (folder / PLAN_FILE).is_file() else ', which does not exist yet'}.",
+        "the run folder holds the plan and the checkpoints from which a run resumes.",
+        f"run `{command}`.",
+    )
+
+
 def _refuse_job_of_hand(folder: Path) -> None:
     if newest_chain(folder):
         raise UserError(
@@ -115,6 +135,7 @@ def resume_here(
     Raises:
         UserError: There is no such run, it is running or finished, or it cannot resume on this machine.
     """
+    _refuse_recipe(run)
     before = open_run(run)
     return launch_here(lambda: _plan_here(before, overrides, gpus, force), before, restarts, reporter)
 

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from packhorse.errors import Mistake
 from packhorse.yaml_source.nodes import KeyPath, Node, child_of, dotted, kind_of, node_at, parse_scalar, plain, show
-from packhorse.yaml_source.schema import NAME_WORDS, SchemaView, choices_of, fields_of, join_words
+from packhorse.yaml_source.schema import NAME_WORDS, JsonSchema, SchemaView, choices_of, fields_of, join_words
 
 RULE = "packhorse_rule"
 CLOSE_KEY, CLOSE_VALUE = 0.8, 0.75
@@ -169,7 +169,9 @@ class _Explain:
             (path,),
             f"{dotted(path)} is {show(node)}{note}; it takes {takes}.",
             self._purpose(path),
-            self.view.fix_for_value(path, node) or _fix_value(dotted(path), node, takes, choices_of(schema)),
+            self.view.fix_for_value(path, node)
+            or _nearest_number(dotted(path), node, schema)
+            or _fix_value(dotted(path), node, takes, choices_of(schema)),
         )
 
     def _purpose(self, path: KeyPath) -> str:
@@ -178,6 +180,18 @@ class _Explain:
         if about:
             return f"its meaning: {about}"
         return self._purpose(path[:-1]) if len(path) > 1 else "the command uses this value."
+
+
+def _nearest_number(key: str, node: Node, schema: JsonSchema) -> str | None:
+    """Return the fix for a whole number outside its bounds: the bound that it misses."""
+    value = node.value
+    branches = schema.get("anyOf", [schema])
+    whole = next((branch for branch in branches if branch.get("type") == "integer"), None)
+    if whole is None or not isinstance(value, int) or isinstance(value, bool):
+        return None
+    low = whole["exclusiveMinimum"] + 1 if "exclusiveMinimum" in whole else whole.get("minimum", value)
+    nearest = max(value, low)
+    return f"write `{key}: {min(nearest, whole.get('maximum', nearest))}`"
 
 
 def _fix_value(key: str, node: Node, takes: str, choices: list[str]) -> str:

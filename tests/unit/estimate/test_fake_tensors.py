@@ -25,7 +25,7 @@ from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.methods import FullMethod, LoraMethod
 from packhorse.recipe.schema import Recipe
-from packhorse.workflows.model_shape import Unknown, known_shape
+from packhorse.workflows.model_shape import known_shape
 
 # Of peft, bitsandbytes and DeepSpeed, about names that torch has changed.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -205,17 +205,15 @@ def test_all_experts_are_in_memory_and_active_ones_in_flops() -> None:
     assert count_shape(built(fields), FullMethod()) == count_shape(built(more), FullMethod())
 
 
-def test_what_training_refuses_is_refused_and_what_cannot_be_run_is_not_known() -> None:
+def test_what_training_refuses_is_refused_before_it() -> None:
     with pytest.raises(UserError, match="does not hand keywords down"):
         built(configuration("stablelm", {}))
     with pytest.raises(UserError, match="mixture of experts"):
         known_shape(recipe_of(configuration("deepseek_v3", OTHERS["deepseek_v3"]), "lora"), None)
-    own = known_shape(recipe_of(configuration("bloom", {}), "full"), None)
-    assert isinstance(own, Unknown)
-    assert "does not run its attention through transformers' interface" in own.reason
-    unheard = known_shape(recipe_of({"model_type": "nonsense", "vocab_size": 64}, "full"), None)
-    assert isinstance(unheard, Unknown)
-    assert "which transformers does not know" in unheard.reason
+    with pytest.raises(UserError, match="no layer of a bloom model runs its attention through transformers' interface"):
+        known_shape(recipe_of(configuration("bloom", {}), "full"), None)
+    with pytest.raises(UserError, match="model_type nonsense, and transformers .* has no causal language model"):
+        known_shape(recipe_of({"model_type": "nonsense", "vocab_size": 64}, "full"), None)
 
 
 def test_dropout_of_attention_is_refused_where_the_kernel_has_none() -> None:

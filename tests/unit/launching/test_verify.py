@@ -38,7 +38,7 @@ def test_data_is_sound_damaged_old_or_gone(data: Path, capsys: pytest.CaptureFix
     assert main(["verify", "runs/tiny"]) == 1
     output = capsys.readouterr().out
     assert "damaged\n  validation/rows.jsonl has other content than was written (sha256)." in output
-    assert "packhorse prepare runs/tiny/recipe.yaml" in output
+    assert "packhorse prepare runs/tiny\n" in output
     rows.write_bytes(content)
 
     manifest = read_data_manifest(data)

@@ -72,7 +72,7 @@ def test_patterns_that_choose_wrongly_are_refused(method: PartialMethod, message
 
 
 ADAPTER_MISTAKES: dict[str, tuple[Method, bool, str]] = {
-    "target-nowhere": (LoraMethod(target=["c_attn"]), False, "names no module of this model"),
+    "target-nowhere": (LoraMethod(target=["c_attn"]), False, "method.target has c_attn, which gets no"),
     "one-target-nowhere": (LoraMethod(target=["q_proj", "c_attn"]), False, "method.target has c_attn, which gets no"),
     "head": (LoraMethod(target=["lm_head"]), False, "method.target names lm_head, the output head"),
     "whole-module-nowhere": (LoraMethod(train_also=["lm_haed"]), False, "lm_haed, which is no module.*\n.*\n.*lm_head"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -16,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.cli.show.parameters import parameter_lines
 from packhorse.data.resolve import vocabulary_size
+from packhorse.model.parameters import names_of_model
 from packhorse.model_spec.configuration import find_configuration, published
+from packhorse.model_spec.method_names import names_of_parameters
 from packhorse.model_spec.parameters import FAMILIES, list_parameters, read_shape
-from packhorse.model_spec.trainable import ParameterCounts, count_shape
+from packhorse.model_spec.trainable import IA3_TARGETS, ParameterCounts, count_shape
 from packhorse.quickstart.files import VOCABULARY_SIZE
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.methods import (
@@ -119,6 +122,25 @@ def on_meta(fields: Mapping[str, Any]) -> nn.Module:
 
 def small(family: str) -> dict[str, Any]:
     return {"model_type": family, **SMALL, **MORE.get(family, {})}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_names_known_without_a_model_are_those_of_its_modules(family: str, tied: bool) -> None:
+    fields = {**small(family), "tie_word_embeddings": tied}
+    shape = read_shape(fields)
+    assert shape is not None
+    known = names_of_parameters(family, list_parameters(shape), shape.names, shape.tied, shape.layers)
+    loaded = names_of_model(on_meta(fields))
+    assert set(known.linear) == set(loaded.linear)
+    # Modules without parameters, such as activations, can neither be trained nor adapted.
+    assert set(known.modules) <= set(loaded.modules)
+    for name in ("family", "embedding", "head", "tied", "weights", "experts", "layers", "num_layers"):
+        assert getattr(known, name) == getattr(loaded, name), name
+
+
+def test_peft_names_targets_of_ia3_for_the_families_of_the_table_and_no_others() -> None:
+    assert IA3_TARGETS.keys() == KNOWN.keys() & FAMILIES.keys()
 
 
 def sizes(model: nn.Module) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from tiny import TINY, write_tiny
 
 
 def planned(folder: Path, sequence: int, heads: int, **sections: Any) -> RunPlan:
-    config = {**TINY["model"]["config"], "num_attention_heads": heads, "num_key_value_heads": 1}
+    config = {**TINY["model"]["config"], "hidden_size": 48, "num_attention_heads": heads, "num_key_value_heads": 1}
     parallel = {"sequence": sequence, "engine": "fsdp2"}
     path = write_tiny(folder, model={**TINY["model"], "config": config}, parallel=parallel, **sections)
     return make_plan(load_recipe(str(path), []), DeviceRequest(gpus=8), Hardware(num_cores=2, gpus=()), None)

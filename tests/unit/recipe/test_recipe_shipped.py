@@ -141,13 +141,13 @@ TRICKY = st.sampled_from(["1e-4", "off", "1_000", "null", "~", "", " x ", "a: b"
 def test_any_recipe_is_written_and_read_back_equal(write, config, text):
     recipe = Recipe.model_validate({
         "name": "x",
-        "model": {"config": {"model_type": "llama", **config}, "tokenizer": "t"},
+        "model": {"config": {"model_type": "llama", "rope_parameters": config}, "tokenizer": "t"},
         "method": "full",
         "data": {"sources": [{"path": "rows.jsonl"}], "split": {"stratify": [text]}},
         "optimizer": {"learning_rate": 1e-5},
         "steps": 3,
     })  # fmt: skip
-    if not isinstance(recipe.model.config["model_type"], str) or "${" in str(config):
+    if "${" in str(config):
         return
     assert load_recipe(write(dump_recipe(recipe))) == recipe
 

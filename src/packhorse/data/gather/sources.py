@@ -9,11 +9,10 @@ from pathlib import Path
 
 from packhorse.data.read.arrow_rows import ROWS_AT_ONCE, read_arrow, read_parquet, rows_of_batches
 from packhorse.data.read.arrow_values import RemovedNulls
-from packhorse.data.read.json_array import no_keys, read_json
-from packhorse.data.read.json_rows import read_jsonl
+from packhorse.data.read.json_array import no_keys, read_json, read_lines_or_array
 from packhorse.data.read.listing import form_of
 from packhorse.data.read.row import Row, RowMistakes
-from packhorse.data.read.table_rows import read_table
+from packhorse.data.read.table_rows import find_delimiter, read_table
 from packhorse.data.resolve import source_files, source_name
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
@@ -65,10 +64,11 @@ def _read_file(path: Path, source: Source, mistakes: RowMistakes, removed: Remov
     if source.key is not None:
         raise no_keys(f"{path}, which is a {form} file", source.key)
     if form in (".csv", ".tsv"):
-        return read_table(path, "," if form == ".csv" else "\t", not _by_number(source), mistakes)
+        delimiter = source.delimiter or find_delimiter(path, "," if form == ".csv" else "\t")
+        return read_table(path, delimiter, not _by_number(source), mistakes)
     if form in (".parquet", ".arrow"):
         return (read_parquet if form == ".parquet" else read_arrow)(path, mistakes, removed)
-    return read_jsonl(path, mistakes)
+    return read_lines_or_array(path, mistakes)
 
 
 def _by_number(source: Source) -> bool:

@@ -12,14 +12,27 @@ from typing import Any, Final, NoReturn
 
 from packhorse.data.read.json_rows import check, not_an_object, read_jsonl, scan
 from packhorse.data.read.row import Row, RowMistakes, broken_row, shown
-from packhorse.data.read.streams import LARGEST_ROW_BYTES, pieces, too_long
+from packhorse.data.read.streams import LARGEST_ROW_BYTES, line_blocks, pieces, too_long
 from packhorse.errors import Mistake, UserError
 
 LINE_FEED: Final = b"\n"
 SPACES: Final = re.compile(r"[ \t\r\n]*")
 ONE_ROW_PER_LINE: Final = re.compile(r"\{[^\n]*\}[ \t\r]*\n[ \t\r\n]*\{")
+ARRAY: Final = re.compile(rb"\s*\[\s*\{")
+LISTS_ON_LINES: Final = re.compile(rb"\s*\[[^\n]*\][ \t\r]*\n\s*\[")
 LONGEST_TOKEN: Final = 16
 """Characters of `-Infinity`, an escaped pair and the like: an error closer to the end may come from a cut-off piece."""
+
+
+def read_lines_or_array(path: Path, mistakes: RowMistakes) -> Iterator[Row]:
+    """Yield the rows of a `.jsonl`: one object per line, or the objects of an array that was saved under that name.
+
+    Raises:
+        UserError: The file cannot be read to its end.
+    """
+    _, begin = next(line_blocks(path), (1, b""))
+    is_array = ARRAY.match(begin) is not None and LISTS_ON_LINES.match(begin) is None
+    yield from read_json(path, mistakes) if is_array else read_jsonl(path, mistakes)
 
 
 def read_json(path: Path, mistakes: RowMistakes, key: str | None = None) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,25 +19,40 @@ from packhorse.errors import UserError
 PIECE_BYTES: Final = 1 << 18
 LARGEST_ROW_BYTES: Final = 1 << 28
 UTF8_MARK: Final = b"\xef\xbb\xbf"
-UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
+# Longest first: the mark of UTF-32 begins with that of UTF-16.
+OTHER_MARKS: Final = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 def pieces(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a text file in pieces of 256 KiB, without its byte order mark.
+    """Yield a text file in pieces of about 256 KiB of UTF-8, without its byte order mark.
+
+    A mark of UTF-16 or UTF-32, as Windows programs write it, decides the encoding; without one no byte changes.
 
     Raises:
-        UserError: The file cannot be read or decompressed to its end, or is UTF-16.
+        UserError: The file cannot be read, decompressed or decoded to its end.
     """
-    num_bytes = 0
+    num_bytes, decoder = 0, None
     try:
         with closing(_open(path)) as stream:
             while piece := stream.read(PIECE_BYTES):
                 if num_bytes == 0:
-                    _refuse_utf16(piece, path)
-                    yield piece.removeprefix(UTF8_MARK)
-                else:
-                    yield piece
+                    decoder = _decoder(piece)
+                    piece = piece if decoder is not None else piece.removeprefix(UTF8_MARK)
                 num_bytes += len(piece)
+                yield piece if decoder is None else decoder.decode(piece).encode()
+            if decoder is not None:
+                decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        raise UserError(
+            f"{path} begins with the mark of UTF-16 or UTF-32, and cannot be decoded after {num_bytes} bytes: {error}.",
+            WHOLE_ROW,
+            "save the file again as UTF-8.",
+        ) from error
     except OSError as error:
         raise _torn(path, num_bytes, error) from error
 
@@ -104,13 +120,10 @@ def _open(path: Path) -> IO[bytes]:
     return decompressing
 
 
-def _refuse_utf16(piece: bytes, path: Path) -> None:
-    if piece.startswith(UTF16_MARKS):
-        raise UserError(
-            f"{path} begins with the byte order mark of UTF-16.",
-            "rows are read as UTF-8, and this is not UTF-8.",
-            "save the file again as UTF-8.",
-        )
+def _decoder(begin: bytes) -> codecs.IncrementalDecoder | None:
+    """Return the decoder for the byte order mark at the beginning of a file; None for UTF-8."""
+    name = next((name for mark, name in OTHER_MARKS.items() if begin.startswith(mark)), None)
+    return None if name is None else codecs.getincrementaldecoder(name)()
 
 
 def _torn(path: Path, num_bytes: int, error: OSError) -> UserError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from packhorse.data.read.listing import form_of
 from packhorse.data.read.row import WHOLE_ROW, Row, RowMistakes, broken_row, shown
 from packhorse.data.read.streams import LARGEST_ROW_BYTES, line_blocks
 from packhorse.errors import Mistake, UserError
@@ -14,6 +16,31 @@ from packhorse.errors import Mistake, UserError
 LONGEST_NAME: Final = 100
 """Characters of a column's name; a longer one is a value of a row."""
 LINES_SHOWN: Final = 5
+DELIMITERS: Final = (",", ";", "\t", "|")
+SAMPLE_ROWS: Final = 20
+
+
+def find_delimiter(path: Path, usual: str) -> str:
+    """Return the character that separates cells: the usual one, unless only another one divides the first rows equally.
+
+    Where the comma is the decimal sign, Excel writes a .csv with semicolons.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    _, block = next(line_blocks(path), (1, b""))
+    lines = block.decode(errors="replace").split("\n")
+    found = (each for each in (usual, *DELIMITERS) if _divides_equally(lines, each))
+    return next(found, usual)
+
+
+def _divides_equally(lines: list[str], delimiter: str) -> bool:
+    rows = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
+    try:
+        widths = {len(cells) for cells in islice(filter(None, rows), SAMPLE_ROWS)}
+    except csv.Error:
+        return False
+    return len(widths) == 1 and min(widths) > 1
 
 
 def read_table(path: Path, delimiter: str, has_header: bool, mistakes: RowMistakes) -> Iterator[Row]:
@@ -28,7 +55,7 @@ def read_table(path: Path, delimiter: str, has_header: bool, mistakes: RowMistak
     csv.field_size_limit(LARGEST_ROW_BYTES)
     lines = _Lines(path)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    names = _header(lines, reader, delimiter) if has_header else None
+    names = _header(lines, reader) if has_header else None
     name = str(path)
     while True:
         start = lines.begin_row()
@@ -101,7 +128,7 @@ def _split(path: Path) -> Iterator[bytes]:
             yield line + b"\n"
 
 
-def _header(lines: _Lines, reader: Iterator[list[str]], delimiter: str) -> list[str]:
+def _header(lines: _Lines, reader: Iterator[list[str]]) -> list[str]:
     lines.begin_row()
     try:
         names = next((cells for cells in reader if cells), [])
@@ -115,7 +142,7 @@ def _header(lines: _Lines, reader: Iterator[list[str]], delimiter: str) -> list[
     if odd is not None:
         raise UserError(
             f"the first line has a column named {shown(odd)}, which looks like a value of a row.",
-            f"the first line of a .{'csv' if delimiter == ',' else 'tsv'} file has the names of the columns.",
+            f"the first line of a {form_of(lines.path)[0]} file has the names of the columns.",
             f"add a line of names at the top; if the file has no names, {by_number} in data.sources[].",
             f"{lines.path}:1",
         )
@@ -152,6 +179,7 @@ def _uneven(where: str, cells: list[str], names: list[str], row: str) -> Mistake
         f"the row has {len(cells)} cells and the first line {len(names)} ({shown(', '.join(names))}); "
         f"it begins {shown(row)}",
         WHOLE_ROW,
-        "put cells that hold delimiters or line breaks in double quotes.",
+        "put cells that hold delimiters or line breaks in double quotes; if another character separates the cells, set "
+        'data.sources[].delimiter, e.g. delimiter: ";".',
         where,
     )

@@ -39,6 +39,7 @@ from packhorse.model_spec.measured_model import (
     PassFormats,
 )
 from packhorse.model_spec.parameters import Shape
+from packhorse.model_spec.supported import own_attention
 from packhorse.recipe.methods import LoraMethod, Method, PromptTuningMethod
 
 DOCUMENT_TOKENS = (64, 128)
@@ -123,7 +124,7 @@ def _library_errors(fields: Mapping[str, Any]) -> Iterator[None]:
     except Exception as error:
         kind = fields.get("model_type")
         if isinstance(error, KeyError) and error.args == (f"packhorse_{KERNEL}",):
-            raise NotMeasuredError(_own_attention(kind, 0)) from error
+            raise own_attention(str(kind)) from error
         first = (str(error).strip().splitlines() or [""])[0]
         raise NotMeasuredError(
             f"a {kind} model cannot be built or run without its weights ({type(error).__name__}: {first})"
@@ -288,6 +289,8 @@ def _shape(fields: Mapping[str, Any], model: Any, recorder: PassRecorder) -> Sha
     names, calls = _names(model), recorder.attended
     layers = len(recorder.inputs)
     without = [index for index in range(layers) if index not in calls]
+    if not calls:
+        raise own_attention(str(fields["model_type"]))
     if without:
         raise NotMeasuredError(_own_attention(fields["model_type"], without[0]))
     parameters = tuple(_parameters(model))

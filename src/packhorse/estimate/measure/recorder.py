@@ -26,8 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from packhorse.model.attention import Documents, refuse_dropout
+from packhorse.model.attention import Documents
 from packhorse.model_spec.measured_model import PassFormats
+from packhorse.model_spec.supported import refuse_dropout
 
 _recorder: ContextVar[PassRecorder] = ContextVar("recorder")
 COMPUTE: Final = {4: torch.float32, 2: torch.bfloat16}

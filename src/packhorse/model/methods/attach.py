@@ -1,7 +1,7 @@
 """Applies any method to a model: freezes what it does not train, and adds what it trains.
 
 full           every weight
-partial        some of the weights (partial.py)
+partial        some of the weights
 lora, qlora    low-rank adapters (lora.py)
 ia3            factors on channels (ia3.py)
 prompt_tuning, prefix_tuning
@@ -18,7 +18,8 @@ from typing import Final
 import torch
 from torch import nn
 
-from packhorse.model.methods.partial import freeze_others
+from packhorse.model.parameters import names_of_model
+from packhorse.model_spec.method_names import chosen_weights
 from packhorse.recipe.methods import FullMethod, LoraMethod, Method, PartialMethod
 
 # Imported by name when needed: peft takes six CPU seconds to import, which full fine-tuning never needs.
@@ -72,7 +73,9 @@ def attach(model: nn.Module, method: Method, start: Start, autocast: bool = Fals
     if isinstance(method, FullMethod):
         return model
     if isinstance(method, PartialMethod):
-        freeze_others(model, method)
+        chosen = chosen_weights(method, names_of_model(model))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
         return model
     module = import_module(f"{PACKAGE}.{ADAPTERS[method.kind]}")
     adapted: nn.Module = module.attach(model, method, start)

@@ -16,10 +16,17 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from packhorse.errors import UserError
 from packhorse.model.methods.attach import Start
-from packhorse.model.parameters import closest, module_names
-from packhorse.model.sharded import true_shape
+from packhorse.model.parameters import names_of_model
+from packhorse.model_spec.method_names import (
+    ModelNames,
+    check_method,
+    is_named,
+    linear_targets,
+    no_adapter,
+    trains_tied,
+)
+from packhorse.model_spec.stored_weights import require_safetensors
 from packhorse.recipe.methods import AdapterMethod, LoraMethod, QloraMethod
 
 ADAPTER: Final = "default"
@@ -33,7 +40,6 @@ INITIALIZATIONS: Final[Mapping[str, bool | str]] = {
     "loftq": True,
 }
 DRAWN: Final = ("default", "gaussian", "orthogonal", "loftq")
-EXPERT_NAMES: Final = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 CHANGES_BASE: Final = ("olora", "pissa")
 
 
@@ -43,36 +49,26 @@ def attach(model: Any, method: LoraMethod | QloraMethod, start: Start) -> nn.Mod
     Raises:
         UserError: `target`, `train_also` or `experts` names modules that this model lacks, or that cannot be trained.
     """
-    _refuse_output_head(model, method)
-    tied = _check_train_also(model, method)
-    experts = _expert_weights(model)
+    names = names_of_model(model)
+    check_method(method, names)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=method.rank,
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,
-        target_modules=_targets(model, method) if experts else method.target,
-        target_parameters=_adapted_experts(experts, method),
+        # For a mixture of experts peft takes all-linear as experts and router.
+        target_modules=sorted(linear_targets(method, names)) if names.experts else method.target,
+        target_parameters=list(names.experts) if method.experts else None,
         use_rslora=method.rank_stabilized,
         use_dora=method.dora,
         init_lora_weights=INITIALIZATIONS[method.initialization],
         modules_to_save=list(method.train_also) or None,
-        trainable_token_indices=_token_rows(model, method, start.new_token_ids),
-        ensure_weight_tying=tied,
+        trainable_token_indices=_token_rows(names, method, start.new_token_ids),
+        ensure_weight_tying=trains_tied(method, names),
     )
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    try:
-        adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
-    except ValueError as error:
-        if "not found in the base model" not in str(error):
-            raise
-        linear = sorted({name.rsplit(".", 1)[-1] for name in module_names(model, nn.Linear)})
-        raise UserError(
-            f"method.target {method.target} names no module of this model.",
-            "an adapter without a module trains nothing.",
-            f"set method.target to all-linear, or to some of {', '.join(linear)}.",
-        ) from error
-    _refuse_missed_targets(adapted, method)
+    adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    _refuse_missed_targets(adapted, method, names)
     if method.initialization in CHANGES_BASE:
         # The start was subtracted from the base; it is kept on the host to write an adapter for the unchanged base.
         adapted.initial_adapter = _adapter_weights(adapted)
@@ -169,136 +165,23 @@ def _adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _refuse_output_head(model: Any, method: LoraMethod) -> None:  # noqa: ANN401
-    head = model.get_output_embeddings()
-    name = next((name for name, part in model.named_modules() if part is head), "lm_head").rsplit(".", 1)[-1]
-    if isinstance(method.target, list) and name in method.target:
-        raise UserError(
-            f"method.target names {name}, the output head.",
-            "the head computes the loss itself, in chunks, and an adapter on it would be ignored.",
-            f"take {name} out of method.target; method.train_also: [{name}] trains it whole.",
-        )
-
-
-def _refuse_missed_targets(model: nn.Module, method: LoraMethod) -> None:
+def _refuse_missed_targets(model: nn.Module, method: LoraMethod, names: ModelNames) -> None:
     if isinstance(method.target, str):
         return
     adapted = [name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     for target in method.target:
         if not any(name.endswith(f".{target}") for name in adapted):
-            raise UserError(
-                f"method.target has {target}, which gets no adapter in this model.",
-                "it would stay unchanged, although the recipe says that it is adapted.",
-                f"take {target} out of method.target; the nearest names are {closest(target, module_names(model))}.",
-            )
+            raise no_adapter(target, method.target, names.linear)
 
 
-def _expert_weights(model: nn.Module) -> list[str]:
-    """Return the names of fused experts' weights [experts, out, in], which are parameters and not linear modules."""
-    return sorted(
-        {
-            ".".join(name.split(".")[-2:])
-            for name, parameter in model.named_parameters()
-            if len(true_shape(parameter)) == 3 and ".experts." in name
-        }
-    )
-
-
-def _adapted_experts(experts: list[str], method: LoraMethod) -> list[str] | None:
-    if not method.experts:
-        return None
-    if not experts:
-        raise UserError(
-            "method.experts is true, and this model has no fused expert weights.",
-            "it puts adapters on these weights.",
-            "remove method.experts: method.target reaches the linear layers of all other models.",
-        )
-    return experts
-
-
-def _targets(model: Any, method: LoraMethod) -> list[str]:  # noqa: ANN401
-    """Return the names of linear modules of a mixture of experts in a form that peft reads correctly.
-
-    For such models peft takes all-linear, and the names that experts had before they were fused, as experts and router.
-    """
-    head = model.get_output_embeddings()
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and part is not head
-    }
-    targets = linear if method.target == "all-linear" else set(method.target)
-    mistaken = sorted(targets & EXPERT_NAMES)
-    if mistaken:
-        raise UserError(
-            f"method.target covers {', '.join(mistaken)}, and this model is a mixture of experts.",
-            "peft takes these names for the fused experts, and does not adapt linear modules with these names.",
-            f"set method.target to {sorted(linear - EXPERT_NAMES)}; method.experts: true adapts the experts.",
-        )
-    return sorted(targets)
-
-
-def _check_train_also(model: Any, method: LoraMethod) -> bool:  # noqa: ANN401
-    """Refuse names that cannot be trained whole; return whether tied modules are among them."""
-    names = module_names(model)
-    for wanted in method.train_also:
-        matches = [name for name in names if _is_named(name, [wanted])]
-        if not matches:
-            raise UserError(
-                f"method.train_also has {wanted}, which is no module of this model.",
-                "peft would silently ignore it.",
-                f"the nearest names are {closest(wanted, names)}.",
-            )
-        weights = [(name, weight) for name in matches for weight in model.get_submodule(name).parameters()]
-        quantized = [name for name, weight in weights if _is_quantized(weight)]
-        if quantized:
-            raise UserError(
-                f"method.train_also has {wanted}, whose weights are quantised ({quantized[0]}).",
-                "weights in few bits have no gradient.",
-                f"take {wanted} out of method.train_also: method.target gives it an adapter.",
-            )
-    if not model.config.get_text_config().tie_word_embeddings:
-        return False
-    ends = [_name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())]
-    named = [_is_named(name, method.train_also) for name in ends]
-    if any(named) and not all(named):
-        other = ends[named.index(False)].rsplit(".", 1)[-1]
-        raise UserError(
-            f"method.train_also names {ends[named.index(True)]}, which this model ties to {ends[named.index(False)]}.",
-            "they are one tensor, so both train or neither does.",
-            f"add {other} to method.train_also too, or remove both.",
-        )
-    return all(named)
-
-
-def _is_quantized(weight: nn.Parameter) -> bool:
-    return hasattr(weight, "quant_state") or weight.dtype == torch.int8
-
-
-def _is_named(name: str, wanted: list[str]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in wanted)
-
-
-def _token_rows(model: Any, method: LoraMethod, ids: tuple[int, ...]) -> dict[str, list[int]] | None:  # noqa: ANN401
+def _token_rows(names: ModelNames, method: LoraMethod, ids: tuple[int, ...]) -> dict[str, list[int]] | None:
     """Return the trained rows of embedding and output head by module, unless the module is trained whole."""
-    ends = [_name_of(model, model.get_input_embeddings())]
-    if not model.config.get_text_config().tie_word_embeddings:  # peft handles tied ones
-        ends.append(_name_of(model, model.get_output_embeddings()))
-    rows = {name: list(ids) for name in ends if not _is_named(name, method.train_also)}
+    ends = [names.embedding] if names.tied else [names.embedding, names.head]  # peft handles tied ones
+    rows = {name: list(ids) for name in ends if not is_named(name, method.train_also)}
     return rows if ids and rows else None
-
-
-def _name_of(model: nn.Module, part: nn.Module) -> str:
-    match: str = next(name for name, module in model.named_modules() if module is part)
-    return match
 
 
 def _start_from_quantization_error(model: Any, start: Start) -> None:  # noqa: ANN401
     """Set the adapters to the quantisation error (LoftQ, Li et al. 2023, arXiv 2310.08659)."""
-    if start.source is None or not any(start.source.glob("*.safetensors")):
-        raise UserError(
-            f"method.initialization is loftq, and {start.source} holds no .safetensors file.",
-            "it compares the quantised weights with those on disk.",
-            "set model.path to a local folder with safetensors files, or method.initialization: default.",
-        )
+    require_safetensors(start.source)
     replace_lora_weights_loftq(model, str(start.source))

@@ -136,6 +136,13 @@ def _source_rules(source: Source, path: KeyPath) -> Iterator[Finding]:
             "each of the two sets how many of its rows are used.",
             "keep one of them",
         )
+    if source.delimiter is not None and (len(source.delimiter) != 1 or source.delimiter in '"\r\n'):
+        yield Finding(
+            ((*path, "delimiter"),),
+            f"{name}.delimiter is {source.delimiter!a}.",
+            "one character separates the cells of a table, and quotes and line breaks have another meaning.",
+            f'set {name}.delimiter to ";", or remove it: it is then found from the first rows',
+        )
     both: tuple[KeyPath, ...] = ((*path, "path"), (*path, "id"))
     if (source.path is None) == (source.id is None):
         fact = "gives neither path nor id." if source.path is None else "gives path and id at once."

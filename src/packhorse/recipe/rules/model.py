@@ -14,6 +14,7 @@ from packhorse.recipe.methods import (
     PromptTuningMethod,
     QloraMethod,
 )
+from packhorse.recipe.rules.fresh_model import fresh_model_rules
 from packhorse.recipe.schema import ModelSection, ParallelSection, Recipe
 from packhorse.yaml_source.findings import Finding
 from packhorse.yaml_source.nodes import KeyPath
@@ -25,7 +26,7 @@ CHANGES_BASE = ("pissa", "olora")
 def model_rules(recipe: Recipe) -> Iterator[Finding]:
     """Yield the rules on `model`, `method` and `parallel.sequence` that the recipe breaks."""
     yield from _start_rules(recipe.model)
-    yield from _fresh_model_rules(recipe)
+    yield from fresh_model_rules(recipe)
     yield from _method_rules(recipe)
     yield from _new_token_rules(recipe)
     yield from _dtype_rules(recipe)
@@ -56,33 +57,6 @@ def _start_rules(model: ModelSection) -> Iterator[Finding]:
             f"model.revision is {model.revision}, but there is no model.id.",
             "a revision is a commit of a model on the hub.",
             "remove model.revision, or give model.id",
-        )
-
-
-def _fresh_model_rules(recipe: Recipe) -> Iterator[Finding]:
-    config = recipe.model.config
-    if config is None:
-        return
-    if not isinstance(config.get("model_type"), str):
-        yield Finding(
-            (("model", "config"),),
-            "model.config has no model_type.",
-            "it selects the architecture that the other fields configure.",
-            "add model_type to model.config, e.g. model_type: llama",
-        )
-    if recipe.model.tokenizer is None:
-        yield Finding(
-            (("model", "tokenizer"),),
-            "model.config is given without model.tokenizer.",
-            "a fresh model comes without a tokenizer.",
-            "add model.tokenizer: a folder, a hub name, or builtin:tokenizer",
-        )
-    if not recipe.method.trains_base:
-        yield Finding(
-            (("method",), ("model", "config")),
-            f"method is {recipe.method.kind}, but model.config starts from random weights.",
-            "an adapter adjusts trained weights, and frozen random weights have learned nothing.",
-            "set method: full, or give model.id or model.path",
         )
 
 

@@ -180,7 +180,9 @@ def _length_rules(recipe: Recipe) -> Iterator[Finding]:
             (("schedule", "warmup_steps"), ("steps",)),
             f"schedule.warmup_steps is {schedule.warmup_steps}, of {steps} steps.",
             "the learning rate would never reach its peak.",
-            f"set schedule.warmup_steps below {steps}, or use schedule.warmup_ratio: 0.03",
+            f"set schedule.warmup_steps to {steps - 1} or less, or remove it: schedule.warmup_ratio then applies"
+            if steps > 1
+            else "remove schedule.warmup_steps",
         )
     if schedule.warmup_steps is None and schedule.warmup_ratio >= 1:
         yield Finding(
@@ -288,7 +290,7 @@ def _rewind_rules(recipe: Recipe) -> Iterator[Finding]:
             (("recovery", "on_spike"), ("checkpoint", "every_steps")),
             "recovery.on_spike is rewind, and checkpoint.every_steps is not given.",
             "each rewind would start again at step 0.",
-            "set checkpoint.every_steps, or recovery.on_spike to warn",
+            "set checkpoint.every_steps to 100, or recovery.on_spike to warn",
         )
     elif (checkpoint.keep_last - 1) * every < back - 1:
         yield Finding(

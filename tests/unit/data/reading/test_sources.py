@@ -9,6 +9,7 @@ from data_cases import write_lines
 from reading_cases import mistake_of, read, read_all
 
 from packhorse.data.gather.sources import read_rows
+from packhorse.data.read.streams import PIECE_BYTES
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 
@@ -60,13 +61,37 @@ def test_at_most_twenty_are_shown(tmp_path: Path) -> None:
         pytest.param("rows.txt", b"text", "ends in .txt.", id="extension"),
         pytest.param("rows.txt.gz", b"text", "ends in .gz.", id="packed extension"),
         pytest.param("rows", b"text", "ends in no extension.", id="no extension"),
-        pytest.param("rows.jsonl", "text".encode("utf-16"), "begins with the byte order mark of UTF-16", id="utf-16"),
+        pytest.param("rows.jsonl", "text".encode("utf-16")[:-1], "cannot be decoded after 9 bytes", id="utf-16"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, told: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     assert told in mistake_of(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_under_the_name_of_lines_is_read(tmp_path: Path, indent: int | None, encoding: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    text = json.dumps(ROWS, ensure_ascii=False, indent=indent)
+    mark = "\ufeff" if encoding.endswith("e") else ""
+    path.write_bytes((mark + text).encode(encoding))
+    assert [values for _, values in read(path)] == ROWS
+
+
+def test_a_list_on_each_line_is_no_array_of_rows(tmp_path: Path) -> None:
+    turns = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    path = write_lines(tmp_path / "rows.jsonl", turns, turns)
+    assert f"{path}:1: the row is not a JSON object but list" in mistake_of(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_lines_with_a_mark_of_another_encoding_are_read_across_pieces(tmp_path: Path, encoding: str) -> None:
+    path, rows = tmp_path / "rows.jsonl", [{"text": f"niño {number} 😀" * 20} for number in range(1500)]
+    path.write_bytes("\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(encoding))
+    assert path.stat().st_size > 2 * PIECE_BYTES
+    assert [values for _, values in read(path)] == rows
 
 
 def test_missing_file_names_the_closest(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,41 @@ def test_columns_by_number_mean_that_there_is_no_header(tmp_path: Path) -> None:
 def test_columns_by_name_keep_the_header(tmp_path: Path) -> None:
     path = table(tmp_path, b"q,a\nx,y\n")
     assert read(path, columns={"question": "q", "answer": "2"}) == [("rows.csv:2", {"q": "x", "a": "y"})]
+
+
+SPANISH = [("¿Cuánto es 1,5 + 1,5?", "3,0"), ("Hola, ¿qué tal?", "Bien; gracias"), ("uno\ndos", "«sí»")]
+
+
+def spreadsheet(delimiter: str, encoding: str = "utf-8-sig") -> bytes:
+    """What Excel saves: quotes where a cell holds the delimiter, a quote or a line break; CRLF."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter)
+    writer.writerows([("pregunta", "respuesta"), *SPANISH])
+    return text.getvalue().encode(encoding)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_the_delimiter_and_the_encoding_of_a_spreadsheet_are_found(
+    tmp_path: Path, name: str, delimiter: str, encoding: str
+) -> None:
+    rows, mistakes = read_all(table(tmp_path, spreadsheet(delimiter, encoding), name))
+    assert mistakes == []
+    assert [tuple(values.values()) for _, values in rows] == SPANISH
+    assert list(rows[0][1]) == ["pregunta", "respuesta"]
+
+
+def test_a_delimiter_is_not_guessed_from_the_text_of_one_column(tmp_path: Path) -> None:
+    path = table(tmp_path, b"text\none; two\nthree; four\n")
+    assert [values for _, values in read(path)] == [{"text": "one; two"}, {"text": "three; four"}]
+    commas = table(tmp_path, b"a;b,c\n1;2,3\n")
+    assert [values for _, values in read(commas)] == [{"a;b": "1;2", "c": "3"}]
+
+
+def test_a_given_delimiter_has_priority(tmp_path: Path) -> None:
+    path = table(tmp_path, b"a;b,c\n1;2,3\n")
+    assert [values for _, values in read(path, delimiter=";")] == [{"a": "1", "b,c": "2,3"}]
 
 
 @pytest.mark.parametrize(
