@@ -162,9 +162,10 @@ def test_rows_of_validation_among_those_of_training(make_recipe: MakeRecipe, tmp
     other = write_lines(tmp_path / "held-out.jsonl", *rows(10, 35))
     validation = {"validation": [{"path": str(other)}]}
     message = refusal(make_recipe(path, data=validation))
-    assert f"5 rows of data.sources are also in data.validation; the first is {path}:36." in message
-    prepared = prepare(make_recipe(path, data={**validation, "duplicates": {"exact": "drop"}}))
-    assert (losses(prepared), kept(prepared)) == ({"duplicate": 5}, {"train": 35, "validation": 10})
+    assert f"5 rows of data.sources are also in data.validation: 5 equal; the first: {path}:36 ({other}:1)" in message
+    split = {"train": 1.0, "validation": 0.0, "test": 0.0}
+    prepared = prepare(make_recipe(path, data={**validation, "split": split, "duplicates": {"leaks": "drop"}}))
+    assert (losses(prepared), kept(prepared)) == ({"leaked": 5}, {"train": 35, "validation": 10})
 
 
 def test_long_text_is_parted_without_losing_a_token(make_recipe: MakeRecipe, tmp_path: Path) -> None:
