@@ -148,6 +148,15 @@ def test_labels_are_answers_and_strata(tmp_path: Path) -> None:
     assert row["messages"][-1]["content"] == row["fields"]["label"]
 
 
+def test_questions_of_the_test_file_are_found_among_those_of_training(tmp_path: Path) -> None:
+    test, split = shared("data/banking77_test.csv"), {"train": 0.8, "validation": 0.2}
+    data = {"test": [{"path": str(test)}], "split": split, "duplicates": {"near": "ignore"}}
+    message = refusal(recipe_of(tmp_path / "runs", shared("data/banking77_train.csv"), GPT2, template="alpaca", **data))
+    # None is equal letter for letter; 7 differ by white space or case alone.
+    told = "25 rows of data.sources are also in data.test: 25 with the same prompt and answer; the first: "
+    assert told in message
+
+
 def test_csv_lines_are_exact() -> None:
     path = shared("data/banking77_train.csv")
     rows = list(read_rows(Source(path=str(path)), Path("runs")))
