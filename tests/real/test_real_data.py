@@ -126,6 +126,8 @@ def test_alpaca_rows_that_can_be_read(tmp_path: Path) -> None:
     path = good_rows(shared("data/alpaca_libre_v2.jsonl"), tmp_path)
     report = audit(recipe_of(tmp_path / "runs", path, MISTRAL))
     assert [(source.row_format, source.num_rows) for source in report.sources] == [("alpaca", 2280 - 51)]
+    labelled = Counter(json.loads(line)["status"] for line in path.read_bytes().splitlines())
+    assert report.cards[0].strata == {"status": labelled}
     shown = report.rows[0]
     row = json.loads(path.read_bytes().split(b"\n")[int(shown.where.rpartition(":")[2]) - 1])
     text, supervised = shown.pieces[-1]
