@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, SourceAudit, SplitAudit
-from packhorse.data.checks.scorecard import Sample, ScoreCard
+from packhorse.data.checks.counters import Sample
+from packhorse.data.checks.scorecard import ScoreCard
 from packhorse.data.ledger import Entry, Ledger
 
 START, END = "<|im_start|>", "<|im_end|>"

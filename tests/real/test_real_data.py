@@ -131,6 +131,8 @@ def test_alpaca_rows_that_can_be_read(tmp_path: Path) -> None:
     path = good_rows(shared("data/alpaca_libre_v2.jsonl"), tmp_path)
     report = audit(recipe_of(tmp_path / "runs", path, MISTRAL))
     assert [(source.row_format, source.num_rows) for source in report.sources] == [("alpaca", 2280 - 51)]
+    labelled = Counter(json.loads(line)["status"] for line in path.read_bytes().splitlines())
+    assert report.cards[0].strata == {"status": labelled}
     shown = report.rows[0]
     row = json.loads(path.read_bytes().split(b"\n")[int(shown.where.rpartition(":")[2]) - 1])
     text, supervised = shown.pieces[-1]
@@ -151,6 +153,15 @@ def test_labels_are_answers_and_strata(tmp_path: Path) -> None:
     assert abs(sum(held_out.values()) - 0.15 * 10003) < 10
     row = next(open_store(prepared.folder, "validation").rows())
     assert row["messages"][-1]["content"] == row["fields"]["label"]
+
+
+def test_questions_of_the_test_file_are_found_among_those_of_training(tmp_path: Path) -> None:
+    test, split = shared("data/banking77_test.csv"), {"train": 0.8, "validation": 0.2}
+    data = {"test": [{"path": str(test)}], "split": split, "duplicates": {"near": "ignore"}}
+    message = refusal(recipe_of(tmp_path / "runs", shared("data/banking77_train.csv"), GPT2, template="alpaca", **data))
+    # None is equal letter for letter; 7 differ by white space or case alone.
+    told = "25 rows of data.sources are also in data.test: 25 with the same prompt and answer; the first: "
+    assert told in message
 
 
 def test_csv_lines_are_exact() -> None:

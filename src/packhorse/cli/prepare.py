@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from packhorse.data.data_manifest import DataManifest
+from packhorse.data.packs.batches import step_notes
 from packhorse.errors import EXIT_OK
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
@@ -28,12 +29,13 @@ def prepare(recipe: str, overrides: Sequence[str]) -> int:
         prepare_run(run, lambda of_run: prepare_shown(of_run, console))
     if runs:
         return EXIT_OK
-    manifest = prepare_shown(load_recipe(recipe, overrides), console)
+    loaded = load_recipe(recipe, overrides)
+    manifest = prepare_shown(loaded, console)
     console.print()
     console.print(split_table(manifest.splits))
     console.print()
     console.print(ledger_table(manifest.ledger))
-    for note in manifest.notes:
+    for note in (*manifest.notes, *step_notes(manifest.splits["train"].num_packs, loaded.batch.packs)):
         console.print(f"note: {readable(note)}", markup=False, highlight=False)
     return EXIT_OK
 

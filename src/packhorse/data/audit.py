@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,14 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, SourceAudit, SplitAudit
-from packhorse.data.checks.scorecard import MOST_SAMPLES, Sample, ScoreCard, ScoreKeeper, make_sample
-from packhorse.data.decide import KEPT
+from packhorse.data.checks.counters import MOST_SAMPLES, Sample, make_sample
+from packhorse.data.checks.keys import NO_PROMPT, Keys, distinct_rows
+from packhorse.data.checks.scorecard import ScoreCard, ScoreKeeper
+from packhorse.data.decide import KEPT, TEST
 from packhorse.data.formats.example import Example
 from packhorse.data.gather.gather import GatheredRows
 from packhorse.data.gather.source_pass import GatheredSource
 from packhorse.data.gather.spool import text_of
 from packhorse.data.ledger import SIDES
 from packhorse.data.pack_rows import PackedRows, fill, pack_rows
+from packhorse.data.packs.batches import step_notes
 from packhorse.data.render.render import Rendered, Renderer
 from packhorse.data.resolve import resolve_tokenizer
 from packhorse.recipe.schema import Recipe
@@ -42,7 +46,7 @@ def audit(recipe: Recipe) -> AuditReport:
     Raises:
         UserError: `prepare` would raise the same.
     """
-    watch = _AuditCallback()
+    watch = _AuditCallback(recipe.data.train_on.roles)
     with TemporaryDirectory(prefix="packhorse-check-") as folder:
         packed = pack_rows(recipe, Path(folder) / "spool", watch, with_prompts=True)
         return _report(recipe, packed, watch)
@@ -51,7 +55,8 @@ def audit(recipe: Recipe) -> AuditReport:
 class _AuditCallback:
     """Collects the score card of each source and the first rows of the data, batch by batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, trained_roles: Sequence[str]) -> None:
+        self._trained_roles = trained_roles
         # The key is the source itself: two sources may have one name, such as subsets of one hub data set.
         self.keepers: dict[GatheredSource, ScoreKeeper] = {}
         self.rows: list[tuple[int, Example, Rendered]] = []
@@ -60,7 +65,7 @@ class _AuditCallback:
         self._num_wanted = 0
 
     def __call__(self, source: GatheredSource, examples: Sequence[Example], rendered: Sequence[Rendered]) -> None:
-        keeper = self.keepers.setdefault(source, ScoreKeeper(source.name))
+        keeper = self.keepers.setdefault(source, ScoreKeeper(source.name, self._trained_roles))
         keeper.add(examples, [len(row.ids) for row in rendered])
         if source is not self._source:
             self._source, self._num_wanted = source, SHOWN_ROWS_OF_A_SOURCE
@@ -96,7 +101,7 @@ def _report(recipe: Recipe, packed: PackedRows, watch: _AuditCallback) -> AuditR
         duplicates=_largest_groups(packed),
         num_contaminated=decision.findings["contaminated"],
         contaminated=_locations(packed, gathered.spool.columns.contaminated),
-        notes=packed.notes,
+        notes=(*packed.notes, *step_notes(packed.packings["train"].num_packs, recipe.batch.packs)),
         # Nobody should see test rows before the final measurement.
         rows=tuple(row for seen in watch.rows if (row := _row(packed, *seen)).split != "test"),
     )
@@ -130,17 +135,29 @@ def length_histogram(lengths: Int64) -> tuple[tuple[int, int], ...]:
 
 
 def _card(packed: PackedRows, number: int, watch: _AuditCallback) -> ScoreCard:
-    decision, columns = packed.decision, packed.gathered.spool.columns
+    decision, gathered = packed.decision, packed.gathered
+    columns = gathered.spool.columns
     here = columns.source == number
     copies, alike = _later_rows(decision.equal), _later_rows(decision.alike)
-    source = packed.gathered.sources[number]
+    source = gathered.sources[number]
     keeper = watch.keepers.get(source) or ScoreKeeper(source.name)
-    return keeper.card(
+    prompts = columns.normalised_prompt_keys[here & gathered.is_chat]
+    card = keeper.card(
         exact_duplicates=int(np.count_nonzero(copies & here)),
         near_duplicates=int(np.count_nonzero(alike & ~copies & here)),
         contradictions=int(np.count_nonzero(decision.contradicting & here)),
         contradicting=_samples(packed, decision.contradicting & here),
+        leaks=int(np.count_nonzero(decision.leaked & here)),
+        repeated_prompts=_num_repeated(prompts[(prompts != NO_PROMPT).any(axis=1)]),
     )
+    # Nobody should see test rows before the final measurement.
+    return replace(card, samples={}) if source.use == "test" else card
+
+
+def _num_repeated(prompts: Keys) -> int:
+    """Return the number of prompts that equal an earlier one, if fewer than half of them are distinct; else 0."""
+    num_distinct = int(np.count_nonzero(distinct_rows(prompts)[1]))
+    return len(prompts) - num_distinct if 2 * num_distinct < len(prompts) else 0
 
 
 def _samples(packed: PackedRows, rows: NDArray[np.bool_]) -> list[Sample]:
@@ -154,7 +171,8 @@ def _later_rows(labels: Int64) -> NDArray[np.bool_]:
 
 
 def _largest_groups(packed: PackedRows) -> tuple[DuplicateGroup, ...]:
-    labels, counts = np.unique(packed.decision.alike, return_counts=True)
+    alike = packed.decision.alike
+    labels, counts = np.unique(alike[~np.isin(alike, alike[packed.decision.sides == TEST])], return_counts=True)
     largest = np.argsort(-counts, kind="stable")[:SHOWN_GROUPS]
     return tuple(_group(packed, int(labels[at])) for at in largest if counts[at] > 1)
 

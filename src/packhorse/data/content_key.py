@@ -16,6 +16,7 @@ from packhorse.recipe.schema import Recipe, Source
 DATA_VERSION: Final = 5
 """Raised when the same rows and settings would give different packs."""
 FILE_HASHES: Final = "files.json"
+SOURCE_LISTS: Final = ("sources", "validation", "test", "retain")
 
 
 def content_key(recipe: Recipe) -> str:
@@ -26,15 +27,13 @@ def content_key(recipe: Recipe) -> str:
     """
     template = template_path(recipe.data.template)
     tokenizer = tokenizer_files(resolve_tokenizer(recipe))
-    parts = {
+    parts: dict[str, Any] = {
         "version": DATA_VERSION,
-        "sources": [_source_part(source, recipe) for source in recipe.data.sources],
-        "validation": [_source_part(source, recipe) for source in recipe.data.validation],
-        "retain": [_source_part(source, recipe) for source in recipe.data.retain],
+        **{name: [_source_part(source, recipe) for source in getattr(recipe.data, name)] for name in SOURCE_LISTS},
         "tokenizer": {file.name: file_hash(file, data_root(recipe)) for file in tokenizer},
         "template": file_hash(template, data_root(recipe)) if template else None,
         "length": recipe.batch.length,
-        "settings": recipe.data.model_dump(exclude={"sources", "validation", "retain", "decontaminate", "template"}),
+        "settings": recipe.data.model_dump(exclude={*SOURCE_LISTS, "decontaminate", "template"}),
         "decontaminate": _decontaminate_part(recipe),
     }
     if recipe.model.new_tokens:

@@ -50,7 +50,7 @@ class SourceRecord(_Frozen):
     format: str
     """Format of the rows, detected or declared."""
     use: str
-    """train, validation or retain."""
+    """train, validation, test or retain."""
     losses: dict[str, int] = {}
     """Dropped rows of this source, by the reasons of the ledger."""
     removed_nulls: int = 0
@@ -96,7 +96,7 @@ class DataManifest(_Frozen):
     splits: dict[str, SplitCounts]
     """Counts of train, and of validation, test and retain if they have rows."""
     fields: tuple[str, ...]
-    """Fields other than text that every row of validation and retain has, such as `language`."""
+    """Fields other than text that every held-out row has, such as `language`."""
     ledger: Ledger
     findings: dict[str, int] = {}
     """Number of exact duplicates, near duplicates and contaminated rows, kept or dropped."""

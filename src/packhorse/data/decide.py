@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from packhorse.data.checks.duplicates import equal_groups, near_groups
 from packhorse.data.checks.keys import contradictions
+from packhorse.data.checks.leaks import GIVEN_SPLITS, NOT_COUNTED
 from packhorse.data.gather.gather import GatheredRows
 from packhorse.data.gather.source_pass import SourceUse
+from packhorse.data.given_splits import leak_mistakes, leaks_of, section_of
 from packhorse.data.ledger import LOSSES, SIDES
 from packhorse.data.split.draw import draw
-from packhorse.data.split.shares import resolve_shares
+from packhorse.data.split.shares import given_splits, resolve_shares
 from packhorse.data.split.split import assign, replayed, too_small
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe, RetainSource
@@ -30,7 +32,7 @@ KEPT: Final = -1
 REASONS: Final = tuple(LOSSES)
 TRAIN, VALIDATION, TEST, RETAIN = range(len(SIDES))
 NO_SIDE: Final = -1
-USES: Final[tuple[SourceUse, ...]] = ("train", "validation", "retain")
+USES: Final[tuple[SourceUse, ...]] = ("train", "validation", "test", "retain")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class Decision:
         equal: int64 [R], label shared by equal rows; a label is the index of a row.
         alike: int64 [R], label shared by equal and nearly equal rows.
         contradicting: bool [R], whether another row has the same prompt and another answer; False without prompt keys.
+        leaked: bool [R], whether the row is also in a given split that is held out, `data.validation` or `data.test`.
         shares: Shares of train, validation and test.
         shares_reason: Where the shares come from.
         findings: Name of a finding to its number of rows, kept or dropped.
@@ -54,6 +57,7 @@ class Decision:
     equal: Int64
     alike: Int64
     contradicting: NDArray[np.bool_]
+    leaked: NDArray[np.bool_]
     shares: Shares
     shares_reason: str
     findings: dict[str, int]
@@ -64,13 +68,14 @@ def decide(gathered: GatheredRows, recipe: Recipe) -> Decision:
     """Decide over all rows except for their lengths, so that another T never moves a row to another side.
 
     Raises:
-        UserError: Fewer rows than required, rows in both training and validation, or a side without rows.
+        UserError: Fewer rows than required, rows in several given splits, or a side without rows.
     """
     pending = _Pending(gathered, recipe)
     for use in USES:
         pending.group(use)
     pending.draw_rows()
     pending.drop_duplicates()
+    pending.drop_leaks()
     pending.drop_contaminated()
     pending.share_out()
     return pending.decision()
@@ -91,6 +96,8 @@ class _Pending:
         self._notes: list[str] = []
         self._shares: Shares = (1.0, 0.0, 0.0)
         self._shares_reason = ""
+        self._given = given_splits(recipe.data)
+        self._leaked = np.zeros(num_rows, np.bool_)
         uses = np.array([source.use for source in gathered.sources])
         # Sources are in the order of their uses, so the rows of a use are contiguous.
         self._stretches = {use: _stretch(np.isin(self._columns.source, np.flatnonzero(uses == use))) for use in USES}
@@ -124,22 +131,30 @@ class _Pending:
             self._lose(~drawn, "not_drawn")
 
     def drop_duplicates(self) -> None:
-        """Keep one of several equal rows if the recipe says so; refuse rows in both training and validation."""
+        """Keep one of several equal rows if the recipe says so, in each split."""
         duplicates = self._recipe.data.duplicates
         if duplicates.exact == "drop":
             self._lose(self._copies(self._equal), "duplicate")
         if duplicates.near == "drop":
             for use in USES:
                 self._lose(self._near_copies(use), "duplicate")
-        here, there = self._stretches["train"], self._stretches["validation"]
-        leaked = np.zeros(len(self._columns), np.bool_)
-        leaked[here] = _found_in(self._columns.keys[here], self._columns.keys[there])
-        leaked &= self._losses == KEPT
-        if not leaked.any():
+
+    def drop_leaks(self) -> None:
+        """Refuse rows that are also in a given split of held-out rows; or drop or keep them, if the recipe says so."""
+        if not self._given:
             return
-        if duplicates.exact == "keep":
-            raise _leak(int(np.count_nonzero(leaked)), self._where(int(np.argmax(leaked))))
-        self._lose(leaked, "duplicate")
+        duplicates, ranks = self._recipe.data.duplicates, self._ranks()
+        leaks = leaks_of(self._gathered.spool, self._recipe.data, ranks)
+        self._leaked[: len(ranks)] = leaks.rows
+        found = leak_mistakes(self._gathered.spool, leaks, ranks)
+        if duplicates.leaks == "raise" and found:
+            raise UserError.of(found)
+        done = f"they are {'dropped' if duplicates.leaks == 'drop' else 'kept'}, as data.duplicates.leaks says"
+        self._notes += [f"{leak.fact.removesuffix('.')}; {done}" for leak in found]
+        if duplicates.near == "ignore":
+            self._notes.append("near copies in given splits are not searched for, as data.duplicates.near is ignore")
+        if duplicates.leaks == "drop":
+            self._lose(self._leaked, "leaked")
 
     def drop_contaminated(self) -> None:
         """Drop rows that contain text of an evaluation, if the recipe says so."""
@@ -150,15 +165,15 @@ class _Pending:
     def share_out(self) -> None:
         """Assign a side to each row that is still kept."""
         split = self._recipe.data.split
-        declared = self._recipe.data.validation
         for use in USES:
             rows = self._kept(use)
-            if len(rows) == 0 and use != "train":
+            if len(rows) == 0:
+                self._check_emptied(use)
                 continue
-            if use != "retain" and declared:
-                self._sides[rows] = TRAIN if use == "train" else VALIDATION
+            if use in self._given:
+                self._sides[rows] = SIDES.index(use)
                 continue
-            shares, reason = resolve_shares(split, len(rows))
+            shares, reason = resolve_shares(split, len(rows), self._given if use == "train" else ())
             columns = self._columns
             sides = assign(columns.keys[rows], self._groups[rows], columns.stratum[rows], shares, split.seed)
             _check_sides(sides, use, shares)
@@ -168,8 +183,6 @@ class _Pending:
                 self._sides[rows] = sides
             else:
                 self._share_out_retained(rows, sides)
-        if declared:
-            self._shares_reason = "data.validation is given, so every row of data.sources is in train"
 
     def decision(self) -> Decision:
         """Return the finished decision."""
@@ -182,6 +195,7 @@ class _Pending:
             "exact_duplicates": copies,
             "near_duplicates": alike - copies,
             "contaminated": int(np.count_nonzero(columns.contaminated)),
+            **({"leaks": int(np.count_nonzero(self._leaked))} if self._given else {}),
         }
         return Decision(
             sides=self._sides,
@@ -189,6 +203,7 @@ class _Pending:
             equal=self._equal,
             alike=self._alike,
             contradicting=opposed,
+            leaked=self._leaked,
             shares=self._shares,
             shares_reason=self._shares_reason,
             findings=findings,
@@ -204,6 +219,30 @@ class _Pending:
             threshold = self._recipe.data.duplicates.threshold
             labels[here] = near_groups(rows, self._columns.keys[here], threshold, answers).labels + here.start
         return self._copies(labels)
+
+    def _ranks(self) -> Int8:
+        """Return int8 [rows of the given splits], the rank of each row's split; rows that are not kept do not count."""
+        here = slice(0, max(self._stretches[split].stop for split in GIVEN_SPLITS))
+        ranks = np.zeros(here.stop, np.int8)
+        for rank, split in enumerate(GIVEN_SPLITS):
+            ranks[self._stretches[split]] = rank
+        ranks[self._losses[here] != KEPT] = NOT_COUNTED
+        return ranks
+
+    def _check_emptied(self, use: SourceUse) -> None:
+        """Raise UserError if a use had rows, and each of them is dropped; `data.retain` may end without rows."""
+        here = self._stretches[use]
+        if use == "retain" or here.start == here.stop:
+            return
+        counts = np.bincount(self._losses[here], minlength=len(REASONS))
+        most = REASONS[int(np.argmax(counts))]
+        setting = "data.decontaminate.action to report" if most == "contaminated" else "data.duplicates.leaks to keep"
+        name = section_of(use)
+        raise UserError(
+            f"no row of {name} is left: {int(counts.max()):,} of {int(counts.sum()):,} are dropped as {most}.",
+            f"the ledger counts them as: {LOSSES[most]}.",
+            f"give {name} other rows, or set {setting}.",
+        )
 
     def _kept(self, use: SourceUse) -> Int64:
         here = self._stretches[use]
@@ -276,13 +315,6 @@ def _at(rows: Int64, num_rows: int) -> NDArray[np.bool_]:
     return marked
 
 
-def _found_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return bool [R]: keys that are among the others, with both halves equal."""
-    pair = np.dtype([("high", np.uint64), ("low", np.uint64)])
-    one, two = (np.ascontiguousarray(side).view(pair).ravel() for side in (keys, others))
-    return np.isin(one, two)
-
-
 def _frame_note(num_rows: int, where: str) -> str:
     return (
         f"{num_rows:,} rows are alike, the first of them {where}: treated as one template with different values, not "
@@ -290,16 +322,8 @@ def _frame_note(num_rows: int, where: str) -> str:
     )
 
 
-def _leak(num_rows: int, where: str) -> UserError:
-    return UserError(
-        f"{num_rows} rows of data.sources are also in data.validation; the first is {where}.",
-        "rows that were trained on cannot measure what the model learned.",
-        "set data.duplicates.exact to drop, which removes them from training, or remove them from one of the files.",
-    )
-
-
 def _check_sides(sides: Int8, use: SourceUse, shares: Shares) -> None:
-    what = "data.retain" if use == "retain" else "data.sources"
+    what = section_of(use)
     named = zip(("train", "validation"), shares)
     for side, (name, share) in enumerate(named):
         if share > 0 and (use == "train" or name == "validation") and not np.any(sides == side):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from packhorse.data.read.listing import form_of
 from packhorse.data.resolve import fast_tokenizer, source_files
-from packhorse.data.split.shares import resolve_shares
+from packhorse.data.split.shares import given_splits, resolve_shares
 from packhorse.errors import UserError
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe, Source
@@ -67,7 +67,7 @@ def _guess(recipe: Recipe) -> PackEstimate | None:
     tokenizer = fast_tokenizer(recipe)
     num_rows = sum(sample.num_rows for sample in samples)
     num_tokens = sum(s.num_rows * (_mean_tokens(s, tokenizer) + TEMPLATE_TOKENS_PER_ROW) for s in samples)
-    share = 1.0 if recipe.data.validation else resolve_shares(recipe.data.split, num_rows)[0][0]
+    share = resolve_shares(recipe.data.split, num_rows, given_splits(recipe.data))[0][0]
     packs = num_rows if recipe.data.packing == "none" else num_tokens / (recipe.batch.length * FILL)
     num_sampled = sum(len(sample.texts) for sample in samples)
     by = "their tokens" if tokenizer is not None else f"{CHARACTERS_PER_TOKEN:g} characters per token"

@@ -11,6 +11,7 @@ LOSSES: Final = {
     "bad": "could not be read or rendered",
     "not_drawn": "not drawn: data.sources[].rows or weight",
     "duplicate": "duplicate of a row that is kept",
+    "leaked": "also in given held-out rows",
     "contaminated": "contain text of data.decontaminate",
     "masked_out": "nothing to train on",
     "over_long": "longer than batch.length",

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from filelock import FileLock
 
-from packhorse.data.content_key import content_key, source_hash
+from packhorse.data.content_key import SOURCE_LISTS, content_key, source_hash
 from packhorse.data.data_manifest import (
     DataManifest,
     FileRecord,
@@ -24,7 +24,7 @@ from packhorse.data.data_manifest import (
     read_data_manifest,
     write_data_manifest,
 )
-from packhorse.data.decide import KEPT, REASONS
+from packhorse.data.decide import KEPT, REASONS, TRAIN
 from packhorse.data.formats.example import Example
 from packhorse.data.gather.source_pass import GatheredSource
 from packhorse.data.gather.spool import json_line, selected_pieces
@@ -176,12 +176,12 @@ def _manifest(
         stop_token=gathered.renderer.tokenizer.eos_token,
         length_tokens=recipe.batch.length,
         packing=recipe.data.packing,
-        settings=recipe.data.model_dump(exclude={"sources", "validation", "retain", "decontaminate"}),
+        settings=recipe.data.model_dump(exclude={*SOURCE_LISTS, "decontaminate"}),
         shares=decision.shares,
         shares_reason=decision.shares_reason,
         sources=tuple(_source_record(packed, number, recipe) for number in range(len(gathered.sources))),
         splits=splits,
-        fields=gathered.measured_fields,
+        fields=gathered.fields_of_all(decision.sides > TRAIN),
         ledger=packed.fitted.ledger,
         findings=decision.findings,
         notes=packed.notes,

@@ -109,7 +109,8 @@ def _with_test(data_folder: Path) -> DataManifest:
         raise UserError(
             f"{data_folder} has no test rows; its shares of train, validation and test are {shares}.",
             "only rows that were used neither for training nor to choose between runs can give a final measurement.",
-            "give data.split.test a share and train again, or remove --test to measure the validation rows.",
+            "give data.split.test a share, or name rows in data.test, and train again; or remove --test to measure the "
+            "validation rows.",
         )
     if not (data_folder / SEALED_SPLIT).is_dir():
         raise UserError(

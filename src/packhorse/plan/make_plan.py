@@ -66,6 +66,9 @@ def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, d
     folder = run_folder_of(recipe)
     steps_per_epoch = math.ceil(data.num_packs / batch.packs_per_step) if data else None
     num_steps, steps = _count_steps(recipe, steps_per_epoch)
+    if data and data.num_packs < batch.packs_per_step:
+        larger = f"a step is larger than an epoch: {batch.packs_per_step} packs, and the data has {data.num_packs}"
+        steps = steps.model_copy(update={"reason": f"{steps.reason}; {larger}"})
     check_training_settings(recipe, topology, batch, num_steps)
     return RunPlan(
         packhorse_version=VERSION,

@@ -112,7 +112,7 @@ class SplitSection(Section):
 
 
 class DuplicatesSection(Section):
-    """Duplicate rows. With every setting, copies never appear in two splits."""
+    """Duplicate rows. The rows of `sources` are split so that copies are never in two splits."""
 
     exact: Literal["keep", "drop"] = "keep"
     """Rows with equal text: keep them all, or drop all but one; they are counted."""
@@ -120,6 +120,8 @@ class DuplicatesSection(Section):
     """Rows with nearly equal text: keep them in one split, drop all but one, or do not search for them."""
     threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
     """Smallest share of common 3-word shingles of near duplicates (Jaccard index, estimated by MinHash)."""
+    leaks: Literal["raise", "drop", "keep"] = "raise"
+    """Rows that are also in a given `validation` or `test`: refuse them, drop them from the others, or keep them."""
 
 
 class DecontaminationSection(Section):
@@ -150,7 +152,9 @@ class DataSection(Section):
     sources: Annotated[list[Source], Field(min_length=1)]
     """Data sets to train on."""
     validation: list[Source] = []
-    """Separate validation rows; if given, every row of `sources` is trained on and `split` is not used."""
+    """Separate validation rows; `split` then draws no validation rows from `sources`."""
+    test: list[Source] = []
+    """Separate test rows, sealed: only `packhorse evaluate --test` reads them, and each reading is counted."""
     split: SplitSection = SplitSection()
     """Shares of train, validation and test rows."""
     retain: list[RetainSource] = []

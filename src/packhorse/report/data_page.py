@@ -59,6 +59,7 @@ class CardView:
     measures: tuple[Finding, ...]
     languages: tuple[Count, ...]
     labels: tuple[Count, ...]
+    strata: tuple[tuple[str, tuple[Count, ...]], ...]
 
 
 def render_data_page(report: AuditReport) -> str:
@@ -172,6 +173,7 @@ def _cards(report: AuditReport) -> Iterator[CardView]:
             measures(card, report.ledger),
             tuple(_counts(card.languages)),
             tuple(_counts(card.labels)),
+            tuple((name, tuple(_counts(values))) for name, values in card.strata.items()),
         )
 
 

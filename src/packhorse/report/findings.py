@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from packhorse.data.checks.scorecard import Sample, ScoreCard
+from packhorse.data.checks.counters import Sample
+from packhorse.data.checks.scorecard import FEW_ROWS, ScoreCard
 from packhorse.data.ledger import Entry, Ledger
 
 PERSONAL: Final = "personal"
@@ -57,6 +58,17 @@ def measures(card: ScoreCard, ledger: Ledger) -> tuple[Finding, ...]:
     )
 
 
+def _diversity(card: ScoreCard) -> Iterator[tuple[str, int, tuple[str, str], str, str]]:
+    few = card.num_rows if card.num_rows < FEW_ROWS else 0
+    whole = f"the whole source, which has fewer than {FEW_ROWS} rows"
+    yield "few_rows", few, ("is", "are"), whole, "add rows: a few are learned by heart, and measure little"
+    repeats = "a prompt, and fewer than half of the prompts are distinct"
+    yield "repeated_prompts", card.repeated_prompts, ("repeats", "repeat"), repeats, "vary the prompts"
+    opening = "with the same five words, as at least half of the prompts do"
+    advice = "vary them, unless users will write so too"
+    yield "same_opening", card.same_opening, ("begins", "begin"), opening, advice
+
+
 def kind_words(kind: str) -> str:
     """Return a kind of personal data in words."""
     return _KINDS.get(kind, kind.replace("_", " "))
@@ -74,9 +86,14 @@ def _measured(card: ScoreCard, ledger: Ledger) -> Iterator[tuple[str, int, tuple
     yield "exact_duplicates", card.exact_duplicates, be, "a copy of an earlier row", exact
     yield "near_duplicates", card.near_duplicates, be, "nearly a copy of an earlier row", near
     other = "a prompt that another row answers differently"
+    removed = "they are dropped" if "leaked" in ledger.losses else "data.duplicates.leaks: drop removes them"
+    yield "leaks", card.leaks, be, "also in given held-out rows", removed
     yield "contradictions", card.contradictions, have, other, "keep the right one"
     yield "short_answers", card.short_answers, have, "an answer of fewer than two words", "is it an answer?"
     yield "length_outliers", card.length_outliers, be, "far longer than the others", "is it one row, as intended?"
+    yield "unanswered", card.unanswered, ("ends", "end"), "in a turn that nothing answers", "remove it, or answer it"
+    yield "placeholders", card.placeholders, have, "a placeholder such as {{name}} in trained text", "fill it in"
+    yield from _diversity(card)
     if not card.personal:
         yield PERSONAL, 0, have, "personal data or a secret", ""
     for kind, rows in card.personal.items():

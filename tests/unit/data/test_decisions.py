@@ -18,6 +18,7 @@ from packhorse.data.packs.store import open_store
 from packhorse.data.prepare import PreparedData, prepare
 from packhorse.data.seal import looks_at, record_look
 from packhorse.errors import UserError
+from packhorse.report.findings import findings
 
 WORDS = ["hi", "there", "how", "are", "you", "fine", "bye", "x"]
 ALL_TRAINED = {"split": {"train": 1.0, "validation": 0.0, "test": 0.0}}
@@ -162,9 +163,10 @@ def test_rows_of_validation_among_those_of_training(make_recipe: MakeRecipe, tmp
     other = write_lines(tmp_path / "held-out.jsonl", *rows(10, 35))
     validation = {"validation": [{"path": str(other)}]}
     message = refusal(make_recipe(path, data=validation))
-    assert f"5 rows of data.sources are also in data.validation; the first is {path}:36." in message
-    prepared = prepare(make_recipe(path, data={**validation, "duplicates": {"exact": "drop"}}))
-    assert (losses(prepared), kept(prepared)) == ({"duplicate": 5}, {"train": 35, "validation": 10})
+    assert f"5 rows of data.sources are also in data.validation: 5 equal; the first: {path}:36 ({other}:1)" in message
+    split = {"train": 1.0, "validation": 0.0, "test": 0.0}
+    prepared = prepare(make_recipe(path, data={**validation, "split": split, "duplicates": {"leaks": "drop"}}))
+    assert (losses(prepared), kept(prepared)) == ({"leaked": 5}, {"train": 35, "validation": 10})
 
 
 def test_long_text_is_parted_without_losing_a_token(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -306,6 +308,37 @@ def test_another_length_of_packs_breaks_no_seal(make_recipe: MakeRecipe, tmp_pat
     record_look(long.folder, "second", "2026-01-02T00:00:00+00:00", again=True)
     assert [look.run for look in looks_at(short.folder)] == ["first", "second"]
     assert looks_at(other.folder) == ()
+
+
+def test_few_rows_and_few_prompts_are_findings(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    asked = [chat(f"u:{number(value % 10)}", f"a:{number(value)}") for value in range(29)]
+    report = audit(make_recipe(write_lines(tmp_path / "rows.jsonl", *asked)))
+    found = {finding.name: finding.rows for finding in findings(report.cards[0], report.ledger)}
+    assert found.items() >= {"few_rows": 29, "repeated_prompts": 19}.items()
+    enough = [chat(f"u:{number(value % 15)}", f"a:{number(value)}") for value in range(30)]
+    report = audit(make_recipe(write_lines(tmp_path / "enough.jsonl", *enough)))
+    assert not {"few_rows", "repeated_prompts"} & {one.name for one in findings(report.cards[0], report.ledger)}
+
+
+def test_step_that_is_larger_than_an_epoch_is_a_note(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", *rows(40))
+    # 40 rows of 9 tokens, 7 in a pack of 64: 6 packs.
+    for packs, is_larger in ((6, False), (7, True)):
+        report = audit(make_recipe(path, data=ALL_TRAINED, batch={"packs": packs}))
+        told = [note for note in report.notes if note.startswith("a step is larger than an epoch")]
+        assert len(told) == is_larger
+        assert all("batch.packs is 7, and the train rows fill 6 packs" in note for note in told)
+
+
+def test_rows_of_given_test_are_not_shown(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", *rows(40))
+    some = [*([chat("u:you", "a:x x x")] * 3), chat("u:you x", "a:there")]
+    test = write_lines(tmp_path / "test.jsonl", *some)
+    report = audit(make_recipe(path, data={"test": [{"path": str(test)}]}))
+    card = report.cards[1]
+    assert (card.exact_duplicates, card.short_answers, card.samples) == (2, 1, {})
+    assert report.duplicates == ()
+    assert not any(row.where.startswith(str(test)) for row in report.rows)
 
 
 def test_sources_of_one_name_have_score_cards_of_their_own(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -159,8 +159,9 @@ def test_validation_rows_of_their_own(make_recipe: MakeRecipe, rows: Path, tmp_p
     held_out = write_lines(tmp_path / "held-out.jsonl", *many(9, offset=500))
     prepared = prepare(make_recipe(rows, data={"validation": [{"path": str(held_out)}]}))
     assert {split: counts.num_rows for split, counts in prepared.manifest.splits.items()} == {
-        "train": 100,
+        "train": 85,
         "validation": 9,
+        "test": 15,
     }
 
 

@@ -97,6 +97,14 @@ def check_epochs(plan: RunPlan, store: PackStore) -> None:
     assert last.packs, "the last step sees packs that no other did in this epoch"
 
 
+def test_step_that_is_larger_than_an_epoch_is_in_the_plan(stores: Path) -> None:
+    recipe = load_recipe("quickstart/lora")
+    for num_packs, is_larger in ((recipe.batch.packs, False), (recipe.batch.packs - 1, True)):
+        plan = make_plan(recipe, DeviceRequest(gpus=1), BOX, store_of(stores, num_packs))
+        (reason,) = [decision.reason for decision in plan.decisions if decision.name == "steps"]
+        assert ("a step is larger than an epoch" in reason) == is_larger
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", LARGE)
 def test_a_shipped_recipe_runs_as_many_steps_as_are_planned(name: str, world: int, stores: Path) -> None:

@@ -83,6 +83,7 @@ REFUSED = {
     "source-of-nowhere": (["data.sources=[{format: text}]"], "data.sources.0 gives neither path nor id."),
     "source-of-two-places": (["data.sources.0.id=x"], "data.sources.0 gives path and id at once."),
     "validation-source": (["data.validation=[{}]"], "data.validation.0 gives neither path nor id."),
+    "test-source": (["data.test=[{}]"], "data.test.0 gives neither path nor id."),
     "retain-source": (["data.retain=[{path: a},{}]"], "data.retain.1 gives neither path nor id."),
     "split-of-a-file": (
         ["data.sources.0.split=test"],
@@ -114,6 +115,12 @@ REFUSED = {
     "weight-of-validation": (
         ["data.validation=[{path: a, weight: 2}]"],
         "data.validation.0.weight is 2.",
+    ),
+    "weight-of-test": (["data.test=[{path: a, weight: 2}]"], "data.test.0.weight is 2."),
+    "all-rows-to-test": (["data.validation=[{path: a}]", "data.split={test: 1}"], "data.split.train is 0."),
+    "no-whole-beside-test": (
+        ["data.test=[{path: a}]", "data.split={train: 0.7, validation: 0.1}"],
+        "the shares of data.split are 0.7 + 0.1 + 0 = 0.8.",
     ),
     "role": (["data.sources=[{path: a, roles: {agent: bot}}]"], "data.sources.0.roles.agent is bot."),
     "decontaminate-source": (
@@ -156,6 +163,8 @@ def test_refused(good, mistakes_of, overrides, fact):
         ["data.sources=[{path: a, rows: 10, roles: {agent: assistant}}]"],
         ["data.split={train: 1, validation: 0, test: 0}"],
         ["data.validation=[{path: v}]", "data.split.train=0"],
+        ["data.validation=[{path: v}]", "data.split={test: 0.1}"],
+        ["data.test=[{path: t}]", "data.split={validation: 0.1}"],
         ["data.sources=[{id: a, subset: b, revision: c}]"],
         ["batch={packs: 64, micro: 64}"],
         ["optimizer.learning_rate=0.1"],

@@ -62,7 +62,7 @@ def test_findings_say_what_to_do_and_leave_out_what_is_not_there() -> None:
         "data/gsm8k_train.jsonl:97",
         "data/gsm8k_train.jsonl:5531",
     ]
-    assert len(measures(tickets, real_report().ledger)) == 7
+    assert len(measures(tickets, real_report().ledger)) == 13
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ class NearGroups:
     frame_rows: tuple[int, ...]
 
 
+def largest_group(num_texts: int) -> float:
+    """Return the number of texts above which a group is a template or an instruction, and not copies of one text."""
+    return max(SMALLEST_FRAME, min(LARGEST_GROUP, FRAME_SHARE * num_texts))
+
+
 def equal_groups(keys: Keys) -> Labels:
     """Return int64 [R], the lowest row number with the same key."""
     by_key, is_first = distinct_rows(keys)
@@ -186,8 +191,7 @@ def _roots(parents: Labels, numbers: Labels) -> Labels:
 
 def _row_groups(groups: Labels, by_key: Labels, is_first: NDArray[np.bool_]) -> NearGroups:
     """Separate the templates, and convert groups of distinct texts, int64 [D], to labels of rows."""
-    largest = max(SMALLEST_FRAME, min(LARGEST_GROUP, FRAME_SHARE * len(groups)))
-    is_frame = np.bincount(groups, minlength=len(groups)) > largest
+    is_frame = np.bincount(groups, minlength=len(groups)) > largest_group(len(groups))
     frames = np.flatnonzero(is_frame)
     sizes: list[tuple[int, int]] = []
     if len(frames):

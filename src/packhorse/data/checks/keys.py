@@ -1,22 +1,28 @@
 """Hash rows, prompts and answers, 128 bits each, to find equal ones and contradictions.
 
-Nothing is normalised: equal means equal character by character, white space and case included. A row's other fields,
-and which of its turns are trained on, are not part of its content.
+Equal means equal character by character, white space and case included, but for the keys of normalised text. A row's
+other fields, and which of its turns are trained on, are not part of its content.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from packhorse.data.checks.texts import answer_start, as_json, call_text
+from packhorse.data.checks.texts import answer_start, answer_text, as_json, call_text, prompt_text
 from packhorse.data.formats.example import Example, Message
 
 Keys = NDArray[np.uint64]
 """uint64 [rows, 2]: one 128-bit hash per row."""
+
+# Signs that calculate, compare or are code stay: 3 - 2 is another question than 3 + 2, and .5 another number than 5.
+_PUNCTUATION: Final = re.compile(r"[.,:](?!\d)|[;!?…'’‘´`\"“”«»„¿¡()。，、！？；：–—]|(?<=[^\W\d_])-(?=[^\W\d_])")
 
 
 def content_keys(examples: Sequence[Example]) -> Keys:
@@ -37,6 +43,21 @@ def prompt_keys(examples: Sequence[Example]) -> Keys:
 def answer_keys(examples: Sequence[Example]) -> Keys:
     """Return uint64 [rows, 2], a hash of the last assistant turn and what follows it, or of the verdict."""
     return _hashed([_answer(example) for example in examples])
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case, without punctuation, with single spaces."""
+    return " ".join(_PUNCTUATION.sub(" ", unicodedata.normalize("NFC", text).casefold()).split())
+
+
+def normalised_prompt_keys(examples: Sequence[Example]) -> Keys:
+    """Return uint64 [rows, 2], a hash of each row's normalised prompt without system turns; `NO_PROMPT` if empty."""
+    return _hashed([normalised(prompt_text(example)) for example in examples])
+
+
+def normalised_answer_keys(examples: Sequence[Example]) -> Keys:
+    """Return uint64 [rows, 2], a hash of each row's normalised last answer and what follows it."""
+    return _hashed([normalised(answer_text(example)) for example in examples])
 
 
 def distinct_rows(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -78,6 +99,10 @@ def _hashed(contents: list[str]) -> Keys:
     blake2b = hashlib.blake2b
     digests = [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in contents]
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64, copy=False).reshape(-1, 2)
+
+
+NO_PROMPT: Final = _hashed([""])[0]
+"""Key of a row without a prompt, uint64 [2]."""
 
 
 def _content(example: Example) -> str:

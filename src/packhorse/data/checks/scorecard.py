@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import heapq
+import re
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
+from packhorse.data.checks.counters import (
+    MOST_SAMPLES,
+    FieldCounter,
+    OpeningCounter,
+    RowCounter,
+    Sample,
+    ValueCounter,
+    make_sample,
+)
 from packhorse.data.checks.encoding import first_damage
 from packhorse.data.checks.language import languages
-from packhorse.data.checks.personal import find_personal, masked
-from packhorse.data.checks.texts import answer_start, row_text
+from packhorse.data.checks.personal import find_personal
+from packhorse.data.checks.texts import answer_start, prompt_text, row_text
 from packhorse.data.formats.example import Example
 
-LABEL_FIELDS: Final = ("label", "category", "class", "intent")
+FEW_ROWS: Final = 30
+"""A source with fewer rows is reported."""
 MOST_LABELS: Final = 1000
 """A field with more values than this is not a label."""
-MOST_SAMPLES: Final = 3
-SAMPLE_CHARACTERS: Final = 120
+LABEL_FIELDS: Final = ("label", "category", "class", "intent")
+# Neither a group of LaTeX nor an expression of a GitHub workflow.
+PLACEHOLDER: Final = re.compile(r"(?<![$\\{}\w])\{\{ ?[A-Za-z_][\w .-]{1,60}\}\}(?!\})")
 _UNSPACED: Final = "\u2e80"
 """From this character on, scripts have no spaces between words, and a character is about a word."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A row with a finding: `file:line`, and at most 120 characters of its text, personal data masked."""
-
-    where: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,18 @@ class ScoreCard:
         near_duplicates: Rows that are nearly a copy of an earlier one.
         contradictions: Rows whose prompt another row answers differently.
         short_answers: Rows with an empty answer, or with fewer than two words if most answers have more.
-        length_outliers: Rows above the upper outer fence of the lengths, Q3 + 3 IQR (Tukey 1977).
+        length_outliers: Rows above the upper outer fence of the lengths, Q3 + 3 IQR (Tukey 1977), and more than
+            twice as long as the median: where most rows have one length, the fence alone is too low.
         personal: Kind of personal data or secret to rows that contain it.
         broken_encoding: Rows with wrongly decoded text.
         samples: Name of the finding (an attribute's name, or `personal:KIND`) to a few rows.
+        leaks: Rows that are also in a given split of held-out rows.
+        unanswered: Chats whose last turn is not the assistant's.
+        placeholders: Rows with a placeholder such as `{{name}}` in text that is trained on.
+        repeated_prompts: Rows with the prompt of an earlier row; 0 if at least half of the prompts are distinct.
+        same_opening: Rows whose prompts begin with the same five words; 0 if fewer than half of the prompts do.
+        strata: Name of a field to its values and their rows, for fields with few values, such as `style`; the values of
+            a confidence between 0 and 1 are tenths.
     """
 
     source: str
@@ -65,49 +77,28 @@ class ScoreCard:
     personal: dict[str, int]
     broken_encoding: int
     samples: dict[str, tuple[Sample, ...]]
-
-
-class _Finding:
-    """Number of rows with a finding, and the first few of them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.samples: list[Sample] = []
-
-    def add(self, where: str, text: str, mark: str = "") -> None:
-        self.count += 1
-        if len(self.samples) < MOST_SAMPLES:
-            self.samples.append(make_sample(where, text, mark))
-
-
-class _Labels:
-    """Counts of values, until there are too many to be labels."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._too_many = False
-
-    def add(self, value: str) -> None:
-        if not self._too_many:
-            self._counts[value] += 1
-            self._too_many = len(self._counts) > MOST_LABELS
-
-    def counts(self) -> dict[str, int]:
-        return {} if self._too_many else dict(self._counts.most_common())
+    leaks: int = 0
+    unanswered: int = 0
+    placeholders: int = 0
+    repeated_prompts: int = 0
+    same_opening: int = 0
+    strata: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class ScoreKeeper:
     """Collects a source's score card over batches of rows, with 4 bytes per row, bounded counters and a few samples."""
 
-    def __init__(self, source: str) -> None:
-        self._source = source
+    def __init__(self, source: str, trained_roles: Sequence[str] = ("assistant",)) -> None:
+        self._source, self._trained_roles = source, trained_roles
         self._tokens = array("I")
         self._languages: Counter[str] = Counter()
-        self._labels = {name: _Labels() for name in LABEL_FIELDS}
-        self._answers = _Labels()
+        self._labels = {name: ValueCounter(MOST_LABELS) for name in LABEL_FIELDS}
+        self._answers = ValueCounter(MOST_LABELS)
         self._num_answers = 0
-        self._empty, self._short, self._broken = _Finding(), _Finding(), _Finding()
-        self._personal: dict[str, _Finding] = {}
+        self._empty, self._short, self._broken = RowCounter(), RowCounter(), RowCounter()
+        self._unanswered, self._placeholders = RowCounter(), RowCounter()
+        self._fields, self._openings = FieldCounter(), OpeningCounter()
+        self._personal: dict[str, RowCounter] = {}
         self._longest: list[tuple[int, int, Sample]] = []
 
     def add(self, examples: Sequence[Example], tokens: Sequence[int]) -> None:
@@ -116,16 +107,25 @@ class ScoreKeeper:
         self._languages.update(languages(texts))
         for example, text, num_tokens in zip(examples, texts, tokens):
             self._add_labels(example)
+            self._fields.add(example.fields)
             self._add_answer(example, text)
+            self._add_prompt(example, text)
+            self._add_trained(example)
             self._add_long(example.where, text, num_tokens)
             damage = first_damage(text)
             if damage is not None:
                 self._broken.add(example.where, text, text[damage])
             for kind in {kind for kind, _, _ in find_personal(text)}:
-                self._personal.setdefault(kind, _Finding()).add(example.where, text, f"[{kind}]")
+                self._personal.setdefault(kind, RowCounter()).add(example.where, text, f"[{kind}]")
 
     def card(
-        self, exact_duplicates: int, near_duplicates: int, contradictions: int, contradicting: Sequence[Sample] = ()
+        self,
+        exact_duplicates: int,
+        near_duplicates: int,
+        contradictions: int,
+        contradicting: Sequence[Sample] = (),
+        leaks: int = 0,
+        repeated_prompts: int = 0,
     ) -> ScoreCard:
         """Return the card, with the figures that are known only over all rows.
 
@@ -134,8 +134,12 @@ class ScoreKeeper:
             near_duplicates: Rows that are nearly a copy of an earlier one.
             contradictions: Rows whose prompt another row answers differently.
             contradicting: Samples of those rows.
+            leaks: Rows that are also in a given split of held-out rows.
+            repeated_prompts: Rows with the prompt of an earlier row, if fewer than half of the prompts are distinct.
         """
         outliers, longest = self._outliers()
+        opening = self._openings.most_frequent()
+        label_field, labels = self._label_counts()
         # If most answers are one word, one word is expected; an empty answer never is.
         short = () if self._answers_are_labels() else (self._short,)
         samples = {
@@ -144,13 +148,16 @@ class ScoreKeeper:
             "length_outliers": longest,
             **{f"personal:{kind}": finding.samples for kind, finding in self._personal.items()},
             "broken_encoding": self._broken.samples,
+            "unanswered": self._unanswered.samples,
+            "placeholders": self._placeholders.samples,
+            "same_opening": opening.samples,
         }
         personal = {kind: finding.count for kind, finding in self._personal.items()}
         return ScoreCard(
             source=self._source,
             num_rows=len(self._tokens),
             languages=dict(self._languages.most_common()),
-            labels=self._label_counts(),
+            labels=labels,
             exact_duplicates=exact_duplicates,
             near_duplicates=near_duplicates,
             contradictions=contradictions,
@@ -159,12 +166,35 @@ class ScoreKeeper:
             personal=dict(sorted(personal.items(), key=lambda item: (-item[1], item[0]))),
             broken_encoding=self._broken.count,
             samples={name: tuple(kept[:MOST_SAMPLES]) for name, kept in samples.items() if kept},
+            leaks=leaks,
+            unanswered=self._unanswered.count,
+            placeholders=self._placeholders.count,
+            repeated_prompts=repeated_prompts,
+            same_opening=opening.count,
+            strata=self._fields.strata(besides=label_field),
         )
 
     def _add_labels(self, example: Example) -> None:
         for name, labels in self._labels.items():
             if name in example.fields:
                 labels.add(str(example.fields[name]))
+
+    def _add_prompt(self, example: Example, text: str) -> None:
+        turns = example.messages
+        if turns is None:
+            return
+        if turns[-1].role != "assistant":
+            self._unanswered.add(example.where, text)
+        self._openings.add(prompt_text(example), example.where, text)
+
+    def _add_trained(self, example: Example) -> None:
+        turns = example.messages
+        trained = [turn.content for turn in turns or () if turn.trained and turn.role in self._trained_roles]
+        for text in trained if turns is not None else [example.text or ""]:
+            found = PLACEHOLDER.search(text)
+            if found is not None:
+                self._placeholders.add(example.where, text, found[0])
+                return
 
     def _add_answer(self, example: Example, text: str) -> None:
         turns = example.messages or ()
@@ -193,26 +223,19 @@ class ScoreKeeper:
             return 0, []
         lengths = np.array(self._tokens, np.uint32)
         first, third = np.percentile(lengths, (25, 75))
-        fence = third + 3 * (third - first)
+        fence = max(third + 3 * (third - first), 2 * np.median(lengths))
         longest = [sample for num, _, sample in sorted(self._longest, key=lambda row: row[:2]) if num > fence]
         return int(np.count_nonzero(lengths > fence)), longest[::-1]
 
     def _answers_are_labels(self) -> bool:
         return 2 * self._short.count > self._num_answers
 
-    def _label_counts(self) -> dict[str, int]:
-        fields = next((counts for labels in self._labels.values() if (counts := labels.counts())), {})
-        return fields or (self._answers.counts() if self._answers_are_labels() else {})
-
-
-def make_sample(where: str, text: str, mark: str = "") -> Sample:
-    """Return a sample of at most 120 characters on one line, personal data masked; it includes `mark` if given."""
-    # Masked before it is cut: half an address would not be recognised.
-    line = " ".join(masked(text).split())
-    start = max(0, line.find(mark) - SAMPLE_CHARACTERS // 3) if mark else 0
-    shown = line[start : start + SAMPLE_CHARACTERS]
-    before, after = "…" if start else "", "…" if start + len(shown) < len(line) else ""
-    return Sample(where, before + shown[len(before) : len(shown) - len(after)] + after)
+    def _label_counts(self) -> tuple[str, dict[str, int]]:
+        """Return the name of the field with the labels, empty for labels that are answers, and the rows of each."""
+        for name, labels in self._labels.items():
+            if counts := labels.counts():
+                return name, counts
+        return "", self._answers.counts() if self._answers_are_labels() else {}
 
 
 def _num_words(text: str) -> int:

@@ -40,7 +40,7 @@ class GatheredRows:
     """All rows that can be trained on, and the renderer that made them.
 
     Attributes:
-        sources: Sources in the order train, validation, retain.
+        sources: Sources in the order train, validation, test, retain.
         renderer: Renderer with the proven tokenizer.
         spool: Rows on disk.
         strata: Name of each stratum; a row's code is an index into it.
@@ -53,13 +53,10 @@ class GatheredRows:
     strata: tuple[str, ...]
     fields: tuple[frozenset[str], ...]
 
-    @property
-    def measured_fields(self) -> tuple[str, ...]:
-        """Names of the fields that all rows have which may be held out; metrics can be grouped by them."""
-        uses = {source.use for source in self.sources}
-        held_out = {"validation", "retain"} if "validation" in uses else {"train", "retain"}
-        shared = [fields for source, fields in zip(self.sources, self.fields) if source.use in held_out]
-        return tuple(sorted(frozenset.intersection(*shared)))
+    def fields_of_all(self, rows: NDArray[np.bool_]) -> tuple[str, ...]:
+        """Return the names of the fields that all rows of these rows' sources have (bool [R])."""
+        numbers = np.unique(self.spool.columns.source[rows]).tolist()
+        return tuple(sorted(frozenset.intersection(*(self.fields[number] for number in numbers)))) if numbers else ()
 
     @property
     def is_chat(self) -> NDArray[np.bool_]:
@@ -148,6 +145,7 @@ def _open_all(recipe: Recipe) -> list[Opened]:
     uses: list[tuple[SourceUse, Sequence[Source]]] = [
         ("train", recipe.data.sources),
         ("validation", recipe.data.validation),
+        ("test", recipe.data.test),
         ("retain", recipe.data.retain),
     ]
     mistakes: list[Mistake] = []

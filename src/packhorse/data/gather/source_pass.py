@@ -16,7 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.checks.contamination import EvaluationIndex
 from packhorse.data.checks.encoding import fix_encoding_errors
-from packhorse.data.checks.keys import answer_keys, content_keys, prompt_keys
+from packhorse.data.checks.keys import (
+    answer_keys,
+    content_keys,
+    normalised_answer_keys,
+    normalised_prompt_keys,
+    prompt_keys,
+)
 from packhorse.data.checks.language import languages
 from packhorse.data.checks.texts import answer_text, prompt_text, row_text
 from packhorse.data.checks.words import signatures
@@ -31,7 +37,7 @@ from packhorse.data.resolve import source_name
 from packhorse.errors import Mistake
 from packhorse.recipe.schema import DataSection, Source
 
-SourceUse = Literal["train", "validation", "retain"]
+SourceUse = Literal["train", "validation", "test", "retain"]
 BatchCallback = Callable[["GatheredSource", Sequence[Example], Sequence[Rendered]], None]
 """Callback for each batch of rows that can be trained on: source, rows, rendered rows."""
 
@@ -146,6 +152,11 @@ class SourcePass:
         named = [name for name in split.stratify if name not in KNOWN_WITHOUT_FIELD]
         return named + ([split.group_by] if split.group_by else [])
 
+    @property
+    def normalises(self) -> bool:
+        """Whether prompts and answers are compared in normalised form: for leaks into given splits, and to audit."""
+        return self.with_prompts or bool(self.data.validation or self.data.test)
+
     def _has_fields(self, example: Example) -> bool:
         missing = [name for name in self.needed if name not in example.fields]
         if missing:
@@ -176,6 +187,8 @@ class SourcePass:
             "keys": content_keys(examples),
             "prompt_keys": prompt_keys(examples) if self.with_prompts else NO_KEYS,
             "answer_keys": answer_keys(examples) if self.with_prompts else NO_KEYS,
+            "normalised_prompt_keys": normalised_prompt_keys(examples) if self.normalises else NO_KEYS,
+            "normalised_answer_keys": normalised_answer_keys(examples) if self.normalises else NO_KEYS,
             "source": np.full(num_rows, self.number, np.int16),
             "stratum": self._stratum_codes(examples, texts),
             "conversation": self._conversations(examples),

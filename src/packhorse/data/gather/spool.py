@@ -42,6 +42,8 @@ class Columns:
         keys: uint64 [R, 2], 128-bit hash of the row's content.
         prompt_keys: uint64 [R, 2], hash of the text before the last answer; [0, 2] if not requested.
         answer_keys: uint64 [R, 2], hash of the last answer; [0, 2] if not requested.
+        normalised_prompt_keys: uint64 [R, 2], hash of the normalised prompt; [0, 2] if not requested.
+        normalised_answer_keys: uint64 [R, 2], hash of the normalised last answer; [0, 2] if not requested.
         source: int16 [R], index of the source.
         stratum: int32 [R], code of the values to stratify by.
         conversation: uint64 [R], hash of the value of `data.split.group_by`; 0 without it.
@@ -54,6 +56,8 @@ class Columns:
     keys: UInt64
     prompt_keys: UInt64
     answer_keys: UInt64
+    normalised_prompt_keys: UInt64
+    normalised_answer_keys: UInt64
     source: NDArray[np.int16]
     stratum: NDArray[np.int32]
     conversation: UInt64

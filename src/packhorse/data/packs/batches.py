@@ -112,6 +112,16 @@ class BatchPlan:
         return [packs[dealt[hand]] for hand in sorted(range(hands), key=lambda hand: (-totals[hand], hand))]
 
 
+def step_notes(num_packs: int, packs_per_step: int) -> tuple[str, ...]:
+    """Return a sentence for the user if a step takes more packs than there are."""
+    if num_packs >= packs_per_step:
+        return ()
+    return (
+        f"a step is larger than an epoch: batch.packs is {packs_per_step}, and the train rows fill {num_packs} packs, "
+        f"so every step takes all rows once; set batch.packs to {num_packs} or less",
+    )
+
+
 def _filled_up(packs: Int64, size: int) -> Int64:
     return np.concatenate([packs, np.full(size - len(packs), NULL_PACK, np.int64)])
 

@@ -111,6 +111,7 @@ def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
     lists: list[tuple[KeyPath, Sequence[Source]]] = [
         (("data", "sources"), data.sources),
         (("data", "validation"), data.validation),
+        (("data", "test"), data.test),
         (("data", "retain"), data.retain),
         (("data", "decontaminate", "against"), data.decontaminate.against if data.decontaminate else ()),
     ]
@@ -203,6 +204,7 @@ def _weight_rules(recipe: Recipe) -> Iterator[Finding]:
         )
     unmixed: list[tuple[str, Sequence[Source]]] = [
         ("validation", recipe.data.validation),
+        ("test", recipe.data.test),
         ("retain", recipe.data.retain),
     ]
     for name, sources in unmixed:
@@ -219,7 +221,12 @@ def _weight_rules(recipe: Recipe) -> Iterator[Finding]:
 def _split_rules(recipe: Recipe) -> Iterator[Finding]:
     split = recipe.data.split
     given = {name: share for name in SIDES if (share := getattr(split, name)) is not None}
-    if recipe.data.validation or not given:
+    if recipe.data.validation:
+        # Train is the rest of the test share; other shares are used for data.retain alone.
+        given = {"validation": 0.0, "test": split.test} if split.test and not recipe.data.test else {}
+    elif recipe.data.test and given:
+        given.setdefault("test", 0.0)
+    if not given:
         return
     total = sum(given.values())
     absent = [name for name in SIDES if name not in given]

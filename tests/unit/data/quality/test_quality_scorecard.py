@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from packhorse.data.checks.scorecard import ScoreCard, ScoreKeeper, make_sample
+from packhorse.data.checks.counters import make_sample
+from packhorse.data.checks.scorecard import ScoreCard, ScoreKeeper
 from packhorse.data.formats.example import Example, Message
 
 ASKED = "What did the old man on the bridge say to the two dogs this morning?"
@@ -101,6 +102,67 @@ def test_length_outliers_are_above_the_outer_fence() -> None:
     # Sorted: 10 20 30×9 40 50 500 501; Q1 is at place 3.5 (30), Q3 at 10.5 (between 30 and 40: 35), fence 35 + 3 × 5.
     assert card.length_outliers == 2
     assert [sample.where for sample in card.samples["length_outliers"]] == ["rows.jsonl:6", "rows.jsonl:5"]
+
+
+def test_lengths_that_hardly_differ_have_no_outliers() -> None:
+    # Q1 = Q3 = 120: the fence is 120 too.
+    assert card_of([row()] * 60, [119] * 5 + [120] * 44 + [121] * 11).length_outliers == 0
+    assert card_of([row()] * 60, [120] * 58 + [240, 241]).length_outliers == 1
+
+
+def test_chats_that_end_without_an_answer() -> None:
+    turns = (*(row().messages or ()), Message("user", "And then?"))
+    card = card_of([row(), Example(turns, None, {}, "rows.jsonl:2"), Example(None, "plain text", {}, "")])
+    assert (card.unanswered, card.samples["unanswered"][0].where) == (1, "rows.jsonl:2")
+
+
+@pytest.mark.parametrize(
+    ("example", "number"),
+    [
+        pytest.param(row("Dear {{customer_name}}, it is on its way."), 1, id="name"),
+        pytest.param(row("Dear {{ Customer Name }}, your {{ order.id }}."), 1, id="counted by row"),
+        pytest.param(Example(None, "Hello {{name}}", {}, ""), 1, id="plain text"),
+        pytest.param(row(prompt="Hello {{name}}"), 0, id="not trained"),
+        pytest.param(row("Hello {{name}}", turn={"trained": False}), 0, id="masked turn"),
+        pytest.param(row("run: echo ${{ secrets.TOKEN }}"), 0, id="workflow"),
+        pytest.param(row(r"It is \frac{{ab}}{{cd}}."), 0, id="latex"),
+        pytest.param(row('{"a": {"b": {}}}'), 0, id="json"),
+    ],
+)
+def test_placeholders_that_are_trained(example: Example, number: int) -> None:
+    assert card_of([example, row()]).placeholders == number
+
+
+def test_placeholders_of_users_where_they_are_trained() -> None:
+    keeper = ScoreKeeper("rows.jsonl", ["user", "assistant"])
+    keeper.add([row(prompt="Hello {{name}}")], [9])
+    assert keeper.card(0, 0, 0).placeholders == 1
+
+
+def test_prompts_that_begin_alike() -> None:
+    same = [row(prompt=f"What is the capital of {place}?") for place in "abcdefghij"]
+    other = [row(prompt=f"{number} is a number, is it?") for number in range(10)]
+    card = card_of([*same, *other])
+    assert card.same_opening == 10
+    assert "What is the capital of a?" in card.samples["same_opening"][0].text
+    assert card_of([*same, *other, row()]).same_opening == 0
+    assert card_of(same[:9]).same_opening == 0
+
+
+def test_fields_with_few_values_are_strata() -> None:
+    fields = [
+        {"style": "short" if at % 4 else "long", "confidence": at / 10, "id": at, "category": at % 2, "x": 1}
+        for at in range(8)
+    ]
+    rows = [row(fields=of_row) for of_row in fields]
+    rows[0].fields["confidence"] = 1.0
+    card = card_of([*rows, *rows])
+    assert card.labels == {"0": 8, "1": 8}
+    assert card.strata["style"] == {"short": 12, "long": 4}
+    assert card.strata["confidence"]["0.9 to 1.0"] == 2
+    assert card.strata["confidence"]["0.1 to 0.2"] == 2
+    assert card.strata.keys() == {"style", "confidence", "id"}
+    assert card_of(rows).strata.keys() == {"style"}
 
 
 def test_personal_data_is_counted_by_row_and_shown_masked() -> None:
