@@ -13,7 +13,7 @@ from packhorse.data.data_manifest import DataManifest, read_data_manifest
 from packhorse.data.resolve import data_root, resolve_tokenizer, source_files, template_path, tokenizer_files
 from packhorse.recipe.schema import Recipe, Source
 
-DATA_VERSION: Final = 4
+DATA_VERSION: Final = 5
 """Raised when the same rows and settings would give different packs."""
 FILE_HASHES: Final = "files.json"
 

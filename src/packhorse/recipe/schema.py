@@ -29,6 +29,7 @@ Format = Literal[
     "text",
     "preference",
     "kto",
+    "tree",
 ]
 
 
@@ -74,6 +75,10 @@ class Source(Section):
     """Other names for the keys of the format: `{messages: dialog, role: speaker, content: says}`."""
     roles: dict[str, str] = {}
     """Other names for the roles: `{customer: user, agent: assistant}`."""
+    ignore: list[str] = []
+    """Keys of rows and turns to train without, e.g. `[documents]`; a key that may be part of a chat is else refused."""
+    paths: Literal["best", "all"] = "best"
+    """Message trees: follow the reply with the lowest `rank`, or make one row of each path."""
     weight: PositiveFloat | None = None
     """Share of this source among the rows used, relative to the weights of other sources; no row is repeated."""
     rows: PositiveInt | None = None

@@ -21,6 +21,7 @@ from packhorse.data.checks.language import languages
 from packhorse.data.checks.texts import answer_text, prompt_text, row_text
 from packhorse.data.checks.words import signatures
 from packhorse.data.formats.example import Example
+from packhorse.data.formats.key_counts import KeyCounts
 from packhorse.data.formats.rows import RowFormat
 from packhorse.data.gather.spool import SpoolWriter
 from packhorse.data.read.row import RowMistakes
@@ -53,12 +54,14 @@ class GatheredSource:
         use: Purpose of its rows.
         row_format: Format of its rows, detected or declared.
         mistakes: Bad rows of the source.
+        key_counts: Keys of its rows: used, kept and ignored; complete after the pass.
     """
 
     declared: Source
     use: SourceUse
     row_format: RowFormat
     mistakes: RowMistakes
+    key_counts: KeyCounts = field(default_factory=KeyCounts)
 
     @property
     def name(self) -> str:

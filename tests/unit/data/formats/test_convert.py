@@ -63,6 +63,10 @@ TOOL = {"type": "function", "function": {"name": "rain", "parameters": {}}}
         pytest.param({"question": "hi", "answer": "fine", "n": [1]}, "messages", chat(USER, BOT, n=[1]), id="answer"),
         pytest.param({"text": "hi", "category": "fine"}, "messages", chat(USER, BOT, category="fine"), id="label"),
         pytest.param(
+            {"text": "hi", "category": "fine", "system": "be"}, "messages", chat(SYSTEM, USER, BOT, category="fine"),
+            id="label and system",
+        ),
+        pytest.param(
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "fine"}], "id": 3},
             "messages", chat(USER, BOT, id=3), id="sharegpt",
         ),
@@ -128,10 +132,9 @@ def test_openai_form_of_tool_calls(tmp_path: Path) -> None:
         pytest.param(chat(USER, BOT, USER, {**BOT, "train": False}), "alpaca", "answer with train: false", id="mark"),
         pytest.param(chat(USER, {**BOT, "thinking": "a"}), "alpaca", "has reasoning_content", id="thinking"),
         pytest.param(chat(USER, BOT, tools=[TOOL]), "alpaca", "the row has tools", id="tools"),
-        pytest.param(chat(USER, BOT, input="x"), "alpaca", "other fields input would be read as part", id="input"),
+        pytest.param(chat(USER, BOT, input=3), "alpaca", "other fields input would be read as part", id="input"),
         pytest.param(chat(USER, BOT, conversations=1), "alpaca", "other fields conversations would", id="detected"),
         pytest.param({"text": "a", "label": True}, "messages", "other fields label would be read", id="verdict"),
-        pytest.param({"text": "a", "category": "b", "system": "c"}, "messages", "fields system would", id="system"),
         pytest.param({"text": "a"}, "messages", "the row is plain text", id="text"),
         pytest.param({"prompt": "a", "chosen": "b", "rejected": "c"}, "openai", "has a rejected answer", id="pair"),
         pytest.param(chat(USER, BOT, label=True), "openai", "has a verdict on its answer", id="kto"),
