@@ -33,10 +33,13 @@ def from_question_answer(row: Row) -> Example:
             raise empty_answer()
         question = Message("user", text_of(values["question"], "question"))
         return Example((question, Message("assistant", answer)), None, {}, row.where, used=QUESTION_KEYS)
-    key = one_of(values, NAMES_OF["answer"]) or _empty(values, "answer")
-    answer, unused = _first_answer(values[key]) if key == "answers" else (text_of(values[key], key), ())
+    key = one_of(values, ("answer", "response")) or _empty(values, "answer")
+    # Next to an answer, `answers` are further accepted ones.
+    is_listed = key == "answers"
+    answer, unused = _first_answer(values[key]) if is_listed else (text_of(values[key], key), ())
     messages = [*text_prompt(values, "question"), Message("assistant", answer)]
-    return replace(chat_example(row, messages, QUESTION_KEYS), unused=unused)
+    keys = QUESTION_KEYS if is_listed else QUESTION_KEYS - {"answers"}
+    return replace(chat_example(row, messages, keys), unused=unused)
 
 
 def from_alpaca(row: Row) -> Example:
@@ -134,8 +137,9 @@ def from_text(row: Row) -> Example:
 
 
 def _empty(values: dict[str, Any], key: str) -> str:
-    """Return the name under which a row has a key without a value."""
-    return next(name for name in NAMES_OF[key] if name in values)
+    """Return the name under which a row has a key that is empty, or that is a list of answers."""
+    present = [name for name in NAMES_OF[key] if name in values]
+    return next((name for name in present if values[name] is not None), present[0])
 
 
 def _first_answer(given: object) -> tuple[str, tuple[str, ...]]:
