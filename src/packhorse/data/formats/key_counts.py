@@ -34,3 +34,11 @@ class KeyCounts:
             counts[key] += 1
         if example.unused:
             self.ignored.update(example.unused)
+
+    def under_names_of(self, columns: Mapping[str, str]) -> dict[str, dict[str, int]]:
+        """Return `used`, `kept` and `ignored` with their keys; a key that `columns` maps is shown with the row's."""
+        groups = {"used": self.used, "kept": self.kept, "ignored": self.ignored}
+        return {
+            group: {f"{key} ({columns[key]})" if key in columns else key: rows for key, rows in sorted(counts.items())}
+            for group, counts in groups.items()
+        }

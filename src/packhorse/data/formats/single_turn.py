@@ -11,7 +11,7 @@ from packhorse.data.formats.chats import chat_example, empty_answer, is_blank, w
 from packhorse.data.formats.content import one_of, optional_text, other_fields, text_of
 from packhorse.data.formats.detect import CONTEXT_KEYS, LABEL_KEYS, NAMES_OF, SYSTEM_KEYS
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.formats.tools import NOTHING, TOOL_KEYS
+from packhorse.data.formats.tools import TOOL_KEYS
 from packhorse.data.formats.turns import context_of, messages_of
 from packhorse.data.read.row import Row
 
@@ -84,7 +84,7 @@ def answer_turns(value: object, key: str) -> list[Message]:
 
 def turns_of(value: object, key: str) -> list[Message]:
     """Return the turns of a text (as the assistant's), of one turn, or of a list of turns."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return messages_of([value], key)
     return messages_of(value, key) if is_turns(value) else [Message("assistant", text_of(value, key))]
 
@@ -176,7 +176,7 @@ def _label(value: object, key: str) -> str:
 
 
 def _history(given: object) -> list[Message]:
-    if given in NOTHING:
+    if given in (None, "", [], "[]"):
         return []
     if is_turns(given):
         return messages_of(given, "history")

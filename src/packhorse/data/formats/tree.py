@@ -17,7 +17,7 @@ from packhorse.data.read.row import Row
 Node = dict[str, Any]
 Path = tuple[tuple[int, ...], list[Node], bool]
 """Indices of the replies, the replies, and whether the tree has no other path."""
-NODE_KEYS: Final = frozenset(("text", "role", "replies", "rank"))
+NODE_KEYS: Final = frozenset(("text", "role", "replies"))
 OTHER_REPLIES: Final = "replies outside the best path"
 
 
