@@ -158,7 +158,7 @@ def _paths(
             mistakes.add(error.at(row.where))
             continue
         for path, has_others in paths:
-            counts.ignored[OTHER_REPLIES] += has_others
+            counts.ignored.update([OTHER_REPLIES] if has_others else [])
             yield path
 
 

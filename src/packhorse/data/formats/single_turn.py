@@ -20,6 +20,7 @@ ALPACA_KEYS: Final = frozenset(("instruction", *NAMES_OF["output"], *PROMPT_PART
 PROMPT_KEYS: Final = frozenset(("prompt", *NAMES_OF["completion"], *PROMPT_PARTS))
 PROMPT_TURNS_KEYS: Final = PROMPT_KEYS - {"history", *CONTEXT_KEYS}
 QUESTION_KEYS: Final = frozenset(("question", *NAMES_OF["answer"], *PROMPT_PARTS))
+ONE_ANSWER_KEYS: Final = QUESTION_KEYS - {"answers"}
 TEXT_KEYS: Final = frozenset(("text",))
 
 
@@ -38,8 +39,8 @@ def from_question_answer(row: Row) -> Example:
     is_listed = key == "answers"
     answer, unused = _first_answer(values[key]) if is_listed else (text_of(values[key], key), ())
     messages = [*text_prompt(values, "question"), Message("assistant", answer)]
-    keys = QUESTION_KEYS if is_listed else QUESTION_KEYS - {"answers"}
-    return replace(chat_example(row, messages, keys), unused=unused)
+    example = chat_example(row, messages, QUESTION_KEYS if is_listed else ONE_ANSWER_KEYS)
+    return replace(example, unused=unused) if unused else example
 
 
 def from_alpaca(row: Row) -> Example:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 from packhorse.data.formats.bad_row import BadRowError, names
@@ -52,7 +53,9 @@ def check_unread(values: Mapping[str, Any], example: Example, row_format: RowFor
     Raises:
         BadRowError: Such keys, with the line for the recipe.
     """
-    unread = {key: value for key, value in values.items() if key not in example.used}
+    unread = {key: value for key, value in values.items() if key not in example.used and not _is_plain(key, value)}
+    if not unread:
+        return
     if declared:
         others = keys_of_formats(KEYS_OF)
         unread = {key: value for key, value in unread.items() if key not in others}
@@ -104,15 +107,15 @@ def _reason(key: str, value: object, said: Sequence[str]) -> str:
     """Return why a value may be a part of the conversation; empty if it is metadata, or a copy of what was read."""
     if value is None or isinstance(value, (bool, int, float)) or value in ("", [], {}):
         return ""
-    name = _name(key)
-    if name in MEDIA_KEYS or _has_bytes(value):
+    kind = _kind(key)
+    if kind == "media" or _has_bytes(value):
         return WHY_MEDIA
-    if METADATA.fullmatch(name):
+    if kind == "metadata":
         return ""
     if isinstance(value, str):
         value = _parsed(value)
-    is_role = name == "role" and isinstance(value, str) and value in ROLES
-    if name in SAME_AS or name in CARRIERS or is_role or (name in LISTS and not isinstance(value, str)):
+    is_text = isinstance(value, str)
+    if kind == "carrier" or (kind == "list" and not is_text) or (kind == "role" and is_text and value in ROLES):
         return "" if _is_copy(value, said) else WHY_NAME
     if _has_turns(value, said):
         return "" if _is_copy(value, said) else WHY_TEXT
@@ -184,6 +187,26 @@ def _parsed(text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _is_plain(key: str, value: object) -> bool:
+    """Return whether a value is a number, or a short text whose key says nothing: the case of most keys."""
+    if isinstance(value, str):
+        return 0 < len(value) <= LONG_TEXT_CHARACTERS and value[0] not in "{[" and not _kind(key)
+    return value is None or isinstance(value, (bool, int, float))
+
+
+@lru_cache(maxsize=4096)
+def _kind(key: str) -> str:
+    """Return what the name of a key says: `media`, `metadata`, `carrier`, `list`, `role`, or nothing."""
+    name = _name(key)
+    if name in MEDIA_KEYS:
+        return "media"
+    if METADATA.fullmatch(name):
+        return "metadata"
+    if name in SAME_AS or name in CARRIERS:
+        return "carrier"
+    return "list" if name in LISTS else "role" if name == "role" else ""
 
 
 def _name(key: object) -> str:

@@ -200,10 +200,11 @@ def trained(renderer: Renderer, example: Example) -> Any:
 def is_listed(counts: KeyCounts, path: str) -> bool:
     """Whether a key, or a part of it, is listed as kept or ignored."""
     listed = (counts.kept | counts.ignored).keys()
-    root = path.partition(".")[0]
-    parts = {"answers": "answers after the first", "replies": "replies outside the best path"}
-    last = path.rpartition(".")[2]
-    return bool({root, path, f"{root}.*.{last}", parts.get(root)} & listed)
+    root, last = path.partition(".")[0], path.rpartition(".")[2]
+    others = {"answers": "answers after the first", "answers.text": "answers after the first"}
+    if root == "replies":
+        others[path] = "replies outside the best path"
+    return bool({root, path, f"{root}.*.{last}", others.get(path)} & listed)
 
 
 @pytest.fixture(scope="module")
