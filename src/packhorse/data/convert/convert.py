@@ -98,7 +98,7 @@ def convert_file(source: Source, target: Path, to: Target, force: bool, runs_fol
 def _lines(
     rows: Iterator[Row], source: Source, to: Target, conversion: Conversion, mistakes: RowMistakes
 ) -> Iterator[str]:
-    convert = row_converter(conversion.row_format, source)
+    convert = row_converter(conversion.row_format, source, keeps_others=True)
     for row in renamed_rows(rows, conversion.row_format, mistakes, source, KeyCounts()):
         try:
             example = convert(row)
@@ -120,7 +120,7 @@ def _others(values: dict[str, Any], example: Example) -> dict[str, Any]:
 
 
 def _left_out(example: Example, others: Mapping[str, Any], written: Mapping[str, Any], to: Target) -> list[str]:
-    left_out = [key for key in others if key not in written]
+    left_out = [*(key for key in others if key not in written), *example.unused]
     context = any(not turn.trained and turn.role != "assistant" for turn in example.messages or ())
     return [*left_out, CONTEXT_MARK] if context and to != "messages" else left_out
 

@@ -57,7 +57,7 @@ class Renaming:
 
     def refuse_hidden(self, values: dict[str, Any]) -> None:
         """Raise BadRowError for a row or turn whose own key has the name that `columns` gives to another one."""
-        turns = [turn for turn in _turns(values) if self.turn_keys]
+        turns = self._given_turns(values) if self.turn_keys else []
         for mapping, owner in ((self.row_keys, values), *((self.turn_keys, turn) for turn in turns)):
             for key, path in mapping.items():
                 own = owner.get(key)
@@ -74,8 +74,18 @@ class Renaming:
         """Return the names to ignore that a row has with a value, itself or in a turn."""
         if not self.ignored:
             return []
-        keys = {key for owner in (values, *_turns(values)) for key, value in owner.items() if value is not None}
+        keys = {
+            key for owner in (values, *self._given_turns(values)) for key, value in owner.items() if value is not None
+        }
         return sorted(self.ignored & keys)
+
+    def _given_turns(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the turns of a row that is not renamed yet, with the messages of a tree."""
+        lists = {key: _at(values, self.row_keys.get(key, key)) for key in (*CHAT_KEYS, "replies")}
+        turns = _turns({key: value for key, value in lists.items() if value is not ABSENT})
+        nodes = lists["replies"] if isinstance(lists["replies"], list) else []
+        nodes = [node for node in nodes if isinstance(node, dict)]
+        return turns + nodes + [reply for node in nodes for reply in self._given_turns(node)]
 
     def spread(self, values: dict[str, Any]) -> list[tuple[str, Renaming]]:
         """Return a renaming for each row that one row holds, with its indices, such as `[0.3]`."""

@@ -162,8 +162,16 @@ def _paths(
             yield path
 
 
-def row_converter(row_format: RowFormat, source: Source | None = None) -> Callable[[Row], Example]:
-    """Return the function that converts one row of `renamed_rows` to an example, or raises `BadRowError`."""
+def row_converter(
+    row_format: RowFormat, source: Source | None = None, keeps_others: bool = False
+) -> Callable[[Row], Example]:
+    """Return the function that converts one row of `renamed_rows` to an example, or raises `BadRowError`.
+
+    Args:
+        row_format: Format from `resolve_format`.
+        source: Source of the rows.
+        keeps_others: Whether the caller writes the keys that the format does not read, so that none is lost.
+    """
     convert = CONVERTERS[row_format]
     columns = source.columns if source is not None else {}
     is_found = source is not None and source.format == "auto"
@@ -183,7 +191,7 @@ def row_converter(row_format: RowFormat, source: Source | None = None) -> Callab
         if rivals and not rivals.isdisjoint(values):
             _refuse_rival(values, row_format)
         example = convert(row)
-        if not values.keys() <= example.used:
+        if not keeps_others and not values.keys() <= example.used:
             check_unread(values, example, row_format, is_declared)
         return example
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from packhorse.data.formats.bad_row import BadRowError, closest, names, shown
+from packhorse.data.formats.bad_row import BadRowError, closest, ignore_line, names, shown
 from packhorse.data.formats.content import CALL_PART, content_of, one_of, optional_text
 from packhorse.data.formats.example import Message
 from packhorse.data.formats.tools import NOTHING, calls_of
@@ -214,7 +214,6 @@ def _refuse_unknown(turn: dict[str, Any], number: int, turns: Sequence[dict[str,
         return
     # One edit of the recipe is enough for all turns.
     everywhere = [key for each in turns for key, value in each.items() if key not in TURN_KEYS and value is not None]
-    listed = ", ".join(dict.fromkeys(map(str, everywhere)))
     is_media = not MEDIA_KEYS.isdisjoint(unknown)
     raise BadRowError(
         f"turn {number} has {names(unknown)}, which is not a key of a turn.",
@@ -222,7 +221,7 @@ def _refuse_unknown(turn: dict[str, Any], number: int, turns: Sequence[dict[str,
         if is_media
         else "a key that nothing reads would be lost, and what it says with it.",
         (f"write {near[0]}, or " if near else "remove the row, or " if is_media else "")
-        + f"set the source's ignore: [{listed}] to train without it.",
+        + f"set the source's {ignore_line(dict.fromkeys(everywhere))} to train without it.",
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
-from packhorse.data.formats.bad_row import BadRowError, names
+from packhorse.data.formats.bad_row import BadRowError, ignore_line, names
 from packhorse.data.formats.detect import KEYS_OF, RowFormat, keys_of_formats, matching_formats
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.turns import MEDIA_KEYS, ROLES
@@ -79,7 +79,7 @@ def refuse_carriers(
     reasons = {key: why for key, value in unread.items() if (why := _reason(key, value, said))}
     if not reasons:
         return
-    ignore = f"ignore: [{', '.join(map(str, reasons))}] in the source to train without it"
+    ignore = f"{ignore_line(reasons)} in the source to train without it"
     mapped = {ours: key for key in reasons if (ours := SAME_AS.get(_name(key)) or LISTS.get(_name(key))) in free}
     columns = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapped.items())
     raise BadRowError(
@@ -98,8 +98,7 @@ def _refuse_rivals(
         raise BadRowError(
             f"the row has the keys of {row_format} and of {' and of '.join(rivals)}.",
             "two formats match, and each would train on another part of the row.",
-            f"set the source's format: {row_format} or format: {' or '.join(rivals)}, or its ignore: "
-            f"[{', '.join(lost)}].",
+            f"set the source's format: {row_format} or format: {' or '.join(rivals)}, or its {ignore_line(lost)}.",
         )
 
 

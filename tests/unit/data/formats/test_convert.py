@@ -132,7 +132,7 @@ def test_openai_form_of_tool_calls(tmp_path: Path) -> None:
         pytest.param(chat(USER, BOT, USER, {**BOT, "train": False}), "alpaca", "answer with train: false", id="mark"),
         pytest.param(chat(USER, {**BOT, "thinking": "a"}), "alpaca", "has reasoning_content", id="thinking"),
         pytest.param(chat(USER, BOT, tools=[TOOL]), "alpaca", "the row has tools", id="tools"),
-        pytest.param(chat(USER, BOT, input=3), "alpaca", "other fields input would be read as part", id="input"),
+        pytest.param(chat(USER, BOT, input="x"), "alpaca", "other fields input would be read as part", id="input"),
         pytest.param(chat(USER, BOT, conversations=1), "alpaca", "other fields conversations would", id="detected"),
         pytest.param({"text": "a", "label": True}, "messages", "other fields label would be read", id="verdict"),
         pytest.param({"text": "a"}, "messages", "the row is plain text", id="text"),
@@ -171,6 +171,18 @@ def test_what_is_left_out_is_counted(tmp_path: Path, to: Target, left_out: dict[
     source = write(tmp_path / "in.jsonl", *[chat({**USER, "train": False}, BOT)] * 2, chat(USER, BOT, lang="en"))
     done = convert_file(Source(path=str(source)), tmp_path / "out.jsonl", to, False, tmp_path)
     assert (done.num_rows, done.row_format, dict(done.left_out)) == (3, "messages", left_out)
+
+
+def test_what_training_would_refuse_is_copied(tmp_path: Path) -> None:
+    documents = [{"title": "a", "text": "b"}]
+    assert changed(tmp_path, "messages", chat(USER, BOT, documents=documents)) == [chat(USER, BOT, documents=documents)]
+
+
+def test_parts_that_a_form_cannot_hold_are_counted(tmp_path: Path) -> None:
+    row = {"question": "hi", "answers": {"text": ["fine"], "answer_start": [3]}}
+    source = write(tmp_path / "in.jsonl", row)
+    done = convert_file(Source(path=str(source)), tmp_path / "out.jsonl", "messages", False, tmp_path)
+    assert (read(tmp_path / "out.jsonl"), dict(done.left_out)) == ([chat(USER, BOT)], {"answers.answer_start": 1})
 
 
 def test_the_service_takes_ten_examples_or_more(tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def test_other_roles_keys_and_ignored_keys_of_messages() -> None:
     mapped = {"columns": {"role": "by"}, "roles": {"me": "user", "bot": "assistant"}}
     _, (mistake,), _ = read(tree, format="tree", **mapped)
     assert "the row has draft, which replies does not read" in mistake
-    taken, mistakes, _ = read(tree, format="tree", ignore=["draft"], **mapped)
-    assert (taken[0][1], mistakes) == (["a", "b"], [])
+    taken, mistakes, counts = read(tree, format="tree", ignore=["draft"], **mapped)
+    assert (taken[0][1], mistakes, counts.ignored["draft"]) == (["a", "b"], [], 1)
 
 
 @pytest.mark.parametrize(

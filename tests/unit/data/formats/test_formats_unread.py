@@ -145,6 +145,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({**CHAT, "system": "a", "system_prompt": "b"}, "system and system_prompt", "ignore: [system_prompt]"),
     ({**CHAT, "tools": TOOLS, "functions": [{"name": "a"}]}, "tools and functions", "ignore: [functions]"),
     ({"question": "q", "answers": {"text": [], "answer_start": []}}, "answers is no answer", "remove a question"),
+    ({**QA, "what: it": PROSE}, "has what: it", 'ignore: ["what: it"]'),
     (turn(images=["a"]), "turn 2 has images", "ignore: [images]"),
     (turn(tool_call={}), "turn 2 has tool_call", "write tool_calls"),
     ({"messages": [USER, {"role": "assistant", "tool_call": {}}]}, "turn 2 has tool_call", "write tool_calls"),
@@ -300,6 +301,8 @@ def test_parts_that_are_not_read_are_counted() -> None:
     squad = {"question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 4]}}
     assert count({}, squad).ignored == {"answers.answer_start": 1, "answers after the first": 1}
     assert count({"ignore": ["at"]}, {"messages": [{**USER, "at": 3}, {**BOT, "at": 4}]}).ignored == {"at": 1}
+    dialog = {"dialog": [{**USER, "at": 3}, BOT]}
+    assert count({"ignore": ["at"], "columns": {"messages": "dialog"}}, dialog).ignored == {"at": 1}
 
 
 def test_a_declared_format_makes_the_keys_of_others_metadata() -> None:
@@ -316,4 +319,6 @@ def test_a_key_hidden_by_columns_is_refused_until_it_is_ignored() -> None:
     row = {"question": "else", "q": "hi", "answer": "fine"}
     assert said(convert(row, columns={"question": "q"}, ignore=["question"]).messages) == HI
     turn = {"role": "user", "says": "hi", "content": "else"}
-    assert "a key content" in refusal({"messages": [turn, BOT]}, columns={"content": "says"})
+    for key in ("messages", "dialog"):
+        columns = {"messages": key, "content": "says"}
+        assert "a key content" in refusal({key: [turn, {**BOT, "says": "fine"}]}, columns=columns)
