@@ -56,8 +56,20 @@ def real_report() -> AuditReport:
         stop_token=END,
         length_tokens=2_048,
         sources=(
-            SourceAudit("data/gsm8k_train.jsonl", "question_answer", 7_473, "train"),
-            SourceAudit("data/tickets_es.csv", "text_label", 1_186, "train"),
+            SourceAudit(
+                "data/gsm8k_train.jsonl",
+                "question_answer",
+                7_473,
+                "train",
+                {"used": {"question": 7_473, "answer": 7_473}, "kept": {}, "ignored": {}},
+            ),
+            SourceAudit(
+                "data/tickets_es.csv",
+                "text_label",
+                1_186,
+                "train",
+                {"used": {"text (body)": 1_186, "label": 1_186}, "kept": {"id": 1_180}, "ignored": {"notes": 40}},
+            ),
         ),
         ledger=ledger,
         splits={
@@ -182,7 +194,15 @@ def hostile_report() -> AuditReport:
         template=HOSTILE[1],
         stop_token="</s>",
         length_tokens=131_072,
-        sources=(SourceAudit(HOSTILE[2], "messages", 1_000_000_000, "train"),),
+        sources=(
+            SourceAudit(
+                HOSTILE[2],
+                "messages",
+                1_000_000_000,
+                "train",
+                {"used": {"messages": 1}, "kept": dict.fromkeys(HOSTILE, 1), "ignored": {}},
+            ),
+        ),
         ledger=Ledger(
             rows_in=Entry(rows=1_000_000_000, tokens=123_456_789_999),
             losses={"bad": Entry(rows=1), "masked_out": Entry(rows=999, tokens=987)},

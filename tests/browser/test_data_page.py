@@ -76,6 +76,13 @@ def test_the_ledger_is_there_to_the_row(seen: dict[str, Any]) -> None:
         assert "Read from all sources 8,673 100.00 % 1,742,906 100.00 %" in table
 
 
+def test_every_key_is_listed_with_what_happens_to_it(seen: dict[str, Any]) -> None:
+    for name in ("real 360", "real 1280"):
+        body = " ".join(seen["light"][name]["body"].split())
+        assert "data/tickets_es.csv, read as text_label" in body
+        assert "text (body) used 1,186 label used 1,186 id kept 1,180 notes ignored 40" in body
+
+
 def test_the_parts_of_a_bar_fill_it_in_proportion_and_none_is_lost(seen: dict[str, Any]) -> None:
     found = seen["light"]["real 1280"]
     for parts, width in zip(found["segments"], found["bars"]):

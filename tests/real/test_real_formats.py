@@ -55,7 +55,12 @@ def examples(path: Path, **source: Any) -> tuple[str, list[Example], RowMistakes
             "mgsm_en.tsv", {"columns": {"question": "1", "answer": "2"}}, "question_answer", 250, 0, id="mgsm en"
         ),
         pytest.param(
-            "mt_bench_question.jsonl", {"format": "text", "columns": {"text": "turns"}}, "text", 80, 0, id="mt bench"
+            "mt_bench_question.jsonl",
+            {"format": "text", "columns": {"text": "turns"}, "ignore": ["reference"]},
+            "text",
+            80,
+            0,
+            id="mt bench",
         ),
         pytest.param("openai_toy_chat_fine_tuning.jsonl", {}, "messages", 5, 0, id="toy"),
         pytest.param("xquad_es.json", {"columns": SQUAD}, "alpaca", 1190, 0, id="xquad"),

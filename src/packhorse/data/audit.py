@@ -110,7 +110,8 @@ def _report(recipe: Recipe, packed: PackedRows, watch: _AuditCallback) -> AuditR
 def _source(gathered: GatheredRows, number: int) -> SourceAudit:
     source = gathered.sources[number]
     num_rows = int(np.count_nonzero(gathered.spool.columns.source == number)) + source.mistakes.num_rows
-    return SourceAudit(source.name, source.row_format, num_rows, source.use)
+    keys = source.key_counts.under_names_of(source.declared.columns)
+    return SourceAudit(source.name, source.row_format, num_rows, source.use, keys)
 
 
 def _split(packed: PackedRows, side: str, recipe: Recipe) -> SplitAudit:

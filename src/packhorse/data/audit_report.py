@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from packhorse.data.checks.scorecard import ScoreCard
 from packhorse.data.ledger import Ledger
@@ -10,12 +11,21 @@ from packhorse.data.ledger import Ledger
 
 @dataclass(frozen=True)
 class SourceAudit:
-    """One source: its name, the format of its rows, their number, and their use."""
+    """One source.
+
+    Attributes:
+        name: Path or hub name.
+        row_format: Format of its rows.
+        num_rows: Number of its rows.
+        use: train, validation or retain.
+        keys: `used`, `kept` or `ignored` to keys of its rows, each with the number of rows that have a value for it.
+    """
 
     name: str
     row_format: str
     num_rows: int
     use: str
+    keys: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

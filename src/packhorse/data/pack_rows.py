@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from packhorse.data.decide import KEPT, REASONS, TEST, Decision, decide
+from packhorse.data.decide import KEPT, REASONS, TEST, TRAIN, Decision, decide
 from packhorse.data.gather.gather import GatheredRows, gather
 from packhorse.data.gather.source_pass import BatchCallback
 from packhorse.data.gather.spool import Spool
@@ -241,7 +241,7 @@ def pack_rows(
         for side in SIDES
         if len(lengths := fitted.side(side).lengths)
     }
-    check_group_field(recipe, packings, gathered.measured_fields)
+    check_group_field(recipe, packings, gathered.fields_of_all(decision.sides > TRAIN))
     notes = (*gathered.notes, *decision.notes, *_packing_note(fitted.side("train"), packings["train"], recipe))
     return PackedRows(gathered, fitted, packings, notes, _test_rows(gathered.spool, decision))
 

@@ -29,6 +29,7 @@ Format = Literal[
     "text",
     "preference",
     "kto",
+    "tree",
 ]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", json_schema_extra={"takes": "a date such as 2026-01-31"})]
 
@@ -81,6 +82,10 @@ class Source(Section):
     """Other names for the roles: `{customer: user, agent: assistant}`."""
     keep_nulls: bool = False
     """Keep nulls of Parquet and Arrow rows; by default they are removed, as Arrow adds one for each absent key."""
+    ignore: list[str] = []
+    """Keys of rows and turns to train without, e.g. `[documents]`; a key that may be part of a chat is else refused."""
+    paths: Literal["best", "all"] = "best"
+    """Message trees: follow the reply with the lowest `rank`, or make one row of each path."""
     weight: PositiveFloat | None = None
     """Share of this source among the rows used, relative to the weights of other sources; no row is repeated."""
     rows: PositiveInt | None = None

@@ -26,6 +26,7 @@ TEMPLATE: Final = "data_page.html.jinja"
 # Long texts are cut so that the page opens quickly.
 LONGEST_PIECE_CHARACTERS: Final = 6_000
 LONGEST_COPY_CHARACTERS: Final = 600
+LONGEST_KEY_CHARACTERS: Final = 80
 SHOWN_LOCATIONS: Final = 8
 SHOWN_LABELS: Final = 12
 _NEWLINE: Final = Markup('<span class="newline" aria-hidden="true"></span>\n')
@@ -72,7 +73,7 @@ def render_data_page(report: AuditReport) -> str:
         lstrip_blocks=True,
         finalize=_readable_text,
     )
-    environment.filters.update(num="{:,}".format, pct=_percent, points=_points, lines=_lines)
+    environment.filters.update(num="{:,}".format, pct=_percent, points=_points, lines=_lines, clipped=_clipped_key)
     return environment.get_template(TEMPLATE).render(
         report=report,
         tiles=_tiles(report),
@@ -153,6 +154,10 @@ def _tiles(report: AuditReport) -> Iterator[Tile]:
 
 def _requested(report: AuditReport) -> str:
     return ", ".join(f"{side} {100 * share:g} %" for side, share in zip(SIDES, report.shares) if share > 0)
+
+
+def _clipped_key(key: str) -> str:
+    return clipped(key, LONGEST_KEY_CHARACTERS)
 
 
 def _clipped_row(row: RowAudit) -> RowAudit:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from rich.table import Table
 from rich.text import Text
 
-from packhorse.data.audit_report import AuditReport, RowAudit, SplitAudit
+from packhorse.data.audit_report import AuditReport, RowAudit, SourceAudit, SplitAudit
 from packhorse.data.data_manifest import SplitCounts
 from packhorse.data.ledger import Ledger
 from packhorse.report.findings import findings
@@ -17,14 +17,12 @@ from packhorse.report.readable import clipped, readable
 
 LONGEST_PIECE_CHARACTERS: Final = 800
 SHOWN_LOCATIONS: Final = 3
+LONGEST_KEY: Final = 60
 
 
 def figure_lines(report: AuditReport) -> list[tuple[str, str]]:
     """Return sources and figures as pairs of label and text."""
-    lines = [
-        ("source", f"{readable(source.name)}: {source.num_rows:,} rows, {source.row_format}, for {source.use}")
-        for source in report.sources
-    ]
+    lines = [line for source in report.sources for line in _source_lines(source)]
     percentiles = report.length_percentiles
     if percentiles:
         median, most, longest = (percentiles[percent] for percent in (50, 99, 100))
@@ -35,6 +33,14 @@ def figure_lines(report: AuditReport) -> list[tuple[str, str]]:
     if report.shares_reason:
         lines.append(("shares", f"{_shares(report)}: {readable(report.shares_reason)}"))
     return lines
+
+
+def _source_lines(source: SourceAudit) -> Iterator[tuple[str, str]]:
+    yield "source", f"{readable(source.name)}: {source.num_rows:,} rows, {source.row_format}, for {source.use}"
+    for group, counts in source.keys.items():
+        if counts:
+            listed = ", ".join(f"{readable(clipped(key, LONGEST_KEY))} {rows:,}" for key, rows in counts.items())
+            yield f"keys {group}", listed
 
 
 def ledger_table(ledger: Ledger) -> Table:

@@ -347,6 +347,18 @@ def test_audit_shows_what_would_be_trained(make_recipe: MakeRecipe, rows: Path, 
     assert not (tmp_path / "runs").exists()
 
 
+def test_audit_lists_the_keys_of_each_source(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    rows = [{"q": "hi", "answer": "fine", "topic": "x", "meta": {"n": 1}, "notes": "how " * 99} for _ in range(9)]
+    path = write_lines(tmp_path / "rows.jsonl", *rows, {"q": "you", "answer": "bye"})
+    source = {"path": str(path), "columns": {"question": "q"}, "ignore": ["notes"]}
+    (audited,) = audit(make_recipe(source, data={"split": {"train": 1.0}})).sources
+    assert audited.keys == {
+        "used": {"answer": 10, "question (q)": 10},
+        "kept": {"topic": 9},
+        "ignored": {"meta": 9, "notes": 9},
+    }
+
+
 def test_warm_start_needs_no_torch(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
     recipe = make_recipe(rows)
     prepare(recipe)

@@ -58,7 +58,12 @@ def test_findings_stand_under_their_source_with_what_to_do() -> None:
 
 def test_figures_name_sources_lengths_and_shares() -> None:
     lines = [f"{label}: {text}" for label, text in figure_lines(real_report())]
-    assert "source: data/tickets_es.csv: 1,186 rows, text_label, for train" in lines
+    at = lines.index("source: data/tickets_es.csv: 1,186 rows, text_label, for train")
+    assert lines[at + 1 : at + 4] == [
+        "keys used: text (body) 1,186, label 1,186",
+        "keys kept: id 1,180",
+        "keys ignored: notes 40",
+    ]
     assert "tokens per row: median 187, 99 % up to 512, longest 11,592 (T is 2,048)" in lines
     assert "supervised: 57.1% of 1,742,906 tokens" in lines
     assert lines[-1].startswith("shares: train 85 %, validation 15 %: 8,592 rows")

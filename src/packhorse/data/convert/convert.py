@@ -14,10 +14,10 @@ from typing import Any, Final, Literal
 from packhorse.data.convert.prices import TokenCount
 from packhorse.data.formats.bad_row import BadRowError, names
 from packhorse.data.formats.example import Example
+from packhorse.data.formats.key_counts import KeyCounts
 from packhorse.data.formats.openai import LARGEST_FILE_BYTES, LEAST_EXAMPLES, to_openai
 from packhorse.data.formats.rows import RowFormat, renamed_rows, resolve_format, row_converter
-from packhorse.data.formats.tools import TOOL_KEYS
-from packhorse.data.formats.writing import KEYS_READ, to_alpaca, to_messages
+from packhorse.data.formats.writing import to_alpaca, to_messages
 from packhorse.data.gather.sources import read_rows
 from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import Row, RowMistakes
@@ -102,11 +102,11 @@ def convert_file(source: Source, target: Path, to: Target, force: bool, runs_fol
 def _lines(
     rows: Iterator[Row], source: Source, to: Target, conversion: Conversion, mistakes: RowMistakes
 ) -> Iterator[str]:
-    convert = row_converter(conversion.row_format, source)
-    for row in renamed_rows(rows, source):
+    convert = row_converter(conversion.row_format, source, keeps_others=True)
+    for row in renamed_rows(rows, conversion.row_format, mistakes, source, KeyCounts()):
         try:
             example = convert(row)
-            others = _others(row.values, conversion.row_format, example)
+            others = _others(row.values, example)
             written = WRITERS[to](example, others)
             line = _json_line(written)
         except BadRowError as error:
@@ -119,13 +119,12 @@ def _lines(
         yield line
 
 
-def _others(values: dict[str, Any], row_format: RowFormat, example: Example) -> dict[str, Any]:
-    read = KEYS_READ[row_format].union(TOOL_KEYS) if example.tools else KEYS_READ[row_format]
-    return {key: value for key, value in values.items() if key not in read}
+def _others(values: dict[str, Any], example: Example) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in example.used or key in example.fields}
 
 
 def _dropped(example: Example, others: Mapping[str, Any], written: Mapping[str, Any], to: Target) -> list[str]:
-    dropped = [key for key in others if key not in written]
+    dropped = [*(key for key in others if key not in written), *example.unused]
     context = any(not turn.trained and turn.role != "assistant" for turn in example.messages or ())
     return [*dropped, CONTEXT_MARK] if context and to != "messages" else dropped
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable
 from typing import Final
 
@@ -55,6 +57,12 @@ def names(given: Iterable[object]) -> str:
     some = [_printable(str(name)) for name in listed[:SHOWN_NAMES]]
     more = [f"and {len(listed) - SHOWN_NAMES} more"] if len(listed) > SHOWN_NAMES else []
     return ", ".join([*some, *more]) or "none"
+
+
+def ignore_line(keys: Iterable[object]) -> str:
+    """Return the line of a source that ignores keys, such as `ignore: [a, "b c"]`."""
+    quoted = (key if re.fullmatch(r"[A-Za-z_][\w.-]*", key, re.ASCII) else json.dumps(key) for key in map(str, keys))
+    return f"ignore: [{', '.join(quoted)}]"
 
 
 def closest(given: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, Final
 
 from packhorse.data.formats.bad_row import BadRowError
-from packhorse.data.formats.content import other_fields, text_of
+from packhorse.data.formats.content import one_of, other_fields, text_of
+from packhorse.data.formats.detect import SYSTEM_KEYS
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.tools import TOOL_KEYS, check_tool_use, tools_of
 from packhorse.data.formats.turns import messages_of
 from packhorse.data.read.row import Row
 
-MESSAGES_KEYS: Final = frozenset(("messages", "system", *TOOL_KEYS))
-SHAREGPT_KEYS: Final = frozenset(("conversations", "system", *TOOL_KEYS))
+MESSAGES_KEYS: Final = frozenset(("messages", *SYSTEM_KEYS, *TOOL_KEYS))
+SHAREGPT_KEYS: Final = frozenset(("conversations", *SYSTEM_KEYS, *TOOL_KEYS))
 
 
 def from_messages(row: Row) -> Example:
@@ -31,31 +32,45 @@ def _from_chat(row: Row, key: str, keys: frozenset[str]) -> Example:
     # Most rows have only the chat: no tools and no other fields.
     if len(values) == 1:
         check_chat(messages, ())
-        return Example(tuple(messages), None, {}, row.where)
-    messages = with_system(values, messages)
-    tools = tools_of(values)
+        return Example(tuple(messages), None, {}, row.where, used=keys)
+    return chat_example(row, with_system(values, messages), keys)
+
+
+def chat_example(row: Row, messages: list[Message], keys: frozenset[str]) -> Example:
+    """Return the checked example of a chat, with the row's tools and its other fields.
+
+    Args:
+        row: Row.
+        messages: Turns of the row.
+        keys: Keys of the row that were read.
+
+    Raises:
+        BadRowError: The chat has nothing to train on, or uses tools wrongly.
+    """
+    tools = tools_of(row.values)
     check_chat(messages, tools)
-    return Example(tuple(messages), None, other_fields(values, keys), row.where, tools)
+    return Example(tuple(messages), None, other_fields(row.values, keys), row.where, tools, used=keys)
 
 
 def with_system(values: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """Return the turns, with the row's `system` field as the first turn if it has one.
+    """Return the turns, with the row's `system` or `system_prompt` as the first turn if it has one.
 
     Raises:
-        BadRowError: The chat begins with another system turn.
+        BadRowError: The chat begins with another system turn, or the field is not text.
     """
-    if not values.get("system"):
+    key = one_of(values, SYSTEM_KEYS)
+    if key is None:
         return messages
-    system = text_of(values["system"], "system")
+    system = text_of(values[key], key)
     if not messages or messages[0].role != "system":
         return [Message("system", system), *messages]
     # Some exports write it twice.
     if messages[0].content == system:
         return messages
     raise BadRowError(
-        "the row has system, and its chat begins with another system turn.",
+        f"the row has {key}, and its chat begins with another system turn.",
         "a chat has one system text.",
-        "remove one of the two.",
+        f"remove one of the two, or set the source's ignore: [{key}].",
     )
 
 

@@ -6,17 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from packhorse.data.formats.bad_row import closest, names
+from packhorse.data.formats.bad_row import BadRowError, closest, names
 from packhorse.data.formats.detect import KNOWN_KEYS, RowFormat, detect_format
-from packhorse.data.formats.turns import ROLES, THINKING_KEYS, WEIGHT_KEYS
+from packhorse.data.formats.turns import ROLES, TURN_KEYS
 from packhorse.data.read.row import Row
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
 
-TURN_KEYS: Final = frozenset(
-    ("role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "train", *THINKING_KEYS, *WEIGHT_KEYS)
-)
-CHAT_KEYS: Final = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+CHAT_KEYS: Final = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "history")
 OUR_ROLES: Final = ("system", "user", "assistant", "tool")
 ABSENT: Final = object()
 EACH: Final = ".*"
@@ -24,35 +21,71 @@ EACH: Final = ".*"
 
 @dataclass(frozen=True)
 class Renaming:
-    """Mapping from a format's names to the names in the rows.
+    """Mapping from a format's names to the names in the rows, and the names to ignore.
 
     Attributes:
         row_keys: Format key to row key, or to a path such as `answers.0.text`. With `*` as an index, as in
             `qas.*.question`, each element of the list becomes its own row; paths with equal beginnings go together.
         turn_keys: Format key of a turn to the key in the rows.
         roles: Role in the rows to our role.
+        ignored: Keys of rows and turns that are removed before anything else.
     """
 
     row_keys: Mapping[str, str]
     turn_keys: Mapping[str, str]
     roles: Mapping[str, str]
+    ignored: frozenset[str] = frozenset()
 
     def apply(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return the row with the format's names; a key that the row lacks stays absent."""
         # The format's own names are removed too: with {question: q}, a row without q has no question.
-        taken = {*self.row_keys.values(), *self.row_keys}
+        taken = {*self.row_keys.values(), *self.row_keys, *self.ignored}
+        # Of a nested value, the path names the part that is used.
+        taken |= {path.partition(".")[0] for path in self.row_keys.values() if path not in values}
         renamed = {key: value for key, value in values.items() if key not in taken}
         for key, path in self.row_keys.items():
             value = _at(values, path)
             if value is not ABSENT:
                 renamed[key] = value
-        if self.turn_keys or self.roles:
+        if self.turn_keys or self.roles or self.ignored:
             for key in CHAT_KEYS:
                 if isinstance(renamed.get(key), list):
-                    renamed[key] = [self._turn(turn) for turn in renamed[key]]
+                    renamed[key] = [self.turn(turn) for turn in renamed[key]]
                 elif isinstance(renamed.get(key), dict):
-                    renamed[key] = self._turn(renamed[key])
+                    renamed[key] = self.turn(renamed[key])
         return renamed
+
+    def refuse_hidden(self, values: dict[str, Any]) -> None:
+        """Raise BadRowError for a row or turn whose own key has the name that `columns` gives to another one."""
+        turns = self._given_turns(values) if self.turn_keys else []
+        for mapping, owner in ((self.row_keys, values), *((self.turn_keys, turn) for turn in turns)):
+            for key, path in mapping.items():
+                own = owner.get(key)
+                if own is None or key in mapping.values() or key in self.ignored:
+                    continue
+                if (mapped := _at(owner, path)) is not ABSENT and mapped != own:
+                    raise BadRowError(
+                        f"columns maps {key} to {path}, and the row also has a key {key}.",
+                        "its value would be lost.",
+                        f"set the source's ignore: [{key}], or map it in columns too.",
+                    )
+
+    def ignored_in(self, values: dict[str, Any]) -> list[str]:
+        """Return the names to ignore that a row has with a value, itself or in a turn."""
+        if not self.ignored:
+            return []
+        keys = {
+            key for owner in (values, *self._given_turns(values)) for key, value in owner.items() if value is not None
+        }
+        return sorted(self.ignored & keys)
+
+    def _given_turns(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the turns of a row that is not renamed yet, with the messages of a tree."""
+        lists = {key: _at(values, self.row_keys.get(key, key)) for key in (*CHAT_KEYS, "replies")}
+        turns = _turns({key: value for key, value in lists.items() if value is not ABSENT})
+        nodes = lists["replies"] if isinstance(lists["replies"], list) else []
+        nodes = [node for node in nodes if isinstance(node, dict)]
+        return turns + nodes + [reply for node in nodes for reply in self._given_turns(node)]
 
     def spread(self, values: dict[str, Any]) -> list[tuple[str, Renaming]]:
         """Return a renaming for each row that one row holds, with its indices, such as `[0.3]`."""
@@ -61,10 +94,11 @@ class Renaming:
         spread = _indexed_paths(values, self.row_keys)
         return [(f"[{'.'.join(map(str, at))}]", replace(self, row_keys=row_keys)) for at, row_keys in spread]
 
-    def _turn(self, turn: object) -> object:
+    def turn(self, turn: Any) -> Any:  # noqa: ANN401
+        """Return a turn with the format's keys and roles; a value that is no object stays unchanged."""
         if not isinstance(turn, dict):
             return turn
-        taken = {*self.turn_keys.values(), *self.turn_keys}
+        taken = {*self.turn_keys.values(), *self.turn_keys, *self.ignored}
         renamed = {key: value for key, value in turn.items() if key not in taken}
         renamed.update({key: turn[theirs] for key, theirs in self.turn_keys.items() if theirs in turn})
         # After the keys, so that roles also work in renamed columns.
@@ -76,12 +110,12 @@ class Renaming:
 
 
 def renaming_of(source: Source | None) -> Renaming | None:
-    """Return the mapping of a source's `columns` and `roles`; None if it has neither.
+    """Return the mapping of a source's `columns`, `roles` and `ignore`; None if it has none of them.
 
     Raises:
         UserError: No format has such a key or role.
     """
-    if source is None or not (source.columns or source.roles):
+    if source is None or not (source.columns or source.roles or source.ignore):
         return None
     for key, theirs in source.columns.items():
         if key not in KNOWN_KEYS and key not in TURN_KEYS:
@@ -100,7 +134,7 @@ def renaming_of(source: Source | None) -> Renaming | None:
             )
     row_keys = {key: theirs for key, theirs in source.columns.items() if key not in TURN_KEYS}
     turn_keys = {key: theirs for key, theirs in source.columns.items() if key in TURN_KEYS}
-    return Renaming(row_keys, turn_keys, source.roles)
+    return Renaming(row_keys, turn_keys, source.roles, frozenset(source.ignore))
 
 
 def check_columns(renaming: Renaming, first: Sequence[Row]) -> None:

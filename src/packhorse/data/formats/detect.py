@@ -17,6 +17,7 @@ RowFormat = Literal[
     "text",
     "preference",
     "kto",
+    "tree",
 ]
 
 KEYS_OF: Final[Mapping[RowFormat, tuple[str, ...]]] = {
@@ -29,11 +30,27 @@ KEYS_OF: Final[Mapping[RowFormat, tuple[str, ...]]] = {
     "text": ("text",),
     "preference": ("chosen", "rejected"),
     "kto": ("prompt", "completion", "label"),
+    "tree": ("text", "role", "replies"),
 }
-OPTIONAL_KEYS: Final = ("input", "system", "tools", "functions", "history", "kto_tag")
+# Other names of a required key.
+NAMES_OF: Final[Mapping[str, tuple[str, ...]]] = {
+    "output": ("output", "response"),
+    "completion": ("completion", "response"),
+    "answer": ("answer", "answers", "response"),
+}
+SYSTEM_KEYS: Final = ("system", "system_prompt")
+CONTEXT_KEYS: Final = ("input", "context")
+OPTIONAL_KEYS: Final = (*SYSTEM_KEYS, *CONTEXT_KEYS, "tools", "functions", "history", "kto_tag", "response", "answers")
 LABEL_KEYS: Final = ("label", "category", "class", "intent")
 VERDICT_KEYS: Final = ("label", "kto_tag")
 KNOWN_KEYS: Final = frozenset((*OPTIONAL_KEYS, *LABEL_KEYS, *(key for keys in KEYS_OF.values() for key in keys)))
+SIMPLE_FORMATS: Final[tuple[RowFormat, ...]] = (
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+)
 # A row with one of these keys besides the keys of its format may have another format.
 RIVALS_OF: Final[Mapping[RowFormat, frozenset[str]]] = {
     "messages": frozenset(("chosen", "rejected", *VERDICT_KEYS)),
@@ -51,11 +68,31 @@ def detect_format(values: Mapping[str, Any]) -> RowFormat | None:
         return "preference"
     if _has_verdict(values):
         return "kto"
-    if "text" in values and any(key in values for key in LABEL_KEYS):
-        # A chat with a summary in `text` stays a chat.
-        simple: Iterable[RowFormat] = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer")
-        return next((name for name in simple if _has_keys(values, name)), "text_label")
-    return next((name for name in KEYS_OF if name not in ("preference", "kto") and _has_keys(values, name)), None)
+    if is_tree(values):
+        return "tree"
+    # A chat with a summary in `text` stays a chat.
+    if (simple := next((name for name in SIMPLE_FORMATS if _has_keys(values, name)), None)) is not None:
+        return simple
+    if "text" not in values:
+        return None
+    return "text_label" if any(key in values for key in LABEL_KEYS) else "text"
+
+
+def matching_formats(values: Mapping[str, Any]) -> list[RowFormat]:
+    """Return the formats of one prompt and one answer, of chats and of text for which a row has all keys."""
+    text: list[RowFormat] = ["text"] if "text" in values else []
+    return [*(name for name in SIMPLE_FORMATS if _has_keys(values, name)), *text]
+
+
+def keys_of_formats(row_formats: Iterable[RowFormat]) -> set[str]:
+    """Return the required keys of formats, under all their names."""
+    return {name for row_format in row_formats for key in KEYS_OF[row_format] for name in NAMES_OF.get(key, (key,))}
+
+
+def is_tree(values: Mapping[str, Any]) -> bool:
+    """Return whether a row is a message with its replies, alone or in `prompt` (OpenAssistant)."""
+    node = values["prompt"] if isinstance(values.get("prompt"), dict) else values
+    return isinstance(node.get("replies"), list) and "text" in node
 
 
 def missing_keys(values: Mapping[str, Any], row_format: RowFormat) -> list[str]:
@@ -67,7 +104,9 @@ def missing_keys(values: Mapping[str, Any], row_format: RowFormat) -> list[str]:
         chat = any(key in values for key in ("messages", "conversations")) or _has_keys(values, "prompt_completion")
         verdict = any(key in values for key in VERDICT_KEYS)
         return [*([] if chat else ["messages or prompt and completion"]), *([] if verdict else ["label"])]
-    return [key for key in KEYS_OF[row_format] if key not in values]
+    if row_format == "tree" and is_tree(values):
+        return []
+    return [key for key in KEYS_OF[row_format] if not _has_key(values, key)]
 
 
 def known_formats() -> str:
@@ -84,7 +123,11 @@ def resembles(values: Mapping[str, Any]) -> str:
 
 
 def _has_keys(values: Mapping[str, Any], row_format: RowFormat) -> bool:
-    return all(key in values for key in KEYS_OF[row_format])
+    return all(_has_key(values, key) for key in KEYS_OF[row_format])
+
+
+def _has_key(values: Mapping[str, Any], key: str) -> bool:
+    return key in values or any(name in values for name in NAMES_OF.get(key, ()))
 
 
 def _has_verdict(values: Mapping[str, Any]) -> bool:

@@ -44,6 +44,8 @@ class Example:
         tools: Definitions of the tools that the assistant may call, in OpenAI's form.
         rejected: Turns of the rejected answer of a preference pair; else None.
         desirable: Verdict of a KTO row; else None.
+        used: Keys of the row that its format reads; the others are fields, or refused by `check_unread`.
+        unused: Parts of these keys that do not become tokens, such as `answers.answer_start`.
     """
 
     messages: tuple[Message, ...] | None
@@ -53,3 +55,5 @@ class Example:
     tools: tuple[dict[str, Any], ...] = field(default=())
     rejected: tuple[Message, ...] | None = None
     desirable: bool | None = None
+    used: frozenset[str] = frozenset()
+    unused: tuple[str, ...] = ()

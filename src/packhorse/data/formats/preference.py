@@ -8,23 +8,24 @@ from typing import Any, Final
 
 from packhorse.data.formats.bad_row import BadRowError, shown
 from packhorse.data.formats.chats import check_chat, empty_answer, is_blank, with_system
-from packhorse.data.formats.content import other_fields, text_of
-from packhorse.data.formats.detect import VERDICT_KEYS
+from packhorse.data.formats.content import one_of, other_fields
+from packhorse.data.formats.detect import NAMES_OF, SYSTEM_KEYS, VERDICT_KEYS
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.single_turn import (
-    alpaca_prompt,
+    PROMPT_PARTS,
     answer_turns,
     check_speaker,
+    is_turns,
     prompt_turns,
+    text_prompt,
     turns_of,
 )
 from packhorse.data.formats.tools import TOOL_KEYS, tools_of
-from packhorse.data.formats.turns import messages_of
+from packhorse.data.formats.turns import context_of, messages_of, refuse_trained, turn_list
 from packhorse.data.read.row import Row
 
 PROMPT_KEYS: Final = ("prompt", "messages", "conversations", "instruction", "question")
-PREFERENCE_KEYS: Final = frozenset((*PROMPT_KEYS, "input", "history", "system", "chosen", "rejected", *TOOL_KEYS))
-KTO_KEYS: Final = frozenset(("prompt", "completion", "messages", "conversations", "system", *VERDICT_KEYS, *TOOL_KEYS))
+ANSWER_KEYS: Final = frozenset(("chosen", "rejected", *SYSTEM_KEYS, *TOOL_KEYS))
 
 
 def from_preference(row: Row) -> Example:
@@ -34,11 +35,14 @@ def from_preference(row: Row) -> Example:
     whole chats with a common beginning (TRL's implicit prompt). Its turns are context, whatever their role.
     """
     values = row.values
-    prompt = _prompt(values)
+    prompt, keys = _prompt(values)
     chosen, rejected = turns_of(values["chosen"], "chosen"), turns_of(values["rejected"], "rejected")
     # An answer begins with the assistant; a list that begins with another role is a whole chat.
     if chosen[0].role != "assistant" and rejected[0].role != "assistant":
-        prompt = _common_beginning(chosen, rejected, prompt)
+        # A system text next to the chats is added to both below.
+        prompt = _common_beginning(chosen, rejected, prompt[1:] if one_of(values, SYSTEM_KEYS) else prompt)
+        for key in ("chosen", "rejected"):
+            refuse_trained(values[key][: len(prompt)], key)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise BadRowError(
@@ -54,8 +58,9 @@ def from_preference(row: Row) -> Example:
     tools = tools_of(values)
     for answer, key in ((chosen, "chosen"), (rejected, "rejected")):
         _check_answer(context, answer, key, tools)
-    fields = other_fields(row.values, PREFERENCE_KEYS)
-    return Example((*context, *chosen), None, fields, row.where, tools, tuple(rejected))
+    used = ANSWER_KEYS | keys
+    fields = other_fields(row.values, used)
+    return Example((*context, *chosen), None, fields, row.where, tools, tuple(rejected), used=used)
 
 
 def from_kto(row: Row) -> Example:
@@ -65,23 +70,26 @@ def from_kto(row: Row) -> Example:
     context, whatever their role.
     """
     values = row.values
-    messages = _judged_chat(values)
+    messages, keys = _judged_chat(values)
     tools = tools_of(values)
     check_chat(messages, tools)
     desirable = _verdict(values)
-    return Example(tuple(messages), None, other_fields(values, KTO_KEYS), row.where, tools, None, desirable)
+    used = frozenset((*VERDICT_KEYS, *keys, *SYSTEM_KEYS, *TOOL_KEYS))
+    fields = other_fields(values, used)
+    return Example(tuple(messages), None, fields, row.where, tools, None, desirable, used=used)
 
 
-def _prompt(values: dict[str, Any]) -> list[Message]:
+def _prompt(values: dict[str, Any]) -> tuple[list[Message], frozenset[str]]:
+    """Return the prompt, and the keys that it was read from."""
     # A column may exist but be empty in files merged from several formats.
-    key = next((key for key in PROMPT_KEYS if values.get(key) is not None), None)
+    key = next((key for key in PROMPT_KEYS if values.get(key) is not None and values[key] != ""), None)
     if key is None:
-        return []
-    if key == "prompt":
-        return prompt_turns(values)
-    if key == "instruction":
-        return alpaca_prompt(values)
-    return [Message("user", text_of(values[key], key))] if key == "question" else messages_of(values[key], key)
+        return [], frozenset()
+    if key in ("messages", "conversations"):
+        return with_system(values, context_of(values[key], key)), frozenset((key,))
+    if key == "prompt" and is_turns(values[key]):
+        return prompt_turns(values), frozenset((key,))
+    return text_prompt(values, key), frozenset((key, *PROMPT_PARTS))
 
 
 def _common_beginning(chosen: list[Message], rejected: list[Message], prompt: Sequence[Message]) -> list[Message]:
@@ -90,8 +98,8 @@ def _common_beginning(chosen: list[Message], rejected: list[Message], prompt: Se
     same = next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
     # The last turn is an answer, even if both chats have the same one.
     common = chosen[: min(same, len(chosen) - 1, len(rejected) - 1)]
-    contents = {(turn.role, turn.content) for turn in common}
-    apart = [turn for turn in prompt if turn.role != "system" and (turn.role, turn.content) not in contents]
+    context = [replace(turn, trained=False) for turn in common]
+    apart = [turn for turn in prompt if replace(turn, trained=False) not in context]
     if not common or apart:
         what = f"the prompt's turn {shown(apart[0].content)} is not among" if apart else "there is no turn in"
         raise BadRowError(
@@ -109,13 +117,14 @@ def _check_answer(context: list[Message], answer: list[Message], key: str, tools
     check_chat([*context, *answer], tools)
 
 
-def _judged_chat(values: dict[str, Any]) -> list[Message]:
-    if "completion" in values:
-        return [
-            *(replace(turn, trained=False) for turn in prompt_turns(values)),
-            *answer_turns(values["completion"], "completion"),
-        ]
-    key = "messages" if "messages" in values else "conversations"
+def _judged_chat(values: dict[str, Any]) -> tuple[list[Message], frozenset[str]]:
+    """Return the turns, of which those before the judged answer are context, and the keys that they were read from."""
+    key = next(key for key in ("prompt", "messages", "conversations") if key in values)
+    if key == "prompt":
+        answer = one_of(values, NAMES_OF["completion"]) or "completion"
+        prompt, keys = _prompt(values)
+        context = [replace(turn, trained=False) for turn in prompt]
+        return [*context, *answer_turns(values.get(answer), answer)], keys | {*NAMES_OF["completion"]}
     turns = with_system(values, messages_of(values[key], key))
     if turns[-1].role != "assistant":
         raise BadRowError(
@@ -127,11 +136,14 @@ def _judged_chat(values: dict[str, Any]) -> list[Message]:
     last_prompt = max((at for at, turn in enumerate(turns) if turn.role in ("user", "system")), default=-1)
     if is_blank(turns[-1].content) and not turns[-1].tool_calls:
         raise empty_answer()
-    return [turn if at > last_prompt else replace(turn, trained=False) for at, turn in enumerate(turns)]
+    given = turn_list(values[key], key)
+    refuse_trained(given[: max(0, last_prompt + 1 - (len(turns) - len(given)))], key)
+    judged = [turn if at > last_prompt else replace(turn, trained=False) for at, turn in enumerate(turns)]
+    return judged, frozenset((key,))
 
 
 def _verdict(values: dict[str, Any]) -> bool:
-    key = next(key for key in VERDICT_KEYS if key in values)
+    key = one_of(values, VERDICT_KEYS) or next(key for key in VERDICT_KEYS if key in values)
     verdict = values[key]
     if not isinstance(verdict, bool):
         raise BadRowError(f"{key} is {shown(verdict)}.", "it says whether the answer is good.", "write true or false.")

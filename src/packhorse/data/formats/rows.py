@@ -1,4 +1,4 @@
-"""Convert rows in nine formats to `Example`; a row that does not fit its format is a mistake, never guessed at."""
+"""Convert rows in ten formats to `Example`; a row that does not fit its format is a mistake, never guessed at."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from packhorse.data.formats.chats import from_messages, from_sharegpt
 from packhorse.data.formats.columns import Renaming, check_columns, formats_of, renaming_of
 from packhorse.data.formats.detect import (
     KEYS_OF,
+    NAMES_OF,
     RIVALS_OF,
     RowFormat,
     detect_format,
@@ -18,6 +19,7 @@ from packhorse.data.formats.detect import (
     resembles,
 )
 from packhorse.data.formats.example import Example
+from packhorse.data.formats.key_counts import KeyCounts
 from packhorse.data.formats.preference import from_kto, from_preference
 from packhorse.data.formats.single_turn import (
     from_alpaca,
@@ -26,6 +28,8 @@ from packhorse.data.formats.single_turn import (
     from_text,
     from_text_label,
 )
+from packhorse.data.formats.tree import OTHER_REPLIES, from_tree, tree_paths
+from packhorse.data.formats.unread import check_unread
 from packhorse.data.read.row import Row, RowMistakes
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Format, Source
@@ -42,7 +46,9 @@ CONVERTERS: Final[Mapping[RowFormat, Callable[[Row], Example]]] = {
     "text": from_text,
     "preference": from_preference,
     "kto": from_kto,
+    "tree": from_tree,
 }
+NO_RENAMING: Final = Renaming({}, {}, {})
 NO_RIVALS: Final[frozenset[str]] = frozenset()
 
 
@@ -76,7 +82,11 @@ def resolve_format(declared: Format, first: Row | Sequence[Row], source: Source 
 
 
 def convert_rows(
-    rows: Iterable[Row], row_format: RowFormat, mistakes: RowMistakes, source: Source | None = None
+    rows: Iterable[Row],
+    row_format: RowFormat,
+    mistakes: RowMistakes,
+    source: Source | None = None,
+    counts: KeyCounts | None = None,
 ) -> Iterator[Example]:
     """Yield an example for each valid row, and collect the mistakes of the others.
 
@@ -84,58 +94,106 @@ def convert_rows(
         rows: Rows as they were read.
         row_format: Format from `resolve_format`.
         mistakes: Collects the rows that cannot be converted.
-        source: Source with its `columns` and `roles`; if its `format` is auto, a row of another format than the first
-            rows is a mistake.
+        source: Source with its `columns`, `roles` and `ignore`; if its `format` is auto, a row of another format than
+            the first rows is a mistake.
+        counts: Counts the keys of the rows.
 
     Raises:
         UserError: The source's columns or roles name what no format has.
     """
     convert = row_converter(row_format, source)
-    for row in renamed_rows(rows, source):
+    counts = KeyCounts() if counts is None else counts
+    for row in renamed_rows(rows, row_format, mistakes, source, counts):
         try:
             example = convert(row)
         except BadRowError as error:
             mistakes.add(error.at(row.where))
         else:
+            counts.add(row.values, example)
             yield example
 
 
-def renamed_rows(rows: Iterable[Row], source: Source | None) -> Iterable[Row]:
+def renamed_rows(
+    rows: Iterable[Row], row_format: RowFormat, mistakes: RowMistakes, source: Source | None, counts: KeyCounts
+) -> Iterable[Row]:
     """Return the rows under the names of their format, renamed by the source's columns and roles.
+
+    One row becomes several if a path of `columns` has a `*`, or if it is a message tree.
 
     Raises:
         UserError: The source's columns or roles name what no format has.
     """
     renaming = renaming_of(source)
-    return rows if renaming is None else _renamed(rows, renaming)
+    renamed = rows if renaming is None else _renamed(rows, renaming, mistakes, counts)
+    if row_format != "tree":
+        return renamed
+    select = "best" if source is None else source.paths
+    return _paths(renamed, select, renaming or NO_RENAMING, mistakes, counts)
 
 
-def _renamed(rows: Iterable[Row], renaming: Renaming) -> Iterator[Row]:
+def _renamed(rows: Iterable[Row], renaming: Renaming, mistakes: RowMistakes, counts: KeyCounts) -> Iterator[Row]:
+    counts.ignored.update(dict.fromkeys(renaming.ignored, 0))
     for row in rows:
+        counts.ignored.update(renaming.ignored_in(row.values))
         for indices, one in renaming.spread(row.values):
-            yield Row(row.where + indices, one.apply(row.values))
+            try:
+                one.refuse_hidden(row.values)
+            except BadRowError as error:
+                mistakes.add(error.at(row.where + indices))
+            else:
+                yield Row(row.where + indices, one.apply(row.values))
 
 
-def row_converter(row_format: RowFormat, source: Source | None = None) -> Callable[[Row], Example]:
-    """Return the function that converts one row of `renamed_rows` to an example, or raises `BadRowError`."""
+def _paths(
+    rows: Iterable[Row], select: str, renaming: Renaming, mistakes: RowMistakes, counts: KeyCounts
+) -> Iterator[Row]:
+    for row in rows:
+        # A row without replies is refused with all its keys by the converter.
+        if missing_keys(row.values, "tree"):
+            yield row
+            continue
+        try:
+            paths = list(tree_paths(row, select, renaming.turn))
+        except BadRowError as error:
+            mistakes.add(error.at(row.where))
+            continue
+        for path, has_others in paths:
+            counts.ignored.update([OTHER_REPLIES] if has_others else [])
+            yield path
+
+
+def row_converter(
+    row_format: RowFormat, source: Source | None = None, keeps_others: bool = False
+) -> Callable[[Row], Example]:
+    """Return the function that converts one row of `renamed_rows` to an example, or raises `BadRowError`.
+
+    Args:
+        row_format: Format from `resolve_format`.
+        source: Source of the rows.
+        keeps_others: Whether the caller writes the keys that the format does not read, so that none is lost.
+    """
     convert = CONVERTERS[row_format]
     columns = source.columns if source is not None else {}
     is_found = source is not None and source.format == "auto"
     # A declared format is intended, whatever other keys its rows have.
     rivals = RIVALS_OF.get(row_format, NO_RIVALS) if is_found else NO_RIVALS
     required = () if row_format in ("text_label", "kto") else KEYS_OF[row_format]
+    is_declared = source is not None and source.format != "auto"
 
     def make(row: Row) -> Example:
         values = row.values
         for key in required:
-            if key not in values:
+            if key not in values and values.keys().isdisjoint(NAMES_OF.get(key, ())):
                 raise _missing(values, row_format, columns)
         # Formats without required keys accept several keys for one thing.
         if not required and missing_keys(values, row_format):
             raise _missing(values, row_format, columns)
         if rivals and not rivals.isdisjoint(values):
             _refuse_rival(values, row_format)
-        return convert(row)
+        example = convert(row)
+        if not keeps_others and not values.keys() <= example.used:
+            check_unread(values, example, row_format, is_declared)
+        return example
 
     return make
 

@@ -2,71 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import math
 from dataclasses import replace
 from typing import Any, Final
 
 from packhorse.data.formats.bad_row import BadRowError, shown
-from packhorse.data.formats.chats import check_chat, empty_answer, is_blank, with_system
-from packhorse.data.formats.content import other_fields, text_of
-from packhorse.data.formats.detect import LABEL_KEYS
+from packhorse.data.formats.chats import chat_example, empty_answer, is_blank, with_system
+from packhorse.data.formats.content import one_of, optional_text, other_fields, text_of
+from packhorse.data.formats.detect import CONTEXT_KEYS, LABEL_KEYS, NAMES_OF, SYSTEM_KEYS
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.formats.tools import NOTHING, TOOL_KEYS, tools_of
-from packhorse.data.formats.turns import messages_of
+from packhorse.data.formats.tools import TOOL_KEYS
+from packhorse.data.formats.turns import context_of, messages_of
 from packhorse.data.read.row import Row
 
-ALPACA_KEYS: Final = frozenset(("instruction", "input", "output", "system", "history", *TOOL_KEYS))
-PROMPT_KEYS: Final = frozenset(("prompt", "completion", "system"))
-QUESTION_KEYS: Final = frozenset(("question", "answer", "system"))
+PROMPT_PARTS: Final = (*SYSTEM_KEYS, "history", *CONTEXT_KEYS, *TOOL_KEYS)
+ALPACA_KEYS: Final = frozenset(("instruction", *NAMES_OF["output"], *PROMPT_PARTS))
+PROMPT_KEYS: Final = frozenset(("prompt", *NAMES_OF["completion"], *PROMPT_PARTS))
+PROMPT_TURNS_KEYS: Final = PROMPT_KEYS - {"history", *CONTEXT_KEYS}
+QUESTION_KEYS: Final = frozenset(("question", *NAMES_OF["answer"], *PROMPT_PARTS))
+ONE_ANSWER_KEYS: Final = QUESTION_KEYS - {"answers"}
 TEXT_KEYS: Final = frozenset(("text",))
 
 
 def from_question_answer(row: Row) -> Example:
-    """Return the example of a row with `question` and `answer`."""
+    """Return the example of a row with `question` and `answer`, `response` or `answers` (the first of them)."""
     values = row.values
-    question = Message("user", text_of(values["question"], "question"))
-    answer = text_of(values["answer"], "answer")
     # The usual row has only these two keys.
-    if len(values) > 2:
-        return _pair(row, with_system(values, [question]), answer, QUESTION_KEYS)
-    _refuse_blank(answer)
-    return Example((question, Message("assistant", answer)), None, {}, row.where)
+    if len(values) == 2 and "answer" in values:
+        answer = text_of(values["answer"], "answer")
+        if is_blank(answer):
+            raise empty_answer()
+        question = Message("user", text_of(values["question"], "question"))
+        return Example((question, Message("assistant", answer)), None, {}, row.where, used=QUESTION_KEYS)
+    key = one_of(values, ("answer", "response")) or _empty(values, "answer")
+    # Next to an answer, `answers` are further accepted ones.
+    is_listed = key == "answers"
+    answer, unused = _first_answer(values[key]) if is_listed else (text_of(values[key], key), ())
+    messages = [*text_prompt(values, "question"), Message("assistant", answer)]
+    example = chat_example(row, messages, QUESTION_KEYS if is_listed else ONE_ANSWER_KEYS)
+    return replace(example, unused=unused) if unused else example
 
 
 def from_alpaca(row: Row) -> Example:
-    """Return the example of a row with `instruction` and `output`; `history` becomes earlier turns."""
+    """Return the example of a row with `instruction` and `output` or `response`; `history` becomes earlier turns."""
     values = row.values
-    messages = [*alpaca_prompt(values), Message("assistant", text_of(values["output"], "output"))]
-    tools = tools_of(values)
-    check_chat(messages, tools)
-    return Example(tuple(messages), None, other_fields(values, ALPACA_KEYS), row.where, tools)
-
-
-def alpaca_prompt(values: dict[str, Any]) -> list[Message]:
-    """Return the system turn, earlier turns and the instruction, followed by its input after an empty line."""
-    prompt = text_of(values["instruction"], "instruction")
-    if values.get("input"):
-        prompt = f"{prompt}\n\n{text_of(values['input'], 'input')}"
-    return with_system(values, [*_history(values.get("history")), Message("user", prompt)])
+    key = one_of(values, NAMES_OF["output"]) or _empty(values, "output")
+    messages = [*text_prompt(values, "instruction"), Message("assistant", text_of(values[key], key))]
+    return chat_example(row, messages, ALPACA_KEYS)
 
 
 def from_prompt_completion(row: Row) -> Example:
     """Return the example of a row with `prompt` and `completion`, each a text or a list of turns (as in TRL)."""
     values = row.values
-    messages = [*prompt_turns(values), *answer_turns(values["completion"], "completion")]
-    # Next to a text, `tools` is a plain field.
-    tools = tools_of(values) if is_turns(values["prompt"]) else ()
-    check_chat(messages, tools)
-    fields = other_fields(values, PROMPT_KEYS.union(TOOL_KEYS) if tools else PROMPT_KEYS)
-    return Example(tuple(messages), None, fields, row.where, tools)
+    key = one_of(values, NAMES_OF["completion"]) or _empty(values, "completion")
+    messages = [*prompt_turns(values), *answer_turns(values[key], key)]
+    return chat_example(row, messages, PROMPT_TURNS_KEYS if is_turns(values["prompt"]) else PROMPT_KEYS)
 
 
 def prompt_turns(values: dict[str, Any]) -> list[Message]:
-    """Return the turns of `prompt`; those of a list are context, whatever their role."""
+    """Return the system turn and the turns of `prompt`; those of a list are context, whatever their role."""
     prompt = values["prompt"]
-    if is_turns(prompt):
-        return with_system(values, [replace(turn, trained=False) for turn in messages_of(prompt, "prompt")])
-    return with_system(values, [Message("user", text_of(prompt, "prompt"))])
+    return with_system(values, context_of(prompt, "prompt")) if is_turns(prompt) else text_prompt(values, "prompt")
+
+
+def text_prompt(values: dict[str, Any], key: str) -> list[Message]:
+    """Return the system turn, earlier turns, and a prompt followed by `input` and `context` after empty lines."""
+    parts = [text_of(values[key], key)]
+    parts += [text for name in CONTEXT_KEYS if (text := optional_text(values, name)) is not None]
+    return with_system(values, [*_history(values.get("history")), Message("user", "\n\n".join(parts))])
 
 
 def answer_turns(value: object, key: str) -> list[Message]:
@@ -82,7 +85,7 @@ def answer_turns(value: object, key: str) -> list[Message]:
 
 def turns_of(value: object, key: str) -> list[Message]:
     """Return the turns of a text (as the assistant's), of one turn, or of a list of turns."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return messages_of([value], key)
     return messages_of(value, key) if is_turns(value) else [Message("assistant", text_of(value, key))]
 
@@ -113,9 +116,13 @@ def from_text_label(row: Row) -> Example:
     values = row.values
     key = next(key for key in LABEL_KEYS if key in values)
     prompt = Message("user", text_of(values["text"], "text"))
-    example = _pair(row, [prompt], _label(values[key], key), TEXT_KEYS)
-    example.fields.setdefault("label", values[key])
-    return example
+    messages = with_system(values, [prompt, Message("assistant", _label(values[key], key))])
+    read = frozenset(("text", *SYSTEM_KEYS))
+    if is_blank(messages[-1].content):
+        raise empty_answer()
+    fields = other_fields(values, read)
+    fields.setdefault("label", values[key])
+    return Example(tuple(messages), None, fields, row.where, used=read | {key})
 
 
 def from_text(row: Row) -> Example:
@@ -127,28 +134,53 @@ def from_text(row: Row) -> Example:
         text = text_of(value, "text")
     if is_blank(text):
         raise BadRowError("text is empty.", "there is nothing to train on.", "remove the row.")
-    return Example(None, text, other_fields(row.values, TEXT_KEYS), row.where)
+    return Example(None, text, other_fields(row.values, TEXT_KEYS), row.where, used=TEXT_KEYS)
 
 
-def _pair(row: Row, prompt: list[Message], answer: str, keys: Container[str]) -> Example:
-    _refuse_blank(answer)
-    return Example((*prompt, Message("assistant", answer)), None, other_fields(row.values, keys), row.where)
+def _empty(values: dict[str, Any], key: str) -> str:
+    """Return the name under which a row has a key that is empty, or that is a list of answers."""
+    present = [name for name in NAMES_OF[key] if name in values]
+    return next((name for name in present if values[name] is not None), present[0])
 
 
-def _refuse_blank(answer: str) -> None:
-    if is_blank(answer):
-        raise empty_answer()
+def _first_answer(given: object) -> tuple[str, tuple[str, ...]]:
+    """Return the first of several accepted answers (SQuAD), and the parts of `answers` that are not read."""
+    listed, unused = given, []
+    if isinstance(given, dict) and isinstance(given.get("text"), list):
+        listed = given["text"]
+        unused = [f"answers.{key}" for key in given if key != "text"]
+    elif isinstance(given, list) and all(isinstance(one, dict) for one in given):
+        listed = [one.get("text") for one in given]
+        unused = list(dict.fromkeys(f"answers.*.{key}" for one in given for key in one if key != "text"))
+    if not isinstance(listed, list) or not listed:
+        what = "no answer" if isinstance(listed, list) else type(given).__name__
+        raise BadRowError(
+            f"answers is {what}, not a list of texts.",
+            "the first of them is trained on.",
+            'write it as {"text": ["…"]} or ["…"], or remove a question without an answer.',
+        )
+    if any(other != listed[0] for other in listed[1:]):
+        unused.append("answers after the first")
+    return text_of(listed[0], "the first of answers"), tuple(unused)
 
 
 def _label(value: object, key: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRowError(
+            f"{key} is {value}.",
+            "NaN in a column of numbers means that the label is missing.",
+            "add the label, or remove the row.",
+        )
     return str(value) if isinstance(value, (int, float)) else text_of(value, key)
 
 
 def _history(given: object) -> list[Message]:
-    if given in NOTHING:
+    if given in (None, "", [], "[]"):
         return []
+    if is_turns(given):
+        return messages_of(given, "history")
     if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
         raise BadRowError(
             f"history is {shown(given)}, not a list of pairs." if not isinstance(given, list) else

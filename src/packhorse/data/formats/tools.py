@@ -21,6 +21,8 @@ def _refuse_constant(name: str) -> NoReturn:
 STRICT: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 HOW_TO_DEFINE: Final = 'write it as {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}.'
 HOW_TO_CALL: Final = 'write it as {"name": "…", "arguments": {…}}.'
+FUNCTION_KEYS: Final = ("name", "arguments")
+CALL_KEYS: Final = ("id", "type", "index", "function")  # `index` is the place in the list
 
 
 def tools_of(values: dict[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -29,16 +31,22 @@ def tools_of(values: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     Raises:
         BadRowError: They are not definitions of tools.
     """
-    for key in TOOL_KEYS:
-        if key in values and values[key] not in NOTHING:
-            listed = _loaded(values[key], key, HOW_TO_DEFINE)
-            if not isinstance(listed, list):
-                raise BadRowError(
-                    f"{key} is {type(listed).__name__}, not a list.",
-                    "it lists the tools that the assistant may call.",
-                    f"write a list; {HOW_TO_DEFINE}",
-                )
-            return tuple(_definition(tool, f"tool {number} of {key}") for number, tool in enumerate(listed, 1))
+    given = [key for key in TOOL_KEYS if key in values and values[key] not in NOTHING]
+    for key in given:
+        listed = _loaded(values[key], key, HOW_TO_DEFINE)
+        if not isinstance(listed, list):
+            raise BadRowError(
+                f"{key} is {type(listed).__name__}, not a list.",
+                "it lists the tools that the assistant may call.",
+                f"write a list; {HOW_TO_DEFINE}",
+            )
+        if len(given) > 1 and values[given[0]] != values[given[1]]:
+            raise BadRowError(
+                f"the row has {' and '.join(given)}, with different values.",
+                "they are two names of one thing.",
+                f"set the source's ignore: [{given[1]}] or ignore: [{given[0]}].",
+            )
+        return tuple(_definition(tool, f"tool {number} of {key}") for number, tool in enumerate(listed, 1))
     return ()
 
 
@@ -87,6 +95,13 @@ def _check_answer(message: Message, number: int, calls: Sequence[dict[str, Any]]
             "put the assistant's call before it, or remove the turn.",
         )
     # Rows with single calls often have no ids, so that only the order connects call and answer.
+    called = [call["function"]["name"] for call in calls]
+    if message.name is not None and message.name not in called:
+        raise BadRowError(
+            f"turn {number} is the answer of the tool {shown(message.name)}; the turn before it calls {names(called)}.",
+            "an answer belongs to a call.",
+            "write the name of the called tool.",
+        )
     ids = [call["id"] for call in calls if "id" in call]
     if message.call_id is not None and ids and message.call_id not in ids:
         raise BadRowError(
@@ -110,7 +125,9 @@ def _definition(tool: object, name: str) -> dict[str, Any]:
     if not isinstance(tool, dict) or not isinstance(inner, dict) or not _is_name(inner.get("name")):
         raise BadRowError(f"{name} has no name.", "the assistant calls a tool by its name.", HOW_TO_DEFINE)
     # Unchanged: templates print keys that Packhorse does not know, such as `strict`.
-    return tool if inner is not tool and "type" in tool else {"type": "function", "function": inner}
+    if inner is tool:
+        return {"type": "function", "function": tool}
+    return tool if "type" in tool else {"type": "function", **tool}
 
 
 def _call(call: object, name: str) -> dict[str, Any]:
@@ -119,6 +136,7 @@ def _call(call: object, name: str) -> dict[str, Any]:
         raise BadRowError(
             f"{name} has a call without the name of a tool: {shown(call)}.", "the call needs a tool.", HOW_TO_CALL
         )
+    _check_keys(call, inner, name)
     given = inner.get("arguments")
     arguments = {} if given is None else _loaded(given, f"arguments in {name}", HOW_TO_CALL)
     if not isinstance(arguments, dict):
@@ -127,8 +145,31 @@ def _call(call: object, name: str) -> dict[str, Any]:
             "a tool receives its arguments by name.",
             HOW_TO_CALL,
         )
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    identity = {"id": call["id"]} if call.get("id") not in (None, "") else {}
     return {**identity, "type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+
+
+def _check_keys(call: dict[str, Any], inner: dict[str, Any], name: str) -> None:
+    known = (*CALL_KEYS, *FUNCTION_KEYS) if inner is call else CALL_KEYS
+    unknown = [key for key in call if key not in known and call[key] is not None]
+    unknown += [key for key in inner if inner is not call and key not in FUNCTION_KEYS and inner[key] is not None]
+    if unknown:
+        raise BadRowError(
+            f"{name} has a call with {names(unknown)}, which is not a key of a call.",
+            "templates write a call's name and arguments; another key would be lost.",
+            HOW_TO_CALL,
+        )
+    for key, valid in (("type", call.get("type") in (None, "function")), ("id", _is_id(call.get("id")))):
+        if not valid:
+            raise BadRowError(
+                f"{name} has a call whose {key} is {shown(call[key])}.",
+                "the type of a call is function, and its id is a text.",
+                f'write "{key}": "{"function" if key == "type" else "call_1"}", or remove it.',
+            )
+
+
+def _is_id(value: object) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def _is_name(value: object) -> bool:

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from packhorse.data.formats.bad_row import BadRowError, names, shown
-from packhorse.data.formats.chats import MESSAGES_KEYS, SHAREGPT_KEYS
+from packhorse.data.formats.chats import MESSAGES_KEYS
 from packhorse.data.formats.detect import RowFormat, detect_format
 from packhorse.data.formats.example import Example, Message
-from packhorse.data.formats.preference import KTO_KEYS, PREFERENCE_KEYS
-from packhorse.data.formats.single_turn import ALPACA_KEYS, PROMPT_KEYS, QUESTION_KEYS, TEXT_KEYS
+from packhorse.data.formats.single_turn import ALPACA_KEYS
 from packhorse.data.formats.tools import NOTHING
-
-# Keys that a format turns into messages, tools or text; the other fields of the row are copied.
-KEYS_READ: Final[Mapping[RowFormat, frozenset[str]]] = {
-    "messages": MESSAGES_KEYS,
-    "sharegpt": SHAREGPT_KEYS,
-    "alpaca": ALPACA_KEYS,
-    "prompt_completion": PROMPT_KEYS,
-    "question_answer": QUESTION_KEYS,
-    "text_label": TEXT_KEYS,
-    "text": TEXT_KEYS,
-    "preference": PREFERENCE_KEYS,
-    "kto": KTO_KEYS,
-}
 
 
 def chat_of(example: Example) -> tuple[Message, ...]:

@@ -186,9 +186,8 @@ def _open(source: Source, use: SourceUse, runs_folder: Path) -> Opened:
     if not first:
         raise UserError.of(mistakes.to_show())
     row_format = resolve_format(source.format, first, source)
-    return GatheredSource(source, use, row_format, mistakes, removed), convert_rows(
-        chain(first, rows), row_format, mistakes, source
-    )
+    opened = GatheredSource(source, use, row_format, mistakes, removed)
+    return opened, convert_rows(chain(first, rows), row_format, mistakes, source, opened.key_counts)
 
 
 def read_examples(source: Source, runs_folder: Path) -> Iterator[Example]:

@@ -27,6 +27,7 @@ from packhorse.data.checks.language import languages
 from packhorse.data.checks.texts import answer_text, prompt_text, row_text
 from packhorse.data.checks.words import signatures
 from packhorse.data.formats.example import Example
+from packhorse.data.formats.key_counts import KeyCounts
 from packhorse.data.formats.rows import RowFormat
 from packhorse.data.gather.spool import SpoolWriter
 from packhorse.data.read.arrow_values import RemovedNulls
@@ -61,6 +62,7 @@ class GatheredSource:
         row_format: Format of its rows, detected or declared.
         mistakes: Bad rows of the source.
         removed_nulls: Nulls that Arrow added and that were removed.
+        key_counts: Keys of its rows: used, kept and ignored; complete after the pass.
     """
 
     declared: Source
@@ -68,6 +70,7 @@ class GatheredSource:
     row_format: RowFormat
     mistakes: RowMistakes
     removed_nulls: RemovedNulls
+    key_counts: KeyCounts = field(default_factory=KeyCounts)
 
     @property
     def name(self) -> str:

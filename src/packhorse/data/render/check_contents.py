@@ -78,6 +78,13 @@ def _check_rare_fields(text: str, turn: Turn, place: int, spans: list[TurnSpan])
         raise _omitted(f"the thinking of turn {place + 1}", thinking)
     for call in turn.get("tool_calls", ()):
         _check_call(part, call.get("function", call), place)
+    # The name of a tool that answers is that of the call.
+    if turn["role"] != "tool" and turn.get("name", "") not in text:
+        raise BadRowError(
+            f"the chat template omits the name of turn {place + 1}: {excerpt(turn['name'])}",
+            "without it, nobody knows who speaks.",
+            "set data.template to one that writes it, or the source's ignore: [name] to train without it.",
+        )
 
 
 def _check_call(part: str, call: dict[str, Any], place: int) -> None:

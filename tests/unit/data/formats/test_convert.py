@@ -63,6 +63,10 @@ TOOL = {"type": "function", "function": {"name": "rain", "parameters": {}}}
         pytest.param({"question": "hi", "answer": "fine", "n": [1]}, "messages", chat(USER, BOT, n=[1]), id="answer"),
         pytest.param({"text": "hi", "category": "fine"}, "messages", chat(USER, BOT, category="fine"), id="label"),
         pytest.param(
+            {"text": "hi", "category": "fine", "system": "be"}, "messages", chat(SYSTEM, USER, BOT, category="fine"),
+            id="label and system",
+        ),
+        pytest.param(
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "fine"}], "id": 3},
             "messages", chat(USER, BOT, id=3), id="sharegpt",
         ),
@@ -131,7 +135,6 @@ def test_openai_form_of_tool_calls(tmp_path: Path) -> None:
         pytest.param(chat(USER, BOT, input="x"), "alpaca", "other fields input would be read as part", id="input"),
         pytest.param(chat(USER, BOT, conversations=1), "alpaca", "other fields conversations would", id="detected"),
         pytest.param({"text": "a", "label": True}, "messages", "other fields label would be read", id="verdict"),
-        pytest.param({"text": "a", "category": "b", "system": "c"}, "messages", "fields system would", id="system"),
         pytest.param({"text": "a"}, "messages", "the row is plain text", id="text"),
         pytest.param({"prompt": "a", "chosen": "b", "rejected": "c"}, "openai", "has a rejected answer", id="pair"),
         pytest.param(chat(USER, BOT, label=True), "openai", "has a verdict on its answer", id="kto"),
@@ -168,6 +171,18 @@ def test_what_is_left_out_is_counted(tmp_path: Path, to: Target, dropped: dict[s
     source = write(tmp_path / "in.jsonl", *[chat({**USER, "train": False}, BOT)] * 2, chat(USER, BOT, lang="en"))
     done = convert_file(Source(path=str(source)), tmp_path / "out.jsonl", to, False, tmp_path)
     assert (done.num_rows, done.row_format, dict(done.dropped)) == (3, "messages", dropped)
+
+
+def test_what_training_would_refuse_is_copied(tmp_path: Path) -> None:
+    documents = [{"title": "a", "text": "b"}]
+    assert changed(tmp_path, "messages", chat(USER, BOT, documents=documents)) == [chat(USER, BOT, documents=documents)]
+
+
+def test_parts_that_a_form_cannot_hold_are_counted(tmp_path: Path) -> None:
+    row = {"question": "hi", "answers": {"text": ["fine"], "answer_start": [3]}}
+    source = write(tmp_path / "in.jsonl", row)
+    done = convert_file(Source(path=str(source)), tmp_path / "out.jsonl", "messages", False, tmp_path)
+    assert (read(tmp_path / "out.jsonl"), dict(done.left_out)) == ([chat(USER, BOT)], {"answers.answer_start": 1})
 
 
 def test_the_service_takes_ten_examples_or_more(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_the_keys_show_the_format(values: dict[str, Any], expected: str | None) 
         pytest.param({"messages": "hi"}, "auto", "messages is str", "list of objects", id="no list"),
         pytest.param({"messages": ["hi"]}, "auto", "other elements than", "list of", id="no objects"),
         pytest.param({"messages": [USER, {**BOT, "content": " "}]}, "auto", "turn is empty", "fill it in", id="empty"),
-        pytest.param({"messages": [USER, {**BOT, "content": []}]}, "auto", "turn is empty", "fill it", id="no parts"),
+        pytest.param({"messages": [USER, {**BOT, "content": []}]}, "auto", "an empty list", "as text", id="no parts"),
         pytest.param({"messages": [USER, {**BOT, "content": None}]}, "auto", "2 is null, not", "as text", id="null"),
         pytest.param({"messages": [USER, {**BOT, "content": 3}]}, "auto", "2 is int, not", "as text", id="number"),
         pytest.param(

@@ -133,6 +133,12 @@ def test_templates_that_would_train_wrongly(tmp_path: Path, template: str | None
             "omits or rewrites the tool definition look",
             id="drops tools",
         ),
+        pytest.param(
+            "{{ m.content }}",
+            chat_of(Message("user", "hi", name="Ana"), CHAT[2]),
+            "omits the name of turn 1: 'Ana'",
+            id="drops names",
+        ),
     ],
 )
 @pytest.mark.parametrize("markers", [True, False], ids=["markers", "no markers"])
