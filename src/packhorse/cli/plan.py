@@ -105,7 +105,7 @@ def _write(console: Console, recipe: str, overrides: Sequence[str], gpus: str, n
     from packhorse.cli.prepare import prepare_with_progress
     from packhorse.workflows.new_run import write_run
 
-    plan = write_run(recipe, overrides, gpus, nodes, force, lambda loaded: prepare_with_progress(loaded, console))
+    plan = write_run(recipe, overrides, gpus, nodes, force, prepare_with_progress)
     print_plain(f"planned {relative(plan.run_folder)}: {shown(job_argv(plan) or plan.argv)}", console)
     return EXIT_OK
 

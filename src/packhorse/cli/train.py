@@ -29,14 +29,13 @@ def train(
     """
     if resume:
         return show_end(resume_run.resume_here(recipe, overrides, gpus, restarts, force, terminal_reporter()))
-    console = Console()
     return show_end(
         new_run.train(
             new_run.load_single(recipe, overrides),
             gpus,
             restarts,
             force,
-            lambda loaded: prepare_with_progress(loaded, console),
+            prepare_with_progress,
             terminal_reporter(),
         )
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from glob import has_magic
 from pathlib import Path
 from typing import Final
@@ -175,6 +176,11 @@ def fast_tokenizer(recipe: Recipe) -> Tokenizer | None:
     Raises:
         UserError: Its path names an environment variable that is not set.
     """
+    file = _tokenizer_file(recipe)
+    return None if file is None else Tokenizer.from_file(str(file))
+
+
+def _tokenizer_file(recipe: Recipe) -> Path | None:
     model = recipe.model
     name = model.tokenizer or model.path or model.id
     if name is None or name.startswith(BUILTIN):
@@ -187,15 +193,21 @@ def fast_tokenizer(recipe: Recipe) -> Tokenizer | None:
         if not isinstance(cached, str):
             return None
         file = Path(cached)
-    return Tokenizer.from_file(str(file)) if file.is_file() else None
+    return file if file.is_file() else None
 
 
 def vocabulary_size(recipe: Recipe) -> int | None:
     """Return the number of ids of the tokenizer, for the embeddings of a fresh model; None if not local."""
     if (recipe.model.tokenizer or "").startswith(BUILTIN):
         return VOCABULARY_SIZE
-    tokenizer = fast_tokenizer(recipe)
-    return None if tokenizer is None else int(tokenizer.get_vocab_size(with_added_tokens=True))
+    file = _tokenizer_file(recipe)
+    return None if file is None else _num_ids(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _num_ids(file: Path, _: int) -> int:
+    """Return the number of ids of a tokenizer.json of this age; a large one takes half a second to read."""
+    return int(Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

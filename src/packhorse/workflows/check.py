@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,17 @@ class CheckedRecipe:
     page: Path
 
 
-def check_recipe(recipe: Recipe) -> CheckedRecipe:
+def check_recipe(recipe: Recipe, progress: Callable[[int], None] | None = None) -> CheckedRecipe:
     """Read and render the rows of a recipe, and write data.html. Prepares nothing.
+
+    Args:
+        recipe: Recipe with data sources.
+        progress: Called with the number of rows done.
 
     Raises:
         UserError: Rows are wrong, or files are missing.
     """
-    report, page = audit(recipe), page_path(recipe)
+    report, page = audit(recipe, progress), page_path(recipe)
     write_data_page(report, page)
     return CheckedRecipe(report, page)
 
