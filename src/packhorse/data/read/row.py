@@ -20,7 +20,7 @@ class Row:
     """One row as it was read.
 
     Attributes:
-        where: `file:line`; for Parquet, Arrow and the hub `file:row number`.
+        where: `file:line`; `file:row number` for Parquet, Arrow and the hub; `file row N` in a JSON line of several.
         values: Keys and values of the row.
     """
 
