@@ -24,12 +24,14 @@ class Mistake:
         why: Why it matters.
         fix: The smallest change that fixes it.
         where: ``file:line`` of the mistake; empty if it is in no file.
+        kind: Mistakes of one kind may differ in values, and are shown as one; empty: as the reason and the fix say.
     """
 
     fact: str
     why: str
     fix: str
     where: str = ""
+    kind: str = ""
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.fact}" if self.where else self.fact

@@ -56,6 +56,11 @@ def runs_folder_of(recipe: Recipe) -> Path:
     return path_of(recipe.runs_folder)
 
 
+def check_folder(recipe: Recipe) -> Path:
+    """Return the folder of what a look at the rows of a recipe finds."""
+    return runs_folder_of(recipe) / ".check" / recipe.name
+
+
 def source_name(source: Source) -> str:
     """Return the name of a source in messages."""
     return source.path or f"hub data set {source.id}"

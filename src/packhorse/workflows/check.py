@@ -8,7 +8,8 @@ from pathlib import Path
 
 from packhorse.data.audit import audit
 from packhorse.data.audit_report import AuditReport
-from packhorse.data.resolve import runs_folder_of
+from packhorse.data.gather.bad_rows import MISTAKES_FILE
+from packhorse.data.resolve import check_folder
 from packhorse.recipe.schema import Recipe
 from packhorse.report.data_page import write_data_page
 
@@ -20,10 +21,12 @@ class CheckedRecipe:
     Attributes:
         report: Rows, splits, lengths and findings.
         page: Page with the whole report.
+        bad_rows: File that lists the bad rows that were dropped; None if there are none.
     """
 
     report: AuditReport
     page: Path
+    bad_rows: Path | None
 
 
 def check_recipe(recipe: Recipe, progress: Callable[[int], None] | None = None) -> CheckedRecipe:
@@ -38,9 +41,10 @@ def check_recipe(recipe: Recipe, progress: Callable[[int], None] | None = None) 
     """
     report, page = audit(recipe, progress), page_path(recipe)
     write_data_page(report, page)
-    return CheckedRecipe(report, page)
+    bad_rows = page.with_name(MISTAKES_FILE)
+    return CheckedRecipe(report, page, bad_rows if bad_rows.is_file() else None)
 
 
 def page_path(recipe: Recipe) -> Path:
     """Return the path of the page of a recipe."""
-    return runs_folder_of(recipe) / ".check" / recipe.name / "data.html"
+    return check_folder(recipe) / "data.html"

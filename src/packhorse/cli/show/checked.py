@@ -37,8 +37,9 @@ def show_check(recipe: Recipe, typed: str) -> None:
         checked = check_recipe(recipe, update)
     _show(console, checked.report)
     marks = "green" if _in_colour(console) else "between ⟦ and ⟧"
+    bad_rows = f"\nBad rows that were dropped: {relative(checked.bad_rows)}" if checked.bad_rows else ""
     print_plain(
-        f"\nThe complete report: {relative(checked.page)}"
+        f"\nThe complete report: {relative(checked.page)}{bad_rows}"
         f"\nNothing here stops training; trained text is {marks}. Next: packhorse train {typed}",
         console,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import Final
 
@@ -20,15 +21,18 @@ class BadRowError(Exception):
         fact: What is wrong, with the value.
         why: Reason why the row cannot be used.
         fix: Smallest change that fixes it.
+        kind: The statement that refuses the row: its facts, and its fixes, differ only in values.
     """
 
     def __init__(self, fact: str, why: str, fix: str) -> None:
         super().__init__(fact)
         self.fact, self.why, self.fix = fact, why, fix
+        statement = sys._getframe(1)  # as logging finds the caller
+        self.kind = f"{statement.f_code.co_filename}:{statement.f_lineno} {why}"
 
     def at(self, where: str) -> Mistake:
         """Return the mistake of the row at `file:line`."""
-        return Mistake(self.fact, self.why, self.fix, where)
+        return Mistake(self.fact, self.why, self.fix, where, self.kind)
 
 
 def excerpt(text: str, at: int = 0) -> str:
