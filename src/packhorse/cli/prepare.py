@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from packhorse.cli.show.progress import row_progress
+from packhorse.cli.show.text import open_console
 from packhorse.data.data_manifest import DataManifest
 from packhorse.errors import EXIT_OK
 from packhorse.recipe.load import load_recipe
@@ -21,7 +22,7 @@ from packhorse.workflows.prepare import prepare_data, prepare_run
 
 def prepare(recipe: str, overrides: Sequence[str]) -> int:
     """Prepare the data of a recipe, a run or a sweep; for a recipe, show what became of every row."""
-    console = Console()
+    console = open_console()
     runs = _runs_of(recipe) if not overrides else []
     for run in runs:
         prepare_run(run, lambda of_run: prepare_shown(of_run, console))

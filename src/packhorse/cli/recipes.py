@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
-from packhorse.cli.show.text import plain_table, print_plain
+from packhorse.cli.show.text import open_console, plain_table, print_plain
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.recipe.describe import reference, summary
 from packhorse.recipe.load import load_recipe
@@ -21,7 +19,7 @@ def recipes(action: str, name: str, target: str) -> int:
         table = plain_table("recipe", "what it does", "GPUs")
         for recipe in list_recipes():
             table.add_row(recipe.name, recipe.title, recipe.gpus)
-        Console().print(table)
+        open_console().print(table)
     elif action == "show":
         path = find_recipe(name)
         if path is None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from packhorse.cli.show.submission import show_jobs, show_submitted, show_submitted_sweep
+from packhorse.cli.show.text import open_console
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.slurm.client import NoSlurmError
 from packhorse.launching.slurm.submit import PlannedJob, check_jobs
@@ -89,7 +88,7 @@ def _sweep_override(array: str) -> list[str]:
 
 
 def _show_or_send(planned: Submission, jobs: Sequence[PlannedJob], dry_run: bool) -> int:
-    console, folder = Console(), Path(planned.plan.run_folder)
+    console, folder = open_console(), Path(planned.plan.run_folder)
     if dry_run:
         show_jobs(console, folder, jobs)
         return EXIT_OK
@@ -104,7 +103,7 @@ def _show_or_send(planned: Submission, jobs: Sequence[PlannedJob], dry_run: bool
 
 
 def _submit_sweep(recipe: str, overrides: Sequence[str], request: SubmitRequest, dry_run: bool) -> int:
-    console, sweep = Console(), plan_sweep(recipe, overrides, request)
+    console, sweep = open_console(), plan_sweep(recipe, overrides, request)
     if dry_run:
         show_jobs(console, sweep.folder, sweep.jobs, sweep)
         return EXIT_OK

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from packhorse.cli.show.parameters import parameter_lines, show_parameters
 from packhorse.cli.show.progress import row_progress
-from packhorse.cli.show.text import pairs, print_plain
+from packhorse.cli.show.text import open_console, pairs, print_plain
 from packhorse.data.audit_report import AuditReport
 from packhorse.recipe.describe import summary
 from packhorse.recipe.schema import Recipe
@@ -28,7 +28,7 @@ def show_check(recipe: Recipe, typed: str) -> None:
         recipe: Recipe.
         typed: Recipe as typed, for the next command.
     """
-    console = Console()
+    console = open_console()
     manifest = manifest_if_prepared(recipe)
     vocab_size = manifest.vocab_size if manifest else None
     console.print(pairs([*summary(recipe), *parameter_lines(recipe, vocab_size)]))
