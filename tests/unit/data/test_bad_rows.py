@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_cases import MakeRecipe, chat, write_lines
 
+from packhorse.data.formats.bad_row import excerpt
 from packhorse.data.prepare import prepare
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
@@ -89,3 +91,10 @@ def test_a_list_that_cannot_be_written_is_a_mistake_beside_the_others(tmp_path: 
     message = str(refusal(recipe))
     assert "50 rows of" in message
     assert f"{listed(recipe)} cannot be written: " in message
+
+
+def test_an_excerpt_is_whole_in_a_log_and_short_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a" * 150 + "|" + "b" * 150
+    assert excerpt(text, 150) == f"'{text}' at character 151"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert excerpt(text, 150) == f"…'{'a' * 40}|{'b' * 39}'…"

@@ -53,7 +53,7 @@ def _show(console: Console, report: AuditReport) -> None:
             console.print(table)
     for row in report.rows[:SHOWN_ROWS]:
         console.print(f"\n{readable(row.where)}, {row.split}", style="bold", markup=False, highlight=False)
-        console.print(row_text(row, _in_colour(console)))
+        console.print(row_text(row, _in_colour(console), whole=not console.is_terminal))
 
 
 def _in_colour(console: Console) -> bool:

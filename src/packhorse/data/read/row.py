@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from packhorse.errors import Mistake, UserError
+from packhorse.errors import Mistake, UserError, shown_characters
 
 SHOWN_CHARACTERS: Final = 80
 WHOLE_ROW: Final = "every row is either trained on or accounted for, so none is skipped."
@@ -101,9 +101,10 @@ class RowMistakes:
 
 
 def shown(text: str) -> str:
-    """Return the first 80 characters of a row, with escapes for characters that a terminal cannot print."""
+    """Return the first 80 characters of a row (2,000 in a log), with escapes for what a terminal cannot print."""
+    most = shown_characters(SHOWN_CHARACTERS)
     # A broken row may be a whole file: only its beginning is copied.
-    begin = text[: 4 * SHOWN_CHARACTERS].strip()[:SHOWN_CHARACTERS]
+    begin = text[: 4 * most].strip()[:most]
     if begin.isprintable():
         return begin
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in begin)

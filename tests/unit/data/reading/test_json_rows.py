@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,15 @@ def test_lines_that_only_look_odd_are_read(tmp_path: Path, line: str, values: di
     assert read(jsonl(tmp_path, line)) == [("rows.jsonl:1", expected)]
 
 
-def test_a_broken_row_shows_its_beginning_as_a_terminal_can_print_it(tmp_path: Path) -> None:
-    (mistake,) = read_all(jsonl(tmp_path, "\x1b[2J" + "x" * 200))[1]
-    assert mistake.endswith("it begins \\x1b[2J" + "x" * 76)
+def test_a_broken_row_shows_its_beginning_as_a_terminal_can_print_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(tmp_path, "\x1b[2J" + "x" * 200)
+    (in_a_log,) = read_all(path)[1]
+    assert in_a_log.endswith("it begins \\x1b[2J" + "x" * 200)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    (on_a_terminal,) = read_all(path)[1]
+    assert on_a_terminal.endswith("it begins \\x1b[2J" + "x" * 76)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64], ids="{} bytes".format)
