@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -13,6 +15,13 @@ EXIT_NOT_FINITE = 65  # EX_DATAERR of sysexits.h: a loss or a gradient is NaN or
 EXIT_MEMORY = 71  # EX_OSERR: out of device memory
 EXIT_DISK = 74  # EX_IOERR: the disk is full or refuses
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, can be resumed
+WHOLE_CHARACTERS: Final = 2_000
+"""Characters of a value in a log: a row may have megabytes, and a message has several rows."""
+
+
+def shown_characters(on_terminal: int) -> int:
+    """Return how many characters of a value a message shows: more where it goes to a pipe or a file."""
+    return on_terminal if sys.stderr.isatty() else max(on_terminal, WHOLE_CHARACTERS)
 
 
 @dataclass(frozen=True)
@@ -24,12 +33,14 @@ class Mistake:
         why: Why it matters.
         fix: The smallest change that fixes it.
         where: ``file:line`` of the mistake; empty if it is in no file.
+        kind: Mistakes of one kind may differ in values, and are shown as one; empty: as the reason and the fix say.
     """
 
     fact: str
     why: str
     fix: str
     where: str = ""
+    kind: str = ""
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.fact}" if self.where else self.fact

@@ -115,16 +115,20 @@ def test_fourteen_broken_lines_are_named(tmp_path: Path) -> None:
     path = shared("data/alpaca_libre_v2.jsonl")
     message = refusal(recipe_of(tmp_path / "runs", path, QWEN))
     assert f"{path}:2279: the line is not JSON: Expecting ',' delimiter at column 97; it begins {{" in message
-    assert message.count("the line is not JSON") == 14
-    assert message.count("the answer of an assistant turn is empty") == 20
+    listed = tmp_path / "runs" / ".check" / "real" / "mistakes.jsonl"
+    facts = [json.loads(line)["fact"] for line in listed.read_text(encoding="utf-8").splitlines()]
     # Answers that begin with a line break, which one token of qwen2 joins with the template's own.
-    assert message.count("begins inside a token") == 20
-    assert "alpaca_libre_v2.jsonl has 99 mistakes; 54 are shown." in message
+    kinds = {"the line is not JSON": 14, "the answer of an assistant turn is empty": 51, "begins inside a token": 34}
+    for words, count in kinds.items():
+        assert sum(words in fact for fact in facts) == count
+        assert f"{count} rows of {path} have a mistake of one kind, such as" in message
+        assert message.count(words) == 3
+    assert f"alpaca_libre_v2.jsonl has 99 rows with mistakes of 3 kinds; all are listed in {listed}." in message
     # What the message proposes for these 34 answers is enough.
     assert "fix: set data.strip: true, which removes white space around turns" in message
     stripped = refusal(recipe_of(tmp_path / "runs", path, QWEN, strip=True))
     assert "begins inside a token" not in stripped
-    assert "alpaca_libre_v2.jsonl has 65 mistakes; 34 are shown." in stripped
+    assert "alpaca_libre_v2.jsonl has 65 rows with mistakes of 2 kinds" in stripped
 
 
 def test_alpaca_rows_that_can_be_read(tmp_path: Path) -> None:

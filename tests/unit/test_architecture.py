@@ -14,10 +14,11 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "packhorse"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # Package or top-level module -> what it may import besides itself; `*` stands for everything.
-BASE = {"errors", "durable", "secrets", "version"}
+BASE = {"errors", "durable", "secrets", "version", "torch_on_demand"}
 MAY_IMPORT = {
     "errors": set(),
     "secrets": set(),
+    "torch_on_demand": set(),
     "durable": {"errors"},
     "version": set(),
     "yaml_source": BASE,
@@ -214,6 +215,21 @@ def test_every_user_error_has_fact_why_and_fix() -> None:
                 if not starred and given < 3:
                     offenders.append(f"{name}:{node.lineno}")
     assert offenders == []
+
+
+def test_a_mistake_of_the_recipe_is_found_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: r\nbatch: {lenght: 8}\n")
+    (tmp_path / "site.yaml").write_text("name: here\ngpus_per_node: 1\n")
+    code = (
+        "import sys; from packhorse.cli.main import main\n"
+        "for words in ['check'], ['prepare'], ['plan'], ['train'], ['submit', '--site', 'site.yaml']:\n"
+        "    assert main([words[0], 'recipe.yaml', *words[1:]]) == 2, words\n"
+        "    heavy = {'torch', 'transformers', 'pyarrow', 'datasets', 'accelerate', 'peft'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("batch.lenght") == 5
 
 
 @pytest.mark.parametrize(

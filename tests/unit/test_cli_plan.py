@@ -130,6 +130,22 @@ def test_the_launch_line_alone_is_the_plans(here: Path, capsys: pytest.CaptureFi
     assert line.endswith("runs/tiny/plan.json")
 
 
+def test_the_verdict_comes_first_and_lines_of_a_pipe_are_whole(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "llama3.3-70b/qlora", "--gpus", "8xH100-80GB", "--price", "2.50", "steps=500"]
+    folded = told(words, capsys)
+    monkeypatch.delenv("COLUMNS")
+    lines = told(words, capsys).splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == ["memory", "run time", "cost"]
+    assert lines[0].partition("  ")[2].strip().startswith("fits: ")
+    (command,) = (line for line in lines if line.startswith("command "))
+    assert command.endswith("plan.json")
+    assert len(command) > 120 > max(map(len, folded.splitlines())) - 1
+    assert not any("…" in line or line != line.rstrip() for line in lines)
+    assert len(lines) < len(folded.splitlines())
+
+
 def test_what_would_run_is_shown_word_by_word(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

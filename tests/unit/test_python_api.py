@@ -34,6 +34,22 @@ def test_importing_and_planning_import_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+TORCH = """
+import sys
+from packhorse.data.render import tokenizer
+assert "torch" not in sys.modules, "tokenizers need no torch"
+import torch.nn.functional
+from transformers import modeling_rope_utils
+assert torch.nn.functional.relu(torch.tensor([-1.0, 2.0])).tolist() == [0.0, 2.0]
+assert modeling_rope_utils.torch.Tensor is torch.Tensor, "what was imported before torch uses the same torch"
+"""
+
+
+def test_torch_can_be_used_after_tokenizers_were_read_without_it() -> None:
+    done = subprocess.run([sys.executable, "-c", TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_name_is_there_and_documented() -> None:
     page = PAGE.read_text(encoding="utf-8")
     for name in packhorse.__all__:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
 from rich.table import Table
 
-from packhorse.cli.show.text import pairs, print_plain
+from packhorse.cli.show.text import open_console, pairs, print_plain
 from packhorse.data.convert.convert import Conversion, Target, convert_file
 from packhorse.data.convert.prices import RULE, TokenCount, default_epochs, read_prices
 from packhorse.data.formats.bad_row import closest
@@ -23,7 +22,7 @@ def convert(source: str, target: str, to: str, format: str, force: bool) -> int:
     _check_choice("format", format, get_args(Format))
     rows = Source.model_validate({"path": source, "format": format})
     done = convert_file(rows, path_of(target), to, force, Path("runs"))  # type: ignore[arg-type]
-    console = Console()
+    console = open_console()
     print_plain(f"{done.num_rows:,} rows of {source} ({done.row_format}) written to {target} ({to})", console)
     if lines := _lines(done, to, source):
         console.print(pairs(lines))

@@ -7,9 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from packhorse.cli.show.text import print_plain
+from packhorse.cli.show.text import open_console, print_plain
 from packhorse.doctor.diagnosis import diagnose
 from packhorse.doctor.facts import DoctorRequest
 from packhorse.doctor.request import request_for_folder, request_for_run
@@ -30,7 +28,7 @@ def doctor(
     run: str, site: str, nodes: int | None, gpus_per_node: int | None, fast: bool = False, dry_run: bool = False
 ) -> int:
     """Examine, and print one table; return 1 if a check fails."""
-    console = Console()
+    console = open_console()
     in_job = "SLURM_JOB_ID" in os.environ and not site
     question, profile = _question(run, site, nodes, gpus_per_node, fast, in_job)
     if profile is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from packhorse.cli.show.text import open_console
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
 from packhorse.evaluate.chat import chat as run_chat
@@ -31,7 +30,7 @@ def evaluate(run: str, test: bool = False, again: bool = False) -> int:
             "write --test --again, or remove --again.",
         )
     plan = open_run(run)
-    console = Console()
+    console = open_console()
     console.print(render(evaluate_run(plan, test, again)))
     console.print(f"saved as {result_file(Path(plan.run_folder), test)}", soft_wrap=True, highlight=False, style="dim")
     return EXIT_OK

@@ -18,15 +18,15 @@ from packhorse.cli.show.plan import (
     stop_words,
     storage_lines,
     time_lines,
-    verdict_words,
+    verdict_lines,
     ways_table,
 )
 from packhorse.cli.show.plan_json import least_value, plan_value, scaling_value, ways_value
-from packhorse.cli.show.text import pairs, plain_table, print_json, print_plain, shown
+from packhorse.cli.show.text import open_console, pairs, plain_table, print_json, print_plain, shown
 from packhorse.durable import size
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.estimate.gpus import find_gpu, known_gpus
-from packhorse.estimate.plan_estimate import EstimateInputs
+from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
 from packhorse.estimate.search.auto import least_hardware, plan_best, refusal
 from packhorse.estimate.search.candidates import all_candidates, automatic_choice
 from packhorse.estimate.search.scaling import MemoryByScale, scale
@@ -70,7 +70,7 @@ def plan(
     force: bool,
 ) -> int:
     """Show what would run, whether it fits and how long it takes; with --write, create the run folder."""
-    console = Console()
+    console = open_console()
     if write:
         return _write(console, recipe, overrides, gpus, nodes, force)
     loaded = load_recipe(recipe, overrides, check_environment=False)
@@ -95,8 +95,10 @@ def plan(
     elif json:
         print_json(plan_value(result, _now()))
     else:
+        _show_verdict(console, result, gpus)
         _show(console, result.plan, request.vocab_size)
-        _show_estimates(console, result, gpus)
+        if result.case is not None:
+            _show_estimates(console, result.case)
     return EXIT_OK
 
 
@@ -105,7 +107,7 @@ def _write(console: Console, recipe: str, overrides: Sequence[str], gpus: str, n
     from packhorse.cli.prepare import prepare_with_progress
     from packhorse.workflows.new_run import write_run
 
-    plan = write_run(recipe, overrides, gpus, nodes, force, lambda loaded: prepare_with_progress(loaded, console))
+    plan = write_run(recipe, overrides, gpus, nodes, force, prepare_with_progress)
     print_plain(f"planned {relative(plan.run_folder)}: {shown(job_argv(plan) or plan.argv)}", console)
     return EXIT_OK
 
@@ -231,24 +233,29 @@ def _show(console: Console, plan: RunPlan, vocab_size: int | None) -> None:
     show_parameters(console, plan.recipe, vocab_size)
 
 
-def _show_estimates(console: Console, result: PlanResult, gpus: str) -> None:
-    console.print()
+def _show_verdict(console: Console, result: PlanResult, gpus: str) -> None:
+    """Show what decides whether to run: memory, time, cost; and the changes that make it fit."""
     case = result.case
     if case is None:
         console.print(pairs([("memory, time", f"not known: {result.unknown}")]))
-        return
-    console.print(pairs([("memory", verdict_words(case))]))
+    else:
+        console.print(pairs(verdict_lines(case, _now())))
+        if result.changes:
+            console.print()
+            console.print(change_table(result.changes))
+        elif not case.fits:
+            requested = gpus or "those of this machine"
+            console.print(f"no change makes it fit {requested}; see packhorse plan RECIPE --gpus auto")
+    console.print()
+
+
+def _show_estimates(console: Console, case: PlanEstimate) -> None:
+    console.print()
     console.print(phase_table(case))
     console.print()
     console.print(component_table(case))
-    if result.changes:
-        console.print()
-        console.print(change_table(result.changes))
-    elif not case.fits:
-        requested = gpus or "those of this machine"
-        console.print(f"no change makes it fit {requested}; see packhorse plan RECIPE --gpus auto")
     console.print()
-    console.print(pairs([*storage_lines(case), *time_lines(case, _now()), ("from", _assumed(case.basis))]))
+    console.print(pairs([*storage_lines(case), *time_lines(case), ("from", _assumed(case.basis))]))
 
 
 def _now() -> datetime:

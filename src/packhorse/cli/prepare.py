@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
+from packhorse.cli.show.progress import row_progress
+from packhorse.cli.show.text import open_console
 from packhorse.data.data_manifest import DataManifest
 from packhorse.data.packs.batches import step_notes
 from packhorse.errors import EXIT_OK
@@ -23,7 +23,7 @@ from packhorse.workflows.prepare import prepare_data, prepare_run
 
 def prepare(recipe: str, overrides: Sequence[str]) -> int:
     """Prepare the data of a recipe, a run or a sweep; for a recipe, show what became of every row."""
-    console = Console()
+    console = open_console()
     runs = _runs_of(recipe) if not overrides else []
     for run in runs:
         prepare_run(run, lambda of_run: prepare_shown(of_run, console))
@@ -49,21 +49,13 @@ def _runs_of(name: str) -> list[str]:
 
 def prepare_shown(recipe: Recipe, console: Console) -> DataManifest:
     """Prepare data with a progress bar, and print its folder."""
-    with _bar(console) as update:
+    with row_progress("preparing") as update:
         data = prepare_data(recipe, update)
     console.print(f"{'found' if data.was_warm else 'prepared'} {data.folder}", soft_wrap=True, highlight=False)
     return data.manifest
 
 
-def prepare_with_progress(recipe: Recipe, console: Console) -> DataManifest:
+def prepare_with_progress(recipe: Recipe) -> DataManifest:
     """Prepare data, with a progress bar if there is a terminal."""
-    with _bar(console) as update:
+    with row_progress("preparing") as update:
         return prepare_data(recipe, update).manifest
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} rows"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("preparing", total=None)
-        yield lambda rows: bar.update(task, completed=rows)

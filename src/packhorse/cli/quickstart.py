@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from packhorse.cli.show.text import print_plain
+from packhorse.cli.show.text import open_console, print_plain
 from packhorse.cli.train import train
 from packhorse.errors import EXIT_OK
 from packhorse.evaluate.show import render
@@ -26,7 +26,7 @@ STEPS = (
 
 def quickstart() -> int:
     """Train both recipes if they are not trained yet, and compare base and tuned model."""
-    console = Console()
+    console = open_console()
     folder = Path()
     for name, title in STEPS:
         console.rule(f"{name}: {title}")

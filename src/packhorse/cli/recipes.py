@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
-from packhorse.cli.show.text import plain_table, print_plain
+from packhorse.cli.show.text import open_console, plain_table, print_plain
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.recipe.describe import reference, summary
 from packhorse.recipe.importers.importer import TRAINERS, import_recipe, write_import
@@ -24,7 +22,7 @@ def recipes(action: str, name: str, target: str, out: str, trainer: str, gpus: i
         table = plain_table("recipe", "what it does", "GPUs")
         for recipe in list_recipes():
             table.add_row(recipe.name, recipe.title, recipe.gpus)
-        Console().print(table)
+        open_console().print(table)
     elif action == "show":
         path = find_recipe(name)
         if path is None:

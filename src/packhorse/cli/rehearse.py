@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from packhorse.cli.show.text import pairs, plain_table, print_json
+from packhorse.cli.show.text import open_console, pairs, plain_table, print_json
 from packhorse.errors import EXIT_BUG, EXIT_OK, UserError
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.plan.run_plan import RunPlan
@@ -45,7 +45,7 @@ def rehearse(recipe: Recipe, gpus: str, nodes: int | None, as_json: bool) -> int
     if as_json:
         print_json(asdict(rehearsal))
     else:
-        _show(Console(), plan, rehearsal)
+        _show(open_console(), plan, rehearsal)
     return EXIT_BUG if too_much(rehearsal) else EXIT_OK
 
 

@@ -6,11 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from packhorse.cli.show.jobs import clock, failure_lines, job_lines, queue_words
 from packhorse.cli.show.sweep import show_sweep
-from packhorse.cli.show.text import pairs
+from packhorse.cli.show.text import open_console, pairs
 from packhorse.errors import EXIT_OK
 from packhorse.launching.local.outcome import describe_phase, newest_step
 from packhorse.launching.slurm.job_reports import JobReport
@@ -33,7 +31,7 @@ def status(run: str) -> int:
     Raises:
         UserError: There is no such run.
     """
-    console = Console()
+    console = open_console()
     sweep = find_sweep(run)
     if sweep is not None:
         show_sweep(sweep, console)

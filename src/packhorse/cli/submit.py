@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from packhorse.cli.show.submission import show_jobs, show_submitted, show_submitted_sweep
+from packhorse.cli.show.text import open_console
 from packhorse.errors import EXIT_OK, UserError
 from packhorse.launching.slurm.client import NoSlurmError, StartEstimate
 from packhorse.launching.slurm.submit import PlannedJob, check_jobs
@@ -72,7 +73,7 @@ def _sweep_override(array: str) -> list[str]:
 
 
 def _show_or_send(planned: Submission, jobs: Sequence[PlannedJob], dry_run: bool) -> int:
-    console, folder = Console(), Path(planned.plan.run_folder)
+    console, folder = open_console(), Path(planned.plan.run_folder)
     expected = _expected_starts(console, folder, jobs, dry_run, lambda: check_submission(planned, jobs))
     if expected is not None:
         show_submitted(console, planned, jobs, send_jobs(planned, jobs, expected), expected)
@@ -80,7 +81,7 @@ def _show_or_send(planned: Submission, jobs: Sequence[PlannedJob], dry_run: bool
 
 
 def _submit_sweep(recipe: str, overrides: Sequence[str], request: SubmitRequest, dry_run: bool) -> int:
-    console, sweep = Console(), plan_sweep(recipe, overrides, request)
+    console, sweep = open_console(), plan_sweep(recipe, overrides, request)
     site, jobs = sweep.submissions[0].site, sweep.jobs
     expected = _expected_starts(console, sweep.folder, jobs, dry_run, lambda: check_jobs(site, jobs), sweep)
     if expected is not None:

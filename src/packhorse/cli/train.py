@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from packhorse.cli.prepare import prepare_with_progress
-from packhorse.cli.show.text import print_plain
+from packhorse.cli.show.text import open_console, print_plain
 from packhorse.errors import EXIT_OK
 from packhorse.run_folder.folder import relative
 from packhorse.workflows import new_run, resume_run
@@ -29,14 +27,13 @@ def train(
     """
     if resume:
         return show_end(resume_run.resume_here(recipe, overrides, gpus, restarts, force, terminal_reporter()))
-    console = Console()
     return show_end(
         new_run.train(
             new_run.load_single(recipe, overrides),
             gpus,
             restarts,
             force,
-            lambda loaded: prepare_with_progress(loaded, console),
+            prepare_with_progress,
             terminal_reporter(),
         )
     )
@@ -44,7 +41,7 @@ def train(
 
 def terminal_reporter() -> Reporter:
     """Return a reporter that prints progress to stdout, and failures and restarts to stderr."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = open_console(), open_console(stderr=True)
     return Reporter(
         info=lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False, style="dim"),
         warn=lambda line: print_plain(line, errors),
@@ -54,7 +51,7 @@ def terminal_reporter() -> Reporter:
 def show_end(end: RunEnd) -> int:
     """Print how a run ended; return its exit code."""
     if end.message:
-        print_plain(end.message, Console(stderr=True))
+        print_plain(end.message, open_console(stderr=True))
     if end.exit_code == EXIT_OK and end.plan is not None:
         folder = relative(end.plan.run_folder)
         print_plain(f"done: {folder}; next: packhorse evaluate {folder}")

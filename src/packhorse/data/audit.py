@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -40,13 +40,13 @@ DROPPED: Final = "dropped"
 Int64 = NDArray[np.int64]
 
 
-def audit(recipe: Recipe) -> AuditReport:
-    """Read, render and check every row, and write nothing permanent.
+def audit(recipe: Recipe, progress: Callable[[int], None] | None = None) -> AuditReport:
+    """Read, render and check every row, and write nothing permanent; call `progress` with the number of rows done.
 
     Raises:
         UserError: `prepare` would raise the same.
     """
-    watch = _AuditCallback(recipe.data.train_on.roles)
+    watch = _AuditCallback(recipe.data.train_on.roles, progress)
     with TemporaryDirectory(prefix="packhorse-check-") as folder:
         packed = pack_rows(recipe, Path(folder) / "spool", watch, with_prompts=True)
         return _report(recipe, packed, watch)
@@ -55,8 +55,8 @@ def audit(recipe: Recipe) -> AuditReport:
 class _AuditCallback:
     """Collects the score card of each source and the first rows of the data, batch by batch."""
 
-    def __init__(self, trained_roles: Sequence[str]) -> None:
-        self._trained_roles = trained_roles
+    def __init__(self, trained_roles: Sequence[str], progress: Callable[[int], None] | None) -> None:
+        self._trained_roles, self._progress = trained_roles, progress
         # The key is the source itself: two sources may have one name, such as subsets of one hub data set.
         self.keepers: dict[GatheredSource, ScoreKeeper] = {}
         self.rows: list[tuple[int, Example, Rendered]] = []
@@ -75,6 +75,8 @@ class _AuditCallback:
             (self._num_seen + at, example, row) for at, (example, row) in enumerate(zip(examples[:wanted], rendered))
         ]
         self._num_seen += len(examples)
+        if self._progress is not None:
+            self._progress(self._num_seen)
 
 
 def _report(recipe: Recipe, packed: PackedRows, watch: _AuditCallback) -> AuditReport:

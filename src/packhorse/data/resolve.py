@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from glob import has_magic
 from pathlib import Path
 from typing import Final
@@ -53,6 +54,11 @@ def data_root(recipe: Recipe) -> Path:
 def runs_folder_of(recipe: Recipe) -> Path:
     """Return the folder of runs, with `${env:NAME}` and `~` expanded."""
     return path_of(recipe.runs_folder)
+
+
+def check_folder(recipe: Recipe) -> Path:
+    """Return the folder of what a look at the rows of a recipe finds."""
+    return runs_folder_of(recipe) / ".check" / recipe.name
 
 
 def source_name(source: Source) -> str:
@@ -195,17 +201,28 @@ def fast_tokenizer(recipe: Recipe) -> Tokenizer | None:
     Raises:
         UserError: Its path names an environment variable that is not set.
     """
+    file = _tokenizer_file(recipe)
+    return None if file is None else Tokenizer.from_file(str(file))
+
+
+def _tokenizer_file(recipe: Recipe) -> Path | None:
     folder = local_tokenizer(recipe)
     file = None if folder is None else folder / TOKENIZER_FILE
-    return Tokenizer.from_file(str(file)) if file is not None and file.is_file() else None
+    return file if file is not None and file.is_file() else None
 
 
 def vocabulary_size(recipe: Recipe) -> int | None:
     """Return the number of ids of the tokenizer, for the embeddings of a fresh model; None if not local."""
     if (recipe.model.tokenizer or "").startswith(BUILTIN):
         return VOCABULARY_SIZE
-    tokenizer = fast_tokenizer(recipe)
-    return None if tokenizer is None else int(tokenizer.get_vocab_size(with_added_tokens=True))
+    file = _tokenizer_file(recipe)
+    return None if file is None else _num_ids(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _num_ids(file: Path, _: int) -> int:
+    """Return the number of ids of a tokenizer.json of this age; a large one takes half a second to read."""
+    return int(Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

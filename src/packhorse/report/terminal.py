@@ -92,11 +92,11 @@ def finding_lines(report: AuditReport) -> Table:
     return table
 
 
-def row_text(row: RowAudit, in_colour: bool) -> Text:
-    """Return a row with its supervised text in green, or in brackets without colour; long pieces are cut."""
+def row_text(row: RowAudit, in_colour: bool, whole: bool = False) -> Text:
+    """Return a row with its supervised text in green, or in brackets without colour; long pieces are cut or whole."""
     text = Text()
     for piece, supervised in row.pieces:
-        shown = readable(clipped(piece, LONGEST_PIECE_CHARACTERS))
+        shown = readable(piece if whole else clipped(piece, LONGEST_PIECE_CHARACTERS))
         if in_colour:
             text.append(shown, style="green" if supervised else "dim")
         else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from packhorse.data.audit import audit
 from packhorse.data.audit_report import AuditReport
-from packhorse.data.resolve import runs_folder_of
+from packhorse.data.gather.bad_rows import MISTAKES_FILE
+from packhorse.data.resolve import check_folder
 from packhorse.launching.preflight import check_base_model
 from packhorse.plan.run_plan import DataFacts
 from packhorse.recipe.schema import Recipe
@@ -22,25 +24,32 @@ class CheckedRecipe:
     Attributes:
         report: Rows, splits, lengths and findings.
         page: Page with the whole report.
+        bad_rows: File that lists the bad rows that were dropped; None if there are none.
     """
 
     report: AuditReport
     page: Path
+    bad_rows: Path | None
 
 
-def check_recipe(recipe: Recipe) -> CheckedRecipe:
+def check_recipe(recipe: Recipe, progress: Callable[[int], None] | None = None) -> CheckedRecipe:
     """Check the model and the plan of a recipe, read and render its rows, and write data.html. Prepares nothing.
+
+    Args:
+        recipe: Recipe with data sources.
+        progress: Called with the number of rows done.
 
     Raises:
         UserError: Training would refuse model, method or settings; rows are wrong, or files are missing.
     """
     check_base_model(plan_on_some_machine(recipe, None))
     check_start(recipe)
-    report, page = audit(recipe), page_path(recipe)
+    report, page = audit(recipe, progress), page_path(recipe)
     # Now that the steps of an epoch are known.
     plan_on_some_machine(recipe, _facts(report))
     write_data_page(report, page)
-    return CheckedRecipe(report, page)
+    bad_rows = page.with_name(MISTAKES_FILE)
+    return CheckedRecipe(report, page, bad_rows if bad_rows.is_file() else None)
 
 
 def _facts(report: AuditReport) -> DataFacts:
@@ -59,4 +68,4 @@ def _facts(report: AuditReport) -> DataFacts:
 
 def page_path(recipe: Recipe) -> Path:
     """Return the path of the page of a recipe."""
-    return runs_folder_of(recipe) / ".check" / recipe.name / "data.html"
+    return check_folder(recipe) / "data.html"

@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_check_prints_figures_and_says_where_the_page_is(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(data, "audit", lambda recipe: real_report())
+    monkeypatch.setattr(data, "audit", lambda recipe, progress: real_report())
     assert main(["check", "tiny.yaml"]) == 0
     shown = capsys.readouterr().out
     wanted = ["a fresh llama", "7,473 rows, question_answer", "84.22 %", "35  are a copy", "⟦card_3<|im_end|>⟧"]
@@ -37,6 +37,6 @@ def test_check_prints_figures_and_says_where_the_page_is(
 
 def test_the_page_lies_where_the_runs_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE", str(folder / "elsewhere"))
-    monkeypatch.setattr(data, "audit", lambda recipe: hostile_report())
+    monkeypatch.setattr(data, "audit", lambda recipe, progress: hostile_report())
     assert main(["check", "tiny.yaml", "runs_folder=${env:PLACE}"]) == 0
     assert [path.name for path in (folder / "elsewhere" / ".check" / "tiny").iterdir()] == ["data.html"]

@@ -21,6 +21,20 @@ GIB = 2**30
 BAR_CELLS = 40
 
 
+def verdict_lines(case: PlanEstimate, now: datetime) -> list[tuple[str, str]]:
+    """Return whether the plan fits, the time of the whole run, and its cost if the price is known.
+
+    Args:
+        case: Plan with its estimates.
+        now: Start of the run, from which its end is counted.
+    """
+    speed = case.speed
+    lines = [("memory", verdict_words(case)), ("run time", _run(case, now))]
+    if speed.price is not None:
+        lines.append(("cost", f"{speed.price:,.2f} at {speed.price_per_gpu_hour:,.2f} per GPU hour"))
+    return lines
+
+
 def verdict_words(case: PlanEstimate) -> str:
     """Return whether the plan fits, with both figures."""
     card = case.basis.gpu
@@ -79,13 +93,8 @@ def _parts(parts: Sequence[Component]) -> str:
     return ", ".join(f"{part.name} {size(part.bytes)}" for part in parts)
 
 
-def time_lines(case: PlanEstimate, now: datetime) -> list[tuple[str, str]]:
-    """Return step time, speed, time of the whole run, and the uncertainty.
-
-    Args:
-        case: Plan with its estimates.
-        now: Start of the run, from which its end is counted.
-    """
+def time_lines(case: PlanEstimate) -> list[tuple[str, str]]:
+    """Return step time, speed, and the uncertainty of all times."""
     speed = case.speed
     largest = sorted(speed.parts, key=lambda part: -part.seconds)[:4]
     shares = ", ".join(f"{part.name} {part.seconds / speed.step_seconds:.0%}" for part in largest)
@@ -97,7 +106,6 @@ def time_lines(case: PlanEstimate, now: datetime) -> list[tuple[str, str]]:
             f" {speed.tokens_per_second_per_gpu * speed.world_size:,.0f} in total; MFU {speed.mfu:.1%},"
             f" HFU {speed.hfu:.1%}; {speed.model_flops:.2e} FLOPs per step",
         ),
-        ("run time", _run(case, now)),
         ("uncertainty", f"± {speed.uncertainty:.0%}: {speed.uncertainty_reason}"),
     ]
 
@@ -108,13 +116,10 @@ def _run(case: PlanEstimate, now: datetime) -> str:
         return "known when the data is prepared: packhorse prepare"
     ready = now + timedelta(hours=speed.hours)
     about = "about " * (case.plan.num_steps is None)
-    words = (
+    return (
         f"{about}{_seconds(speed.hours * 3600)} for {about}{speed.num_steps:,} steps, without evaluations and"
         f" checkpoints; started now, it ends {ready:%d %b %H:%M}; {speed.energy_kwh:,.1f} kWh at most"
     )
-    if speed.price is not None:
-        words += f"; {speed.price:,.2f} at {speed.price_per_gpu_hour:,.2f} per GPU hour"
-    return words
 
 
 def _seconds(seconds: float) -> str:

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from packhorse.run_folder.folder import relative
+
+WHOLE_LINE: Final = 100_000
+
+
+class WholeLines(Console):
+    """Console of a pipe or a file: no line is folded or cut to a width, and none ends in the spaces of a column."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, width=WHOLE_LINE)
+
+    def print(self, *objects: Any, **options: Any) -> None:  # noqa: ANN401
+        """Print as `Console.print` does."""
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        self.file.write(re.sub(r" +$", "", captured.get(), flags=re.MULTILINE))
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Return the console of standard output or standard error; `COLUMNS` sets a width even for a pipe or a file."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal or "COLUMNS" in os.environ else WholeLines(stderr=stderr)
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> Table:
@@ -37,7 +60,7 @@ def plain_table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] =
 
 def print_plain(text: str, console: Console | None = None) -> None:
     """Print text unchanged: no markup, no highlighting, no line breaks, so that it can be copied."""
-    (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
+    (console or open_console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:  # noqa: ANN401

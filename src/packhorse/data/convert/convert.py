@@ -18,10 +18,10 @@ from packhorse.data.formats.key_counts import KeyCounts
 from packhorse.data.formats.openai import LARGEST_FILE_BYTES, LEAST_EXAMPLES, to_openai
 from packhorse.data.formats.rows import RowFormat, renamed_rows, resolve_format, row_converter
 from packhorse.data.formats.writing import to_alpaca, to_messages
+from packhorse.data.gather.bad_rows import MISTAKES_FILE, BadRowList
 from packhorse.data.gather.sources import read_rows
 from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import Row, RowMistakes
-from packhorse.data.resolve import source_name
 from packhorse.durable import sync_to_disk
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Source
@@ -71,18 +71,18 @@ def convert_file(source: Source, target: Path, to: Target, force: bool, runs_fol
     _check_target(target, force)
     # In the folder of the target, so that the rename stays within one file system.
     draft = target.with_name(f".{target.name}.draft-{os.getpid()}")
-    mistakes = RowMistakes(source_name(source))
-    removed = RemovedNulls()
+    bad_rows = BadRowList(target.with_suffix(f".{MISTAKES_FILE}"))
+    mistakes, removed = bad_rows.of(source), RemovedNulls()
     rows = read_rows(source, runs_folder, mistakes, removed)
     first = list(islice(rows, FIRST_ROWS))
     if not first:
-        raise UserError.of(mistakes.to_show())
+        bad_rows.write(mistakes.to_show())
     conversion = Conversion(resolve_format(source.format, first, source), removed_nulls=removed)
     try:
         with draft.open("w", encoding="utf-8", newline="\n") as file:
             for line in _lines(chain(first, rows), source, to, conversion, mistakes):
                 file.write(line)
-        mistakes.raise_if_any()
+        bad_rows.write(mistakes.to_show())
         if to == "openai":
             _check_file(conversion, draft.stat().st_size)
         sync_to_disk(draft)

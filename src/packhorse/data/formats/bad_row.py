@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sys
 from collections.abc import Iterable
 from typing import Final
 
-from packhorse.errors import Mistake
+from packhorse.errors import Mistake, shown_characters
 
 SHOWN_CHARACTERS: Final = 80
 SHOWN_NAMES: Final = 20
@@ -22,30 +23,36 @@ class BadRowError(Exception):
         fact: What is wrong, with the value.
         why: Reason why the row cannot be used.
         fix: Smallest change that fixes it.
+        kind: The statement that refuses the row: its facts, and its fixes, differ only in values.
     """
 
     def __init__(self, fact: str, why: str, fix: str) -> None:
         super().__init__(fact)
         self.fact, self.why, self.fix = fact, why, fix
+        statement = sys._getframe(1)  # as logging finds the caller
+        self.kind = f"{statement.f_code.co_filename}:{statement.f_lineno} {why}"
 
     def at(self, where: str) -> Mistake:
         """Return the mistake of the row at `file:line`."""
-        return Mistake(self.fact, self.why, self.fix, where)
+        return Mistake(self.fact, self.why, self.fix, where, self.kind)
 
 
 def excerpt(text: str, at: int = 0) -> str:
-    """Return 80 characters of a text around a position, on one line and in quotes."""
-    start = max(0, min(at - SHOWN_CHARACTERS // 2, len(text) - SHOWN_CHARACTERS))
-    shown = text[start : start + SHOWN_CHARACTERS]
-    before, after = "…" if start else "", "…" if start + SHOWN_CHARACTERS < len(text) else ""
-    return f"{before}{shown!r}{after}"
+    """Return 80 characters of a text around a position, in quotes; in a log, up to 2,000, and the position."""
+    most = shown_characters(SHOWN_CHARACTERS)
+    start = max(0, min(at - most // 2, len(text) - most))
+    shown = text[start : start + most]
+    before, after = "…" if start else "", "…" if start + most < len(text) else ""
+    place = f" at character {at + 1:,}" if most > SHOWN_CHARACTERS and 0 < at < len(text) else ""
+    return f"{before}{shown!r}{after}{place}"
 
 
 def shown(value: object) -> str:
-    """Return a value for a message: its first 80 characters, with unprintable ones escaped."""
+    """Return a value for a message: its first 80 characters (2,000 in a log), with unprintable ones escaped."""
+    most = shown_characters(SHOWN_CHARACTERS)
     # Cut first: the repr of a text of many megabytes would take as long as reading it.
-    if isinstance(value, str) and len(value) > SHOWN_CHARACTERS:
-        return f"{value[:SHOWN_CHARACTERS]!r}…"
+    if isinstance(value, str) and len(value) > most:
+        return f"{value[:most]!r}…"
     if isinstance(value, (str, int, float)) or value is None:
         return repr(value)
     return f"{type(value).__name__}"

@@ -18,6 +18,7 @@ from packhorse.data.checks.contamination import EvaluationIndex
 from packhorse.data.checks.texts import prompt_text
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
+from packhorse.data.gather.bad_rows import MISTAKES_FILE, BadRowList
 from packhorse.data.gather.source_pass import UNTRAINABLE, BatchCallback, GatheredSource, SourcePass, SourceUse, Strata
 from packhorse.data.gather.sources import read_rows
 from packhorse.data.gather.spool import Spool, SpoolWriter
@@ -26,7 +27,7 @@ from packhorse.data.read.row import RowMistakes
 from packhorse.data.render.render import Renderer, make_renderer
 from packhorse.data.render.serving import saved_form
 from packhorse.data.render.tokenizer import tokenizer_of
-from packhorse.data.resolve import resolve_tokenizer, runs_folder_of, source_name
+from packhorse.data.resolve import check_folder, resolve_tokenizer, runs_folder_of, source_name
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.schema import DataSection, Recipe, Source
 
@@ -112,7 +113,8 @@ def _collector_paused() -> Iterator[None]:
 
 def _gather(recipe: Recipe, folder: Path, watch: BatchCallback | None, with_prompts: bool) -> GatheredRows:
     tokenizer_folder = resolve_tokenizer(recipe)
-    opened = _open_all(recipe)
+    bad_rows = BadRowList(check_folder(recipe) / MISTAKES_FILE)
+    opened = _open_all(recipe, bad_rows)
     tokenizer = tokenizer_of(recipe, tokenizer_folder)
     has_chats = any(source.row_format != "text" for source, _ in opened)
     renderer = make_renderer(tokenizer, tokenizer_folder, recipe.data, has_chats)
@@ -131,15 +133,14 @@ def _gather(recipe: Recipe, folder: Path, watch: BatchCallback | None, with_prom
             mistakes += _bad_row_mistakes(source, recipe.data, num_rows)
             if source.row_format in UNTRAINABLE and not mistakes:
                 mistakes.append(_untrainable(source, num_rows))
-        if mistakes:
-            raise UserError.of(mistakes)
+        bad_rows.write(mistakes)
         done = spool.finish()
     columns = replace(done.columns, stratum=strata.sorted_codes(done.columns.stratum))
     sources = tuple(source for source, _ in opened)
     return GatheredRows(sources, renderer, replace(done, columns=columns), strata.names(), tuple(fields))
 
 
-def _open_all(recipe: Recipe) -> list[Opened]:
+def _open_all(recipe: Recipe, bad_rows: BadRowList) -> list[Opened]:
     """Detect the format of each source from its first rows, and raise the mistakes of all sources together."""
     runs_folder = runs_folder_of(recipe)
     uses: list[tuple[SourceUse, Sequence[Source]]] = [
@@ -153,11 +154,11 @@ def _open_all(recipe: Recipe) -> list[Opened]:
     for use, sources in uses:
         for source in sources:
             try:
-                opened.append(_open(source, use, runs_folder))
+                opened.append(_open(source, use, runs_folder, bad_rows.of(source)))
             except UserError as error:
                 mistakes += error.mistakes
     if mistakes:
-        raise UserError.of(mistakes)
+        bad_rows.write(mistakes)
     return opened
 
 
@@ -173,13 +174,12 @@ def _may_be_chats(source: Source, runs_folder: Path) -> bool:
     if source.format != "auto" or source.path is None:
         return source.format not in ("auto", "text")
     try:
-        return _open(source, "train", runs_folder)[0].row_format != "text"
+        return _open(source, "train", runs_folder, RowMistakes(source_name(source)))[0].row_format != "text"
     except UserError:
         return False  # the preparation reports what is wrong with the rows
 
 
-def _open(source: Source, use: SourceUse, runs_folder: Path) -> Opened:
-    mistakes = RowMistakes(source_name(source))
+def _open(source: Source, use: SourceUse, runs_folder: Path, mistakes: RowMistakes) -> Opened:
     removed = RemovedNulls()
     rows = read_rows(source, runs_folder, mistakes, removed)
     first = list(islice(rows, FIRST_ROWS))
@@ -196,7 +196,7 @@ def read_examples(source: Source, runs_folder: Path) -> Iterator[Example]:
     Raises:
         UserError: All rows that cannot be read.
     """
-    opened, examples = _open(source, "train", runs_folder)
+    opened, examples = _open(source, "train", runs_folder, RowMistakes(source_name(source)))
     yield from examples
     opened.mistakes.raise_if_any()
 

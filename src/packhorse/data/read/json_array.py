@@ -15,11 +15,12 @@ from packhorse.data.read.row import Row, RowMistakes, broken_row, shown
 from packhorse.data.read.streams import LARGEST_ROW_BYTES, line_blocks, pieces, too_long
 from packhorse.errors import Mistake, UserError
 
-LINE_FEED: Final = b"\n"
 SPACES: Final = re.compile(r"[ \t\r\n]*")
 ONE_ROW_PER_LINE: Final = re.compile(r"\{[^\n]*\}[ \t\r]*\n[ \t\r\n]*\{")
 ARRAY: Final = re.compile(rb"\s*\[\s*\{")
 LISTS_ON_LINES: Final = re.compile(rb"\s*\[[^\n]*\][ \t\r]*\n\s*\[")
+ROW_ENDS_LINE: Final = re.compile(r"[ \t]*,[ \t\r]*\n")
+LOOK_AHEAD: Final = 64
 LONGEST_TOKEN: Final = 16
 """Characters of `-Infinity`, an escaped pair and the like: an error closer to the end may come from a cut-off piece."""
 
@@ -56,7 +57,7 @@ def read_json(path: Path, mistakes: RowMistakes, key: str | None = None) -> Iter
         return
     try:
         if text.peek() == "[":
-            text.take("[")
+            text.start_list()
             yield from _rows(text, mistakes)
         elif text.peek() == "{":
             yield from _rows_of_object(text, mistakes, key)
@@ -85,10 +86,14 @@ class _JsonText:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._pieces = _decoded(path)
-        self._text = next(self._pieces, "")
+        self._text = ""
         self._at = 0
         self._line = 1
         self._ended = False
+        self._undecodable: UnicodeDecodeError | None = None
+        self._row = 0
+        self._row_line = 0
+        self._is_alone = True
 
     def has_one_row_per_line(self) -> bool:
         """Return whether an object ends the first line and another follows: one JSON text would have a comma there."""
@@ -118,6 +123,26 @@ class _JsonText:
         self._move(self._at + 1)
         return character
 
+    def start_list(self) -> None:
+        """Consume the `[` of a list."""
+        self.take("[")
+        self._row, self._row_line = 0, self._line
+
+    def start_row(self) -> None:
+        """Count the element of a list that begins here."""
+        self.peek()
+        self._row += 1
+        self._is_alone = self._line > self._row_line
+        self._row_line = self._line
+
+    def end_list(self) -> None:
+        """Return to locations by line."""
+        self._is_alone = True
+
+    def where(self, line: int) -> str:
+        """Return `file:line`, or `file row N` in a line where an earlier row, or the list, begins."""
+        return f"{self.path}:{line}" if self._is_alone or line > self._row_line else f"{self.path} row {self._row}"
+
     def fail(self, message: str) -> NoReturn:
         """Raise a JSONDecodeError for the current position."""
         raise json.JSONDecodeError(message, self._text, self._at)
@@ -125,7 +150,6 @@ class _JsonText:
     def element(self) -> _Element:
         """Return the next value; raise ValueError if it is not JSON, RecursionError if it is nested too deeply."""
         self.peek()
-        where = f"{self.path}:{self._line}"
         while True:
             try:
                 value, end = scan(self._text, self._at)
@@ -137,7 +161,9 @@ class _JsonText:
                 if self._ended or not cut_off:
                     raise
             self._read_on()
-        element = _Element(value, where, self._text, self._at, end)
+        if self._row == 1 and not self._is_alone:
+            self._is_alone, end = self._ends_line(end)
+        element = _Element(value, self.where(self._line), self._text, self._at, end)
         self._move(end)
         return element
 
@@ -148,7 +174,14 @@ class _JsonText:
             line += self._text.count("\n", self._at, error.pos)
             # Its column counts from the start of the piece, not of the line.
             cause = ValueError(error.msg)
-        return broken_row(f"{self.path}:{line}", "the JSON cannot be read further", cause, self.begin())
+        return broken_row(self.where(line), "the JSON cannot be read further", cause, self.begin())
+
+    def _ends_line(self, end: int) -> tuple[bool, int]:
+        """Return whether a comma and the end of the line follow, and the end after the text was read further."""
+        while len(self._text) - end < LOOK_AHEAD and not (self._ended or self._undecodable):
+            end -= self._at
+            self._read_on()
+        return ROW_ENDS_LINE.match(self._text, end, end + LOOK_AHEAD) is not None, end
 
     def _move(self, place: int) -> None:
         self._line += self._text.count("\n", self._at, place)
@@ -158,10 +191,16 @@ class _JsonText:
         # Read as much as is held already: with fixed pieces, a long row would be parsed again for each piece.
         held = [self._text[self._at :]]
         num_wanted, num_read = len(held[0]), 0
+        if self._undecodable is not None:
+            raise self._not_utf8(self._undecodable)
         if num_wanted > LARGEST_ROW_BYTES:
-            raise too_long(f"{self.path}:{self._line}")
+            raise too_long(self.where(self._line))
         while num_read <= num_wanted:
-            piece = next(self._pieces, "")
+            try:
+                piece = next(self._pieces, "")
+            except UnicodeDecodeError as error:
+                self._undecodable = error
+                break
             if not piece:
                 self._ended = True
                 break
@@ -169,22 +208,27 @@ class _JsonText:
             num_read += len(piece)
         self._text, self._at = "".join(held), 0
 
+    def _not_utf8(self, error: UnicodeDecodeError) -> UserError:
+        before = self._text[self._at :]
+        where = self.where(self._line + before.count("\n"))
+        cause = ValueError(f"byte {error.object[error.start]:#04x} ({error.reason})")
+        following = error.object[error.start :][:1000].decode(errors="replace").partition("\n")[0]
+        begin = before.rpartition("\n")[2] + following
+        return UserError.of([broken_row(where, "the line is not UTF-8", cause, begin)])
+
 
 def _decoded(path: Path) -> Iterator[str]:
+    """Yield the text; raise UnicodeDecodeError only after all text before the wrong byte, so that rows are counted."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
     try:
         for piece in pieces(path):
             if text := decoder.decode(piece):
                 yield text
-            line += piece.count(LINE_FEED)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        before = error.object[: error.start]
-        cause = ValueError(f"byte {error.object[error.start]:#04x} ({error.reason})")
-        begin = error.object[before.rfind(LINE_FEED) + 1 :][:1000].decode(errors="replace")
-        where = f"{path}:{line + before.count(LINE_FEED)}"
-        raise UserError.of([broken_row(where, "the line is not UTF-8", cause, begin)]) from error
+        if error.start > 0:
+            yield error.object[: error.start].decode()
+        raise
 
 
 def _elements(text: _JsonText) -> Iterator[_Element]:
@@ -193,8 +237,10 @@ def _elements(text: _JsonText) -> Iterator[_Element]:
         text.take("]")
         return
     while True:
+        text.start_row()
         yield text.element()
         if text.take(",]") == "]":
+            text.end_list()
             return
 
 
@@ -225,7 +271,7 @@ def _rows_of_object(text: _JsonText, mistakes: RowMistakes, wanted: str | None) 
         if text.peek() != "[":
             text.element()
         else:
-            text.take("[")
+            text.start_list()
             has_rows = text.peek() == "{"
             is_wanted = has_rows and (not lists if wanted is None else key == wanted and key not in lists)
             if has_rows:

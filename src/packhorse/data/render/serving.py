@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.formats.bad_row import excerpt
 from packhorse.data.formats.example import Example
 from packhorse.data.render.renderer import Rendered, Renderer
+from packhorse.data.render.tokenizer import read_tokenizer
 from packhorse.data.render.turns import Turn, template_tools, template_turns, trained_turns
 from packhorse.errors import UserError
 
@@ -18,7 +20,7 @@ def saved_form(tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = Fal
     """Return the tokenizer after saving it with a model and loading it again."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return read_tokenizer(Path(folder), trust_remote_code)
 
 
 def check_serving(

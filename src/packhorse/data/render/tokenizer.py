@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Final
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.render.clock import with_fixed_clock
 from packhorse.data.resolve import NAMED_TEMPLATES, template_path
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
+from packhorse.torch_on_demand import torch_on_demand
+
+with torch_on_demand():
+    from transformers import AutoTokenizer
 
 HOW_TO_MARK: Final = """put the markers around what the assistant says and its stop token:
   before: {{ message['content'] + eos_token }}
@@ -76,10 +80,15 @@ def pieces_before(
     return {token: tuple(tokenizer(token, add_special_tokens=False)["input_ids"]) for token in new_tokens}
 
 
+def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder as transformers reads it."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     _refuse_files_elsewhere(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code)
     except Exception as error:  # a broken tokenizer.json raises exactly this type
         if "trust_remote_code" in str(error):
             raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,15 @@ def test_lines_that_only_look_odd_are_read(tmp_path: Path, line: str, values: di
     assert read(jsonl(tmp_path, line)) == [("rows.jsonl:1", expected)]
 
 
-def test_a_broken_row_shows_its_beginning_as_a_terminal_can_print_it(tmp_path: Path) -> None:
-    (mistake,) = read_all(jsonl(tmp_path, "\x1b[2J" + "x" * 200))[1]
-    assert mistake.endswith("it begins \\x1b[2J" + "x" * 76)
+def test_a_broken_row_shows_its_beginning_as_a_terminal_can_print_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(tmp_path, "\x1b[2J" + "x" * 200)
+    (in_a_log,) = read_all(path)[1]
+    assert in_a_log.endswith("it begins \\x1b[2J" + "x" * 200)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    (on_a_terminal,) = read_all(path)[1]
+    assert on_a_terminal.endswith("it begins \\x1b[2J" + "x" * 76)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64], ids="{} bytes".format)
@@ -134,6 +141,22 @@ def test_json_array_knows_each_row_s_line(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("size", [1, 7, 1 << 20], ids="{} bytes".format)
+@pytest.mark.parametrize(
+    "form", ["[%s]", '{"version": 1, "rows": [%s]}', "\n\n [%s]\n"], ids=["list", "object", "blanks"]
+)
+def test_rows_of_one_line_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, size: int) -> None:
+    path = tmp_path / "rows.json"
+    rows: list[Any] = [{"text": str(number)} for number in range(1, 8)]
+    path.write_text(form % ", ".join(map(json.dumps, [*rows, 8, {"text": "9"}])))
+    monkeypatch.setattr(streams, "PIECE_BYTES", size)
+    found, mistakes = read_all(path)
+    assert [where for where, _ in found] == [f"rows.json row {number}" for number in (*range(1, 8), 9)]
+    assert [mistake.partition(":")[0] for mistake in mistakes] == ["rows.json row 8"]
+    path.write_text(form % ", ".join([*map(json.dumps, rows), '{"text" 8}']))
+    assert mistake_of(path).startswith(f"{path} row 8: the JSON cannot be read further: Expecting ':'")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -147,7 +170,7 @@ def test_json_array_knows_each_row_s_line(tmp_path: Path) -> None:
             '[{"a": 1},\n{"b": "c', "rows.json:2: the JSON cannot be read further: Unterminated", id="cut in a text"
         ),
         pytest.param(
-            '[{"a": 1}', "rows.json:1: the JSON cannot be read further: Expecting ',' or ']'", id="cut in the list"
+            '[{"a": 1}', "rows.json row 1: the JSON cannot be read further: Expecting ',' or ']'", id="cut in the list"
         ),
         pytest.param('[{"a": 1},]', "the JSON cannot be read further: Expecting value", id="comma at the end"),
         pytest.param('[{"a": 1}] x', "the JSON cannot be read further: Extra data; it begins x", id="more after it"),
@@ -214,6 +237,8 @@ def test_bytes_that_are_no_utf8_are_named_by_their_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b'[{"a": 1},\n{"a": "\xff"}]')
     assert 'rows.json:2: the line is not UTF-8: byte 0xff (invalid start byte); it begins {"a"' in mistake_of(path)
+    path.write_bytes(b'[{"a": 1}, {"a": 2}, {"a": "\xff"}]')
+    assert "rows.json row 3: the line is not UTF-8: byte 0xff" in mistake_of(path)
     path.write_bytes(b'[{"a": 1}]\n\xe2\x80')
     assert "rows.json:2: the line is not UTF-8: byte 0xe2 (unexpected end of data)" in mistake_of(path)
 

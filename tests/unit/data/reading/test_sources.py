@@ -37,13 +37,18 @@ def test_all_broken_lines_are_told_with_their_line(tmp_path: Path) -> None:
     assert '; it begins {"text": ""x"}' in message
     assert f"{path}:3: the row is not a JSON object but list; it begins [1, 2]" in message
     assert f"{path}:5: the line is not JSON: Unterminated string" in message
-    assert f"{path} has 3 mistakes; 3 are shown." in message
+    assert f"{path} has 3 rows with mistakes of 2 kinds." in message
 
 
-def test_at_most_twenty_are_shown(tmp_path: Path) -> None:
-    message = mistake_of(write_lines(tmp_path / "rows.jsonl", *["{"] * 50))
-    assert message.count("the line is not JSON") == 20
-    assert "has 50 mistakes; 20 are shown." in message
+def test_three_rows_of_a_kind_are_shown(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", *["{"] * 50)
+    message = mistake_of(path)
+    assert message.startswith(
+        f"50 rows of {path} have a mistake of one kind, such as\n    {path}:1: the line is not JSON"
+    )
+    assert message.count("the line is not JSON") == 3
+    assert message.count("  fix: ") == 2
+    assert "has 50 rows with mistakes." in message
 
 
 @pytest.mark.parametrize(
