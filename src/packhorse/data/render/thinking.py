@@ -94,8 +94,8 @@ def thinking_marks(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -
     known = known or CLOSE_THINKING in tokenizer.get_added_vocab()
     try:
         tail = template.prompt(QUESTION)[len(template.text(QUESTION)) :]
-    except TemplateError:
-        # A template that refuses a lone question cannot be asked; it is proven on a whole chat.
+    except (TemplateError, BadRowError):
+        # Some templates refuse a lone question, and the rows are proven one by one.
         tail = ""
     return ThinkingMarks(known, tail.rfind(OPEN_THINKING) > tail.rfind(CLOSE_THINKING))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -125,6 +126,25 @@ def test_the_published_tokenizer_and_evaluation_write_the_same_date(
     for either in (tokenizer, published):  # `packhorse evaluate` and `packhorse chat` ask with this function
         prompt = prompt_ids(either, ROW["messages"][:2])
         assert trained[: len(prompt)] == prompt
+
+
+TRL = Path(str(importlib.util.find_spec("trl").submodule_search_locations[0])) / "chat_templates"
+DATED_BY_OTHERS = [path for path in sorted(TRL.glob("*.jinja")) if "strftime_now" in path.read_text()]
+
+
+def test_published_templates_write_what_they_wrote_on_that_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {path.stem for path in DATED_BY_OTHERS} >= {"gptoss", "llama3_2"}
+    for path in DATED_BY_OTHERS:
+        folder = byte_tokenizer(tmp_path / path.stem, "<t>", "<e>", template=path.read_text())
+        assert WORDS in refusal(folder, chat_of(*CHAT)), path
+        texts = []
+        for day, template_date in ((DAYS[0], None), (DAYS[2], "2026-01-31")):
+            set_day(monkeypatch, day)
+            tokenizer = load_tokenizer(folder, "tokenizer", template_date=template_date)
+            # One of them writes the date only where the chat has no system turn.
+            texts.append(tokenizer.apply_chat_template(ROW["messages"][1:], tokenize=False))
+        assert texts[0] == texts[1], path
+        assert "2026" in texts[0], path
 
 
 FORMATS = ["%d %B %Y", "%Y-%m-%d", "%-d/%-m/%y", "%A, %d. %b", "%j %U %H:%M:%S %p", "100%% on %F", "%%d", "%x %X", ""]

@@ -18,6 +18,7 @@ LATE = (
     Message("assistant", "fine"),
 )
 TURN = "<t>{{ m.role }}:{{ m.content }}<e>"
+TWICE = "<t>{{ m.role }}:{{ m.content }}{% if m.role == 'system' %} {{ m.content }}{% endif %}<e>"
 PROMPT = "{% if add_generation_prompt %}<t>assistant:{% endif %}"
 EACH = "{% for m in messages %}" + TURN + "{% endfor %}" + PROMPT
 ALL_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n{% endif %}{% endfor %}"
@@ -44,7 +45,7 @@ def test_in_its_place(tmp_path: Path) -> None:
     [
         pytest.param(ALL_SYSTEM + OTHERS, "does not write in its place", id="moved to the beginning"),
         pytest.param(FIRST + OTHERS, "does not write in its place", id="omitted"),
-        pytest.param(ALL_SYSTEM + EACH, "does not write in its place", id="twice"),
+        pytest.param(EACH.replace(TURN, TWICE), "does not write in its place", id="twice"),
         pytest.param(REFUSES, "refuses (no)", id="refused"),
     ],
 )
