@@ -43,7 +43,7 @@ def check_stored_weights(folder: Path, shape: Shape | None) -> None:
             raise misfit(str(folder), name, stored[name], expected[name])
     missing = {name for name in expected.keys() - stored.keys() if not (name in names and names & stored.keys())}
     known = expected.keys() | names
-    # Older checkpoints also hold buffers, which transformers knows and ignores.
+    # Older checkpoints also hold buffers, which transformers ignores.
     unexpected = {name for name in stored.keys() - known if not name.endswith("rotary_emb.inv_freq")}
     refuse_incomplete(str(folder), missing, unexpected)
 

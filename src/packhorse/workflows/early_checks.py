@@ -37,13 +37,14 @@ def check_start(recipe: Recipe) -> None:
     configuration = find_configuration(recipe)
     if configuration is None:
         return
-    _check_vocabulary(recipe, configuration)
+    # Names do not depend on the vocabulary, which a fresh model takes from its tokenizer.
     shape = read_shape({"vocab_size": 1, **configuration})
+    _check_weights(recipe, shape)
+    _check_vocabulary(recipe, configuration)
     if shape is None:
         known_shape(recipe, None)  # attaches the method to the model, without memory
     else:
         _check_names(recipe, shape)
-    _check_weights(recipe, shape)
 
 
 def _check_vocabulary(recipe: Recipe, configuration: Configuration) -> None:
