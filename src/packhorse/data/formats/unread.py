@@ -23,12 +23,12 @@ SAME_AS: Final[Mapping[str, str]] = {
 CARRIERS: Final = frozenset((
     "prompt", "instruction", "question", "query", "completion", "response", "output", "answer", "reply", "chosen",
     "rejected", "text", "summary", "conversation", "dialog", "dialogue", "tool_call", "function_call", "reasoning",
-    "reasoning_content", "thinking", "thought", "rationale", "chain_of_thought",
+    "reasoning_content", "thinking", "thought", "rationale", "chain_of_thought", "choices", "options",
 ))  # fmt: skip
 # Names that may also be a count or a short label: only lists and objects carry a conversation.
 LISTS: Final[Mapping[str, str]] = {
     "tools": "tools", "functions": "tools", "available_tools": "tools", "tool_definitions": "tools",
-    "messages": "", "turns": "", "replies": "", "choices": "", "options": "",
+    "messages": "", "turns": "", "replies": "",
 }  # fmt: skip
 ACCEPTED_ANSWERS: Final = "answers"  # further accepted answers are metadata
 METADATA: Final = re.compile(r"meta.*|.*metadata|.*_meta|.*info|provenance|annotations?|licen[cs]e|copyright|citation")

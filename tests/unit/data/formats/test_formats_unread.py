@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from formats_cases import BOT, GPT, HUMAN, USER, convert, said
+from formats_cases import BOT, GPT, HUMAN, USER, convert, count_keys, said
 
-from packhorse.data.formats.key_counts import KeyCounts
-from packhorse.data.formats.rows import convert_rows, resolve_format
-from packhorse.data.read.row import Row, RowMistakes
 from packhorse.errors import UserError
-from packhorse.recipe.schema import Source
 
 ANA = [("user", "Who won?\n\nAna beat Bo 3-1."), ("assistant", "Ana")]
 HI = [("user", "hi"), ("assistant", "fine")]
@@ -19,15 +15,6 @@ BE = ("system", "be brief")
 TOOLS = [{"type": "function", "function": {"name": "rain"}}]
 CONTEXT = "Ana beat Bo 3-1."
 PROSE = "It was a long day, and nobody knew how it would end. " * 5
-
-
-def count(source: dict[str, Any], *rows: dict[str, Any]) -> KeyCounts:
-    given = Source.model_validate({"path": "rows.jsonl", **source})
-    counts, mistakes = KeyCounts(), RowMistakes("rows.jsonl")
-    numbered = [Row(f"rows.jsonl:{number}", row) for number, row in enumerate(rows, 1)]
-    list(convert_rows(numbered, resolve_format(given.format, numbered, given), mistakes, given, counts))
-    mistakes.raise_if_any()
-    return counts
 
 
 def refusal(values: dict[str, Any], **source: Any) -> str:
@@ -126,6 +113,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({**QA, "passage": "p"}, "has passage", "columns: {context: passage}"),
     ({**QA, "available_tools": TOOLS}, "has available_tools", "columns: {tools: available_tools}"),
     ({**QA, "choices": ["a", "b"]}, "has choices", "ignore: [choices]"),
+    ({**QA, "options": "A) a B) b"}, "has options", "ignore: [options]"),
     ({**QA, "reasoning": "r"}, "has reasoning", "ignore: [reasoning]"),
     ({**QA, "explained": PROSE}, "has explained", "ignore: [explained]"),
     ({**QA, "drafts": [PROSE, "b"]}, "has drafts", "ignore: [drafts]"),
@@ -193,105 +181,12 @@ def test_the_line_of_the_message_accepts_the_row(values: dict[str, Any], source:
     assert said(convert(values, **source).messages) == ANA
 
 
-# Rows with the keys of published data sets, which nobody should have to explain.
-HARMLESS = {
-    "tatsu-lab/alpaca": {
-        "instruction": "Add.",
-        "input": "1 2",
-        "output": "3",
-        "text": "Below is an instruction.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3",
-    },
-    "HuggingFaceH4/no_robots": {"prompt": "hi", "prompt_id": "a1", "messages": [USER, BOT], "category": "Chat"},
-    "AI-MO/NuminaMath-CoT": {"source": "olympiads", "problem": "hi", "solution": "fine", "messages": [USER, BOT]},
-    "lmsys/lmsys-chat-1m": {
-        "conversation_id": "c0",
-        "model": "vicuna",
-        "messages": [USER, BOT],
-        "turn": 1,
-        "language": "English",
-        "openai_moderation": [{"categories": {"hate": False}, "flagged": False}],
-        "redacted": True,
-    },
-    "teknium/OpenHermes-2.5": {
-        "conversations": [HUMAN, GPT],
-        "system_prompt": None,
-        "source": "x",
-        "idx": 3,
-        "hash": "f00",
-        "views": None,
-        "custom_instruction": None,
-        "topic": "trivia",
-        "title": "T",
-        "model_name": "gpt-4",
-        "avatarUrl": None,
-    },
-    "Open-Orca/SlimOrca": {"conversations": [{**HUMAN, "weight": 0.0}, {**GPT, "weight": 1.0}]},
-    "allenai/c4": {"text": PROSE, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org/" + "a" * 300},
-    "HuggingFaceFW/fineweb": {
-        "text": PROSE,
-        "id": "<urn:uuid:0>",
-        "dump": "CC-MAIN",
-        "url": "https://a.b",
-        "date": "2024-01-01",
-        "file_path": "s3://x",
-        "language": "en",
-        "language_score": 0.9,
-        "token_count": 512,
-    },
-    "togethercomputer/RedPajama-V2": {
-        "text": PROSE,
-        "meta": {"title": "T", "abstract": PROSE},
-        "quality_signals": '{"ccnet": [[0, 7033, 1.0]], "lines": [[0, 4, 2.5]]}',
-    },
-    "open-web-math": {"text": PROSE, "url": "u", "metadata": '{"extraction_info": {"snippet": "' + PROSE + '"}}'},
-    "nvidia/HelpSteer2": {"prompt": "hi", "response": "fine", "helpfulness": 3, "verbosity": 2},
-    "rajpurkar/squad": {
-        "id": "5",
-        "title": "T",
-        "context": CONTEXT,
-        "question": "Who?",
-        "answers": {"text": ["Ana"], "answer_start": [0]},
-    },
-    "mandarjoshi/nq": {
-        "question": "hi",
-        "answer": "fine",
-        "answers": ["fine", "well", "good"],
-        "uuid": "1",
-        "rating": 4.5,
-    },
-    "trl-lib/ultrafeedback": {
-        "prompt": "hi",
-        "prompt_id": "0",
-        "messages": [USER, BOT],
-        "chosen": [USER, BOT],
-        "rejected": [USER, {"role": "assistant", "content": "no"}],
-        "score_chosen": 8.5,
-        "score_rejected": 3.0,
-    },
-    "a crawl of posts": {
-        "text": "post",
-        "replies": 12,
-        "turns": "many",
-        "tags": ["a b", "c"],
-        "author": {"name": "Ann"},
-    },
-    "llama-factory": {"instruction": "a", "input": "", "output": "b", "images": [], "videos": None, "audios": []},
-}
-
-
-@pytest.mark.parametrize("values", HARMLESS.values(), ids=HARMLESS)
-def test_metadata_of_published_data_sets_needs_no_setting(values: dict[str, Any]) -> None:
-    counts = count({}, values)
-    listed = counts.used | counts.kept | counts.ignored
-    assert {key for key, value in values.items() if value not in (None, "", [])} <= listed.keys()
-
-
 def test_keys_are_counted_as_used_kept_or_ignored() -> None:
     rows = [
         {"question": "hi", "answer": "fine", "id": 7, "context": "", "notes": PROSE},
         {"question": "hi", "answer": "fine", "id": None, "context": "c", "other": {"deep": 1}},
     ]
-    counts = count({"ignore": ["notes", "nots"]}, *rows)
+    counts = count_keys({"ignore": ["notes", "nots"]}, *rows)
     assert counts.used == {"question": 2, "answer": 2, "context": 1}
     assert counts.kept == {"id": 1}
     assert counts.ignored == {"notes": 1, "nots": 0, "other": 1}
@@ -299,10 +194,10 @@ def test_keys_are_counted_as_used_kept_or_ignored() -> None:
 
 def test_parts_that_are_not_read_are_counted() -> None:
     squad = {"question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 4]}}
-    assert count({}, squad).ignored == {"answers.answer_start": 1, "answers after the first": 1}
-    assert count({"ignore": ["at"]}, {"messages": [{**USER, "at": 3}, {**BOT, "at": 4}]}).ignored == {"at": 1}
+    assert count_keys({}, squad).ignored == {"answers.answer_start": 1, "answers after the first": 1}
+    assert count_keys({"ignore": ["at"]}, {"messages": [{**USER, "at": 3}, {**BOT, "at": 4}]}).ignored == {"at": 1}
     dialog = {"dialog": [{**USER, "at": 3}, BOT]}
-    assert count({"ignore": ["at"], "columns": {"messages": "dialog"}}, dialog).ignored == {"at": 1}
+    assert count_keys({"ignore": ["at"], "columns": {"messages": "dialog"}}, dialog).ignored == {"at": 1}
 
 
 def test_a_declared_format_makes_the_keys_of_others_metadata() -> None:

@@ -38,6 +38,7 @@ VALID: dict[str, Rows] = {
          "function", "function": {"name": "f", "arguments": {"x": 1}}}]}, {"role": "tool", "content": "7"},
          {"role": "assistant", "content": "seven"}], "tools": [{"type": "function", "function": {"name": "f"}}]},
     ],
+    "tree": [{"text": "how?", "role": "prompter", "replies": [{"text": "so", "role": "assistant", "rank": 0}]}],
     "preference": [{"prompt": "q", "chosen": "good", "rejected": "bad"}],
 }  # fmt: skip
 FLAT = ("alpaca", "prompt_completion", "question_answer", "text", "preference")
