@@ -96,7 +96,7 @@ CASES: dict[str, Case] = {
     # --- recipe
     "key": Case({"optimizer": {"lerning_rate": 1e-3}}),
     "section": Case({"bacth": {"length": 256}}),
-    "choice": Case({"precision": "bf"}),
+    "choice": Case({"precision": "bf1"}),
     "seed": Case({"seed": -1}),
     "packs": Case({"batch": {"length": 256, "packs": 0}}),
     "quoted number": Case({"steps": "6"}),

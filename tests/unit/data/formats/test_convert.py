@@ -183,7 +183,7 @@ def test_parts_that_a_form_cannot_hold_are_counted(tmp_path: Path) -> None:
     row = {"question": "hi", "answers": {"text": ["fine"], "answer_start": [3]}}
     source = write(tmp_path / "in.jsonl", row)
     done = convert_file(Source(path=str(source)), tmp_path / "out.jsonl", "messages", False, tmp_path)
-    assert (read(tmp_path / "out.jsonl"), dict(done.left_out)) == ([chat(USER, BOT)], {"answers.answer_start": 1})
+    assert (read(tmp_path / "out.jsonl"), dict(done.dropped)) == ([chat(USER, BOT)], {"answers.answer_start": 1})
 
 
 def test_the_service_takes_ten_examples_or_more(tmp_path: Path) -> None:

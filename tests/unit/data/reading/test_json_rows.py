@@ -202,7 +202,7 @@ def test_a_key_selects_one_of_several_lists(tmp_path: Path) -> None:
     # The fix can be typed: it selects the first list.
     assert "{path: rows.json, key: train}" in message
     assert read(path, key="train") == [("rows.json:1", {"a": 1}), ("rows.json:2", {"a": 2})]
-    assert read(path, key="test") == [("rows.json:2", {"a": 3})]
+    assert read(path, key="test") == [("rows.json row 1", {"a": 3})]
 
 
 @pytest.mark.parametrize(
