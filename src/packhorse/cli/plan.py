@@ -28,7 +28,7 @@ from packhorse.errors import EXIT_OK, UserError
 from packhorse.estimate.gpus import find_gpu, known_gpus
 from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
 from packhorse.estimate.search.auto import least_hardware, plan_best, refusal
-from packhorse.estimate.search.candidates import all_candidates, automatic_choice
+from packhorse.estimate.search.candidates import all_candidates, automatic_choice, best_by_setting
 from packhorse.estimate.search.scaling import MemoryByScale, scale
 from packhorse.launching.places.node_commands import launch_commands
 from packhorse.plan.command import job_argv, launch_files
@@ -143,7 +143,7 @@ def _least(
 
 def _compare(console: Console, request: PlanRequest, as_json: bool) -> int:
     basis = _known_basis(request)
-    candidates = all_candidates(request.wanted, basis)
+    candidates = best_by_setting(all_candidates(request.wanted, basis))
     winner = automatic_choice(candidates)
     if winner is None:
         raise refusal(candidates)

@@ -19,6 +19,8 @@ from packhorse.estimate.training_state import Component, total_bytes
 
 GIB = 2**30
 BAR_CELLS = 40
+CHECKPOINTING = {"False": "no", "4": "1 in 4", "3": "1 in 3", "2": "1 in 2", "True": "all"}
+"""Value of `parallel.checkpointing` -> which layers are recomputed."""
 
 
 def verdict_lines(case: PlanEstimate, now: datetime) -> list[tuple[str, str]]:
@@ -153,7 +155,7 @@ def ways_table(candidates: Sequence[Candidate], winner: Candidate) -> Table:
         speed = way.case.speed
         cells = (
             str(way.micro),
-            "yes" if way.checkpointing else "no",
+            CHECKPOINTING[str(way.checkpointing)],
             f"{way.case.required_bytes / GIB:.1f}",
             f"{speed.step_seconds:.2f}",
             f"{speed.tokens_per_second_per_gpu:,.0f}",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import re
-import sys
 from collections.abc import Iterable
 from typing import Final
 
@@ -29,8 +29,10 @@ class BadRowError(Exception):
     def __init__(self, fact: str, why: str, fix: str) -> None:
         super().__init__(fact)
         self.fact, self.why, self.fix = fact, why, fix
-        statement = sys._getframe(1)  # as logging finds the caller
-        self.kind = f"{statement.f_code.co_filename}:{statement.f_lineno} {why}"
+        # One kind: raised by one statement, as logging finds its caller, for one reason.
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame is not None else None
+        self.kind = f"{caller.f_code.co_filename}:{caller.f_lineno} {why}" if caller is not None else why
 
     def at(self, where: str) -> Mistake:
         """Return the mistake of the row at `file:line`."""

@@ -10,6 +10,7 @@ from packhorse.estimate.gpus import GpuProfile
 from packhorse.estimate.plan_estimate import MARGIN, EstimateInputs, PlanEstimate, estimate_plan
 from packhorse.estimate.search.candidates import (
     BY_NAME,
+    CHECKPOINTINGS,
     LAST,
     SAME_SPEED,
     Candidate,
@@ -28,8 +29,6 @@ from packhorse.recipe.schema import Engine, Recipe
 
 GIB: Final = 2**30
 MOST_GPUS: Final = 1024
-AUTOMATIC: Final[tuple[Checkpointing, ...]] = (False, 4, 3, 2, True)
-"""Values of `parallel.checkpointing` that `auto` tries: no layer recomputed, every 4th, every 3rd ... all."""
 ONE_GPU: Final[tuple[Engine, ...]] = ("single",)
 SEVERAL_GPUS: Final[tuple[Engine, ...]] = ("ddp", "zero2", "zero3", "fsdp2")
 
@@ -81,7 +80,7 @@ def _candidates(request: SearchRequest, basis: EstimateInputs) -> list[Candidate
     """Return every candidate that may be chosen; those that use the host's memory only where no other fits."""
     recipe, engine = request.recipe, request.recipe.parallel.engine
     checkpointing = recipe.parallel.checkpointing
-    checkpointings: Sequence[Checkpointing] = [checkpointing] if checkpointing != "auto" else AUTOMATIC
+    checkpointings: Sequence[Checkpointing] = [checkpointing] if checkpointing != "auto" else CHECKPOINTINGS
     if checkpointing == "auto" and recipe.parallel.offload_activations:
         checkpointings = [True]  # only inputs of recomputed layers are offloaded
     micro = None if recipe.batch.micro == "auto" else recipe.batch.micro

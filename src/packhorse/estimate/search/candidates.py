@@ -20,6 +20,8 @@ from packhorse.recipe.rules.training import rule_findings
 from packhorse.recipe.schema import Engine, ParallelSection, Recipe
 
 Checkpointing = bool | int
+CHECKPOINTINGS: Final[tuple[Checkpointing, ...]] = (False, 4, 3, 2, True)
+"""Values of `parallel.checkpointing` that are tried: no layer recomputed, every 4th, every 3rd, every 2nd, all."""
 
 MOST_TOKENS: Final = 65_536
 """Tokens per pass beyond which matrix products do not get faster."""
@@ -73,8 +75,16 @@ class Candidate:
 
 
 def all_candidates(request: SearchRequest, basis: EstimateInputs) -> list[Candidate]:
-    """Return all candidates, as `--compare` shows them."""
-    return plan_candidates(request, basis, ENGINES, (False, True), None)
+    """Return all candidates."""
+    return plan_candidates(request, basis, ENGINES, CHECKPOINTINGS, None)
+
+
+def best_by_setting(found: Sequence[Candidate]) -> list[Candidate]:
+    """Return the best candidate of each engine and checkpointing, as `--compare` shows them."""
+    groups: dict[tuple[Engine, str], list[Candidate]] = {}
+    for candidate in found:
+        groups.setdefault((candidate.engine, str(candidate.checkpointing)), []).append(candidate)
+    return [fastest(group) or group[0] for group in groups.values()]
 
 
 def plan_candidates(
