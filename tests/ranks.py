@@ -120,7 +120,7 @@ def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
     from packhorse.train.worker import run_worker
 
     # Of ranks that hang, rank 0 ends last: the others close its connections while it waits, the harder order.
-    hang_watch.REPORT_SECONDS *= ROOM if rank == 0 else 0
+    hang_watch.REPORT_SECONDS *= ROOM * (2 if rank == 0 else 1)
     if fault:
         _injected().Fault(fault, None).install(loop)
     signals = StopRequest()

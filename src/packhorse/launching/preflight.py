@@ -99,6 +99,12 @@ def check_nvme(plan: RunPlan) -> None:
             "install g++ and libaio-dev (apt) or libaio-devel (dnf), or set CPATH and LIBRARY_PATH to them; "
             "parallel.engine zero3_offload needs neither.",
         )
+    if plan.topology.device == "cuda" and not _has_cuda_toolkit():
+        raise UserError(
+            "parallel.engine is zero3_nvme, and this machine has no CUDA toolkit.",
+            "DeepSpeed builds its asynchronous I/O against CUDA's headers and libraries in CUDA_HOME.",
+            "set CUDA_HOME to a toolkit with include and lib64, or set parallel.engine to zero3_offload.",
+        )
     needed = weights["buffer_count"] * weights["buffer_size"] * (4 if plan.recipe.precision == "fp32" else 2)
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if os.geteuid() != 0 and limit != resource.RLIM_INFINITY and limit < needed:
@@ -185,6 +191,13 @@ def check_resumable(plan: RunPlan) -> None:
             "only the same engine on the same number of processes divides ZeRO's 8-bit states in the same way.",
             f"set parallel.engine to {written.engine} and parallel.processes to {written.world_size}.",
         )
+
+
+def _has_cuda_toolkit() -> bool:
+    """Look where torch looks (torch/utils/cpp_extension.py, CUDA_HOME)."""
+    compiler = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or (compiler and Path(compiler).parents[1])
+    return all((Path(home or "/usr/local/cuda") / part).is_dir() for part in ("include", "lib64"))
 
 
 def _compiles(program: str, *words: str) -> bool:

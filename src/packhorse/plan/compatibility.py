@@ -129,6 +129,14 @@ def check_pair(recipe: Recipe, topology: Topology) -> None:
             refusal.why,
             f"set {refusal.instead}.",
         )
+    if _stores_other_type(recipe, topology):
+        raise UserError(
+            f"model.dtype is {recipe.model.dtype}, precision is {recipe.precision}, method is {name}, and "
+            f"parallel.engine is {topology.engine}.",
+            "4-bit weights are stored in elements of model.dtype, which FSDP2 casts to the precision: their bits would "
+            "become other numbers.",
+            "set model.dtype to auto.",
+        )
     if recipe.model.new_tokens and topology.engine.startswith("zero3") and not recipe.method.trains_base:
         raise UserError(
             f"model.new_tokens adds {len(recipe.model.new_tokens)} tokens, method is {name}, and parallel.engine is "
@@ -150,6 +158,13 @@ def check_pair(recipe: Recipe, topology: Topology) -> None:
             "ones.",
             "set model.dtype to auto, precision to fp32, or parallel.engine to ddp or fsdp2.",
         )
+
+
+def _stores_other_type(recipe: Recipe, topology: Topology) -> bool:
+    """Return whether FSDP2 would cast the elements in which bitsandbytes packs 4-bit weights."""
+    own = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[recipe.precision]
+    packed = isinstance(recipe.method, QloraMethod) and recipe.method.quantization != "int8"
+    return packed and topology.engine in BY_DTENSOR and recipe.model.dtype not in ("auto", own)
 
 
 def check_heads(recipe: Recipe, topology: Topology) -> None:

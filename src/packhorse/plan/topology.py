@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import Decision, Device, Topology
+from packhorse.plan.visible_gpus import visible_gpus
 from packhorse.recipe.schema import ParallelSection
 
 GPUS_PER_NODE = 8
@@ -40,9 +39,9 @@ class Hardware:
 
 
 def detect_hardware() -> Hardware:
-    """Detect cores, memory and the GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide, without torch."""
+    """Detect cores, memory and GPUs, without torch (raises as `visible_gpus`)."""
     cores = len(os.sched_getaffinity(0))
-    return Hardware(num_cores=cores, gpus=_visible(_installed_gpus()), host_bytes=host_memory())
+    return Hardware(num_cores=cores, gpus=visible_gpus(), host_bytes=host_memory())
 
 
 def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -73,31 +72,6 @@ def memory_limits(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgrou
         limits.append(("its Slurm job", int(granted) * 2**20))
     # Of several limits of one kind the least one stays.
     return dict(sorted(limits, key=lambda limit: -limit[1]))
-
-
-def _installed_gpus() -> tuple[str, ...]:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ()
-    query = [command, "--query-gpu=name", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
-    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip()) if answer.returncode == 0 else ()
-
-
-def _visible(gpus: tuple[str, ...]) -> tuple[str, ...]:
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return gpus
-    # CUDA stops reading the list at the first entry that names no device.
-    chosen = []
-    for word in named.split(","):
-        if word.startswith("GPU-"):
-            chosen.append(word)
-        elif word.strip().isdigit() and int(word) < len(gpus):
-            chosen.append(gpus[int(word)])
-        else:
-            break
-    return tuple(chosen)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,20 @@ def plan(nvme: Path, model: str = "meta-llama/Llama-3.1-8B-Instruct") -> RunPlan
     return make_plan(Recipe.model_validate(fields), DeviceRequest(gpus=8), Hardware(num_cores=4, gpus=()), None)
 
 
+@pytest.fixture(autouse=True)
+def _toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("include", "lib64"):
+        (tmp_path / "cuda" / part).mkdir(parents=True)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+
+
+def test_a_machine_without_the_cuda_toolkit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", BUILDS)
+    (tmp_path / "cuda" / "lib64").rmdir()
+    with pytest.raises(UserError, match="this machine has no CUDA toolkit"):
+        check_nvme(plan(tmp_path))
+
+
 def test_a_buffer_holds_a_ranks_part_of_the_largest_weight(tmp_path: Path) -> None:
     made = plan(tmp_path)
     assert made.deepspeed is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -126,3 +127,26 @@ def test_new_tokens_with_an_adapter_are_refused_under_zero3_alone() -> None:
         make_plan(recipe("lora", "zero3", model=model), DeviceRequest(), here, None)
     for method, engine in (("full", "zero3"), ("lora", "fsdp2"), ("lora", "zero2")):
         assert make_plan(recipe(method, engine, model=model), DeviceRequest(), here, None).topology.engine == engine
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "quantization", "is_refused"),
+    [
+        ("bfloat16", "fp16", "nf4", True),
+        ("float32", "bf16", "nf4", True),
+        ("bfloat16", "bf16", "nf4", False),
+        ("auto", "fp16", "fp4", False),
+    ],
+)
+def test_fsdp2_never_casts_the_elements_that_hold_4_bit_weights(
+    dtype: str, precision: str, quantization: str, is_refused: bool
+) -> None:
+    sections = {
+        "model": {"id": "o/m", "dtype": dtype},
+        "method": {"kind": "qlora", "quantization": quantization},
+        "precision": precision,
+        "parallel": {"engine": "fsdp2"},
+    }
+    recipe = Recipe.model_validate(RECIPE | sections)
+    with pytest.raises(UserError, match="set model.dtype to auto") if is_refused else contextlib.nullcontext():
+        make_plan(recipe, DeviceRequest(gpus=2), Hardware(num_cores=4, gpus=()), None)

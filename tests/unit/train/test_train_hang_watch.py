@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from packhorse.errors import EXIT_LOST
 from packhorse.run_folder.heartbeat import Heartbeat
 from packhorse.train.ranks import hang_watch
 from packhorse.train.ranks.hang_watch import HangWatch
@@ -101,3 +104,15 @@ def test_after_a_suspension_all_get_the_whole_time_again(run: Run) -> None:
     assert run.ended == []
     run.advance(15)
     assert run.ended
+
+
+def test_a_report_that_hangs_too_does_not_keep_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[tuple[int, str, int]] = []
+    monkeypatch.setattr(hang_watch, "LONGEST_REPORT_SECONDS", 0.1)
+    monkeypatch.setattr(hang_watch, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda code: recorded.append((code, "exit", -1)))
+    never = threading.Event()
+    waiting = Heartbeat(2, 1, "node", "backward", 17, 0.0, 0.0)
+    hang_watch.end_hung(tmp_path, never.wait, lambda *record: recorded.append(record), waiting)
+    never.set()
+    assert recorded == [(EXIT_LOST, "rank 2 hung in phase backward", 2), (EXIT_LOST, "exit", -1)]

@@ -17,8 +17,14 @@ MIN_LOSS_SCALE = 1.0
 
 
 def set_matmul_precision(tf32: bool) -> None:
-    """Allow or forbid that fp32 products on NVIDIA GPUs round their inputs to TF32, whatever torch's default is."""
+    """Allow or forbid that fp32 products on NVIDIA GPUs round their inputs to TF32, whatever torch's default is.
+
+    Sums of 16-bit products stay in fp32, too: by default torch lets cuBLAS add parts of them in 16 bits, which it does
+    where few columns meet many rows, as in an adapter's products.
+    """
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def scale_on_cpu(accelerator: Accelerator) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ POLL_SECONDS = 10.0
 """Time between two readings of all heartbeats, once this rank's phase is too long."""
 SUSPENDED_SECONDS = 5.0
 """A longer gap between two beats means that the job was suspended; its ranks then get the whole time again."""
+LONGEST_REPORT_SECONDS = 30.0
+"""How long this rank may take to write its own; a device that hangs may block it."""
 REPORT_SECONDS = 3.0
 """How long the other ranks may take to write their stacks and collectives."""
 
@@ -77,7 +80,10 @@ def end_hung(
 ) -> None:
     """Let all ranks write their stacks, record which rank they wait for, and end this process."""
     (logs / REPORT_REQUEST_FILE).touch()
-    report()
+    # NCCL's recorder asks the device for events, and may itself wait for ever where the device hangs.
+    writer = threading.Thread(target=report, name="hang report", daemon=True)
+    writer.start()
+    writer.join(LONGEST_REPORT_SECONDS)
     time.sleep(REPORT_SECONDS)
     record(EXIT_LOST, f"rank {waiting.rank} hung in phase {waiting.phase}", waiting.rank)
     sys.stderr.flush()
