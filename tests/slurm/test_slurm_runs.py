@@ -90,8 +90,8 @@ def preempted(chains: tuple[Future[Interrupted], Future[Interrupted]]) -> Future
 
 
 def reach_the_limit_twice(cluster: Cluster, run: Path) -> Interrupted:
-    """Two minutes each time; the first time the ranks do not listen, the second time they save."""
-    job = Interrupted(cluster, run, "--time=2", "--signal=B:USR1@30", hold=("forward", 3))
+    """Three minutes each time, of which the last half is for saving; the first time the ranks do not listen."""
+    job = Interrupted(cluster, run, "--time=3", "--signal=B:USR1@90", hold=("forward", 3))
     job.wait_for_attempt(2)
     job.wait_for((run / "STOP").exists, "the time of the second job is not over")
     job.let_go()
