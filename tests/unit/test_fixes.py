@@ -222,10 +222,10 @@ def data_folder() -> Path:
     return Path(json.loads(Path("runs/tiny/plan.json").read_text())["data"]["folder"])
 
 
-def begun(here: Path) -> None:
+def begun(here: Path, **data: Any) -> None:
     """A run of rows.jsonl that was launched once."""
     (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    write_tiny(here, data={"sources": [{"path": "rows.jsonl"}]})
+    write_tiny(here, data={"sources": [{"path": "rows.jsonl"}], **data})
     assert main(["train", "tiny.yaml"]) == EXIT_OK
 
 
@@ -284,6 +284,17 @@ def test_a_run_whose_rows_are_restored_resumes(
     assert folder.is_dir()
     assert main(["resume", "runs/tiny"]) == EXIT_OK
     assert launched == ["tiny", "tiny"]
+
+
+def test_changed_test_rows_are_named_too(here: Path, capsys: pytest.CaptureFixture[str], launched: list[str]) -> None:
+    sealed = here / "sealed.jsonl"
+    sealed.write_text('{"question": "which rows are sealed?", "answer": "these"}\n')
+    begun(here, test=[{"path": "sealed.jsonl"}])
+    shutil.rmtree(data_folder())
+    sealed.write_text(sealed.read_text().replace("these", "those"))
+    fact, _, _ = first_mistake(["resume", "runs/tiny"], capsys)
+    assert "changed: sealed.jsonl" in fact
+    assert launched == ["tiny"]
 
 
 def test_words_that_nearly_are_commands_and_flags_are_corrected(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from typing import Final, Literal
 from packhorse.doctor.facts import Gpu, GpuFacts, ResourceFacts
 from packhorse.errors import UserError
 from packhorse.plan.topology import memory_limits
+from packhorse.plan.visible_gpus import visible_devices
 from packhorse.recipe.locate import path_of
 from packhorse.version import VERSION
 
@@ -46,9 +47,14 @@ def gpu_facts() -> GpuFacts:
     """Return GPUs (nvidia-smi), the driver's CUDA (its library), and torch's CUDA (a file of its package)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     installed, error = _list_gpus()
-    chosen = installed if visible is None else _visible(installed, visible)
+    chosen = [gpu for _, gpu in installed]
+    if visible is not None:
+        chosen = [
+            chosen[device] if isinstance(device, int) else Gpu(index=device, name="MIG", memory_mib=0, used_mib=0)
+            for device in visible_devices([uuid for uuid, _ in installed], visible)
+        ]
     return GpuFacts(
-        gpus=tuple(gpu for _, gpu in chosen),
+        gpus=tuple(chosen),
         installed=len(installed),
         visible=visible,
         error=error,
@@ -80,23 +86,6 @@ def _list_gpus() -> tuple[list[tuple[str, Gpu]], str]:
 def _number(text: str) -> int:
     # A card that shares memory with the host reports [N/A].
     return int(text) if text.strip().isdecimal() else 0
-
-
-def _visible(installed: list[tuple[str, Gpu]], visible: str) -> list[tuple[str, Gpu]]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves; CUDA stops at the first word that names no device.
-
-    If a cgroup hides devices, nvidia-smi lists only those of the job, and Slurm numbers them from 0.
-    """
-    chosen = []
-    for word in (part.strip() for part in visible.split(",")):
-        if word.startswith("MIG-"):  # nvidia-smi does not list parts of a card as devices
-            chosen.append((word, Gpu(index=word, name="MIG", memory_mib=0, used_mib=0)))
-            continue
-        found = [gpu for gpu in installed if word and (gpu[1].index == word or gpu[0].startswith(word))]
-        if not found:
-            break
-        chosen.append(found[0])
-    return chosen
 
 
 def _driver_cuda() -> str:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from typing import Final
 
 from packhorse.errors import UserError
@@ -33,26 +34,33 @@ def visible_gpus() -> tuple[str, ...]:
             "run `nvidia-smi -pm 1` as root, which keeps the driver loaded, or restart the machine.",
         ) from error
     lines = answer.stdout.splitlines() if answer.returncode == 0 else []
-    return _chosen([line.strip() for line in lines if line.strip()])
-
-
-def _chosen(installed: list[str]) -> tuple[str, ...]:
-    """Return the names that CUDA_VISIBLE_DEVICES leaves of lines with `uuid, name`."""
-    names = [line.split(",")[-1].strip() for line in installed]
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return tuple(names)
-    chosen: list[str] = []
+    chosen = range(len(rows)) if visible is None else visible_devices([row[0] for row in rows], visible)
+    return tuple(rows[device][-1] if isinstance(device, int) else "MIG" for device in chosen)
+
+
+def visible_devices(uuids: Sequence[str], visible: str) -> list[int | str]:
+    """Return the devices that CUDA_VISIBLE_DEVICES leaves: places in nvidia-smi's list, or the word of a part (MIG).
+
+    Where a cgroup hides devices, nvidia-smi lists only those of the job, and Slurm numbers them from 0.
+
+    Args:
+        uuids: UUID of each GPU, as nvidia-smi lists them.
+        visible: Value of the variable.
+    """
+    chosen: list[int | str] = []
     for word in (part.strip() for part in visible.split(",")):
-        if word.isdigit() and int(word) < len(names):
-            chosen.append(names[int(word)])
-        elif word.startswith("MIG-"):  # nvidia-smi does not list parts of a GPU as devices
-            chosen.append("MIG")
-        elif word.startswith("GPU-") and any(line.startswith(word) for line in installed):
-            chosen.append(next(name for name, line in zip(names, installed, strict=True) if line.startswith(word)))
+        by_uuid = next((place for place, uuid in enumerate(uuids) if word and uuid.startswith(word)), None)
+        if word.startswith("MIG-"):  # nvidia-smi does not list parts of a GPU as devices
+            chosen.append(word)
+        elif word.isdecimal() and int(word) < len(uuids):
+            chosen.append(int(word))
+        elif by_uuid is not None:
+            chosen.append(by_uuid)
         else:
             break  # as CUDA does at the first word that names no device
-    return tuple(chosen)
+    return chosen
 
 
 def _of_driver() -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from packhorse.data.content_key import content_key, find_prepared, source_hash
+from packhorse.data.content_key import SOURCE_LISTS, content_key, find_prepared, source_hash
 from packhorse.data.data_manifest import DataManifest, read_data_manifest, require_sizes
 from packhorse.data.resolve import data_root, source_name
 from packhorse.errors import UserError
@@ -103,7 +103,7 @@ def _changed_sources(recipe: Recipe, record: Path) -> Iterator[str]:
     if not record.is_file():
         return
     before = {each.path: each.sha256 for each in DataManifest.model_validate_json(record.read_bytes()).sources}
-    for source in (*recipe.data.sources, *recipe.data.validation, *recipe.data.retain):
+    for source in (source for name in SOURCE_LISTS for source in getattr(recipe.data, name)):
         name = source_name(source)
         if before.get(name, "") != source_hash(source, recipe):
             yield name
