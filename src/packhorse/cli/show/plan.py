@@ -19,7 +19,7 @@ from packhorse.estimate.training_state import Component, total_bytes
 
 GIB = 2**30
 BAR_CELLS = 40
-CHECKPOINTING = {"False": "no", "4": "1 in 4", "3": "1 in 3", "2": "1 in 2", "True": "all"}
+CHECKPOINTING = {False: "no", 4: "1 in 4", 3: "1 in 3", 2: "1 in 2", True: "all"}
 """Value of `parallel.checkpointing` -> which layers are recomputed."""
 
 
@@ -155,7 +155,7 @@ def ways_table(candidates: Sequence[Candidate], winner: Candidate) -> Table:
         speed = way.case.speed
         cells = (
             str(way.micro),
-            CHECKPOINTING[str(way.checkpointing)],
+            CHECKPOINTING[way.checkpointing],
             f"{way.case.required_bytes / GIB:.1f}",
             f"{speed.step_seconds:.2f}",
             f"{speed.tokens_per_second_per_gpu:,.0f}",

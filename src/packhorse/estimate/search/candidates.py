@@ -81,9 +81,9 @@ def all_candidates(request: SearchRequest, basis: EstimateInputs) -> list[Candid
 
 def best_by_setting(found: Sequence[Candidate]) -> list[Candidate]:
     """Return the best candidate of each engine and checkpointing, as `--compare` shows them."""
-    groups: dict[tuple[Engine, str], list[Candidate]] = {}
+    groups: dict[tuple[Engine, Checkpointing], list[Candidate]] = {}
     for candidate in found:
-        groups.setdefault((candidate.engine, str(candidate.checkpointing)), []).append(candidate)
+        groups.setdefault((candidate.engine, candidate.checkpointing), []).append(candidate)
     return [fastest(group) or group[0] for group in groups.values()]
 
 

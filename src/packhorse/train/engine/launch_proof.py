@@ -35,7 +35,7 @@ def assert_device_as_planned(plan: RunPlan) -> None:
             f"this torch is {built}; a container without --nv or --gpus, a driver older than that CUDA, or an empty "
             "CUDA_VISIBLE_DEVICES also hides GPUs.",
             "run `nvidia-smi` and `python -c 'import torch; print(torch.version.cuda, torch.cuda.is_available())'` "
-            "here; install the torch of your driver's CUDA from download.pytorch.org.",
+            "here; install the build of torch for your driver's CUDA.",
         )
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if (major, minor) >= AMPERE:
