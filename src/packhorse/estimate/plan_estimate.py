@@ -154,6 +154,7 @@ class PlanEstimate:
             required_bytes=self.required_bytes,
             phase=self.memory.peak.name,
             step_seconds=self.step_seconds,
+            flops=self.speed.flop_counts,
         )
         return self.plan.model_copy(update={"predicted": predicted})
 

@@ -23,7 +23,7 @@ from packhorse.estimate.traffic import Traffic, pass_traffic, step_bytes
 from packhorse.estimate.training_state import uses_muon
 from packhorse.estimate.weights import WeightTensor, compute_width
 from packhorse.model_spec.parameters import Shape
-from packhorse.plan.run_plan import RunPlan
+from packhorse.plan.run_plan import FlopCounts, RunPlan
 from packhorse.recipe.methods import LoraMethod
 
 # Calibrated on the published runs of tests/unit/estimate/test_published_speed.py.
@@ -128,6 +128,15 @@ class SpeedEstimate:
     def hfu(self) -> float:
         """Hardware FLOPs utilisation."""
         return self.hardware_flops / (self.step_seconds * self.world_size * self.peak_flops)
+
+    @property
+    def flop_counts(self) -> FlopCounts:
+        """FLOPs of a mean token, from which a run computes its measured MFU."""
+        return FlopCounts(
+            model_per_token=self.model_flops / self.tokens_per_step,
+            hardware_per_token=self.hardware_flops / self.tokens_per_step,
+            peak_per_second=self.peak_flops,
+        )
 
     @property
     def hours(self) -> float | None:

@@ -86,6 +86,22 @@ class Decision(PlanPart):
     reason: str
 
 
+class FlopCounts(PlanPart):
+    """FLOPs that a trained token takes, and those that a GPU could do."""
+
+    model_per_token: float
+    """Forward and backward pass, nothing twice: mean of a real token of the packs."""
+    hardware_per_token: float
+    """The same with what runs again: recomputed layers and logits, attention's backward pass."""
+    peak_per_second: float
+    """Peak of one GPU under the recipe's precision."""
+
+    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Return MFU and HFU of one GPU (PaLM, arXiv 2204.02311, appendix B), by metric key."""
+        share = tokens_per_second / self.peak_per_second
+        return {"speed/mfu": share * self.model_per_token, "speed/hfu": share * self.hardware_per_token}
+
+
 class Prediction(PlanPart):
     """Memory and time that the plan predicted."""
 
@@ -99,6 +115,8 @@ class Prediction(PlanPart):
     """Phase of the step with the peak."""
     step_seconds: float
     """Time of one step, without evaluations and checkpoints."""
+    flops: FlopCounts | None = None
+    """FLOPs; None in plans of an earlier version."""
 
 
 class RunPlan(PlanPart):

@@ -30,7 +30,11 @@ class Meter:
     """
 
     def __init__(
-        self, supervised_tokens: int = 0, elapsed_seconds: float = 0.0, clock: Clock = time.perf_counter
+        self,
+        supervised_tokens: int = 0,
+        elapsed_seconds: float = 0.0,
+        clock: Clock = time.perf_counter,
+        utilisation: Callable[[float], Figures] = lambda tokens_per_second: {},
     ) -> None:
         """Start the clock.
 
@@ -38,7 +42,9 @@ class Meter:
             supervised_tokens: Supervised tokens of earlier attempts of this run.
             elapsed_seconds: Seconds of earlier attempts of this run.
             clock: Source of the time.
+            utilisation: Returns MFU and HFU of a rate in tokens per second over all ranks.
         """
+        self._utilisation = utilisation
         self.supervised_tokens = supervised_tokens
         self._clock = clock
         self._run_start = clock() - elapsed_seconds
@@ -117,7 +123,7 @@ class Meter:
             "time/elapsed_seconds": now - self._run_start,
         }
         self._start_interval(now)
-        return figures
+        return figures | self._utilisation(figures["speed/tokens_per_second"])
 
     def _start_interval(self, now: float | None = None) -> None:
         self._interval_start = self._clock() if now is None else now

@@ -145,7 +145,7 @@ def _assemble(
         engine=engine,
         loader=loader,
         sequence=sequence,
-        meter=Meter(state.num_supervised_tokens, state.elapsed_seconds),
+        meter=Meter(state.num_supervised_tokens, state.elapsed_seconds, utilisation=partial(_utilisation, plan)),
         checkpoints=checkpoints,
         agreement=agreement,
         guard=StepGuard(plan, engine, loader, sequence, rank == 0, checkpoints.finish),
@@ -154,6 +154,12 @@ def _assemble(
         reporter=reporter,
         rank=rank,
     )
+
+
+def _utilisation(plan: RunPlan, tokens_per_second: float) -> Figures:
+    """Return MFU and HFU; nothing where the plan does not know the GPUs, as on a CPU."""
+    flops = plan.predicted.flops if plan.predicted is not None else None
+    return flops.utilisation(tokens_per_second / plan.topology.world_size) if flops is not None else {}
 
 
 def _evaluation(
