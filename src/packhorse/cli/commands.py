@@ -158,6 +158,19 @@ _TABLE = (
         ),
     ),
     Command(
+        "profile",
+        "Show where the time of a step went: phases, kernels, waits for the GPU. Needs a run with track.profile.",
+        (
+            ("packhorse profile RUN [--rank 3]", ""),
+            ("packhorse train RECIPE 'track.profile={steps: [10, 13]}'", "records these steps"),
+        ),
+        words=(RUN,),
+        flags=(
+            Flag("rank", "rank whose trace is read; default: 0", "index", "N"),
+            Flag("json", "print one JSON value", "switch"),
+        ),
+    ),
+    Command(
         "cancel",
         "Stop a run so that it can be resumed: training saves and stops, waiting jobs leave the queue.",
         (("packhorse cancel RUN [--now]", ""),),

@@ -200,6 +200,7 @@ def check_training_settings(recipe: Recipe, topology: Topology, batch: BatchSpli
         *_memory(recipe, topology),
         *_noise_scale(recipe, topology, batch),
         *_warmup(recipe, num_steps),
+        *_profile(recipe, num_steps),
     ):
         raise error
 
@@ -333,6 +334,24 @@ def _warmup(recipe: Recipe, num_steps: int | None) -> Iterator[UserError]:
             f"{schedule.decay_ratio:g}.",
             "the learning rate would decay before the warm-up ends.",
             f"set schedule.decay_ratio to {1 - schedule.warmup_steps / num_steps:.2g} or less.",
+        )
+
+
+def _profile(recipe: Recipe, num_steps: int | None) -> Iterator[UserError]:
+    if recipe.track.profile is None:
+        return
+    first, last = recipe.track.profile.steps
+    if first > last:
+        yield UserError(
+            f"track.profile.steps is [{first}, {last}].",
+            "the profiler records from the first of the two steps to the second.",
+            f"set track.profile.steps to [{last}, {first}].",
+        )
+    if num_steps is not None and last > num_steps:
+        yield UserError(
+            f"track.profile.steps is [{first}, {last}], and the run has {num_steps} steps.",
+            "the profiler would record nothing of the steps that are missing.",
+            f"set track.profile.steps to [{max(1, num_steps - last + first)}, {num_steps}].",
         )
 
 

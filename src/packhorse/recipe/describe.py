@@ -75,10 +75,12 @@ def _section(title: str, schema: JsonSchema) -> Iterator[str]:
 
 
 def _sections_of(name: str, field: JsonSchema) -> Iterator[tuple[str, JsonSchema]]:
-    """Yield the sections in a field: the field itself, one per kind of a union, or the items of a list."""
+    """Yield the sections in a field: the field itself, also an optional one, one per kind, or the items of a list."""
     resolve = recipe_view().resolve
-    if fields_of(resolve(field)):
-        yield name, resolve(field)
+    options = field.get("anyOf", [])
+    for option in options if {"type": "null"} in options else [field]:
+        if fields_of(resolve(option)):
+            yield name, resolve(option)
     for kind, reference_name in field.get("discriminator", {}).get("mapping", {}).items():
         yield f"{name} {kind}", resolve({"$ref": reference_name})
     if fields_of(resolve(field.get("items", {}))):

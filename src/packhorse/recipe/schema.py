@@ -309,11 +309,22 @@ class RecoverySection(Section):
     """If GPU memory runs out: end the run, or resume with half of `batch.micro` in twice the passes (same maths)."""
 
 
+class ProfileSection(Section):
+    """Steps of which torch's profiler writes a trace to RUN/profile; `packhorse profile RUN` reads it."""
+
+    steps: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
+    """First and last step, e.g. `[10, 13]`; a few only, after the first ones: the trace grows with each step."""
+    all_ranks: bool = False
+    """Write a trace of every rank; by default of rank 0 only."""
+
+
 class TrackSection(Section):
     """Where metrics are logged, in addition to RUN/metrics.jsonl."""
 
     every_steps: PositiveInt = 1
     """Log metrics every N steps."""
+    profile: ProfileSection | None = None
+    """Record where the time of some steps goes; the result of training is unchanged."""
     noise_scale: bool = False
     """Measure the gradient noise scale, which estimates the largest useful batch (arXiv 1812.06162)."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"

@@ -69,6 +69,7 @@ class HeartbeatWriter:
         self._request = folder / REPORT_REQUEST_FILE
         self._write_report: Callable[[], None] | None = None
         self._each_beat: Callable[[], None] = lambda: None
+        self._each_phase: Callable[[Phase, int | None], None] | None = None
         self._lock = threading.Lock()
         now = time.time()
         self._last = Heartbeat(rank, os.getpid(), socket.gethostname(), "start", 0, now, now)
@@ -91,6 +92,10 @@ class HeartbeatWriter:
         """Set what the heartbeat thread calls at each beat."""
         self._each_beat = call
 
+    def on_each_phase(self, call: Callable[[Phase, int | None], None]) -> None:
+        """Set what `phase` calls with its arguments, in the thread that begins the phase."""
+        self._each_phase = call
+
     @property
     def last(self) -> Heartbeat:
         """Heartbeat that was written last."""
@@ -104,6 +109,8 @@ class HeartbeatWriter:
             first = step if last.first_step is None else last.first_step
             changes = last.changes + ((name, done) != (last.phase, last.step))
             self._write(replace(last, phase=name, step=done, since=now, at=now, first_step=first, changes=changes))
+        if self._each_phase is not None:
+            self._each_phase(name, step)
 
     def exit_if_launcher_is_gone(self) -> None:
         """End this process at once if its launcher is gone, so that it reports no failure that follows from that."""

@@ -19,6 +19,8 @@ RUN/
             .written-R.json
         .step-000100.removed/                                       a checkpoint that is being removed
         step-000100.damaged-K/                                      kept to be looked at; not a checkpoint
+    profile/                                                        traces of `track.profile`
+        steps-A-B-rank-R.json.gz  steps-A-B-rank-R.memory.pickle
     model/ or adapter/                                              the trained weights
 RUNS/NAME/                                                          a sweep; its runs are RUNS/NAME-1, RUNS/NAME-2 ...
     sweep.json  logs/
@@ -90,6 +92,10 @@ RANK_LOGS: Final = "rank-*.log"
 COLLECTIVES: Final = "collectives-*.json"
 STACKS: Final = "stacks-*.txt"
 
+# Profile
+PROFILE_FOLDER: Final = "profile"
+TRACE: Final = re.compile(r"steps-(\d+)-(\d+)-rank-(\d+)\.json\.gz")
+
 # Checkpoints
 CHECKPOINTS_FOLDER: Final = "checkpoints"
 STEP_FOLDERS: Final = "step-*"
@@ -135,6 +141,16 @@ def attempt_numbers(run_folder: Path) -> list[int]:
     """Return the numbers of the attempts that have a log folder, in order."""
     folders = (run_folder / LOGS_FOLDER).glob(ATTEMPT_FOLDERS)
     return sorted(int(folder.name.removeprefix("attempt-")) for folder in folders)
+
+
+def trace_path(run_folder: Path, first: int, last: int, rank: int) -> Path:
+    """Return the path of the profiler's trace of some steps of a rank."""
+    return run_folder / PROFILE_FOLDER / f"steps-{first}-{last}-rank-{rank}.json.gz"
+
+
+def memory_snapshot_path(trace: Path) -> Path:
+    """Return the path of the GPU's memory history of the same steps and rank as a trace."""
+    return trace.with_name(trace.name.replace(".json.gz", ".memory.pickle"))
 
 
 def step_folder_name(step: int) -> str:

@@ -36,6 +36,7 @@ from packhorse.train.guard.memory_error import is_out_of_memory, memory_error
 from packhorse.train.guard.step_guard import StepGuard
 from packhorse.train.loop import TrainingRun, train
 from packhorse.train.probe import probe
+from packhorse.train.profiling import step_profiler
 from packhorse.train.ranks.agreement import Agreement, remove_stop_request
 from packhorse.train.ranks.attempt import AnotherAttempt, Attempt, open_attempt
 from packhorse.train.ranks.signals import Stopped, StopRequest
@@ -118,11 +119,16 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
         lifetimes.callback(reporter.close)
         run = _assemble(plan, engine, state, attempt, reporter, rank)
         lifetimes.callback(run.loader.close)
+        profiler = step_profiler(plan, rank, engine.device)
+        if profiler is not None:
+            attempt.pulse.on_each_phase(profiler.phase)
         if checkpoint:
             run.checkpoints.load_optimizer(checkpoint)
         sizes: Figures = {"model/num_parameters": count.total, "model/num_trainable": count.trainable}
         _measure_before(run, state, sizes)
         state = train(run, state)
+        if profiler is not None:
+            profiler.close()
         code = _end(run, state, tokenizer)
     # Last: a rank that has ended may make the scheduler end the others, and rank 0 has trackers to close.
     engine.close()
