@@ -26,6 +26,7 @@ from packhorse.model_spec.measured_model import MeasuredModel, PassFormats
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.methods import LoraMethod, PrefixTuningMethod, PromptTuningMethod, QloraMethod
+from packhorse.run_folder.checkpoints.pinned_slabs import pinned_bytes
 
 CHUNK_TOKENS: Final = 512
 """Rows of logits that exist at once; a test compares it with the loss of `train/`."""
@@ -83,7 +84,9 @@ class Activations:
         Args:
             with_head: Include last norm and output head, which the backward pass frees first.
         """
-        parts = Counter({"inputs": self.inputs})
+        # One offloaded input is on its way to the host, or back.
+        moving = max((layer.input for layer in self.layers if layer.recomputed), default=0) if self.offloaded else 0
+        parts = Counter({"inputs": self.inputs, "layer inputs": moving})
         for layer in self.layers:
             recomputed = {"layer inputs": 0 if self.offloaded else layer.input}
             parts.update(recomputed if layer.recomputed else layer.kept)
@@ -98,8 +101,8 @@ class Activations:
 
     @property
     def on_host(self) -> int:
-        """Bytes of layer inputs in pinned host memory."""
-        return sum(layer.input for layer in self.layers if layer.recomputed) if self.offloaded else 0
+        """Bytes of pinned host memory for layer inputs; torch rounds each allocation up to a power of two."""
+        return sum(pinned_bytes(layer.input) for layer in self.layers if layer.recomputed) if self.offloaded else 0
 
     @property
     def recomputed(self) -> int:

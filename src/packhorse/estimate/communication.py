@@ -311,13 +311,13 @@ def _of_sequence(plan: RunPlan, shape: Shape, work: PassWork, links: Links) -> l
 
 
 def _of_activations(plan: RunPlan, shape: Shape, work: PassWork, links: Links) -> list[Transfer]:
-    """Return the copies of layer inputs; transformers makes them on the compute stream, so nothing hides them."""
+    """Return the copies of layer inputs, which a side stream makes while the layers compute."""
     if not plan.recipe.parallel.offload_activations:
         return []
     moved = work.layers_recomputed * work.tokens * shape.hidden * compute_width(plan)
     passes, seconds = plan.batch.accumulation_steps, links.host(moved)
     reason = "inputs of recomputed layers go to host memory and back"
-    return [Transfer("activations", phase, passes, moved, seconds, False, reason) for phase in PASS]
+    return [Transfer("activations", phase, passes, moved, seconds, True, reason) for phase in PASS]
 
 
 def _of_muon(plan: RunPlan, weights: tuple[WeightTensor, ...], links: Links) -> list[Transfer]:

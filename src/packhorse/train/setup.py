@@ -23,6 +23,7 @@ from packhorse.recipe.locate import expand
 from packhorse.recipe.methods import QloraMethod
 from packhorse.recipe.schema import ParallelSection
 from packhorse.run_folder.layout import ADAPTER_FOLDER, MODEL_FOLDER
+from packhorse.train.activation_offload import offload_layer_inputs
 from packhorse.train.engine.precision import COMPUTE_DTYPES
 from packhorse.train.engine.sharding import placement_of
 from packhorse.train.loading import BeforeUnit, can_stream, place_streamed, place_whole
@@ -125,9 +126,9 @@ def apply_checkpointing(model: Any, parallel: ParallelSection) -> None:  # noqa:
     if parallel.checkpointing is False:
         return
     # `true` stands for every layer; in Python it equals the number 1.
-    model.activation_checkpointing_enable(
-        {"use_reentrant": False}, every_n_layers=int(parallel.checkpointing), offload=parallel.offload_activations
-    )
+    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(parallel.checkpointing))
+    if parallel.offload_activations:
+        offload_layer_inputs(model)
 
 
 def method_start(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, resumed: bool) -> Start:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packhorse.recipe.schema import ParallelSection
+from packhorse.train.activation_offload import LayerInputOffload
 from packhorse.train.setup import apply_checkpointing
 
 NUM_LAYERS, TOKENS, WIDTH = 6, 96, 32
@@ -69,26 +73,116 @@ def test_without_checkpointing_nothing_is_recomputed() -> None:
     assert step(model)[2] == step(plain)[2]
 
 
-def test_offload_sends_the_input_of_each_layer_to_the_host_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no accelerator: the hooks of torch's own `save_on_cpu` are replaced by ones that count."""
-    moved: list[tuple[int, ...]] = []
+class LateStream:
+    """A stream whose copies are made when something waits for them, and not before.
 
-    class Counting(saved_tensors_hooks):
-        def __init__(self, pin_memory: bool, device_type: str) -> None:
-            assert pin_memory
-            super().__init__(self._count, lambda tensor: tensor)
+    Buffers begin with NaN, so that whatever is read before its copy shows in the gradients. A copy whose source or
+    target was released before is an error: on a GPU another tensor could be there by then.
+    """
 
-        def _count(self, tensor: Tensor) -> Tensor:
-            moved.append(tuple(tensor.shape))
-            return tensor
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+        self._copies: list[Callable[[], None]] = []
+        self._num_done = 0
 
-    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Counting)
-    plain = tiny_llama()
+    def empty_on_host(self, tensor: Tensor) -> Tensor:
+        return torch.full_like(tensor, math.nan)
+
+    empty_on_device = empty_on_host
+
+    def copy(self, target: Tensor, source: Tensor) -> int:
+        number, ends = len(self._copies), (ref(target), ref(source))
+
+        def late() -> None:
+            to, origin = (end() for end in ends)
+            assert to is not None, f"copy {number} writes to released memory"
+            assert origin is not None, f"copy {number} reads released memory"
+            to.copy_(origin)
+
+        assert tuple(source.shape) == (1, TOKENS, WIDTH)
+        self._copies.append(late)
+        self.log.append(f"copy {number}")
+        return number
+
+    def wait(self, copied: int) -> None:
+        self.log.append(f"wait {copied}")
+        for late in self._copies[self._num_done : copied + 1]:
+            late()
+        self._num_done = max(self._num_done, copied + 1)
+
+
+def offloaded(plain: nn.Module, monkeypatch: pytest.MonkeyPatch, **parallel: Any) -> tuple[nn.Module, list[str]]:
+    """A copy of a model that offloads on a late stream, and what it does, in order."""
+    log: list[str] = []
+    stream = LateStream(log)
+    monkeypatch.setattr(LayerInputOffload.__init__, "__defaults__", (lambda _: stream,))
+    model: Any = copy.deepcopy(plain)
+    apply_checkpointing(model, ParallelSection(offload_activations=True, **parallel))
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: log.append(f"layer {index}"))
+    return model, log
+
+
+def checkpointed(plain: nn.Module, **parallel: Any) -> nn.Module:
     model = copy.deepcopy(plain)
-    apply_checkpointing(model, ParallelSection(checkpointing=True, offload_activations=True))
-    loss, gradients, _ = step(plain)
-    again, offloaded, _ = step(model)
-    assert moved == [(1, TOKENS, WIDTH)] * NUM_LAYERS
-    assert again == pytest.approx(loss, rel=1e-6)
-    for one, other in zip(gradients, offloaded, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7)
+    apply_checkpointing(model, ParallelSection(**parallel))
+    return model
+
+
+def assert_same(model: nn.Module, reference: nn.Module) -> None:
+    (loss, gradients, _), (expected, wanted, _) = step(model), step(reference)
+    assert loss == expected
+    assert all(map(torch.equal, gradients, wanted))
+
+
+@pytest.mark.parametrize("every", [True, 2, 3], ids=str)
+def test_offloaded_inputs_give_the_same_bits(every: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiny_llama()
+    model, log = offloaded(plain, monkeypatch, checkpointing=every)
+    reference = checkpointed(plain, checkpointing=every)
+    for _ in range(3):
+        assert_same(model, reference)
+    # Each input leaves, and each but the last returns; the last layer's is still there when the backward pass begins.
+    num_layers = len(range(0, NUM_LAYERS, every))
+    assert sum(line.startswith("copy") for line in log) == 3 * (2 * num_layers - 1)
+
+
+def test_copies_run_beside_one_layer_and_return_one_layer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, log = offloaded(tiny_llama(), monkeypatch, checkpointing=2)
+    step(model)
+    assert log == [
+        *("copy 0", "layer 0", "layer 1", "wait 0"),
+        *("copy 1", "layer 2", "layer 3", "wait 1"),
+        *("copy 2", "layer 4", "layer 5"),
+        *("wait 2", "copy 3", "layer 4"),
+        *("wait 3", "copy 4", "layer 2"),
+        *("wait 4", "layer 0"),
+    ]
+
+
+def test_a_forward_pass_that_is_given_up_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiny_llama()
+    model, _ = offloaded(plain, monkeypatch, checkpointing=True)
+    model(torch.arange(TOKENS).remainder(64)[None].flip(1), use_cache=False)
+    assert_same(model, checkpointed(plain, checkpointing=True))
+
+
+def test_a_second_backward_pass_reads_the_inputs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiny_llama()
+    model, _ = offloaded(plain, monkeypatch, checkpointing=True)
+    ids = torch.arange(TOKENS).remainder(64)[None]
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward(retain_graph=True)
+    once = [parameter.grad.clone() for parameter in model.parameters()]
+    loss.backward()
+    for parameter, grad in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * grad)
+
+
+def test_on_a_cpu_nothing_is_copied() -> None:
+    plain = tiny_llama()
+    model = checkpointed(plain, checkpointing=True, offload_activations=True)
+    reference = checkpointed(plain, checkpointing=True)
+    assert_same(model, reference)
+    tensor = torch.ones(1)
+    assert LayerInputOffload().pack_hook(tensor) is tensor
