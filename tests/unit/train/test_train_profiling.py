@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from packhorse.train.profiling import StepProfiler
+from packhorse.plan.make_plan import make_plan
+from packhorse.plan.topology import DeviceRequest, Hardware
+from packhorse.recipe.load import load_recipe
+from packhorse.train.profiling import StepProfiler, step_profiler
+from tiny import write_tiny
 
 CPU = torch.device("cpu")
 PHASES = ("phase data", "phase forward", "phase backward", "phase optimizer", "phase save")
@@ -62,6 +66,15 @@ def test_the_trace_holds_the_steps_of_the_window_with_their_phases(
 def test_an_attempt_outside_the_window_writes_nothing(steps: tuple[int, int], tmp_path: Path) -> None:
     train(tmp_path, (3, 4), *steps)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("profile", "ranks"), [("null", []), ("{steps: [1, 2]}", [0]), ("{steps: [1, 2], all_ranks: true}", [0, 1, 2])]
+)
+def test_rank_0_alone_is_recorded_unless_all_are_requested(profile: str, ranks: list[int], tmp_path: Path) -> None:
+    recipe = load_recipe(str(write_tiny(tmp_path)), [f"track.profile={profile}"])
+    plan = make_plan(recipe, DeviceRequest(), Hardware(2, ()), None)
+    assert [rank for rank in range(3) if step_profiler(plan, rank, CPU) is not None] == ranks
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
