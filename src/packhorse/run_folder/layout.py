@@ -20,6 +20,7 @@ RUN/
         .step-000100.removed/                                       a checkpoint that is being removed
         step-000100.damaged-K/                                      kept to be looked at; not a checkpoint
     model/ or adapter/                                              the trained weights
+RUNS/.compiled/                                                     code that torch.compile made, for all runs
 RUNS/NAME/                                                          a sweep; its runs are RUNS/NAME-1, RUNS/NAME-2 ...
     sweep.json  logs/
 """
@@ -31,6 +32,7 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
+COMPILED_FOLDER: Final = ".compiled"
 RUNS_FOLDER: Final = "runs"
 """Folder in which a run is looked up by its name."""
 
