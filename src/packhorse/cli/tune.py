@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 
 from rich.table import Table
@@ -40,20 +43,34 @@ def tune(
     Raises:
         UserError: The recipe unchanged cannot be measured here.
     """
-    result = workflow.tune(
-        load_single(recipe, overrides),
-        read_candidates(candidates),
-        steps or workflow.STEPS,
-        gpus,
-        manifest_of_prepared if json else prepare_with_progress,
-        Reporter() if json else terminal_reporter(),
-    )
+    with _output_to_stderr() if json else nullcontext():
+        result = workflow.tune(
+            load_single(recipe, overrides),
+            read_candidates(candidates),
+            steps or workflow.STEPS,
+            gpus,
+            manifest_of_prepared if json else prepare_with_progress,
+            Reporter() if json else terminal_reporter(),
+        )
     if json:
         print_json(asdict(result))
     else:
         open_console().print(table(result))
         print_plain(advice(result, recipe, overrides))
     return result.exit_code
+
+
+@contextmanager
+def _output_to_stderr() -> Iterator[None]:
+    """Send what the ranks print to standard error, so that standard output is one JSON value."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def read_candidates(text: str) -> list[Candidate]:

@@ -32,9 +32,9 @@ def compile_decision(recipe: Recipe, topology: Topology, attention: str) -> list
         if obstacle is not None:
             fact, why = obstacle
             raise UserError(f"{FIELD} is true, and {fact}.", f"{why}.", f"set {FIELD} to false or auto.")
-        return [Decision(name=FIELD, value="true", reason=f"{FIELD} of the recipe")]
+        return [Decision(name=FIELD, value="true", reason=f"{FIELD} of the recipe; compiling takes a minute or more")]
     off = ": ".join(obstacle) if obstacle is not None else _left_off(recipe, topology)
-    on = "auto on GPUs: norms, rotary embedding, activation and adapters are fused; predicted, not measured yet"
+    on = "auto on GPUs: fewer kernels, a minute or more of compiling at the start; predicted, not measured yet"
     return [Decision(name=FIELD, value="false" if off else "true", reason=off or on)]
 
 

@@ -163,7 +163,7 @@ def _headline(message: str) -> str:
 
 
 def _short(recipe: Recipe, name: str, steps: int) -> Recipe:
-    """Return the recipe of a trial: few steps, each of them logged, in no tracker; with the warm-up and schedule of the recipe."""
+    """Return the recipe of a trial: few steps, each of them logged, in no tracker."""
     track = recipe.track.model_copy(update={"every_steps": 1, "wandb": "off", "tensorboard": False})
     recovery = recipe.recovery.model_copy(update={"on_oom": "stop"})
     schedule = recipe.schedule.model_copy(update={"warmup_steps": None})
