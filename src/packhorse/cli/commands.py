@@ -112,6 +112,26 @@ _TABLE = (
         takes_overrides=True,
     ),
     Command(
+        "tune",
+        "Measure a few steps of a recipe with other settings on this machine, and print the fastest. Changes nothing.",
+        (
+            ("packhorse tune RECIPE [--gpus 2] [--steps 20] [key=value …]", ""),
+            (
+                "packhorse tune RECIPE --candidates parallel.compile=true,batch.micro=2",
+                "only these; `+` joins fields of one: batch.micro=2+parallel.compile=true",
+            ),
+        ),
+        words=(RECIPE,),
+        flags=(
+            Flag("steps", "steps of each candidate, of which the second half is measured; default: 20", "count", "N"),
+            Flag("candidates", "what to try; default: compiled layers, checkpointing, attention", shows="KEY=VALUE,…"),
+            GPUS_HERE,
+            Flag("json", "print one JSON value", "switch"),
+        ),
+        takes_overrides=True,
+        notes="Each candidate is a short run NAME-tune-N on the same packs; it is removed once it is measured.",
+    ),
+    Command(
         "submit",
         "Submit a recipe or an existing run to a Slurm cluster. The run resumes automatically after a failure.",
         (

@@ -6,8 +6,10 @@ import os
 import resource
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from packhorse.durable import nearest_existing, size
@@ -193,6 +195,33 @@ def check_resumable(plan: RunPlan) -> None:
         )
 
 
+def check_compiler(plan: RunPlan) -> None:
+    """Refuse to compile layers on GPUs if triton cannot build their kernels here.
+
+    Raises:
+        UserError: triton, a C compiler or the headers of Python are absent.
+    """
+    if not plan.compiles_layers or plan.topology.device == "cpu":
+        return
+    wish = str(plan.recipe.parallel.compile).lower()
+    if find_spec("triton") is None:
+        raise UserError(
+            f"parallel.compile is {wish}, and triton is not installed.",
+            "torch's compiler writes GPU kernels with triton, which comes with the CUDA builds of torch.",
+            "run `pip install triton`, or set parallel.compile to false.",
+        )
+    # As triton does (triton/runtime/build.py).
+    compiler = os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang")
+    headers = f"-I{sysconfig.get_path('include')}"
+    if not _compiles("#include <Python.h>\nint main() { return 0; }\n", headers, compiler=compiler, language="c"):
+        raise UserError(
+            f"parallel.compile is {wish}, and {compiler} cannot build a program with Python.h here.",
+            "triton builds a small library in C for each kernel.",
+            "install gcc and python3-dev (apt) or python3-devel (dnf), set CC to another compiler, or set "
+            "parallel.compile to false.",
+        )
+
+
 def _has_cuda_toolkit() -> bool:
     """Look where torch looks (torch/utils/cpp_extension.py, CUDA_HOME)."""
     compiler = shutil.which("nvcc")
@@ -200,9 +229,9 @@ def _has_cuda_toolkit() -> bool:
     return all((Path(home or "/usr/local/cuda") / part).is_dir() for part in ("include", "lib64"))
 
 
-def _compiles(program: str, *words: str) -> bool:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
+def _compiles(program: str, *words: str, compiler: str = "", language: str = "c++") -> bool:
+    path = shutil.which(compiler or os.environ.get("CXX", "c++"))
+    if path is None:
         return False
-    command = [compiler, "-x", "c++", "-", "-o", os.devnull, *words]
+    command = [path, "-x", language, "-", "-o", os.devnull, *words]
     return subprocess.run(command, input=program.encode(), capture_output=True, check=False).returncode == 0  # noqa: S603

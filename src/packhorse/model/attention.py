@@ -25,6 +25,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from packhorse.errors import UserError
+from packhorse.model.compiled_sdpa import sdpa_by_document, window_mask
 from packhorse.model.sequence import SequenceGroup, to_own_tokens, to_whole_documents
 from packhorse.model_spec.supported import refuse_dropout, uncomputed
 
@@ -142,6 +143,14 @@ def _per_document_sdpa(
     window: int | None,
 ) -> Tensor:
     """Attend to one document after another with torch's SDPA; exact on any device."""
+    if torch.compiler.is_compiling():
+        refuse_dropout(dropout)
+        device = query.device.type
+        # Autocast knows torch's SDPA and not this operator.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        out: Tensor = sdpa_by_document(query, key, value, documents.cu_seq_lens, scaling, window)
+        return out
     grouped = query.shape[1] != key.shape[1]
     parts = []
     lengths, before = list(documents.lengths), documents.prefix_length
@@ -150,22 +159,13 @@ def _per_document_sdpa(
         torch.split(tensor, sizes, 2) for tensor, sizes in ((query, lengths), (key, key_lengths), (value, key_lengths))
     )
     for q, k, v in zip(*by_document, strict=True):
-        mask = _window_mask(q.shape[2], before, window, q.device)
+        mask = window_mask(q.shape[2], before, window, q.device)
         parts.append(
             F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
     return torch.cat(parts, 2).transpose(1, 2).contiguous()
-
-
-def _window_mask(length: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return a mask [T, P + T], True where a query may look; None where it equals plain causal attention."""
-    if before == 0 and (window is None or length <= window):
-        return None
-    query = torch.arange(before, before + length, device=device)
-    distance = query[:, None] - torch.arange(before + length, device=device)[None, :]
-    return (distance >= 0) & (distance < (window or before + length))
 
 
 def _varlen(

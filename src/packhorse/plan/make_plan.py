@@ -12,6 +12,7 @@ from packhorse.model_spec.supported import check_model, refuse_dropout, text_par
 from packhorse.plan.batch import resolve_auto, split_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.compatibility import check_heads, check_pair, check_training_settings
+from packhorse.plan.compilation import compile_decision
 from packhorse.plan.run_plan import DataFacts, Decision, RunPlan, Topology
 from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology
 from packhorse.recipe.locate import path_of
@@ -70,6 +71,7 @@ def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, d
         larger = f"a step is larger than an epoch: {batch.packs_per_step} packs, and the data has {data.num_packs}"
         steps = steps.model_copy(update={"reason": f"{steps.reason}; {larger}"})
     check_training_settings(recipe, topology, batch, num_steps)
+    attention = _attention(recipe, topology.device)
     return RunPlan(
         packhorse_version=VERSION,
         recipe=recipe,
@@ -88,8 +90,9 @@ def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, d
             *_mesh(topology),
             micro,
             steps,
-            _attention(recipe, topology.device),
+            attention,
             _dtype(recipe, topology.engine),
+            *compile_decision(recipe, topology, attention.value),
         ),
     )
 

@@ -144,12 +144,19 @@ class RunPlan(PlanPart):
     env: dict[str, str]
     """Environment variables that the worker sets for itself before it imports torch. Never a secret."""
     decisions: tuple[Decision, ...]
+    is_trial: bool = False
+    """Whether the run only measures its steps (`packhorse tune`): no evaluation, no checkpoint, no result."""
     predicted: Prediction | None = None
     """Prediction for these GPUs; None if the GPUs or the shape of the model are not known."""
 
     def chosen(self, name: str) -> str:
         """Return the value of an automatic choice."""
         return next(decision.value for decision in self.decisions if decision.name == name)
+
+    @property
+    def compiles_layers(self) -> bool:
+        """Whether each decoder layer is compiled."""
+        return self.recipe.parallel.compile is not False and self.chosen("parallel.compile") == "true"
 
 
 def write_plan(plan: RunPlan, folder: Path) -> Path:

@@ -256,6 +256,8 @@ class ParallelSection(Section):
     """Recompute activations: a third more compute, much less memory; N: every Nth layer; `auto`: only if needed."""
     offload_activations: bool = False
     """Keep the activations for the backward pass in host memory."""
+    compile: bool | Literal["auto"] = False
+    """Compile each decoder layer (torch.compile) into fewer kernels; `auto`: on GPUs, where method and engine allow."""
 
 
 class EvaluationSection(Section):

@@ -79,6 +79,7 @@ class HeartbeatWriter:
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), RECORD_BYTES)
         self._ended = threading.Event()
+        self._extended_until = 0.0
         self._launcher = os.environ.get(LAUNCHER_VARIABLE, "")
         self._write(self._last)
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -112,6 +113,11 @@ class HeartbeatWriter:
         if self._each_phase is not None:
             self._each_phase(name, step)
 
+    def extend(self, seconds: float) -> None:
+        """Renew the start of the phase at each beat for this long; 0 ends that."""
+        with self._lock:
+            self._extended_until = time.time() + seconds
+
     def exit_if_launcher_is_gone(self) -> None:
         """End this process at once if its launcher is gone, so that it reports no failure that follows from that."""
         if self._launcher and process_identity(int(self._launcher.split(":")[0])) != self._launcher:
@@ -131,13 +137,18 @@ class HeartbeatWriter:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            with self._lock:
-                self._write(replace(self._last, at=time.time()))
+            self._renew()
             self.exit_if_launcher_is_gone()
             if self._write_report and self._request.exists():
                 write_report, self._write_report = self._write_report, None
                 write_report()
             self._each_beat()
+
+    def _renew(self) -> None:
+        with self._lock:
+            now = time.time()
+            since = now if now < self._extended_until else self._last.since
+            self._write(replace(self._last, at=now, since=since))
 
     def _write(self, heartbeat: Heartbeat) -> None:
         self._last = heartbeat

@@ -22,6 +22,7 @@ RUN/
     profile/                                                        traces of `track.profile`
         steps-A-B-rank-R.json.gz  steps-A-B-rank-R.memory.pickle
     model/ or adapter/                                              the trained weights
+RUNS/.compiled/                                                     code that torch.compile made, for all runs
 RUNS/NAME/                                                          a sweep; its runs are RUNS/NAME-1, RUNS/NAME-2 ...
     sweep.json  logs/
 """
@@ -33,6 +34,7 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
+COMPILED_FOLDER: Final = ".compiled"
 RUNS_FOLDER: Final = "runs"
 """Folder in which a run is looked up by its name."""
 

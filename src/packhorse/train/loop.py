@@ -164,7 +164,8 @@ def _what_is_due(run: TrainingRun, state: TrainState, agreed: Agreed) -> _Due:
 
 
 def _is_save_due(plan: RunPlan, state: TrainState) -> bool:
-    return _is_due(state.step, plan.recipe.checkpoint.every_steps, state.step == plan.num_steps)
+    is_last = state.step == plan.num_steps
+    return not plan.is_trial and _is_due(state.step, plan.recipe.checkpoint.every_steps, is_last)
 
 
 def _is_due(step: int, every: int | None, is_last: bool) -> bool:

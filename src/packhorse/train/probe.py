@@ -3,6 +3,7 @@
 isolation   losses of documents 2 and 3 do not change when document 1 does
 packing     three documents in one pack have the same losses as each alone
 head        the chunked loss equals cross-entropy over the model's own logits
+compiled    compiled layers give the same loss as eager ones
 sequence    a row shared by several ranks has the same loss as on one rank
 """
 
@@ -36,19 +37,22 @@ INT8_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Largest relative differences; `sequence` is None where each rank has whole rows."""
+    """Largest relative differences; None for `sequence` where each rank has whole rows, and `compiled` without such."""
 
     isolation: float
     packing: float
     head: float
     sequence: float | None
+    compiled: float | None = None
 
     def figures(self) -> dict[str, float]:
         """Return the differences as metrics."""
         return {f"proof/{name}_difference": value for name, value in asdict(self).items() if value is not None}
 
 
-def probe(engine: Engine, store: PackStore, precision: str, sequence: SequenceGroup | None) -> ProbeReport:
+def probe(
+    engine: Engine, store: PackStore, precision: str, sequence: SequenceGroup | None, is_compiled: bool = False
+) -> ProbeReport:
     """Run the probe, on every rank alike.
 
     Raises:
@@ -58,13 +62,15 @@ def probe(engine: Engine, store: PackStore, precision: str, sequence: SequenceGr
     documents = [store.document(index)[0][:PROBE_TOKENS] for index in range(min(NUM_DOCUMENTS, store.num_documents))]
     model.eval()
     with torch.no_grad():
-        report = _measure(engine, model, documents, sequence)
+        report = _measure(engine, model, documents, sequence, is_compiled)
     model.train()
     _refuse_differences(report, precision, any(parameter.dtype == torch.int8 for parameter in model.parameters()))
     return report
 
 
-def _measure(engine: Engine, model: nn.Module, documents: list[Ids], sequence: SequenceGroup | None) -> ProbeReport:
+def _measure(
+    engine: Engine, model: nn.Module, documents: list[Ids], sequence: SequenceGroup | None, is_compiled: bool
+) -> ProbeReport:
     def whole_loss(pack: list[Ids]) -> float:
         return float(micro_batch_loss(model, _pack(pack, 0), engine.device))
 
@@ -72,7 +78,10 @@ def _measure(engine: Engine, model: nn.Module, documents: list[Ids], sequence: S
         part = micro_batch_loss(model, _pack(pack, first_counted), engine.device, sequence)
         return sequence.sum(part) if sequence else float(part)
 
-    together = loss(documents)
+    together, eager = loss(documents), None
+    if is_compiled:
+        with torch.compiler.set_stance("force_eager"):
+            eager = loss(documents)
     alone = sum(loss([document]) for document in documents)
     changed = [np.roll(documents[0], 1)[::-1].copy(), *documents[1:]]
     rest, rest_changed = (loss(pack, 1) for pack in (documents, changed))
@@ -82,6 +91,7 @@ def _measure(engine: Engine, model: nn.Module, documents: list[Ids], sequence: S
         packing=_relative(together, alone),
         head=_relative(whole_loss(documents[:1]), plain),
         sequence=_relative(together, whole_loss(documents)) if sequence else None,
+        compiled=_relative(together, eager) if eager is not None else None,
     )
 
 
@@ -124,6 +134,13 @@ def _refuse_differences(report: ProbeReport, precision: str, rounds_to_int8: boo
             f"packed documents have another loss than alone: {report.packing:.1e} apart, {tolerance:.0e} is allowed.",
             "positions or attention of this architecture do not restart with each document.",
             "choose another model.attention, or another model.",
+        )
+    if report.compiled is not None and not report.compiled <= tolerance:
+        raise UserError(
+            f"compiled layers have another loss than eager ones: {report.compiled:.1e} apart, {tolerance:.0e} is"
+            " allowed.",
+            "the compiler makes wrong code for this architecture or this GPU.",
+            "set parallel.compile to false.",
         )
     if not report.head <= tolerance:
         raise UserError(

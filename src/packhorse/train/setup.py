@@ -18,12 +18,14 @@ from packhorse.model.attention import register_attention
 from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model, open_model
 from packhorse.model.methods.adapter_files import load_adapter
 from packhorse.model.methods.attach import Start, attach
+from packhorse.model.units import layers_of
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
 from packhorse.recipe.methods import QloraMethod
 from packhorse.recipe.schema import ParallelSection
 from packhorse.run_folder.layout import ADAPTER_FOLDER, MODEL_FOLDER
 from packhorse.train.activation_offload import offload_layer_inputs
+from packhorse.train.compilation import compile_layers
 from packhorse.train.engine.precision import COMPUTE_DTYPES
 from packhorse.train.engine.sharding import placement_of
 from packhorse.train.loading import BeforeUnit, can_stream, place_streamed, place_whole
@@ -99,6 +101,8 @@ def training_model(
         model: Any = attach(base, method, start, autocast=plan.recipe.precision != "fp32")
         install_loss_head(model)
         apply_checkpointing(model, plan.recipe.parallel)
+        if plan.compiles_layers:
+            compile_layers([base.get_submodule(name) for name in layers_of(base)], Path(plan.run_folder).parent)
         return model  # type: ignore[no-any-return]
 
     placement = placement_of(plan, device)

@@ -27,6 +27,7 @@ from packhorse.run_folder.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
 from packhorse.train.checkpoint.checkpoints import Checkpoints, checkpoint_to_resume, newest_state
 from packhorse.train.checkpoint.weights import publish_result
+from packhorse.train.compilation import watch_compilation
 from packhorse.train.engine.engine import Engine, start_accelerator, start_engine
 from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
 from packhorse.train.engine.optimizer import make_optimizer
@@ -117,6 +118,8 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
     with ExitStack() as lifetimes:
         reporter = Reporter(plan, state, attempt.number, is_main=rank == 0)
         lifetimes.callback(reporter.close)
+        if plan.compiles_layers:
+            lifetimes.callback(watch_compilation(attempt.pulse))
         run = _assemble(plan, engine, state, attempt, reporter, rank)
         lifetimes.callback(run.loader.close)
         profiler = step_profiler(plan, rank, engine.device)
@@ -156,7 +159,9 @@ def _assemble(
         agreement=agreement,
         guard=StepGuard(plan, engine, loader, sequence, rank == 0, checkpoints.finish),
         pulse=attempt.pulse,
-        evaluate=_evaluation(plan, engine, rank, sequence, partial(agreement.raise_if_stopped, engine)),
+        evaluate=None
+        if plan.is_trial
+        else _evaluation(plan, engine, rank, sequence, partial(agreement.raise_if_stopped, engine)),
         reporter=reporter,
         rank=rank,
     )
@@ -184,7 +189,9 @@ def _measure_before(run: TrainingRun, state: TrainState, sizes: Figures) -> None
     """Prove that packing changes no loss, and measure the validation loss before the first step."""
     store = open_store(Path(_data(run.plan).folder), "train")
     run.agreement.raise_if_stopped(run.engine)
-    figures = sizes | probe(run.engine, store, run.plan.recipe.precision, run.sequence).figures()
+    plan = run.plan
+    report = probe(run.engine, store, plan.recipe.precision, run.sequence, plan.compiles_layers)
+    figures = sizes | report.figures()
     if state.step == 0 and run.evaluate:
         run.pulse.phase("evaluate", 0)
         figures |= evaluation_figures(run.evaluate())
@@ -197,7 +204,7 @@ def _end(run: TrainingRun, state: TrainState, tokenizer: PreTrainedTokenizerBase
     for name, value in run.checkpoints.take_figures().items():
         logging.info("%s %.3f", name, value)  # no report follows that could contain them
     finished = state.step == run.plan.num_steps and state.held_back is None
-    if finished:
+    if finished and not run.plan.is_trial:
         publish_result(run.plan, run.engine, tokenizer, is_main=run.rank == 0)
     run.reporter.write_status("finished" if finished else "stopped", state)
     return EXIT_OK if finished else EXIT_STOPPED

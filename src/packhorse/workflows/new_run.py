@@ -16,7 +16,7 @@ from packhorse.estimate.plan_estimate import EstimateInputs
 from packhorse.estimate.search.candidates import SearchRequest
 from packhorse.launching.local.recovery import run_to_end
 from packhorse.launching.local.stop_signals import StoppedBeforeStart, stop_signals
-from packhorse.launching.preflight import check_base_model, check_disk, check_nvme, check_writable
+from packhorse.launching.preflight import check_base_model, check_compiler, check_disk, check_nvme, check_writable
 from packhorse.library_hooks import check_library_hooks
 from packhorse.plan.replan import replace_plan
 from packhorse.plan.run_plan import Decision, RunPlan
@@ -165,7 +165,11 @@ def _waiting(draft: RunPlan, recipe: Recipe, force: bool) -> RunPlan:
 
 
 def create_run_here(
-    recipe: Recipe, gpus: int | None = None, force: bool = False, prepare: Prepare = manifest_of_prepared
+    recipe: Recipe,
+    gpus: int | None = None,
+    force: bool = False,
+    prepare: Prepare = manifest_of_prepared,
+    is_trial: bool = False,
 ) -> RunPlan:
     """Create the run folder of a recipe that is to run on this machine; return its plan.
 
@@ -173,10 +177,10 @@ def create_run_here(
         UserError: The run cannot start on this machine.
     """
     here = detect_hardware()
-    machine = Machine(
-        DeviceRequest(gpus), here, GpuTerms(), (lambda draft: check_machine(draft.topology, here), check_nvme)
-    )
-    return _created(plan_new_run(recipe, machine, prepare, force))
+    checks = (lambda draft: check_machine(draft.topology, here), check_nvme, check_compiler)
+    machine = Machine(DeviceRequest(gpus), here, GpuTerms(), checks)
+    run = plan_new_run(recipe, machine, prepare, force)
+    return _created(replace(run, plan=run.plan.model_copy(update={"is_trial": is_trial})))
 
 
 def write_run(

@@ -61,6 +61,7 @@ class Row:
     packs: int | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     other_gpu: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
     reason: str = ""
 
     def estimate(self) -> SpeedEstimate:
@@ -73,7 +74,7 @@ class Row:
                 "batch": {"length": self.length, "packs": self.packs or self.micro * self.count, "micro": self.micro},
                 "optimizer": {"learning_rate": 1e-4, **self.optimizer},
                 "steps": 100,
-                "parallel": {"engine": self.engine, "checkpointing": self.checkpointing},
+                "parallel": {"engine": self.engine, "checkpointing": self.checkpointing, "compile": self.compiled},
             }
         )
         plan = make_plan(recipe, DeviceRequest(self.count), Hardware(2, ()), None)
@@ -83,7 +84,7 @@ class Row:
         return PlanEstimate(plan, EstimateInputs(shape, PackFigures.full(self.length), gpu)).speed
 
 
-COMPILED = "compiled: norms, rotary embedding, activation and adapters are fused, in Packhorse they are eager"
+LIMITED = "H100 limited to 500 of 700 W; selective checkpointing is predicted as every second layer"
 TITAN = {"bandwidth_gb": 2400.0}
 SHARDED: dict[str, Any] = {"engine": "fsdp2", "checkpointing": True}
 A100 = {"gpu": "A100-80GB", "model": "3B", "length": 4096, "micro": 2}
@@ -95,11 +96,11 @@ ROWS = [
     Row(
         "8B full, torchtitan, eager", 5_762, "H100", "8B", "full", 8192, micro=2, count=8,
         engine="fsdp2", checkpointing=2, other_gpu=TITAN,
-        reason="H100 limited to 500 of 700 W; selective checkpointing is predicted as every second layer",
+        reason=LIMITED,
     ),
     Row(
         "8B full, torchtitan, compiled", 6_667, "H100", "8B", "full", 8192, micro=2, count=8,
-        engine="fsdp2", checkpointing=2, other_gpu=TITAN,
+        engine="fsdp2", checkpointing=2, other_gpu=TITAN, compiled=True, reason=LIMITED,
     ),
     Row("70B LoRA, NeMo AutoModel", 1_092, "H100", "70B", LORA, 4096, count=8, packs=32, **SHARDED),
     Row("70B LoRA, torchtune", 437, "A100-80GB", "70B", LORA, 2048, micro=2, count=8, **SHARDED),
@@ -117,19 +118,19 @@ ROWS = [
     Row("8B full, torchtune", 1_650, "4090", "8B", "full", 2048, 2, checkpointing=True, optimizer=IN_BACKWARD),
     Row(
         "8B LoRA, torchtune", 3_083, "4090", "8B", LORA, 2048, micro=2, checkpointing=True,
-        reason="compiled; the 72 MB cache of a 4090 holds part of what the prediction sends through its memory",
+        compiled=True, reason="the 72 MB cache of a 4090 holds part of what the prediction sends through its memory",
     ),
-    Row("8B QLoRA, torchtune", 2_413, "4090", "8B", QLORA, 2048, micro=2, checkpointing=True, reason=COMPILED),
+    Row("8B QLoRA, torchtune", 2_413, "4090", "8B", QLORA, 2048, micro=2, checkpointing=True, compiled=True),
     Row("3B full, torchtune, packed", 7_075, method="full", **A100),
-    Row("3B full, + compile", 8_998, method="full", **A100, reason=COMPILED),
-    Row("3B full, + chunked loss", 9_174, method="full", **A100, reason=COMPILED),
-    Row("3B full, + checkpointing", 7_210, method="full", **A100, checkpointing=True, reason=COMPILED),
+    Row("3B full, + compile", 8_998, method="full", **A100, compiled=True),
+    Row("3B full, + chunked loss", 9_174, method="full", **A100, compiled=True),
+    Row("3B full, + checkpointing", 7_210, method="full", **A100, checkpointing=True, compiled=True),
     Row(
         "3B full, + 8-bit Adam", 6_960, method="full", **A100,
-        checkpointing=True, optimizer={"name": "adamw_8bit"}, reason=COMPILED,
+        checkpointing=True, optimizer={"name": "adamw_8bit"}, compiled=True,
     ),
-    Row("3B LoRA, torchtune", 8_210, method=LORA, **A100, checkpointing=True, reason=COMPILED),
-    Row("3B QLoRA, torchtune", 8_035, method=QLORA, **A100, checkpointing=True, reason=COMPILED),
+    Row("3B LoRA, torchtune", 8_210, method=LORA, **A100, checkpointing=True, compiled=True),
+    Row("3B QLoRA, torchtune", 8_035, method=QLORA, **A100, checkpointing=True, compiled=True),
     Row(
         "7B LoRA DDP, fsdp_qlora", 2_400, "4090", "Llama 2 7B", LORA, 2048, micro=4, count=2,
         engine="ddp", checkpointing=True,
@@ -160,26 +161,32 @@ def test_predicted_and_published(row: Row) -> None:
     assert bool(row.reason) == (abs(gap(row)) > 0.10)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.reason == COMPILED], ids=lambda row: row.name)
-def test_what_compilation_fuses_is_enough_to_explain_it(row: Row) -> None:
-    estimate = row.estimate()
-    fused = ("elementwise", "adapters", "casts", "logits")
-    rest = sum(part.seconds for part in estimate.parts if part.name not in fused)
-    slow = estimate.tokens_per_second_per_gpu
-    assert slow < row.tokens_per_second < 1.05 * slow * estimate.step_seconds / rest
+@pytest.mark.parametrize(
+    ("eager", "compiled"),
+    [
+        ("3B full, torchtune, packed", "3B full, + compile"),
+        ("8B full, torchtitan, eager", "8B full, torchtitan, compiled"),
+    ],
+    ids=["torchtune", "torchtitan"],
+)
+def test_compiling_gains_what_it_gained_them(eager: str, compiled: str) -> None:
+    """Their limits of power and memory are the same in both runs: 27 % and 16 % are the gain alone."""
+    before, after = (next(row for row in ROWS if row.name == name) for name in (eager, compiled))
+    gain = after.estimate().tokens_per_second_per_gpu / before.estimate().tokens_per_second_per_gpu
+    assert gain == pytest.approx(after.tokens_per_second / before.tokens_per_second, abs=0.10)
 
 
 def test_three_quarters_are_within_the_stated_uncertainty() -> None:
     within = [abs(gap(row)) <= PUBLISHED for row in ROWS]
     assert sum(within) / len(within) >= 0.75
-    assert median(abs(gap(row)) for row in ROWS) <= 0.20
-    assert median(gap(row) for row in ROWS) < 0  # rather too slow than too fast: most of these are compiled
+    assert median(abs(gap(row)) for row in ROWS) <= 0.10
+    assert median(gap(row) for row in ROWS) < 0  # rather too slow than too fast
 
 
 def test_the_order_of_the_3b_ladder_is_theirs() -> None:
     """Checkpointing costs; 8-bit Adam and adapters cost little in addition; QLoRA is a little slower than LoRA."""
     speed = {row.name: row.estimate().tokens_per_second_per_gpu for row in ROWS if row.model == "3B"}
-    assert speed["3B full, + checkpointing"] < 0.85 * speed["3B full, torchtune, packed"]
+    assert speed["3B full, + checkpointing"] < 0.85 * speed["3B full, + chunked loss"]
     assert 0.95 < speed["3B QLoRA, torchtune"] / speed["3B LoRA, torchtune"] < 1
 
 

@@ -18,7 +18,7 @@ import pytest
 from cli import packhorse
 from packhorse.cli.rehearse import too_much
 from packhorse.errors import UserError
-from packhorse.estimate.measure.miniature import small_fields
+from packhorse.estimate.measure.miniature import make_miniature, small_fields
 from packhorse.estimate.measure.rehearse import Rehearsal, rehearse
 from packhorse.estimate.training_state import touched_by_rank
 from packhorse.estimate.weights import list_weights
@@ -187,6 +187,13 @@ def test_the_command_shows_what_a_rank_holds_beside_the_plan(tmp_path: Path) -> 
     assert found["world_size"] == 16
     assert found["held"] == pytest.approx(found["planned"], rel=0.02)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_does_not_compile(tmp_path: Path) -> None:
+    recipe = load_recipe(str(write_tiny(tmp_path, parallel={"processes": 1, "compile": True})))
+    plan = make_plan(recipe, DeviceRequest(), Hardware(2, ()), None)
+    assert plan.compiles_layers
+    assert not make_miniature(plan, find_configuration(recipe, 512), tmp_path).compiles_layers
 
 
 def test_more_than_the_plan_counts_is_told() -> None:

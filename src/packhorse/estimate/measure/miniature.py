@@ -184,6 +184,8 @@ def _recipe(plan: RunPlan, folder: Path, length: int) -> Recipe:
             "runs_folder": str(folder / "runs"),
             "batch": recipe.batch.model_copy(update={"length": length, "micro": plan.batch.micro_packs}),
             "optimizer": optimizer,
+            # One step of a small model is no time to compile in, and holds the same.
+            "parallel": recipe.parallel.model_copy(update={"compile": False}),
             "precision": "bf16" if recipe.precision == "fp16" else recipe.precision,
             "steps": 1,
             "epochs": None,
