@@ -83,7 +83,7 @@ def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, d
         steps_per_epoch=steps_per_epoch,
         deepspeed=deepspeed_config(recipe, topology, batch),
         argv=launch_argv(topology, folder),
-        env=worker_env(topology),
+        env=worker_env(recipe, topology),
         decisions=(
             processes,
             *_mesh(topology),

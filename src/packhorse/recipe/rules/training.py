@@ -256,11 +256,9 @@ def _memory_rules(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _batch_rules(batch: BatchSection) -> Iterator[Finding]:
-    if batch.micro == "auto":
-        return
     # Null packs complete the shares of processes that do not divide the packs.
     shares = {math.ceil(batch.packs / processes) for processes in range(1, batch.packs + 1)}
-    if all(share % batch.micro for share in shares):
+    if isinstance(batch.micro, int) and all(share % batch.micro for share in shares):
         divisors = [number for number in range(1, batch.packs + 1) if batch.packs % number == 0]
         below = max(number for number in divisors if number <= batch.micro or number == 1)
         above = min((number for number in divisors if number > batch.micro), default=batch.packs)
