@@ -101,7 +101,7 @@ def test_a_slower_network_slows_a_run_over_nodes(here: Path, capsys: pytest.Capt
         (["--gpus", "8", "--compare"], ["which GPU is not known", "--gpus 8xH100-80GB"]),
         (["--gpus", "8xH100", "--price", "much"], ["--price is much", "--price 2.50"]),
         (["--gpus", "8xH100", "--network", "-1"], ["--network is -1"]),
-        (["--gpus", "7xH100"], ["batch.packs is 64, which 7 processes cannot share equally", "63 or 70"]),
+        (["--gpus", "72xH100"], ["batch.packs is 64, and there are 72 processes", "set batch.packs to 72"]),
         (["--gpus", "8xH100", "--compair"], ["--compair", "--compare"]),
         (["--gpus", "8xH100", "--diff", "runs/none"], ["runs/none contains no plan.json"]),
     ],

@@ -203,14 +203,15 @@ def _diff(console: Console, before: RunPlan, after: RunPlan, as_json: bool) -> N
 
 def _show(console: Console, plan: RunPlan, vocab_size: int | None) -> None:
     topology, batch = plan.topology, plan.batch
-    tokens = batch.packs_per_step * batch.length_tokens
+    tokens, num_null = batch.packs_per_step * batch.length_tokens, batch.num_null_packs(topology.data_ranks)
     lines = [*summary(plan.recipe), *parameter_lines(plan.recipe, vocab_size)]
     lines += [
         ("topology", f"{topology.num_nodes} x {topology.processes_per_node} {topology.device}, {topology.engine}"),
         (
             "step",
             f"{topology.world_size} processes x {batch.accumulation_steps} micro-batches x {batch.micro_packs} packs"
-            f" = {batch.packs_per_step} packs, {tokens:,} tokens",
+            f" = {batch.packs_per_step + num_null} packs{f', {num_null} of them empty' if num_null else ''},"
+            f" {tokens:,} tokens",
         ),
     ]
     if plan.data is not None:

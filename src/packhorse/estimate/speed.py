@@ -182,6 +182,8 @@ def estimate_speed(
     rates = Rates.of(plan, gpu)
     computing = _pass_parts(rates, work, pass_traffic(plan, shape, work))
     passes, ranks = plan.batch.accumulation_steps, plan.topology.world_size
+    # A step takes as long as its fullest rank; null packs are no work.
+    full_ranks = ranks * plan.batch.packs_per_step / (plan.topology.data_ranks * plan.batch.packs_per_rank)
     uncertainty, why = _uncertainty(plan, moved)
     return SpeedEstimate(
         parts=(
@@ -192,8 +194,8 @@ def estimate_speed(
         ),
         transfers=moved,
         tokens_per_step=plan.batch.packs_per_step * packs.tokens_mean,
-        model_flops=work.model_flops * passes * ranks,
-        hardware_flops=work.hardware_flops * passes * ranks,
+        model_flops=work.model_flops * passes * full_ranks,
+        hardware_flops=work.hardware_flops * passes * full_ranks,
         world_size=ranks,
         peak_flops=gpu.peak_flops(plan.recipe.precision, plan.recipe.tf32),
         power_watts=gpu.power_watts,

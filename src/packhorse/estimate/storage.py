@@ -135,7 +135,7 @@ def _states(plan: RunPlan, weights: tuple[WeightTensor, ...], reason: str) -> li
 
 def _batches(plan: RunPlan, packs: PackFigures) -> Component:
     """Return the batches that wait; each rank of a sequence group lays out the whole packs."""
-    tokens = math.ceil(plan.batch.packs_per_step / plan.topology.data_ranks * packs.tokens_mean)
+    tokens = math.ceil(plan.batch.packs_per_rank * packs.tokens_mean)
     size = plan.topology.processes_per_node * BATCHES * BATCH_BYTES * tokens
     return Component("batches", size, "the current step and the next two, for each process")
 

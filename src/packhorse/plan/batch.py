@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ def resolve_auto(recipe: Recipe, device: Device) -> Recipe:
 
 
 def split_batch(batch: BatchSection, data_ranks: int, sequence: int = 1) -> tuple[BatchSplit, Decision]:
-    """Split `batch.packs` into data ranks x accumulation steps x micro packs.
+    """Split `batch.packs` into data ranks x accumulation steps x micro packs; null packs complete the shares.
 
     Args:
         batch: Section of the recipe.
@@ -51,18 +52,15 @@ def split_batch(batch: BatchSection, data_ranks: int, sequence: int = 1) -> tupl
         sequence: Number of processes that share each pack.
 
     Raises:
-        UserError: The packs cannot be shared equally, or `batch.micro` does not divide a share.
+        UserError: There are fewer packs than shares, or `batch.micro` does not divide a share.
     """
-    if batch.packs % data_ranks:
-        below, above = batch.packs // data_ranks * data_ranks, -(-batch.packs // data_ranks) * data_ranks
-        values = f"{below} or {above}" if below else str(above)
-        who = f"{data_ranks} processes" if sequence == 1 else f"{data_ranks} groups of {sequence} processes"
+    if batch.packs < data_ranks:
         raise UserError(
-            f"batch.packs is {batch.packs}, which {who} cannot share equally.",
-            "every optimizer step gives each process the same number of packs.",
-            f"set batch.packs to {values}, or run fewer processes.",
+            f"batch.packs is {batch.packs}, and there are {_shares_in_words(data_ranks, sequence)}.",
+            "at least one of them would have no pack in any step.",
+            f"set batch.packs to {data_ranks}, or run fewer processes.",
         )
-    share = batch.packs // data_ranks
+    share = math.ceil(batch.packs / data_ranks)
     micro, reason = _choose_micro(batch, share, sequence)
     split = BatchSplit(
         length_tokens=batch.length,
@@ -71,6 +69,22 @@ def split_batch(batch: BatchSection, data_ranks: int, sequence: int = 1) -> tupl
         accumulation_steps=share // micro,
     )
     return split, Decision(name="batch.micro", value=micro_words(split), reason=reason)
+
+
+def null_packs_decision(batch: BatchSplit, data_ranks: int, sequence: int = 1) -> Decision | None:
+    """Return how many packs of each step are empty, because the shares are not equal; None where none is."""
+    num_null, num_all = batch.num_null_packs(data_ranks), data_ranks * batch.packs_per_rank
+    if not num_null:
+        return None
+    value = f"{num_null} of {num_all} packs are empty: {num_null / num_all:.0%} waste"
+    less, who = num_all - data_ranks, _shares_in_words(data_ranks, sequence)
+    values = f"{less} or {num_all}" if less else str(num_all)
+    reason = f"{who} cannot share {batch.packs_per_step} packs equally; the result is the same; {values} waste nothing"
+    return Decision(name="batch.packs", value=value, reason=reason)
+
+
+def _shares_in_words(data_ranks: int, sequence: int) -> str:
+    return f"{data_ranks} processes" if sequence == 1 else f"{data_ranks} groups of {sequence} processes"
 
 
 def micro_words(split: BatchSplit) -> str:
@@ -103,7 +117,7 @@ def suggest_less_memory(plan: RunPlan) -> str:
     """
     smaller = smaller_micro(plan)
     if smaller is not None and _allowed(plan, "batch", micro=smaller):
-        passes = plan.batch.micro_packs * plan.batch.accumulation_steps // smaller
+        passes = plan.batch.packs_per_rank // smaller
         return f"set batch.micro to {smaller}: {passes} passes per step, the same result"
     if plan.recipe.parallel.checkpointing is False and _allowed(plan, "parallel", checkpointing=True):
         return "set parallel.checkpointing to true: activations are recomputed in the backward pass, the same result"
@@ -126,8 +140,8 @@ def smaller_micro(plan: RunPlan) -> int | None:
 
 
 def smaller_micros(plan: RunPlan) -> Iterator[int]:
-    """Yield numbers of packs per pass that divide a step equally, each at most half of the previous one, down to 1."""
-    share, micro = plan.batch.micro_packs * plan.batch.accumulation_steps, plan.batch.micro_packs
+    """Yield numbers of packs per pass that divide a rank's packs, each at most half of the previous one, down to 1."""
+    share, micro = plan.batch.packs_per_rank, plan.batch.micro_packs
     while micro > 1:
         micro = max(n for n in range(1, micro // 2 + 1) if share % n == 0)
         yield micro

@@ -49,7 +49,7 @@ def launch_files(plan: RunPlan) -> tuple[str, ...]:
     return (plan.argv[plan.argv.index("--config_file") + 1], *plan.argv[-2:])
 
 
-def worker_env(topology: Topology) -> dict[str, str]:
+def worker_env(recipe: Recipe, topology: Topology) -> dict[str, str]:
     """Return the variables that the worker sets before it imports torch, so that a manual launch gives the same run."""
     env = {"TOKENIZERS_PARALLELISM": "false"}
     if topology.device == "cpu":
@@ -58,6 +58,9 @@ def worker_env(topology: Topology) -> dict[str, str]:
         env["DS_ACCELERATOR"] = "cpu"
     else:
         env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        if recipe.deterministic:
+            # torch refuses cuBLAS without it, which otherwise may split a product differently from call to call.
+            env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     return env
 
 

@@ -258,11 +258,10 @@ def _in_backward(recipe: Recipe, topology: Topology, batch: BatchSplit) -> Itera
             "set parallel.engine to single (one process) or fsdp2 (several), or optimizer.in_backward to false.",
         )
     if batch.accumulation_steps > 1:
-        micro = batch.micro_packs * batch.accumulation_steps
         yield UserError(
             f"optimizer.in_backward is true, and a step has {batch.accumulation_steps} backward passes.",
             "the weights would be stepped with the gradient of the first pass alone.",
-            f"set batch.micro to {micro} (or batch.packs to {batch.packs_per_step // batch.accumulation_steps}), "
+            f"set batch.micro to {batch.packs_per_rank} (or batch.packs to {topology.data_ranks * batch.micro_packs}), "
             "or optimizer.in_backward to false.",
         )
 
@@ -305,7 +304,7 @@ def _noise_scale(recipe: Recipe, topology: Topology, batch: BatchSplit) -> Itera
             "set track.noise_scale to false, or measure it in a short run with parallel.engine ddp.",
         )
     if batch.accumulation_steps == 1:
-        share = batch.packs_per_step // topology.data_ranks
+        share = batch.packs_per_rank
         nearest = share // min((n for n in range(2, share + 1) if share % n == 0), default=1)
         fix = f"set batch.micro to {nearest}" if share > 1 else f"set batch.packs to {2 * batch.packs_per_step}"
         yield UserError(

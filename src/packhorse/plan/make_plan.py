@@ -9,11 +9,11 @@ from typing import Final
 from packhorse.errors import UserError
 from packhorse.model_spec.configuration import find_configuration, widest_head
 from packhorse.model_spec.supported import check_model, refuse_dropout, text_part
-from packhorse.plan.batch import resolve_auto, split_batch
+from packhorse.plan.batch import null_packs_decision, resolve_auto, split_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.compatibility import check_heads, check_pair, check_training_settings
 from packhorse.plan.compilation import compile_decision
-from packhorse.plan.run_plan import DataFacts, Decision, RunPlan, Topology
+from packhorse.plan.run_plan import BatchSplit, DataFacts, Decision, RunPlan, Topology
 from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
@@ -39,8 +39,8 @@ def make_plan(recipe: Recipe, request: DeviceRequest, machine: Hardware, data: D
         data: The prepared data; None before it is prepared, when the number of steps in an epoch is not known.
 
     Raises:
-        UserError: The model or a combination of settings is not supported, or the batch, heads or processes cannot be
-            divided equally.
+        UserError: The model or a combination of settings is not supported, or the heads or processes cannot be divided
+            equally, or there are fewer packs than processes.
     """
     check_model(recipe)
     resolved = resolve_auto(recipe, "cuda" if request.gpus is not None else machine.device)
@@ -59,7 +59,8 @@ def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, d
         data: The prepared data; None before it is prepared.
 
     Raises:
-        UserError: A combination of settings is not supported, or batch or heads cannot be divided equally.
+        UserError: A combination of settings is not supported, heads cannot be divided equally, or there are fewer packs
+            than processes.
     """
     check_pair(recipe, topology)
     check_heads(recipe, topology)
@@ -84,11 +85,12 @@ def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, d
         steps_per_epoch=steps_per_epoch,
         deepspeed=deepspeed_config(recipe, topology, batch),
         argv=launch_argv(topology, folder),
-        env=worker_env(topology),
+        env=worker_env(recipe, topology),
         decisions=(
             processes,
             *_mesh(topology),
             micro,
+            *_null_packs(batch, topology),
             steps,
             attention,
             _dtype(recipe, topology.engine),
@@ -117,6 +119,11 @@ def _mesh(topology: Topology) -> list[Decision]:
         reason = f"{topology.sequence} ranks share each pack; {topology.data_ranks} packs are processed at once"
         decisions.append(Decision(name="parallel.sequence", value=str(topology.sequence), reason=reason))
     return decisions
+
+
+def _null_packs(batch: BatchSplit, topology: Topology) -> list[Decision]:
+    decision = null_packs_decision(batch, topology.data_ranks, topology.sequence)
+    return [decision] if decision else []
 
 
 def _base_model(recipe: Recipe) -> str | None:

@@ -36,8 +36,8 @@ def replan(plan: RunPlan, overrides: Sequence[str], request: DeviceRequest, mach
         The new plan, with a decision that lists the changes; `plan` itself if nothing changes.
 
     Raises:
-        UserError: An override would change the maths, the batch cannot be divided equally, or a combination of settings
-            is not supported.
+        UserError: An override would change the maths, there are fewer packs than processes, or a combination of
+            settings is not supported.
     """
     _refuse_other_maths(overrides, plan)
     recipe = resolve_auto(override_recipe(plan.recipe, overrides) if overrides else plan.recipe, plan.topology.device)
@@ -63,7 +63,7 @@ def _limit_micro(plan: RunPlan, before: RunPlan) -> RunPlan:
     # `in_backward` needs exactly one pass per step.
     if not chosen_to_fit or plan.recipe.optimizer.in_backward:
         return plan
-    share = plan.batch.micro_packs * plan.batch.accumulation_steps
+    share = plan.batch.packs_per_rank
     micro = max(n for n in range(1, before.batch.micro_packs + 1) if share % n == 0)
     return plan if micro == plan.batch.micro_packs else with_micro(plan, micro, "at most as many as before")
 
@@ -82,7 +82,7 @@ def with_smaller_micro(plan: RunPlan) -> RunPlan | None:
 
 def with_micro(plan: RunPlan, micro: int, reason: str) -> RunPlan:
     """Return the plan with this number of packs per pass; `batch.micro` of the recipe stays unchanged."""
-    share = plan.batch.micro_packs * plan.batch.accumulation_steps
+    share = plan.batch.packs_per_rank
     batch = plan.batch.model_copy(update={"micro_packs": micro, "accumulation_steps": share // micro})
     decision = Decision(name="batch.micro", value=micro_words(batch), reason=reason)
     return plan.model_copy(

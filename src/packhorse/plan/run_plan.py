@@ -55,12 +55,21 @@ class Topology(PlanPart):
 
 
 class BatchSplit(PlanPart):
-    """Split of one optimizer step: packs = data ranks x accumulation steps x micro packs."""
+    """Split of one optimizer step: data ranks x accumulation steps x micro packs; null packs fill what is left over."""
 
     length_tokens: int
     packs_per_step: int
     micro_packs: int
     accumulation_steps: int
+
+    @property
+    def packs_per_rank(self) -> int:
+        """Number of packs of each data rank in a step, null packs included."""
+        return self.micro_packs * self.accumulation_steps
+
+    def num_null_packs(self, data_ranks: int) -> int:
+        """Return how many packs of a step are empty, over all data ranks."""
+        return data_ranks * self.packs_per_rank - self.packs_per_step
 
 
 class DataFacts(PlanPart):

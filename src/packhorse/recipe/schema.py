@@ -370,6 +370,8 @@ class Recipe(Section):
     """Arithmetic of the forward and backward pass; fp16 uses a loss scaler."""
     tf32: bool = False
     """Round the inputs of fp32 matrix products on NVIDIA GPUs to 10 bits (TF32): faster, less exact."""
+    deterministic: bool = False
+    """Use only deterministic GPU kernels: slower; a resumed run then equals an unbroken one bit for bit on GPUs."""
     parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()

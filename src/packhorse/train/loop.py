@@ -82,9 +82,10 @@ def train(run: TrainingRun, state: TrainState) -> TrainState:
             set_learning_rate(engine.optimizer, learning_rate)  # before: ZeRO steps inside the last backward
             losses = _forward_backward(run, batch, noise)
             run.pulse.phase("optimizer")
-            grad_norm = engine.step()
+            engine.step()
             # --- what all ranks know of it -------------------------------------------------------
-            agreed = run.agreement.after_step(engine, losses, grad_norm, run.checkpoints.pending_done())
+            loss_sum, grad_norm = engine.finish_step(losses)  # the only wait for the device
+            agreed = run.agreement.after_step(engine, loss_sum, grad_norm, run.checkpoints.pending_done())
             step = StepResult(state.step + 1, batch, losses, agreed.loss_sum, grad_norm, agreed.num_bad_ranks)
             decision = run.guard.judge(step, state.recent_losses)
             state = _advanced(run, state, step, decision)

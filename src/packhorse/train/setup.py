@@ -43,6 +43,8 @@ def step_loader(plan: RunPlan, rank: int, pinned: bool) -> PackLoader:
         world_size=plan.topology.data_ranks,
         accumulation_steps=plan.batch.accumulation_steps,
         device_pin=pinned,
+        part=rank % plan.topology.sequence,
+        num_parts=plan.topology.sequence,
     )
 
 

@@ -31,7 +31,7 @@ from packhorse.train.compilation import watch_compilation
 from packhorse.train.engine.engine import Engine, start_accelerator, start_engine
 from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
 from packhorse.train.engine.optimizer import make_optimizer
-from packhorse.train.engine.precision import set_matmul_precision
+from packhorse.train.engine.precision import set_matmul_precision, use_deterministic_kernels
 from packhorse.train.engine.process_group import GROUP_TIMEOUT, own_rank
 from packhorse.train.guard.memory_error import is_out_of_memory, memory_error
 from packhorse.train.guard.step_guard import StepGuard
@@ -98,6 +98,7 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
     attempt.pulse.phase("load")
     torch.set_num_threads(plan.topology.threads_per_process)
     set_matmul_precision(plan.recipe.tf32)
+    use_deterministic_kernels(plan.recipe.deterministic)
     accelerator = start_accelerator(plan)
     rank = own_rank()
     quiet_libraries(is_main=rank == 0)

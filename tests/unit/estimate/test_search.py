@@ -234,9 +234,11 @@ def test_auto_for_an_unknown_card_is_refused() -> None:
     assert "--gpus 8xH100-80GB" in caught.value.mistakes[0].fix
 
 
-def test_packs_that_cannot_be_shared_are_refused_as_ever() -> None:
-    with pytest.raises(UserError, match="batch.packs is 64, which 7 processes cannot share equally"):
-        planned("llama3.1-8b/lora", 7, "H100-80GB", AUTO)
+def test_auto_plans_for_gpus_that_do_not_divide_the_packs() -> None:
+    _, case = planned("llama3.1-8b/lora", 6, "H100-80GB", AUTO)
+    assert case.plan.chosen("batch.packs") == "2 of 66 packs are empty: 3% waste"
+    with pytest.raises(UserError, match="batch.packs is 64, and there are 72 processes"):
+        planned("llama3.1-8b/lora", 72, "H100-80GB", AUTO)
 
 
 @pytest.mark.parametrize("name", REQUESTS)

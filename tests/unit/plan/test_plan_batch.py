@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from packhorse.errors import UserError
-from packhorse.plan.batch import split_batch
+from packhorse.plan.batch import null_packs_decision, split_batch
 from packhorse.plan.topology import DeviceRequest, Hardware, check_machine, choose_topology
 from packhorse.recipe.schema import BatchSection, ParallelSection
 
@@ -32,12 +32,28 @@ def test_ranks_times_passes_times_micro_is_the_step(
     assert decision.reason
 
 
-def test_packs_that_ranks_cannot_share_are_refused_with_the_nearest_counts() -> None:
+@pytest.mark.parametrize(
+    ("packs", "world", "waste", "instead"),
+    [
+        (16, 3, "2 of 18 packs are empty: 11% waste", "15 or 18 waste nothing"),
+        (64, 6, "2 of 66 packs are empty: 3% waste", "60 or 66 waste nothing"),
+        (16, 12, "8 of 24 packs are empty: 33% waste", "12 or 24 waste nothing"),
+        (16, 8, None, ""),
+    ],
+)
+def test_null_packs_complete_the_shares_and_are_reported(packs: int, world: int, waste: str, instead: str) -> None:
+    split, _ = split_batch(BatchSection(packs=packs), world)
+    assert split.packs_per_step == packs
+    decision = null_packs_decision(split, world)
+    assert (decision and decision.value) == waste
+    assert decision is None or instead in decision.reason
+
+
+def test_a_process_without_any_pack_is_refused() -> None:
     with pytest.raises(UserError) as caught:
-        split_batch(BatchSection(packs=100), 16)
-    message = str(caught.value)
-    assert "batch.packs is 100, which 16 processes cannot share equally." in message
-    assert "set batch.packs to 96 or 112" in message
+        split_batch(BatchSection(packs=16), 17)
+    assert "batch.packs is 16, and there are 17 processes." in str(caught.value)
+    assert "set batch.packs to 17" in str(caught.value)
 
 
 def test_a_micro_that_does_not_divide_a_share_is_refused() -> None:

@@ -91,12 +91,12 @@ def test_a_run_that_was_moved_stays_where_it_is(tmp_path: Path) -> None:
         ("batch.packs=8", "batch.packs=8"),
         ("seed=1", "seed=1"),
         ("parallelism=2", "parallelism=2"),
-        ("parallel.processes=3", "batch.packs is 16, which 3 processes cannot share"),
+        ("parallel.processes=17", "batch.packs is 16, and there are 17 processes"),
         ("parallel.engin=zero2", "engin"),
         ("parallel.engine=single", "single, and the run has 4 processes"),
     ],
 )
-def test_other_maths_and_what_cannot_be_shared_are_refused(override: str, message: str, tmp_path: Path) -> None:
+def test_other_maths_and_too_few_packs_are_refused(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         replan(plan(tmp_path), [override], DeviceRequest(), FOUR, attempt=1)
 

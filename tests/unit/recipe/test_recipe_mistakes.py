@@ -231,7 +231,7 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(write, mistakes_of):
         "    - {path: a, frmat: text}\n"
         "    - {}\n"
         "  split: {train: 0.5}\n"
-        "batch: {packs: 10, micro: 3}\n"
+        "batch: {packs: 10, micro: 6}\n"
         "optimizer: {learning_rate: fast}\n"
         "name: twice\n"
         "runs_folder: ${env:PACKHORSE_NOT_SET}\n"

@@ -131,7 +131,7 @@ REFUSED = {
         ["data.split={train: 0, validation: 0.5, test: 0.5}"],
         "data.split.train is 0.",
     ),
-    "micro": (["batch={packs: 64, micro: 7}"], "batch.micro is 7, which does not divide batch.packs 64."),
+    "micro": (["batch={packs: 64, micro: 9}"], "batch.micro is 9, which does not divide batch.packs 64."),
     "micro-above": (["batch={packs: 4, micro: 9}"], "batch.micro is 9, which does not divide batch.packs 4."),
     "learning-rate": (["optimizer.learning_rate=1e4"], "optimizer.learning_rate is 10000, above 0.1."),
     "beta": (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1 is 1."),
@@ -177,7 +177,7 @@ def test_allowed(good, overrides):
     load_recipe(good, overrides)
 
 
-@pytest.mark.parametrize(("micro", "names"), [(7, "4 or 8"), (40, "32 or 64"), (65, "64")])
+@pytest.mark.parametrize(("micro", "names"), [(9, "8 or 16"), (40, "32 or 64"), (65, "64")])
 def test_the_nearest_divisors_are_named(good, mistakes_of, micro, names):
     (mistake,) = mistakes_of(good, f"batch={{packs: 64, micro: {micro}}}")
     assert mistake.fix == f"set batch.micro to {names}."

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packhorse.data.packs.loader import MicroBatch, lay_out
-from packhorse.train.objectives.forward import part_of_row
+from packhorse.data.packs.loader import MicroBatch, lay_out, part_of_row
 
 
 def row(lengths: list[int]) -> MicroBatch:

@@ -14,9 +14,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from packhorse.errors import UserError
+from packhorse.plan.command import worker_env
+from packhorse.plan.run_plan import Topology
+from packhorse.recipe.schema import Recipe
 from packhorse.train.engine.engine import Engine
 from packhorse.train.engine.precision import refuse_small_loss_scale, scale_on_cpu, set_matmul_precision
 from packhorse.train.objectives.token_loss import token_loss_sum
+from tiny import TINY
 
 RATE, CLIP = 1e-2, 0.5
 # The second overflows fp16.
@@ -53,9 +57,11 @@ def test_a_step_that_overflows_is_left_out_and_counted(accelerator: Accelerator)
     skipped = []
     for step, size in enumerate(SIZES):
         with engine.micro_step(is_last=True):
-            engine.backward(prepared_model(batch(step)).float().pow(2).sum() * size)
+            our_loss = prepared_model(batch(step)).float().pow(2).sum() * size
+            engine.backward(our_loss)
         before = copy.deepcopy(model.state_dict())
-        norm = engine.step()
+        engine.step()
+        _, norm = engine.finish_step([our_loss.detach()])
         skipped.append(engine.step_was_skipped)
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()) == skipped[-1]
 
@@ -110,3 +116,13 @@ def test_tf32_is_set_on_purpose(tf32: bool, precision: str) -> None:
         assert torch.backends.cuda.matmul.allow_tf32 is tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_deterministic_kernels_are_chosen_by_the_recipe_and_need_cublas_to_agree() -> None:
+    laptop = Topology(device="cpu", engine="ddp", num_nodes=1, processes_per_node=1, threads_per_process=1)
+    gpus = laptop.model_copy(update={"device": "cuda"})
+    for wanted in (True, False):
+        recipe = Recipe.model_validate(TINY | {"deterministic": wanted})
+        # The two values that torch accepts are in torch.use_deterministic_algorithms's documentation.
+        assert (worker_env(recipe, gpus).get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")) == wanted
+        assert "CUBLAS_WORKSPACE_CONFIG" not in worker_env(recipe, laptop)

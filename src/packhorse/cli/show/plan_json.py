@@ -30,7 +30,11 @@ def plan_value(result: PlanResult, now: datetime) -> Value:
     value: Value = {
         "topology": topology.model_dump() | {"world_size": topology.world_size},
         "batch": plan.batch.model_dump()
-        | {"tokens_per_step": plan.batch.packs_per_step * plan.batch.length_tokens, "steps": plan.num_steps},
+        | {
+            "null_packs": plan.batch.num_null_packs(topology.data_ranks),
+            "tokens_per_step": plan.batch.packs_per_step * plan.batch.length_tokens,
+            "steps": plan.num_steps,
+        },
         "decisions": [decision.model_dump() for decision in plan.decisions],
         "run_folder": plan.run_folder,
         "argv": list(plan.argv),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -36,6 +36,7 @@ class MicroBatch:
         cu_seq_lens: int32 [D + 1], start of each document and end of the last.
         max_length: Length of the longest document.
         document_lengths: D lengths on the host, so that attention on the CPU reads no tensor.
+        num_parts: Number of ranks that share the documents; each holds an equal part of the tokens.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +46,7 @@ class MicroBatch:
     cu_seq_lens: torch.Tensor
     max_length: int
     document_lengths: tuple[int, ...]
+    num_parts: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +59,11 @@ class MicroBatch:
         labels = torch.full_like(self.input_ids, IGNORED_LABEL)
         labels[0, self.predicting] = self.targets
         return labels
+
+    def pinned(self) -> MicroBatch:
+        """Return the micro-batch in pinned memory, from which a GPU copies without waiting."""
+        names = ("input_ids", "position_ids", "predicting", "targets", "cu_seq_lens")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +98,8 @@ class PackLoader:
         world_size: int,
         accumulation_steps: int,
         device_pin: bool,
+        part: int = 0,
+        num_parts: int = 1,
     ) -> None:
         self._store = store
         self._batch_plan = batch_plan
@@ -98,6 +107,7 @@ class PackLoader:
         self._world_size = world_size
         self._accumulation_steps = accumulation_steps
         self._device_pin = device_pin
+        self._part, self._num_parts = part, num_parts
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-loader")
         self._ahead: dict[int, Future[StepBatch]] = {}
 
@@ -138,7 +148,11 @@ class PackLoader:
         )
 
     def _micro_batch(self, packs: NDArray[np.int64]) -> MicroBatch:
-        return make_micro_batch(self._store, packs[packs != NULL_PACK], self._device_pin)
+        whole = make_micro_batch(self._store, packs[packs != NULL_PACK], self._device_pin)
+        if self._num_parts == 1:
+            return whole
+        part = part_of_row(whole, self._part, self._num_parts)
+        return part.pinned() if self._device_pin else part
 
 
 def make_micro_batch(store: PackStore, packs: NDArray[np.int64], pinned: bool = False) -> MicroBatch:
@@ -181,4 +195,37 @@ def lay_out(ids: Sequence[Ids], supervised: Sequence[Mask], pinned: bool = False
         cu_seq_lens=cu_seq_lens,
         max_length=int(lengths.max()),
         document_lengths=tuple(lengths.tolist()),
+    )
+
+
+def part_of_row(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
+    """Return the tokens of one of `size` ranks, which hold equal parts; documents stay those of the whole row.
+
+    A row that cannot be cut into equal parts gets one more document, without supervised tokens.
+    """
+    missing = -micro_batch.num_tokens % size
+    row = _with_null_document(micro_batch, missing) if missing else micro_batch
+    length = row.num_tokens // size
+    first, end = rank * length, (rank + 1) * length
+    low, high = np.searchsorted(row.predicting.numpy(), (first, end)).tolist()
+    return replace(
+        row,
+        input_ids=row.input_ids[:, first:end],
+        position_ids=row.position_ids[:, first:end],
+        predicting=row.predicting[low:high] - first,
+        targets=row.targets[low:high],
+        num_parts=size,
+    )
+
+
+def _with_null_document(micro_batch: MicroBatch, length: int) -> MicroBatch:
+    ids = torch.full((1, length), PAD_TOKEN)
+    positions = torch.arange(length)[None]
+    return replace(
+        micro_batch,
+        input_ids=torch.cat([micro_batch.input_ids, ids], 1),
+        position_ids=torch.cat([micro_batch.position_ids, positions], 1),
+        cu_seq_lens=torch.cat([micro_batch.cu_seq_lens, micro_batch.cu_seq_lens[-1:] + length]),
+        max_length=max(micro_batch.max_length, length),
+        document_lengths=(*micro_batch.document_lengths, length),
     )

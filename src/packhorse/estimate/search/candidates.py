@@ -5,6 +5,7 @@ No candidate changes the maths of the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -233,9 +234,7 @@ def _micro_sizes(request: SearchRequest, engine: Engine) -> list[int] | UserErro
     except UserError as error:
         return error
     batch = request.recipe.batch
-    if batch.packs % topology.data_ranks:
-        return [1]  # refused when it is planned
-    share = batch.packs // topology.data_ranks
+    share = math.ceil(batch.packs / topology.data_ranks)
     most = max(1, MOST_TOKENS * topology.sequence // batch.length)
     return list(_divisors(share, most))
 

@@ -256,14 +256,16 @@ def _memory_rules(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _batch_rules(batch: BatchSection) -> Iterator[Finding]:
-    if isinstance(batch.micro, int) and batch.packs % batch.micro:
+    # Null packs complete the shares of processes that do not divide the packs.
+    shares = {math.ceil(batch.packs / processes) for processes in range(1, batch.packs + 1)}
+    if isinstance(batch.micro, int) and all(share % batch.micro for share in shares):
         divisors = [number for number in range(1, batch.packs + 1) if batch.packs % number == 0]
         below = max(number for number in divisors if number <= batch.micro or number == 1)
         above = min((number for number in divisors if number > batch.micro), default=batch.packs)
         yield Finding(
             (("batch", "micro"), ("batch", "packs")),
             f"batch.micro is {batch.micro}, which does not divide batch.packs {batch.packs}.",
-            "a step consists of forward passes of equal size.",
+            "a step consists of forward passes of equal size, on any number of processes.",
             f"set batch.micro to {join_words([str(n) for n in sorted({below, above})])}",
         )
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, PartialState
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from packhorse.plan.run_plan import RunPlan
@@ -56,6 +56,8 @@ class Engine:
     step_was_skipped: bool = False
     step_was_refused: bool = False
     _no_backward: bool = False
+    _norm: Tensor | None = None
+    _scale_before: float | None = None
 
     @property
     def is_deepspeed(self) -> bool:
@@ -105,51 +107,77 @@ class Engine:
         plain: Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # below accelerate's wrapper
         return plain
 
-    def step(self) -> float:
-        """Clip, step and zero; a gradient that is not finite is only zeroed.
+    def step(self) -> None:
+        """Queue clip, step and zero on the device; a gradient that is not finite is only zeroed.
 
-        All ranks decide alike, because the norm is that of the whole gradient. Reading it before the step waits once
-        for the device.
-
-        Returns:
-            Gradient norm before clipping; under DeepSpeed infinite whenever it is not finite.
-
-        Raises:
-            UserError: Gradients overflow fp16 at any loss scale.
+        All ranks decide alike, because the norm is that of the whole gradient. AdamW and fp16's loss scale decide on
+        the device; for other optimizers the host must read the norm first, which waits for the device.
         """
         self.step_was_skipped = self.step_was_refused = False
         if self._no_backward:
             self._no_backward, self.step_was_refused = False, True
-            return math.nan
-        if self.is_deepspeed:
-            return self._after_deepspeed_step()
-        if isinstance(self._plain_optimizer, InBackwardOptimizer):
-            return float(self._plain_optimizer.take_norm())
-        self.accelerator.unscale_gradients()
-        whole = gradient_norm(self.model.parameters())
-        norm, scale = float(whole), self.loss_scale
-        if scale is None and not math.isfinite(norm):
-            self.step_was_refused = True
+            self._norm = torch.tensor(math.nan)
+        elif self.is_deepspeed:
+            self._norm = self._after_deepspeed_step()
+        elif isinstance(self._plain_optimizer, InBackwardOptimizer):
+            self._norm = self._plain_optimizer.take_norm()
         else:
-            if self.clip_norm is not None:
-                clip_gradients(self.model.parameters(), self.clip_norm, whole)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if scale is not None:
+            self.accelerator.unscale_gradients()
+            self._norm = gradient_norm(self.model.parameters())
+            if self._may_step(self._norm):
+                if self.clip_norm is not None:
+                    clip_gradients(self.model.parameters(), self.clip_norm, self._norm)
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _may_step(self, norm: Tensor) -> bool:
+        """Return whether to call the optimizer, which may still leave the weights unchanged on the device."""
+        if self.accelerator.scaler is not None:
+            if self._scale_before is None:
+                self._scale_before = self.loss_scale
+            return True
+        optimizer = self._plain_optimizer
+        if isinstance(optimizer, AdamW) and optimizer.defaults["fused"]:
+            # Where this is 1, the fused kernel changes no weight, state or step count, as under fp16's loss scale.
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            return True
+        return bool(norm.isfinite())
+
+    def finish_step(self, losses: list[Tensor]) -> tuple[float, float]:
+        """Wait for the device, once, and learn how the step ended.
+
+        Args:
+            losses: Sum of token losses of each micro-batch.
+
+        Returns:
+            Sum of the losses of this rank; gradient norm before clipping, under DeepSpeed infinite whenever it is not
+            finite.
+
+        Raises:
+            UserError: Gradients overflow fp16 at any loss scale.
+        """
+        assert self._norm is not None, "`step` comes first"
+        loss_sum = torch.stack(losses).double().sum()
+        norm = self._norm.to(loss_sum.device, torch.float64, non_blocking=True)
+        loss, grad_norm = torch.stack([loss_sum, norm]).tolist()
+        self._norm = None
+        if self._scale_before is not None:
             # Fused optimizers skip a step internally, unseen by accelerate; the scale shrinks in exactly these steps.
             after = self.loss_scale
             assert after is not None
-            self.step_was_skipped = after < scale
+            self.step_was_skipped, self._scale_before = after < self._scale_before, after
             refuse_small_loss_scale(after)
-        return norm
+        elif not self.is_deepspeed and not self.steps_in_backward:
+            self.step_was_refused |= not math.isfinite(grad_norm)
+        return loss, grad_norm
 
-    def _after_deepspeed_step(self) -> float:
+    def _after_deepspeed_step(self) -> Tensor:
         """Read the result of the step inside the last backward; DeepSpeed skips a gradient that is not finite."""
         model: Any = self.model
         skipped = not model.was_step_applied()
         self.step_was_skipped = skipped and self.loss_scale is not None
         self.step_was_refused = skipped and not self.step_was_skipped
-        return float(model.get_global_grad_norm())
+        return torch.as_tensor(model.get_global_grad_norm())
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sum each value over all ranks, in fp64 on the CPU; a collective."""

@@ -27,6 +27,16 @@ def set_matmul_precision(tf32: bool) -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
+def use_deterministic_kernels(wanted: bool) -> None:
+    """Let torch use only kernels that give the same bits each time; an operator that has none raises an error.
+
+    By default FlashAttention's backward pass and `index_add_` on CUDA add with atomic operations, in any order.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    # Otherwise every new tensor would first be filled with NaN, which only shows reads of memory that was never set.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def scale_on_cpu(accelerator: Accelerator) -> None:
     """Give fp16 on the CPU the autocast and loss scale of a GPU; Accelerate would silently train in fp32 there."""
     accelerator.native_amp = True

@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# Long, and never shortened: ranks wait in a collective while rank 0 writes a checkpoint. The hang watch acts earlier,
+# and knows whether rank 0 makes progress.
 GROUP_TIMEOUT = timedelta(minutes=30)
 
 

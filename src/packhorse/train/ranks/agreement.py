@@ -14,7 +14,6 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from packhorse.errors import UserError
 from packhorse.run_folder.layout import CHECKPOINT_FILE, STOP_FILE
@@ -60,13 +59,13 @@ class Agreement:
         """Return what was requested of the run; `written`: this rank has nothing more to write."""
         return self._exchange(engine, written, loss_sum=0.0, bad=False)
 
-    def after_step(self, engine: Engine, losses: list[Tensor], grad_norm: float, written: bool = True) -> Agreed:
+    def after_step(self, engine: Engine, loss_sum: float, grad_norm: float, written: bool = True) -> Agreed:
         """Return what was requested and the result of the step, with one sum over the ranks.
 
-        `losses` are sums of token losses, one per micro-batch; `grad_norm` is the whole norm as this rank computed it.
+        `loss_sum` is of this rank's tokens; `grad_norm` is the whole norm as this rank computed it.
         """
         bad = not math.isfinite(grad_norm) and not engine.step_was_skipped
-        return self._exchange(engine, written, float(torch.stack(losses).double().sum()), bad)
+        return self._exchange(engine, written, loss_sum, bad)
 
     def raise_if_stopped(self, engine: Engine) -> None:
         """Check for a stop request inside a long loop that can be repeated; a collective.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack_cases import Document, write_store
@@ -136,3 +137,40 @@ def test_packs_in_order_give_the_rows_as_they_came(tmp_path: Path) -> None:
         steps = [loader.step(k).micro_batches[0].input_ids[0].tolist() for k in range(epoch * 10, epoch * 10 + 10)]
         assert [token for step in steps for token in step] == [number for number in range(1, 21) for _ in range(3)]
     loader.close()
+
+
+TENSORS = ("input_ids", "position_ids", "predicting", "targets", "cu_seq_lens")
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_a_copy_that_is_done_late_still_finds_its_step(tmp_path: Path, num_parts: int) -> None:
+    """A GPU copies asynchronously: buffers of a step must not be written again while later steps are loaded."""
+    store = write_store(tmp_path, DOCUMENTS)
+    plan = BatchPlan(store.pack_costs, 2, 0)
+    loader = PackLoader(store, plan, 0, 1, 2, device_pin=False, part=num_parts - 1, num_parts=num_parts)
+    queued = [
+        (getattr(micro_batch, name), getattr(micro_batch, name).clone())
+        for step in range(6)
+        for micro_batch in loader.step(step).micro_batches
+        for name in TENSORS
+    ]
+    loader.close()
+    assert all(torch.equal(source, at_once) for source, at_once in queued)
+    # One step may have the packs of another, so equal values would not show a buffer that two steps share.
+    storages = {(source.untyped_storage().data_ptr(), source.data_ptr()) for source, _ in queued if source.numel()}
+    assert len(storages) == sum(source.numel() > 0 for source, _ in queued)
+
+
+def test_the_loader_cuts_rows_for_the_ranks_that_share_them(tmp_path: Path) -> None:
+    store = write_store(tmp_path, DOCUMENTS)
+    plan = BatchPlan(store.pack_costs, 4, 0)
+    whole, *parts = (
+        PackLoader(store, plan, 0, 1, 1, False, part=part, num_parts=num_parts)
+        for part, num_parts in ((0, 1), (0, 2), (1, 2))
+    )
+    (row,), *cut = (loader.step(0).micro_batches for loader in (whole, *parts))
+    joined = torch.cat([part.input_ids for (part,) in cut], 1)
+    assert joined[0, : row.num_tokens].tolist() == row.input_ids[0].tolist()
+    assert joined.shape[1] == row.num_tokens + row.num_tokens % 2
+    for loader in (whole, *parts):
+        loader.close()
