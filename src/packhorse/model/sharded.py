@@ -43,6 +43,12 @@ def gathered(parameter: Any, changed: bool = False) -> Iterator[None]:  # noqa: 
         parameter.partition(has_been_updated=changed)
 
 
+def chunk_of(num_rows: int, rank: int, num_ranks: int) -> slice:
+    """Return the rows of one rank, as `torch.chunk` cuts them for FSDP2: the last rank may have fewer, or none."""
+    size = -(-num_rows // num_ranks)
+    return slice(min(num_rows, rank * size), min(num_rows, (rank + 1) * size))
+
+
 def shard_like(value: Tensor, parameter: DTensor) -> DTensor:
     """Return a whole tensor sharded as `parameter` is; every rank has the same value, so nothing is sent."""
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
