@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from packhorse.model.load import ModelRequest, Quantization, load_model, open_model
 from packhorse.model.methods.attach import Start, attach
-from packhorse.model.sharded import assign
+from packhorse.model.sharded import assign, shard_of
 from packhorse.model.streaming import KeptRows
 from packhorse.plan.run_plan import Topology
 from packhorse.recipe.methods import FullMethod, LoraMethod, Method, PartialMethod, PromptTuningMethod, QloraMethod
@@ -216,11 +216,15 @@ def test_hybrid_sharding_copies_over_groups_of_neighbours() -> None:
         )
         mesh = make_mesh(topology, CPU)
         layer = nn.Linear(3, 16, bias=False)
-        Fsdp2(mesh, "fp32").unit([layer], is_last=False)
+        placement = Fsdp2(mesh, "fp32")
+        placement.unit([layer], is_last=False)
         weight: Any = layer.weight
         assert mesh.get_local_rank("shard") == 1  # ranks 4, 5, 6, 7 share one copy
         assert mesh["shard"].mesh.tolist() == [4, 5, 6, 7]
         assert tuple(weight.device_mesh.shape) == (2, 4)
         assert weight.to_local().shape == (4, 3)
+        assert placement.kept_rows("weight", (16, 3)) == slice(4, 8)
+        whole = torch.arange(48.0).reshape(16, 3)
+        assert torch.equal(shard_of(whole, weight).to_local(), whole[4:8])
     finally:
         dist.destroy_process_group()
