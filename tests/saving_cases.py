@@ -63,7 +63,10 @@ class Trainer:
         torch.manual_seed(0)
         self.model: nn.Module = LlamaForCausalLM(LlamaConfig(**{**SMALL, **model}))
         if plan.topology.engine == "fsdp2":
-            Fsdp2(make_mesh(plan.topology, torch.device("cpu")), "fp32").root(self.model)
+            placement = Fsdp2(make_mesh(plan.topology, torch.device("cpu")), "fp32")
+            for layer in self.model.model.layers:  # type: ignore[union-attr]
+                placement.unit([layer], is_last=False)
+            placement.root(self.model)
         self.optimizer = make_optimizer(self.model, plan.recipe)
         accelerator: Any = SimpleNamespace(scaler=None, unwrap_model=lambda model: model, device=torch.device("cpu"))
         self.engine = Engine(accelerator, self.model, self.optimizer, 1.0, clip_norm=None, control=None)

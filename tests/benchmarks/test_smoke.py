@@ -15,6 +15,7 @@ PARTS = {"contestants", "lab_log", "peer"}
 # A word of the table that each prints.
 TABLES = {
     "chaos": "bit for bit",
+    "checkpoint_scale": "resume",
     "engines": "bare loop, our loss and attention",
     "loader": "middle of epoch 3",
     "loss_memory": "packhorse",

@@ -32,8 +32,8 @@ from packhorse.run_folder.checkpoints.manifest import (
     sha256_of,
 )
 from packhorse.run_folder.layout import MANIFEST_FILE
-from packhorse.train.checkpoint.checkpoints import read_state
 from packhorse.train.checkpoint.optimizer_state import load_states
+from packhorse.train.checkpoint.resume_point import read_state
 from packhorse.train.engine.engine import Engine
 from packhorse.train.state import TrainState
 from prepared import write_prepared

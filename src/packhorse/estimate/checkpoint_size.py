@@ -1,8 +1,8 @@
 """Size of a checkpoint, tensor by tensor: on disk, and of the copies on the host while it is written.
 
-`train/checkpoint/` writes what is counted here: the first rank writes the weights, and each optimizer state is written
-by the rank that has least to write so far. An asynchronous checkpoint is written from copies, which a rank keeps from
-save to save.
+`train/checkpoint/` writes what is counted here: each file of a model's weights, and each optimizer state, is written by
+the rank that has least to write so far, and an adapter by the first rank. An asynchronous checkpoint is written from
+copies, which a rank keeps from save to save.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from packhorse.run_folder.checkpoints.pinned_slabs import slabs_bytes
 CODE_BYTES: Final = 4 * 256
 """The values that 8-bit states encode, which bitsandbytes saves with each tensor (arXiv 2110.02861, section 2)."""
 FILE_BYTES: Final = 4 * 2**30
-"""Largest file of states that `train/checkpoint/` writes."""
+"""Largest file that `train/checkpoint/` writes, except for a larger tensor or unit."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class SavedTensor:
     def rows_bytes(self, ranks: int) -> int:
         """Return the bytes of one rank's rows under FSDP2, padded to the first rank's."""
         return -(-self.shape[0] // ranks) * (self.bytes // self.shape[0])
+
+
+File = list[SavedTensor]
 
 
 @dataclass(frozen=True)
@@ -141,64 +144,89 @@ def _eight_bit_state(shape: tuple[int, ...]) -> Iterator[SavedTensor]:
 def copies_bytes(plan: RunPlan, weights: Sequence[WeightTensor]) -> int:
     """Return the host memory of the first node for copies of what is saved, at its fullest moment.
 
-    The first rank writes the trained model while the copies for checkpoints still exist: its weights once more in
-    float32 and, for a whole model, in the compute format.
+    A rank writes one file at a time. At the end the trained model or adapter is written while the copies for
+    checkpoints still exist.
     """
-    saved = saved_weights(plan, weights)
-    width = FP32 if plan.recipe.precision == "fp32" else 2
-    cast = (
-        sum(prod(tensor.shape) for tensor in saved) * width if plan.recipe.method.trains_base and width != FP32 else 0
-    )
+    files = _files_of_ranks(plan, weights)[: plan.topology.processes_per_node]
     # FSDP2's shards are gathered while they are written; without asynchronous copies, everything is.
     gathers = not plan.recipe.checkpoint.asynchronous or plan.topology.engine in ("fsdp2", "hsdp")
-    owned = _owned(plan, weights)
-    files = sum(_in_file(owned[rank]) for rank in range(plan.topology.processes_per_node)) if gathers else 0
-    return _buffers_of_node(plan, saved, owned) + _bytes(saved) + max(cast, files)
+    written = sum(max(map(_bytes, own), default=0) for own in files) if gathers else 0
+    if plan.recipe.method.trains_base:
+        width = FP32 if plan.recipe.precision == "fp32" else 2
+        dealt = _deal(_model_files(plan, weights, width), [(0, rank) for rank in range(plan.topology.world_size)])
+        result = sum(max(map(_bytes, own), default=0) for own in dealt[: len(files)])
+    else:
+        result = _bytes(saved_weights(plan, weights))
+    return _buffers_of_node(plan, files, weights) + max(written, result)
 
 
 def buffers_bytes(plan: RunPlan, weights: Sequence[WeightTensor]) -> int:
     """Return the copies that the first node's ranks keep from save to save (`HostBuffers` in `train/checkpoint/`)."""
-    return _buffers_of_node(plan, saved_weights(plan, weights), _owned(plan, weights))
+    return _buffers_of_node(plan, _files_of_ranks(plan, weights), weights)
 
 
-def _buffers_of_node(plan: RunPlan, saved: Sequence[SavedTensor], owned: Sequence[Sequence[SavedTensor]]) -> int:
+def _buffers_of_node(plan: RunPlan, files: Sequence[Sequence[File]], weights: Sequence[WeightTensor]) -> int:
     if not plan.recipe.checkpoint.asynchronous:
         return 0
-    node = range(plan.topology.processes_per_node)
-    if plan.topology.engine in ("fsdp2", "hsdp"):
-        return sum(_shard_buffers(plan, saved, owned, rank) for rank in node)
-    first = [tensor.bytes for tensor in saved]
-    return sum(
-        _buffers(plan, [*(first if rank == 0 else ()), *(tensor.bytes for tensor in owned[rank])]) for rank in node
-    )
+    # An adapter is gathered at once by the first rank, which alone writes it.
+    adapter = [] if plan.recipe.method.trains_base else [each.bytes for each in saved_weights(plan, weights)]
+    total = 0
+    for rank in range(plan.topology.processes_per_node):
+        sizes = list(adapter) if rank == 0 else []
+        if plan.topology.engine in ("fsdp2", "hsdp"):
+            ranks = training_state.shard_ranks(plan)
+            first = rank // ranks * ranks
+            group = [tensor for own in files[first : first + ranks] for file in own for tensor in file]
+            sizes += [tensor.rows_bytes(ranks) for tensor in group]
+        else:
+            sizes += [tensor.bytes for file in files[rank] for tensor in file]
+        total += _buffers(plan, sizes)
+    return total
 
 
-def _shard_buffers(
-    plan: RunPlan, saved: Sequence[SavedTensor], owned: Sequence[Sequence[SavedTensor]], rank: int
-) -> int:
-    """Return one rank's rows of all that is written by the ranks of its shard group."""
-    ranks = training_state.shard_ranks(plan)
-    first = rank // ranks * ranks
-    group = [tensor for owner in owned[first : first + ranks] for tensor in owner]
-    return _buffers(plan, [tensor.rows_bytes(ranks) for tensor in (*(saved if first == 0 else ()), *group)])
+def _files_of_ranks(plan: RunPlan, weights: Sequence[WeightTensor]) -> list[list[File]]:
+    """Return the files that each rank writes, without an adapter's, which the first rank writes."""
+    world = plan.topology.world_size
+    if plan.recipe.method.trains_base:
+        loads = [(0, rank) for rank in range(world)]
+        dealt = _deal(_model_files(plan, weights), loads)
+    else:
+        loads = [(_bytes(saved_weights(plan, weights)) if rank == 0 else 0, rank) for rank in range(world)]
+        heapq.heapify(loads)
+        dealt = [[] for _ in loads]
+    states = _deal([[state] for state in saved_states(plan, weights)], loads)
+    return [own + _in_files(of_rank) for own, of_rank in zip(dealt, states, strict=True)]
 
 
-def _owned(plan: RunPlan, weights: Sequence[WeightTensor]) -> list[list[SavedTensor]]:
-    """Return the states that each rank writes; the first rank already writes all weights."""
-    first = _bytes(saved_weights(plan, weights))
-    loads = [(first if rank == 0 else 0, rank) for rank in range(plan.topology.world_size)]
-    heapq.heapify(loads)
-    owned: list[list[SavedTensor]] = [[] for _ in loads]
-    for state in saved_states(plan, weights):
+def _deal(files: Iterable[File], loads: list[tuple[int, int]]) -> list[list[File]]:
+    """Return the files of each rank: each goes to the rank with the fewest bytes in the heap `loads`."""
+    dealt: list[list[File]] = [[] for _ in loads]
+    for file in files:
         load, rank = loads[0]
-        owned[rank].append(state)
-        heapq.heapreplace(loads, (load + state.bytes, rank))
-    return owned
+        dealt[rank].append(file)
+        heapq.heapreplace(loads, (load + _bytes(file), rank))
+    return dealt
 
 
-def _in_file(owned: Sequence[SavedTensor]) -> int:
-    """Return the whole states that one rank holds at a time: those of one file, and the next one."""
-    return min(_bytes(owned), FILE_BYTES + max((tensor.bytes for tensor in owned), default=0))
+def _model_files(plan: RunPlan, weights: Sequence[WeightTensor], width: int | None = None) -> list[File]:
+    """Return the files of a whole model, cut between units; `width` is that of the result."""
+    units: dict[str, File] = {}
+    for weight, tensor in zip(weights, saved_weights(plan, weights), strict=True):
+        units.setdefault(weight.unit, []).append(tensor if width is None else SavedTensor(tensor.shape, width))
+    return _in_files(units.values())
+
+
+def _in_files(groups: Iterable[File]) -> list[File]:
+    files: list[File] = []
+    size = 0
+    for group in groups:
+        if files and size + _bytes(group) <= FILE_BYTES:
+            files[-1] = files[-1] + group
+            size += _bytes(group)
+        else:
+            files.append(list(group))
+            size = _bytes(group)
+    return files
 
 
 def _buffers(plan: RunPlan, sizes: Sequence[int]) -> int:

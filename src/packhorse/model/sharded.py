@@ -5,13 +5,13 @@ ZeRO-3 leaves an empty tensor on each rank and keeps id, shape and size beside i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -43,9 +43,39 @@ def gathered(parameter: Any, changed: bool = False) -> Iterator[None]:  # noqa: 
         parameter.partition(has_been_updated=changed)
 
 
+def chunk_of(num_rows: int, rank: int, num_ranks: int) -> slice:
+    """Return the rows of one rank, as `torch.chunk` cuts them for FSDP2: the last rank may have fewer, or none."""
+    size = -(-num_rows // num_ranks)
+    return slice(min(num_rows, rank * size), min(num_rows, (rank + 1) * size))
+
+
 def shard_like(value: Tensor, parameter: DTensor) -> DTensor:
     """Return a whole tensor sharded as `parameter` is; every rank has the same value, so nothing is sent."""
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+class Readable(Protocol):
+    """A tensor, or one in a file that is read by indexing."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Whole shape."""
+
+    def __getitem__(self, rows: Any, /) -> Tensor: ...  # noqa: ANN401
+
+
+def shard_of(value: Readable, parameter: DTensor) -> DTensor:
+    """Return a whole tensor sharded as `parameter` is; of one in a file, each rank reads only its rows."""
+    *copies, shard = parameter.placements
+    if shard != Shard(0) or not all(placement.is_replicate() for placement in copies):
+        return shard_like(value[...].to(parameter.device), parameter)
+    mesh = parameter.device_mesh
+    shape = torch.Size(value.shape)
+    own = value[chunk_of(shape[0], mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))]
+    # Not a view of the file, which would stay open, nor of the whole tensor.
+    local = own.to(parameter.device, copy=True).contiguous()
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
 
 
 def assign(parameter: Any, value: Tensor) -> None:  # noqa: ANN401

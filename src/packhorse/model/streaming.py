@@ -1,19 +1,21 @@
 """Reads, converts and quantises the weights of a checkpoint, one unit of the model at a time.
 
 The files are mapped into memory, so the ranks of a node share what one of them has read, without their own copies.
-transformers and bitsandbytes do the renaming, the fusing of experts and the quantisation.
+transformers and bitsandbytes do the renaming, the fusing of experts and the quantisation. Of a weight that is only
+renamed, a rank reads just the rows that it will keep.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
@@ -27,6 +29,34 @@ from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from packhorse.model.units import Unit, copy_tree, select_branches, units_of
 from packhorse.model_spec.stored_weights import misfit, refuse_incomplete
 
+KeptRows = Callable[[str, Sequence[int]], slice]
+"""Name and whole shape of a weight -> the rows that this rank keeps."""
+
+
+@dataclass(frozen=True)
+class _PartlyRead:
+    """A stored tensor as transformers takes it, of which only some rows are read; the others have any values.
+
+    The whole shape exists on the device until the unit is sharded, as it does for a tensor that is read whole; on the
+    CPU, pages that nobody writes take no memory.
+    """
+
+    stored: Any
+    rows: slice
+
+    def __getitem__(self, _: object) -> _PartlyRead:
+        return self
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self.stored, name)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+        """Return the tensor, with values in its rows."""
+        read: Tensor = self.stored[self.rows]
+        whole = torch.empty(self.stored.get_shape(), dtype=dtype or read.dtype, device=device)
+        whole[self.rows] = read.to(device, whole.dtype)
+        return whole
+
 
 @dataclass
 class StreamedWeights:
@@ -39,6 +69,7 @@ class StreamedWeights:
         config: How transformers converts and quantises them.
         units: Units to load one after another.
         files: Open files, until everything is read.
+        kept_rows: Which rows of a plain weight are read; None reads all. Quantised weights are always read whole.
     """
 
     model: PreTrainedModel
@@ -47,8 +78,10 @@ class StreamedWeights:
     config: LoadStateDictConfig
     units: list[Unit]
     files: ExitStack
+    kept_rows: KeptRows | None = None
     _tree: PreTrainedModel = field(init=False)
     _keys: dict[Unit | None, list[str]] = field(init=False)
+    _plain: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._tree = cast(PreTrainedModel, copy_tree(self.model))
@@ -74,7 +107,7 @@ class StreamedWeights:
     def _fill(self, unit: Unit | None, keep: Callable[[str], bool]) -> None:
         part = cast(PreTrainedModel, select_branches(self._tree, keep))
         trained = {name: parameter.requires_grad for name, parameter in part.named_parameters()}
-        chosen = {key: self.tensors[key] for key in self._keys[unit]}
+        chosen = {key: self._stored(key) for key in self._keys[unit]}
         info, _ = convert_and_load_state_dict_in_model(part, chosen, self.config)
         self._refuse_misfits(info)
         if unit is not None and len(unit.names) > 1:
@@ -82,6 +115,13 @@ class StreamedWeights:
         _make_buffers(part, self.config)
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(trained[name] and parameter.is_floating_point())
+
+    def _stored(self, key: str) -> Any:  # noqa: ANN401
+        stored = self.tensors[key]
+        shape = stored.get_shape()
+        if self.kept_rows is None or key not in self._plain or not shape or self.config.hf_quantizer is not None:
+            return stored
+        return _PartlyRead(stored, self.kept_rows(self._plain[key], shape))
 
     def _tie(self, part: PreTrainedModel, info: LoadStateDictInfo) -> None:
         names = {name for name, _ in part.named_parameters(remove_duplicate=False)}
@@ -92,6 +132,8 @@ class StreamedWeights:
     def _keys_by_unit(self) -> dict[Unit | None, list[str]]:
         """Return the checkpoint's keys by the unit that they fill; missing and unexpected ones are refused.
 
+        Also notes in `_plain` which keys are parameters that are only renamed; no engine shards buffers.
+
         transformers converts one unit at a time without comparing it to the rest, so completeness is checked here, over
         all keys and before any tensor is read.
         """
@@ -101,6 +143,7 @@ class StreamedWeights:
         targets_of = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
         expected, prefix = self._tree.state_dict(), self._tree.base_model_prefix
         keys: dict[Unit | None, list[str]] = defaultdict(list)
+        parameters = {name for name, _ in self._tree.named_parameters(remove_duplicate=False)}
         loaded, unexpected = set(), set()
         for key in sorted(self.tensors, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
@@ -112,6 +155,8 @@ class StreamedWeights:
                 continue
             if pattern is None:
                 loaded.add(name)
+                if name in parameters:
+                    self._plain[key] = name
             else:  # one stored tensor may become several weights
                 targets = targets_of[pattern]
                 loaded |= {name.replace(targets[0], target) for target in targets}

@@ -44,7 +44,8 @@ def layers_of(model: PreTrainedModel) -> list[str]:
     kinds = set(model._no_split_modules or ())
     layers: list[str] = []
     for name, module in model.named_modules():
-        if type(module).__name__ in kinds and not (layers and name.startswith(f"{layers[-1]}.")):
+        # FSDP2 puts its name before that of a class.
+        if type(module).__name__.removeprefix("FSDP") in kinds and not (layers and name.startswith(f"{layers[-1]}.")):
             layers.append(name)
     return layers
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from packhorse.model.streaming import StreamedWeights
 from packhorse.model.units import units_of
-from packhorse.recipe.methods import AdapterMethod, LoraMethod, Method, QloraMethod
+from packhorse.recipe.methods import AdapterMethod, LoraMethod, Method, PromptTuningMethod, QloraMethod
 from packhorse.train.engine.sharding import Placement
 
 Attach = Callable[[PreTrainedModel], nn.Module]
@@ -69,6 +69,8 @@ def place_streamed(
         The module that `attach` returned.
     """
     model = weights.model
+    if not _reads_weights(method):
+        weights.kept_rows = placement.kept_rows
     first = weights.units[0]
     weights.fill(first)
     adapted = attach(model)
@@ -93,6 +95,11 @@ def place_streamed(
     _assert_loaded(adapted)
     placement.root(adapted)
     return adapted
+
+
+def _reads_weights(method: Method) -> bool:
+    """Return whether the adapter starts from weights of its unit: DoRA's norms, a prompt's embeddings."""
+    return isinstance(method, PromptTuningMethod) or (isinstance(method, LoraMethod) and method.dora)
 
 
 def _assert_loaded(model: nn.Module) -> None:

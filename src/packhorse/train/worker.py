@@ -25,7 +25,8 @@ from packhorse.plan.command import nvme_folder, with_local_nvme
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
 from packhorse.run_folder.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
-from packhorse.train.checkpoint.checkpoints import Checkpoints, checkpoint_to_resume, newest_state
+from packhorse.train.checkpoint.checkpoints import Checkpoints
+from packhorse.train.checkpoint.resume_point import checkpoint_to_resume, newest_state
 from packhorse.train.checkpoint.weights import publish_result
 from packhorse.train.compilation import watch_compilation
 from packhorse.train.engine.engine import Engine, start_accelerator, start_engine

@@ -244,14 +244,14 @@ def test_offload_leaves_no_states_on_the_device_and_all_of_them_on_the_host() ->
 
 
 def test_the_host_holds_copies_of_a_checkpoint_and_what_comes_out() -> None:
-    """12 bytes a weight from the first save on; at the end 4 more, gathered, and 2 of what is written."""
+    """12 bytes a weight from the first save on; at the end each rank also has a file of the result, here 2 in all."""
     plan = planned(engine="zero2")
     on_cpu = plan.model_copy(update={"topology": plan.topology.model_copy(update={"device": "cpu"})})
-    assert of(Phase("", storage(on_cpu).host), "saving") == pytest.approx((12 + 4 + 2) * EIGHT_B_WEIGHTS, rel=1e-3)
-    assert of(Phase("", storage(plan).host), "saving") > 18 * EIGHT_B_WEIGHTS, "pinned"
+    assert of(Phase("", storage(on_cpu).host), "saving") == pytest.approx((12 + 2) * EIGHT_B_WEIGHTS, rel=1e-3)
+    assert of(Phase("", storage(plan).host), "saving") > 14 * EIGHT_B_WEIGHTS, "pinned"
     waiting = planned(engine="zero2", checkpoint={"asynchronous": False})
-    files = 8 * (4 * GIB + 4 * 128_256 * 4096)  # of states, and the largest of them
-    assert of(Phase("", storage(waiting).host), "saving") <= 4 * EIGHT_B_WEIGHTS + files
+    files = of(Phase("", storage(waiting).host), "saving")
+    assert 8 * 3 * GIB < files <= 8 * 4 * GIB, "one on each rank"
 
 
 def test_batches_wait_on_the_host() -> None:

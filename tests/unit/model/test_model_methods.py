@@ -31,7 +31,7 @@ from packhorse.recipe.methods import (
     PromptTuningMethod,
     QloraMethod,
 )
-from packhorse.train.checkpoint.weights import weights_writer
+from packhorse.train.checkpoint.weights import adapter_files_writer
 from packhorse.train.objectives.forward import micro_batch_loss
 from packhorse.train.objectives.token_loss import install_loss_head
 
@@ -177,7 +177,7 @@ def test_an_adapter_opened_by_peft_on_the_base_has_trainings_loss(
     moved = {name for name, value in trained(model).items() if not torch.equal(value, start[name])}
     assert moved == start.keys()
 
-    weights_writer(model, trained(model), None, is_result=True)(tmp_path)
+    adapter_files_writer(model, trained(model), is_result=True)(tmp_path)
     original = load_model(request(bases / base, "eager", **more), VOCABULARY + len(more.get("new_tokens", ())))
     reopened = PeftModel.from_pretrained(original, tmp_path)
     assert loss_alone(reopened, rows) == pytest.approx(after, rel=2e-6)
@@ -210,7 +210,7 @@ def test_a_quantised_base_is_the_same_bit_for_bit_after_training_and_carries_the
             # 4-bit bytes are stored as floats, many of which are NaN.
             assert torch.equal(value.view(torch.uint8), stored[name].view(torch.uint8)), name
 
-    weights_writer(model, trained(model), None, is_result=True)(tmp_path)
+    adapter_files_writer(model, trained(model), is_result=True)(tmp_path)
     original = load_model(request(bases / "llama", "eager", quantization=quantization), VOCABULARY)
     reopened = PeftModel.from_pretrained(original, tmp_path)
     # LLM.int8() rounds activations: where two orders of a sum differ in the last bit, an int8 may differ by one.
@@ -226,7 +226,7 @@ def test_a_resumed_adapter_is_the_same_model_and_steps_on_alike(
     rows = documents(tuple(more.get("new_tokens", ())))
     model = training_model(bases / base, method, **more)
     train(model, rows, 2)
-    weights_writer(model, trained(model), None)(tmp_path)
+    adapter_files_writer(model, trained(model))(tmp_path)
     resumed = training_model(bases / base, method, resumed=True, **more)
     load_adapter(resumed, tmp_path)
     for each in (model, resumed):
@@ -240,7 +240,7 @@ def test_a_resumed_adapter_is_the_same_model_and_steps_on_alike(
 
 def test_an_adapter_of_another_method_is_not_resumed_from(bases: Path, tmp_path: Path) -> None:
     model = training_model(bases / "llama", LoraMethod(**PLAIN))
-    weights_writer(model, trained(model), None)(tmp_path)
+    adapter_files_writer(model, trained(model))(tmp_path)
     other = training_model(bases / "llama", LoraMethod(**PLAIN, target=["q_proj"]))
     with pytest.raises(UserError, match="holds 28 tensors, and the method trains 4"):
         load_adapter(other, tmp_path)
@@ -266,7 +266,7 @@ def test_answers_of_a_prompt_tuned_model_are_those_of_pefts_generate(
 ) -> None:
     model = training_model(bases / "llama", method)
     train(model, DOCUMENTS, 3)
-    weights_writer(model, trained(model), None)(tmp_path)
+    adapter_files_writer(model, trained(model))(tmp_path)
     served = with_adapter(load_model(request(bases / "llama", "sdpa"), VOCABULARY), tmp_path).eval()
     prompts = [document[:4].tolist() for document in DOCUMENTS[:2]] + [DOCUMENTS[3].tolist()]
     found = greedy(served, prompts, [6] * 3, frozenset({VOCABULARY + 1}))

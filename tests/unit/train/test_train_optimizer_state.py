@@ -103,7 +103,7 @@ def test_sharded_states_are_saved_whole_and_sharded_again(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Small enough that the states fill several files.
-    monkeypatch.setattr("packhorse.train.checkpoint.rank_share.MAX_FILE_BYTES", 40_000)
+    monkeypatch.setattr("packhorse.train.checkpoint.saved_tensor.MAX_FILE_BYTES", 40_000)
     mesh = init_device_mesh("cpu", (1,))
 
     def sharded() -> tuple[nn.Module, Optimizer]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from packhorse.estimate import checkpoint_size as saved
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.checkpoints.pinned_slabs import pinned_bytes, slabs_bytes
-from packhorse.train.checkpoint import rank_share
+from packhorse.train.checkpoint import saved_tensor
+from packhorse.train.checkpoint.model_files import model_files
 from packhorse.train.checkpoint.snapshot import HostBuffers
-from saving_cases import Trainer, buffers_of, make_run, save_at, weights_of
+from saving_cases import SMALL, Trainer, buffers_of, make_run, save_at, weights_of
 
 # Some matrices of 4,096 numbers and more, from which on bitsandbytes keeps 8 bits of each.
-WIDE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96}
+WIDE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "lion_8bit", "muon", "adafactor")
 
 
@@ -39,18 +42,30 @@ def test_the_count_is_what_a_checkpoint_takes(name: str, tmp_path: Path) -> None
     assert saved.buffers_bytes(plan, held) == pytest.approx(buffers_of(trainer), rel=2e-3)
 
 
+def plain(key: str, tensor: torch.Tensor) -> saved_tensor.SavedTensor:
+    whole = partial(saved_tensor.held_whole, tensor)
+    return saved_tensor.SavedTensor(key, tuple(tensor.shape), tensor.nbytes, whole)
+
+
+@pytest.mark.parametrize("file_bytes", [2**32, 100_000], ids=["one file", "a file for each layer"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("world", [2, 3, 16])
-def test_the_ranks_write_what_is_assigned_to_them(engine: str, world: int, tmp_path: Path) -> None:
+def test_the_ranks_write_what_is_assigned_to_them(
+    engine: str, world: int, file_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(saved_tensor, "MAX_FILE_BYTES", file_bytes)
     plan = make_run(tmp_path, 2, engine, make=False)
     plan = plan.model_copy(update={"topology": plan.topology.model_copy(update={"processes_per_node": world})})
     held = weights_of(plan, **WIDE)
-    loads = [sum(each.bytes for each in saved.saved_weights(plan, held)), *[0] * (world - 1)]
-    states = [(str(at), torch.empty(each.shape)) for at, each in enumerate(saved.saved_states(plan, held))]
-    assigned = list(rank_share.assign_to_ranks(states, loads, {}))
-    owned = saved._owned(plan, held)
-    assert [sum(each.bytes for each in of_rank) for of_rank in owned] == [
-        sum(value.nbytes for _, value, owner in assigned if owner == rank) for rank in range(world)
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **WIDE}))
+    weights = [plain(name, value) for name, value in model.named_parameters()]
+    loads = [0] * world
+    dealt = saved_tensor.deal_files(model_files(model, weights, "model"), loads)
+    states = [plain(str(at), torch.empty(each.shape)) for at, each in enumerate(saved.saved_states(plan, held))]
+    dealt = [own + files for own, files in zip(dealt, saved_tensor.deal_states(states, loads), strict=True)]
+    assert [[sum(each.bytes for each in file) for file in files] for files in saved._files_of_ranks(plan, held)] == [
+        [file.num_bytes for file in files] for files in dealt
     ]
 
 
@@ -93,4 +108,4 @@ def test_little_is_rounded_up(ranks: int) -> None:
 
 
 def test_files_are_as_large_as_they_are_written() -> None:
-    assert saved.FILE_BYTES == rank_share.MAX_FILE_BYTES
+    assert saved.FILE_BYTES == saved_tensor.MAX_FILE_BYTES

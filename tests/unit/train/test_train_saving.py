@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,16 +16,30 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers import AutoModelForCausalLM
 
 from packhorse.errors import EXIT_DISK, UserError
 from packhorse.estimate.checkpoint_size import buffers_bytes
 from packhorse.plan.run_plan import Topology
 from packhorse.run_folder.checkpoints.listing import find_newest_sound
 from packhorse.run_folder.checkpoints.manifest import read_manifest
-from packhorse.train.checkpoint import snapshot
-from packhorse.train.checkpoint.rank_share import RankShare, assign_to_ranks, copy_to_host, split_into_files
+from packhorse.train.checkpoint import saved_tensor, snapshot
+from packhorse.train.checkpoint.optimizer_state import load_states
+from packhorse.train.checkpoint.rank_share import RankShare
+from packhorse.train.checkpoint.saved_tensor import (
+    SavedFile,
+    SavedTensor,
+    copy_to_host,
+    deal_files,
+    deal_states,
+    gather_files,
+    held_whole,
+    split_into_files,
+    write_states,
+)
 from packhorse.train.checkpoint.snapshot import HostBuffers, ShardGroup, Snapshot
+from packhorse.train.checkpoint.stored_tensor import StoredTensor
 from packhorse.train.engine.sharding import make_mesh
 from packhorse.train.ranks.agreement import agreed_failure
 from saving_cases import Trainer, buffers_of, make_run, save_at, weights_of
@@ -32,21 +47,45 @@ from saving_cases import Trainer, buffers_of, make_run, save_at, weights_of
 RANKS, SECONDS = 2, timedelta(seconds=60)
 
 
+def saved(key: str, tensor: torch.Tensor) -> SavedTensor:
+    shard = tensor if isinstance(tensor, DTensor) else None
+    return SavedTensor(key, tuple(tensor.shape), tensor.nbytes, partial(held_whole, tensor), shard)
+
+
 def test_each_tensor_goes_to_the_rank_with_the_fewest_bytes() -> None:
-    states: list[tuple[str, Any]] = [(f"{n}/exp_avg", torch.full((n,), float(n))) for n in (50, 10, 30, 20, 40, 5)]
-    states.insert(2, ("1/step", 3))
-    loads, plain = [200, 0], {}
-    owners = {key: owner for key, _, owner in assign_to_ranks(states, loads, plain)}
-    assert plain == {"1/step": 3}
+    states = [saved(f"{n}/exp_avg", torch.full((n,), float(n))) for n in (50, 10, 30, 20, 40, 5)]
+    loads = [200, 0]
+    dealt = deal_states(states, loads)
     assert loads == [480, 340], "200 bytes of weights are rank 0's from the start"
-    assert sorted(owners) == sorted(name for name, value in states if isinstance(value, torch.Tensor))
-    assert [sum(4 * int(key.split("/")[0]) for key in owners if owners[key] == rank) for rank in (0, 1)] == [280, 340]
+    keys = [[tensor.key for file in own for tensor in file.tensors] for own in dealt]
+    assert sorted(keys[0] + keys[1]) == sorted(state.key for state in states)
+    assert [sum(file.num_bytes for file in own) for own in dealt] == [280, 340]
+    assert [[file.name for file in own] for own in dealt] == [
+        [f"optimizer-{rank:05d}-001.safetensors"] for rank in (0, 1)
+    ]
 
 
 def test_a_file_ends_before_it_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packhorse.train.checkpoint.rank_share.MAX_FILE_BYTES", 100)
-    tensors = {name: torch.zeros(size, dtype=torch.uint8) for name, size in zip("abcde", (60, 40, 1, 300, 5))}
-    assert [list(part) for part in split_into_files(tensors.items())] == [["a", "b"], ["c"], ["d"], ["e"]]
+    monkeypatch.setattr("packhorse.train.checkpoint.saved_tensor.MAX_FILE_BYTES", 100)
+    tensors = [saved(name, torch.zeros(size, dtype=torch.uint8)) for name, size in zip("abcde", (60, 40, 1, 300, 5))]
+    groups: list[list[SavedTensor]] = [[each] for each in tensors]
+    assert [[each.key for each in part] for part in split_into_files(groups)] == [["a", "b"], ["c"], ["d"], ["e"]]
+    groups[1:3] = [[tensors[1], tensors[2]]]
+    assert [[each.key for each in part] for part in split_into_files(groups)] == [["a"], ["b", "c"], ["d"], ["e"]]
+
+
+def test_every_rank_gathers_a_turn_before_any_writes_so_that_all_write_at_once() -> None:
+    """A rank that wrote between the tensors of a turn would keep the others, which need its rows, waiting."""
+    files = [SavedFile(name, [saved(name, torch.ones(1))], write_states) for name in "abcde"]
+    dealt = deal_files(files, [0, 0])
+    gathered: list[str] = []
+
+    def fetch(tensor: SavedTensor, owner: int) -> torch.Tensor | None:
+        gathered.append(tensor.key)
+        return torch.ones(1) if owner == 0 else None
+
+    taken = [(file.name, list(tensors), "".join(gathered)) for file, tensors in gather_files(dealt, 0, fetch)]
+    assert taken == [("a", ["a"], "ab"), ("c", ["c"], "abcd"), ("e", ["e"], "abcde")]
 
 
 def test_a_copy_does_not_change_with_its_source() -> None:
@@ -196,6 +235,7 @@ def test_two_ranks_write_a_share_each_and_what_fails_on_one_is_known_to_both(eng
 def of_sharded_ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     joined(rank, folder)
+    saved_tensor.MAX_FILE_BYTES = 7_000  # type: ignore[misc]  # embedding, layer and head are a file each
     write = RankShare.write
     for asynchronous in (False, True):
         runs, may_write = Path(folder) / str(asynchronous), threading.Event()
@@ -228,6 +268,10 @@ def of_sharded_ranks(rank: int, folder: str) -> None:
         patched.setattr("packhorse.train.checkpoint.checkpoints.Checkpoints._make_folder", lambda self, temporary: None)
         save_at(trainer, 12)  # rank 0 fails before the states are gathered
     save_at(trainer, 14)
+    loaded_in_part(trainer, Trainer(plan, is_main=False, vocab_size=33, intermediate_size=17))
+    weights = {name: value.full_tensor() for name, value in trainer.weights().items()}  # type: ignore[attr-defined]
+    if rank == 0:
+        torch.save(weights, Path(folder) / "weights.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -239,10 +283,34 @@ def test_asynchronous_and_synchronous_saves_write_equal_files(tmp_path: Path) ->
     assert sorted(path.name for path in asynchronous.iterdir()) == steps
     first, second, _ = (content(asynchronous / step) for step in steps)
     assert [content(synchronous / step) for step in steps[:2]] == [first, second]
-    assert {"model/model.safetensors", "optimizer-00000-001.safetensors", "optimizer-00001-001.safetensors"} <= set(
-        first
-    )
+    model_files = {f"model/model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
+    states = {"optimizer-00000-001.safetensors", "optimizer-00001-001.safetensors"}
+    assert {*model_files, *states, "model/model.safetensors.index.json", "model/config.json"} <= set(first)
+    assert not any("/." in name or name.count("/") > 1 for name in first), "nothing is left over"
+    loaded = AutoModelForCausalLM.from_pretrained(asynchronous / steps[-1] / "model").state_dict()
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
     assert all(first[name] != second[name] for name in first if name.endswith(".safetensors"))
+
+
+def loaded_in_part(trainer: Trainer, fresh: Trainer) -> None:
+    """Check that a rank reads its rows of each state, and gets those that it had."""
+    read = []
+    take = StoredTensor.__getitem__
+
+    def counted(tensor: StoredTensor, rows: Any) -> torch.Tensor:
+        read.append(take(tensor, rows))
+        return read[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StoredTensor, "__getitem__", counted)
+        load_states(fresh.engine, trainer.checkpoints.folder / "step-000014")
+    expected, loaded = trainer.moments(), fresh.moments()
+    assert loaded.keys() == expected.keys()
+    own = {key: value.to_local() if isinstance(value, DTensor) else value for key, value in expected.items()}
+    for key, value in loaded.items():
+        assert torch.equal(value.to_local() if isinstance(value, DTensor) else value, own[key]), key
+    assert sum(tensor.nbytes for tensor in read) == sum(value.nbytes for value in own.values())
 
 
 def content(checkpoint: Path) -> dict[str, bytes]:
@@ -257,16 +325,19 @@ def gathered_shards(rank: int, topology: Topology) -> None:
     held = Snapshot(HostBuffers(), rank, ShardGroup(topology))
     shapes = [(4, 2), (5, 3), (1, 4), (3,), (2, 2, 2)]
     tensors = {str(shape): torch.arange(1.0, 1 + math.prod(shape)).reshape(shape) for shape in shapes}
-    sharded = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
-    weights = {name: held.hold_weight(name, tensor) for name, tensor in sharded.items()}
-    for owner, (name, tensor) in enumerate(sharded.items()):
-        held.hold_state(f"{name}/state", tensor, owner % RANKS)
-    for tensor in sharded.values():
-        tensor.to_local().zero_()
-    held.gather_weights()
-    states = dict(held.states())
-    assert list(states) == [f"{name}/state" for name in list(tensors)[rank::RANKS]]
-    assert all(torch.equal(value, tensors[name.removesuffix("/state")]) for name, value in states.items())
-    assert rank != 0 or all(torch.equal(value, tensors[name]) for name, value in weights.items())
-    assert not held.takes_shard(distribute_tensor(tensors["(4, 2)"], mesh, [Shard(1)]))
-    assert not held.takes_shard(distribute_tensor(tensors["(4, 2)"], mesh, [Replicate()]))
+    sharded = [saved(name, distribute_tensor(tensor, mesh, [Shard(0)])) for name, tensor in tensors.items()]
+    for number, tensor in enumerate(sharded):
+        held.hold(tensor, number % RANKS)
+    for tensor in sharded:
+        assert tensor.shard is not None
+        tensor.shard.to_local().zero_()
+    found = {tensor.key: held.take(tensor, number % RANKS) for number, tensor in enumerate(sharded)}
+    own = list(tensors)[rank::RANKS]
+    assert [name for name, value in found.items() if value is not None] == own
+    assert all(torch.equal(found[name], tensors[name]) for name in own)  # type: ignore[arg-type]
+    for placement in (Shard(1), Replicate()):
+        other = distribute_tensor(tensors["(4, 2)"], mesh, [placement])
+        held.hold(replace(saved("other", other), whole=lambda other=other: held_whole(other.full_tensor())), 0)
+        whole = held.take(saved("other", other), 0)
+        assert (whole is not None) == (rank == 0)
+        assert whole is None or torch.equal(whole, tensors["(4, 2)"])

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from packhorse.model.load import ModelRequest, Quantization, load_model, open_model
 from packhorse.model.methods.attach import Start, attach
-from packhorse.model.sharded import assign
+from packhorse.model.sharded import assign, shard_of
+from packhorse.model.streaming import KeptRows
 from packhorse.plan.run_plan import Topology
 from packhorse.recipe.methods import FullMethod, LoraMethod, Method, PartialMethod, PromptTuningMethod, QloraMethod
 from packhorse.train.engine.sharding import Fsdp2, Placement, Zero3, make_mesh
@@ -44,12 +45,31 @@ CASES = [("fsdp2", name) for name in METHODS] + [("zero3", name) for name in ("f
 DEEPSPEED = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
 
+class Counted:
+    """A stored tensor that counts the bytes that are read of it, in a list shared by all of a model."""
+
+    def __init__(self, stored: Any, read: list[int]) -> None:
+        self.stored, self.read = stored, read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stored, name)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        tensor: Tensor = self.stored[rows]
+        self.read.append(tensor.nbytes)
+        return tensor
+
+
 class Watched(Placement):
     """Notes the most bytes of weights that were alive when a unit was there and not yet placed."""
 
     def __init__(self, inner: Placement, model: nn.Module) -> None:
         self.inner, self.model = inner, model
         self.peak = self.largest = 0
+
+    @property
+    def kept_rows(self) -> KeptRows | None:
+        return self.inner.kept_rows
 
     def unit(self, modules: Sequence[nn.Module], is_last: bool) -> None:
         self.peak = max(self.peak, alive(self.model))
@@ -99,6 +119,7 @@ def placed(engine: str, checkpoint: str, name: str) -> dict[str, Any]:
     expected = dict(attached(load_model(request, 90)).named_parameters())
     topology = Topology(device="cpu", engine="fsdp2", num_nodes=1, processes_per_node=RANKS, threads_per_process=1)
     inner = Fsdp2(make_mesh(topology, CPU), "fp32") if engine == "fsdp2" else Zero3(DEEPSPEED, "fp32", CPU)
+    read: list[int] = []
     if name.endswith("placed whole"):
         base = load_model(request, 90)
         watched = Watched(inner, base)
@@ -106,6 +127,7 @@ def placed(engine: str, checkpoint: str, name: str) -> dict[str, Any]:
     else:
         weights = open_model(request, 90)
         assert weights is not None
+        weights.tensors = {key: Counted(stored, read) for key, stored in weights.tensors.items()}
         watched = Watched(inner, weights.model)
         model = place_streamed(weights, attached, watched, method, 1, CPU, lambda: None)
     found = dict(model.named_parameters())
@@ -121,6 +143,8 @@ def placed(engine: str, checkpoint: str, name: str) -> dict[str, Any]:
         "unsharded": unsharded,
         "frozen wrongly": sorted(trained ^ {key for key, value in expected.items() if value.requires_grad}),
         "assigned": torch.equal(whole(found[changed]), whole(value)),
+        "read": sum(read),
+        "stored": sum(value.numel() * value.element_size() for value in load_model(request, 90).parameters()),
         "shards": alive(model), "largest": watched.largest, "peak": watched.peak,
         "total": alive(attached(load_model(request, 90))),
     }  # fmt: skip
@@ -173,6 +197,16 @@ def test_no_rank_ever_holds_more_than_its_shards_and_one_unit(
     assert found["peak"] < 0.7 * found["total"]
 
 
+@pytest.mark.parametrize(
+    ("case", "share"),
+    [("fsdp2 full", 0.5), ("fsdp2 lora", 0.5), ("fsdp2 lora and whole ends", 0.5), ("zero3 full", 0.0),
+     ("fsdp2 dora", 1.0), ("fsdp2 prompt", 1.0)],
+)  # fmt: skip
+def test_the_second_rank_reads_its_rows_only(case: str, share: float, loaded: dict[str, dict[str, Any]]) -> None:
+    """DeepSpeed sends it every weight from the first rank; DoRA and prompts start from whole weights."""
+    assert loaded[case]["read"] == share * loaded[case]["stored"]
+
+
 def test_hybrid_sharding_copies_over_groups_of_neighbours() -> None:
     """8 ranks in groups of 4, on torch's fake backend: a weight's rows are shared by 4 and there are 2 copies."""
     dist.init_process_group("fake", rank=5, world_size=8, store=FakeStore())
@@ -182,11 +216,15 @@ def test_hybrid_sharding_copies_over_groups_of_neighbours() -> None:
         )
         mesh = make_mesh(topology, CPU)
         layer = nn.Linear(3, 16, bias=False)
-        Fsdp2(mesh, "fp32").unit([layer], is_last=False)
+        placement = Fsdp2(mesh, "fp32")
+        placement.unit([layer], is_last=False)
         weight: Any = layer.weight
         assert mesh.get_local_rank("shard") == 1  # ranks 4, 5, 6, 7 share one copy
         assert mesh["shard"].mesh.tolist() == [4, 5, 6, 7]
         assert tuple(weight.device_mesh.shape) == (2, 4)
         assert weight.to_local().shape == (4, 3)
+        assert placement.kept_rows("weight", (16, 3)) == slice(4, 8)
+        whole = torch.arange(48.0).reshape(16, 3)
+        assert torch.equal(shard_of(whole, weight).to_local(), whole[4:8])
     finally:
         dist.destroy_process_group()

@@ -22,23 +22,23 @@ from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from packhorse.durable import disk_error, size
 from packhorse.errors import EXIT_DISK, UserError
+from packhorse.model.methods.attach import is_adapted
+from packhorse.model_spec.stored_weights import INDEX_FILE
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.checkpoints.listing import (
-    SoundCheckpoint,
-    find_newest_sound,
-    newest_complete,
     prune_checkpoints,
-    remove_unfinished,
-    set_aside_newer,
     step_of,
 )
 from packhorse.run_folder.checkpoints.manifest import RunFacts
 from packhorse.run_folder.checkpoints.publishing import publish_checkpoint
 from packhorse.run_folder.layout import (
+    ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
+    MODEL_FOLDER,
     OPTIMIZER_FILE,
     PLAN_FILE,
     STATE_FILE,
@@ -48,25 +48,31 @@ from packhorse.run_folder.layout import (
 )
 from packhorse.track.meter import Figures
 from packhorse.train.checkpoint.master_weights import load_master_weights
-from packhorse.train.checkpoint.optimizer_state import gather_states, load_states, scale_of
-from packhorse.train.checkpoint.rank_share import (
-    BackgroundTask,
+from packhorse.train.checkpoint.model_files import index_of, model_files
+from packhorse.train.checkpoint.optimizer_state import load_states, saved_states, scale_of
+from packhorse.train.checkpoint.rank_share import BackgroundTask, RankShare
+from packhorse.train.checkpoint.saved_tensor import (
     FileTensors,
     PlainStates,
-    RankShare,
-    assign_to_ranks,
+    SavedFile,
+    SavedTensor,
     copy_to_host,
-    split_into_files,
+    deal_files,
+    deal_states,
+    gather_files,
 )
 from packhorse.train.checkpoint.snapshot import HostBuffers, ShardGroup, Snapshot
-from packhorse.train.checkpoint.weights import gather_saved_weights, unwrapped, weights_folder_name, weights_writer
+from packhorse.train.checkpoint.weights import (
+    adapter_files_writer,
+    gather_saved_weights,
+    saved_weights,
+    unwrapped,
+    weights_folder_name,
+)
 from packhorse.train.engine.engine import Engine
-from packhorse.train.engine.process_group import from_rank_0, own_rank
+from packhorse.train.engine.process_group import own_rank
 from packhorse.train.ranks.agreement import agreed_failure
 from packhorse.train.state import TrainState
-
-# Sent by rank 0 instead of a step where there is none to resume from.
-NONE_WRITTEN, NONE_IS_SOUND = -1, -2
 
 
 @dataclass
@@ -115,7 +121,6 @@ class Checkpoints:
         self._task = BackgroundTask()
         self._pending: _Pending | None = None
         self._newest_step: int | None = None
-        self._loads: list[int] = []
         self._num_failed = 0
         self._figures: Figures = {}
 
@@ -211,42 +216,51 @@ class Checkpoints:
         the error afterwards (`_failure`).
         """
         error = self._make_folder(pending.temporary) if self._is_main else None
-        asynchronous = self._section.asynchronous
-        snapshot = Snapshot(self._buffers, own_rank(), self._shard_group) if asynchronous else None
-        weights = gather_saved_weights(self._engine, self._is_main, snapshot)
-        # All ranks must know the bytes of rank 0's weights to assign the states alike.
-        (weights_bytes,) = self._engine.sum_over_ranks([float(sum(value.nbytes for value in weights.values()))])
-        bytes_before = sum(self._loads)
-        self._loads = [int(weights_bytes), *[0] * (self._plan.topology.world_size - 1)]
-        plain: PlainStates = {}
-        states = assign_to_ranks(gather_states(self._engine, snapshot), self._loads, plain)
+        rank = own_rank()
+        snapshot = Snapshot(self._buffers, rank, self._shard_group) if self._section.asynchronous else None
+        loads = [0] * self._plan.topology.world_size
+        adapter, weights = self._weights(snapshot, loads)
+        states, plain = saved_states(self._engine)
+        dealt = deal_files(weights, loads), deal_states(states, loads)
+        files = [[*weights, *states] for weights, states in zip(*dealt, strict=True)]
         if snapshot is not None:
-            for key, value, owner in states:
-                snapshot.hold_state(key, value, owner)
-            parts = split_into_files(snapshot.states())
-            share = RankShare(pending.temporary, own_rank(), parts, snapshot.gather_weights)
-        else:
-            # Lazy: states are gathered while they are written, so that only one file of them exists at a time.
-            own = ((key, copy_to_host(value)) for key, value, owner in states if owner == own_rank())
-            share = RankShare(pending.temporary, own_rank(), split_into_files(own))
-        if self._is_main and error is None:
-            # Lazy states are not counted yet, so the size of the save before stands for theirs.
-            error = _no_room(self.folder, sum(self._loads) if asynchronous else max(bytes_before, weights_bytes))
-        return (self._with_main(share, pending.state, weights, plain) if self._is_main else share), error
+            for owner, own in enumerate(files):
+                for tensor in (tensor for file in own for tensor in file.tensors):
+                    snapshot.hold(tensor, owner)
+        # Without a copy, tensors are gathered while they are written, so that only one file of them exists at a time.
+        fetch = snapshot.take if snapshot is not None else partial(_fetch, rank)
+        share = RankShare(pending.temporary, rank, gather_files(files, rank, fetch))
+        if not self._is_main:
+            return share, error
+        error = error or _no_room(self.folder, sum(loads))
+        return self._with_main(share, pending.state, adapter, weights, plain), error
 
-    def _with_main(self, share: RankShare, state: TrainState, weights: FileTensors, plain: PlainStates) -> RankShare:
-        """Return the share of rank 0, which writes the weights and the small files too."""
+    def _weights(self, snapshot: Snapshot | None, loads: list[int]) -> tuple[FileTensors, list[SavedFile]]:
+        """Return the adapter on rank 0, which alone writes it, or the files of a model; a collective."""
         model = unwrapped(self._engine)
-        was_stepped = state.num_supervised_tokens > 0 and state.step > state.num_skipped_steps
+        weights = saved_weights(self._engine)
+        if not is_adapted(model):
+            return {}, model_files(model, weights, MODEL_FOLDER)
+        loads[0] += sum(weight.num_bytes for weight in weights)
+        return gather_saved_weights(self._engine, self._is_main, snapshot.copy if snapshot else None), []
+
+    def _with_main(
+        self, share: RankShare, state: TrainState, adapter: FileTensors, weights: list[SavedFile], plain: PlainStates
+    ) -> RankShare:
+        """Return the share of rank 0, which writes the adapter and the small files too."""
+        model = unwrapped(self._engine)
         scale = scale_of(self._engine)
-        return replace(
-            share,
-            folders={weights_folder_name(self._plan): weights_writer(model, weights, None, was_stepped=was_stepped)},
-            texts={
-                STATE_FILE: lambda: json.dumps(asdict(state), indent=2) + "\n",
-                OPTIMIZER_FILE: lambda: json.dumps({"states": plain, "scaler": scale}, indent=1) + "\n",
-            },
-        )
+        texts = {
+            STATE_FILE: lambda: json.dumps(asdict(state), indent=2) + "\n",
+            OPTIMIZER_FILE: lambda: json.dumps({"states": plain, "scaler": scale}, indent=1) + "\n",
+        }
+        if len(weights) > 1:
+            texts[f"{MODEL_FOLDER}/{INDEX_FILE}"] = partial(index_of, model, weights)
+        if weights:
+            return replace(share, texts=texts)
+        was_stepped = state.num_supervised_tokens > 0 and state.step > state.num_skipped_steps
+        write = adapter_files_writer(model, adapter, was_stepped=was_stepped)
+        return replace(share, texts=texts, folders={ADAPTER_FOLDER: write})
 
     def _make_folder(self, temporary: Path) -> OSError | None:
         try:
@@ -301,6 +315,12 @@ class Checkpoints:
         self._figures["checkpoint/failed"] = self._num_failed
 
 
+def _fetch(rank: int, tensor: SavedTensor, owner: int) -> Tensor | None:
+    """Return a copy of a whole tensor on the rank that writes it; a collective where it is sharded."""
+    with tensor.whole() as value:
+        return copy_to_host(value) if owner == rank else None
+
+
 def _no_room(folder: Path, needed_bytes: float) -> OSError | None:
     try:
         free = shutil.disk_usage(folder).free
@@ -309,51 +329,3 @@ def _no_room(folder: Path, needed_bytes: float) -> OSError | None:
     if free >= needed_bytes:
         return None
     return OSError(errno.ENOSPC, f"{size(needed_bytes)} are needed for a checkpoint")
-
-
-def checkpoint_to_resume(run_folder: Path, is_main: bool) -> tuple[Path | None, TrainState]:
-    """Return the newest undamaged checkpoint and its state; a fresh state where the run has none.
-
-    A collective: only rank 0 checks the files, because the ranks of a node would all read the same bytes. Damaged
-    checkpoints are renamed, so that their step can be written again.
-
-    Raises:
-        UserError: There are checkpoints, and none of them is sound.
-    """
-    folder = run_folder / CHECKPOINTS_FOLDER
-    if is_main:
-        remove_unfinished(folder)
-    found = find_newest_sound(folder) if is_main else SoundCheckpoint(None, ())
-    for fault in found.passed_over:
-        sys.stderr.write(f"passed over: {fault}\n")
-    step = from_rank_0(_step_or_code(found))
-    if step == NONE_IS_SOUND:
-        raise UserError(
-            f"no checkpoint of {run_folder.name} can be read: {next(iter(found.passed_over), 'see rank 0')}",
-            "resuming from a damaged checkpoint would train another model, and starting at step 0 is your choice.",
-            f"inspect them with `packhorse verify {run_folder}`; to start again, remove {folder}.",
-        )
-    if is_main:
-        set_aside_newer(folder, step)
-    if step == NONE_WRITTEN:
-        return None, TrainState()
-    checkpoint = folder / step_folder_name(step)
-    return checkpoint, read_state(checkpoint)
-
-
-def _step_or_code(found: SoundCheckpoint) -> int:
-    if found.checkpoint is not None:
-        return step_of(found.checkpoint)
-    return NONE_IS_SOUND if found.passed_over else NONE_WRITTEN
-
-
-def newest_state(run_folder: Path) -> TrainState:
-    """Return the state of the newest complete checkpoint to show the run's progress; other files are not read."""
-    newest = newest_complete(run_folder / CHECKPOINTS_FOLDER)
-    return read_state(newest) if newest else TrainState()
-
-
-def read_state(checkpoint: Path) -> TrainState:
-    """Return the counters stored with a checkpoint."""
-    record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    return TrainState.of(record)

@@ -6,7 +6,8 @@ Checkpoints store the master weights as the weights themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from packhorse.model.load import ModelRequest, load_model, open_model
 from packhorse.model.methods.adapter_files import stored_adapter
 from packhorse.model.methods.attach import is_adapted
-from packhorse.train.checkpoint.zero_state import has_master_weight, set_master_weight
+from packhorse.model.sharded import is_partitioned
+from packhorse.train.checkpoint.zero_state import has_master_weight, own_part, set_master_weight
 
 
 def load_master_weights(model: nn.Module, folder: Path, trust_remote_code: bool) -> None:
@@ -26,15 +28,20 @@ def load_master_weights(model: nn.Module, folder: Path, trust_remote_code: bool)
     if is_adapted(model):
         pairs: Iterable[tuple[nn.Parameter, Tensor]] = stored_adapter(model, folder)
     else:
-        stored = _stored_model(folder, trust_remote_code)
+        stored = _stored_model(folder, trust_remote_code, missing)
         pairs = ((missing.pop(name), value) for name, value in stored if name in missing)
     for parameter, value in pairs:
         set_master_weight(parameter, value)
     assert is_adapted(model) or not missing, "the model was loaded from the same folder"
 
 
-def _stored_model(folder: Path, trust_remote_code: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights by the model's names, float32, on the CPU, with one unit of the model in memory at a time."""
+def _stored_model(
+    folder: Path, trust_remote_code: bool, wanted: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights by the model's names, float32, on the CPU, with one unit of the model in memory at a time.
+
+    Of a wanted weight the rows of this rank's part are read; other weights have any values.
+    """
     request = ModelRequest(
         source=str(folder),
         revision=None,
@@ -50,6 +57,7 @@ def _stored_model(folder: Path, trust_remote_code: bool) -> Iterator[tuple[str, 
     if weights is None:
         yield from load_model(request, vocab_size=0).named_parameters()
         return
+    weights.kept_rows = lambda name, shape: _rows_of(wanted[name], shape) if name in wanted else slice(0)
     for unit in weights.units:
         weights.fill(unit)
         yield from _loaded(weights.model)
@@ -57,6 +65,15 @@ def _stored_model(folder: Path, trust_remote_code: bool) -> Iterator[tuple[str, 
             weights.model.get_submodule(name).to_empty(device="meta")
     weights.fill_rest()
     yield from _loaded(weights.model)
+
+
+def _rows_of(parameter: nn.Parameter, shape: Sequence[int]) -> slice:
+    """Return the rows that hold this rank's part of a weight; all of them under stages 1 and 2."""
+    if not is_partitioned(parameter):
+        return slice(0, shape[0])
+    begin, end = own_part(parameter)
+    width = prod(shape[1:])
+    return slice(begin // width, -(-end // width))
 
 
 def _loaded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

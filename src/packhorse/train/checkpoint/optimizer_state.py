@@ -9,48 +9,56 @@ Every engine reads what another wrote; 8-bit states under ZeRO are the exception
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from packhorse.errors import UserError
-from packhorse.model.sharded import shard_like
+from packhorse.model.sharded import shard_of
 from packhorse.run_folder.layout import OPTIMIZER_FILE, OPTIMIZER_TENSORS
-from packhorse.train.checkpoint.snapshot import Snapshot
-from packhorse.train.checkpoint.verify_weights import stored_tensors
+from packhorse.train.checkpoint.saved_tensor import PlainStates, SavedTensor
+from packhorse.train.checkpoint.stored_tensor import StoredTensor, stored_tensors
 from packhorse.train.checkpoint.weights import unwrapped
-from packhorse.train.checkpoint.zero_state import PartitionLoader, gather_partitions
+from packhorse.train.checkpoint.zero_state import PartitionLoader, saved_partitions
 from packhorse.train.engine.engine import Engine
 
 
-def gather_states(
-    engine: Engine, snapshot: Snapshot | None = None
-) -> Iterator[tuple[str, Tensor | int | float | bool]]:
-    """Yield every state that the optimizer keeps, as (`parameter name/slot`, value).
+def saved_states(engine: Engine) -> tuple[list[SavedTensor], PlainStates]:
+    """Return every state that the optimizer keeps, as `parameter name/slot`: tensors, and those that are not.
 
-    A collective where states are sharded: every rank iterates to the end, and gets the same keys in the same order.
-    Tensors are whole, in the shape of their parameter, on the device; one exists at a time. States that `snapshot`
-    takes in shards stay sharded.
+    Equal on all ranks. Tensors are whole in the shape of their parameter; gathering one is a collective where states
+    are sharded.
     """
     optimizer, model = _stepped(engine)
     if engine.is_deepspeed:
-        yield from gather_partitions(engine, model)
-        return
+        return saved_partitions(engine, model)
+    tensors: list[SavedTensor] = []
+    plain: PlainStates = {}
     for name, parameter in model.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
-            if value is None:
-                continue
-            unchanged = not isinstance(value, DTensor) or (snapshot is not None and snapshot.takes_shard(value))
-            yield f"{name}/{slot}", value if unchanged else value.full_tensor()
+            key = f"{name}/{slot}"
+            if isinstance(value, Tensor):
+                num_bytes = value.numel() * value.element_size()
+                shard = value if isinstance(value, DTensor) else None
+                tensors.append(SavedTensor(key, tuple(value.shape), num_bytes, partial(_whole, value), shard))
+            elif value is not None:
+                plain[key] = value
+    return tensors, plain
+
+
+def _whole(value: Tensor) -> AbstractContextManager[Tensor]:
+    return nullcontext(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 def load_states(engine: Engine, folder: Path) -> None:
-    """Restore every state, sharded as its parameter is now; each rank reads the files.
+    """Restore every state, sharded as its parameter is now; each rank reads its part of the files.
 
     Raises:
         UserError: The states belong to parameters that are not trained.
@@ -125,22 +133,21 @@ def _make_buffers(optimizer: Any) -> None:  # noqa: ANN401
                 part.init_state(group, parameter, group_index, index)
 
 
-def _put(state: dict[str, Any], slot: str, value: Any, parameter: Tensor) -> None:  # noqa: ANN401
+def _put(state: dict[str, Any], slot: str, value: float | StoredTensor, parameter: Tensor) -> None:
     existing = state.get(slot)
     if isinstance(existing, Tensor):
-        existing.copy_(value)
-    elif isinstance(value, Tensor):
+        existing.copy_(value[...] if isinstance(value, StoredTensor) else torch.tensor(value))
+    elif isinstance(value, StoredTensor):
         state[slot] = _like(value, parameter)
     else:
         state[slot] = value
 
 
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
+def _like(value: StoredTensor, parameter: Tensor) -> Tensor:
     """Return a state on the parameter's device, sharded as the parameter is; counters are whole everywhere."""
-    moved = value.to(parameter.device)
-    if value.dim() == 0 or not isinstance(parameter, DTensor):
-        return moved
-    return shard_like(moved, parameter)
+    if not value.shape or not isinstance(parameter, DTensor):
+        return value[...].to(parameter.device)
+    return shard_of(value, parameter)
 
 
 def _refuse_unknown(stored: set[str], trained: set[str], folder: Path) -> None:

@@ -1,10 +1,10 @@
 """One rank's share of a checkpoint, and the thread that writes it while training continues.
 
-The step loop waits only for a copy in host memory. Tensors are assigned to the ranks by size, so that each copies and
-writes its share and no rank waits for another:
+The step loop waits only for a copy in host memory. Tensors are assigned to the ranks by size (saved_tensor.py), so that
+each copies and writes its share:
 
-    rank 0    model/ or adapter/, the small files, and the rest of its share of the optimizer's states
-    rank r    optimizer-0000r-*.safetensors
+    rank 0    adapter/, the small files, and its share of the rest
+    rank r    model/model-*.safetensors, optimizer-0000r-*.safetensors
 
 safetensors, as of 0.8, writes without holding Python's lock, so that training continues meanwhile.
 """
@@ -19,63 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from packhorse.run_folder.checkpoints.manifest import bring_to_disk, files_below
 from packhorse.run_folder.checkpoints.publishing import not_shared_error, write_file_list
-from packhorse.run_folder.layout import optimizer_tensors_name
+from packhorse.train.checkpoint.saved_tensor import FileTensors, SavedFile
 
-MAX_FILE_BYTES: Final = 4 * 2**30
-"""Most bytes of optimizer states in one file; a larger tensor has its own file."""
 NICENESS: Final = 5
 WAIT_SECONDS: Final = 1.0
-
-FileTensors = dict[str, Tensor]
-"""Tensors of one file, on the CPU."""
-
-PlainStates = dict[str, int | float | bool]
-"""States of the optimizer that are not tensors, by key."""
-
-
-def copy_to_host(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the CPU that shares no memory."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def assign_to_ranks(
-    states: Iterable[tuple[str, Tensor | float]], loads: list[int], plain: PlainStates
-) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield each tensor with the rank that writes it: the one with the fewest bytes so far.
-
-    Equal on all ranks, since all of them see all states.
-
-    Args:
-        states: States from `optimizer_state.gather_states`; consumed to the end, which is a collective.
-        loads: Bytes that each rank writes already; added to.
-        plain: Filled with the states that are not tensors.
-    """
-    for key, value in states:
-        if not isinstance(value, Tensor):
-            plain[key] = value
-            continue
-        owner = loads.index(min(loads))
-        loads[owner] += value.nbytes
-        yield key, value, owner
-
-
-def split_into_files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[FileTensors]:
-    """Yield the tensors of one file after another, in their order."""
-    part: FileTensors = {}
-    part_bytes = 0
-    for key, value in tensors:
-        if part and part_bytes + value.nbytes > MAX_FILE_BYTES:
-            yield part
-            part, part_bytes = {}, 0
-        part[key] = value
-        part_bytes += value.nbytes
-    if part:
-        yield part
 
 
 @dataclass(frozen=True)
@@ -85,16 +34,14 @@ class RankShare:
     Attributes:
         folder: Temporary folder of the checkpoint; exists.
         rank: Rank of this process.
-        parts: Files of optimizer states. While states are still sharded, taking the next one is a collective.
-        gather: Gathers what `folders` write; a collective while weights are still sharded.
+        files: Files with their tensors. While tensors are still sharded, taking the next one is a collective.
         folders: Name of a subfolder to the function that writes it.
         texts: Name of a small file to the function that returns its text; called last.
     """
 
     folder: Path
     rank: int
-    parts: Iterable[FileTensors]
-    gather: Callable[[], None] = lambda: None
+    files: Iterable[tuple[SavedFile, FileTensors]]
     folders: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     texts: Mapping[str, Callable[[], str]] = field(default_factory=dict)
 
@@ -106,26 +53,24 @@ class RankShare:
             SafetensorError: The same, from inside safetensors.
             UserError: The files differ from what was to be written, or the folder is not shared by all nodes.
         """
-        self.gather()
-        parts = iter(self.parts)
+        files = iter(self.files)
         try:
-            self._write(parts)
+            self._write(files)
         finally:
-            # Taking a part is a collective: after an error here the other ranks still wait for this one.
-            for _ in parts:
+            # Taking a file is a collective: after an error here the other ranks still wait for this one.
+            for _ in files:
                 pass
 
-    def _write(self, parts: Iterator[FileTensors]) -> None:
+    def _write(self, files: Iterator[tuple[SavedFile, FileTensors]]) -> None:
         if not self.folder.is_dir():
             raise not_shared_error(self.folder, self.rank, self.rank + 1)
         written: list[Path] = []
         for name, write in self.folders.items():
             write(self.folder / name)
             written += files_below(self.folder / name)
-        for number, part in enumerate(parts, start=1):
-            file = self.folder / optimizer_tensors_name(self.rank, number)
-            save_file(part, file)
-            written.append(file)
+        for file, tensors in files:
+            written += file.write(self.folder / file.name, tensors)
+            del tensors  # before those of the next file are gathered
         for name, text in self.texts.items():
             (self.folder / name).write_text(text(), encoding="utf-8")
             written.append(self.folder / name)

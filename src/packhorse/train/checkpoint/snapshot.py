@@ -11,10 +11,9 @@ is already whole, and copied by the rank that writes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, TypeGuard
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -23,10 +22,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from packhorse.plan.run_plan import Topology
 from packhorse.run_folder.checkpoints.pinned_slabs import PinnedSlabs
+from packhorse.train.checkpoint.saved_tensor import SavedTensor
 
-WEIGHTS_OWNER: Final = 0
 GATHER_TIMEOUT: Final = timedelta(days=1)
-"""Long, because ranks wait while one writes all weights to a slow disk; a rank that dies closes its connections."""
+"""Long, because ranks wait while others write their files to a slow disk; a rank that dies closes its connections."""
 
 
 class HostBuffers:
@@ -87,84 +86,52 @@ class ShardGroup:
 
 @dataclass(frozen=True)
 class _Rows:
-    """This rank's rows of a tensor, padded to the number of the first rank."""
+    """This rank's rows of a tensor, padded to the number of the first rank; rows of the whole tensor."""
 
     rows: Tensor
     num_rows: int
-    owner: int
 
 
 class Snapshot:
     """One checkpoint's tensors on the host of this rank.
 
-    Filled while the step loop waits, by all ranks with the same tensors in the same order; then `gather_weights` and
-    `states` are called once each, in this order, by a thread of every rank.
+    Filled while the step loop waits, by all ranks with the same tensors in the same order; a thread of every rank then
+    takes them, again all in one order.
     """
 
     def __init__(self, buffers: HostBuffers, rank: int, group: ShardGroup | None) -> None:
         self.copy = buffers.copy
         self._rank = rank
         self._group = group
-        self._weights: list[tuple[_Rows, Tensor | None]] = []
-        self._states: list[tuple[str, Tensor | _Rows]] = []
+        self._held: dict[str, Tensor | _Rows] = {}
 
-    def takes_shard(self, tensor: Tensor) -> TypeGuard[DTensor]:
-        """Return whether each rank may copy just its rows of this tensor."""
-        if self._group is None or not isinstance(tensor, DTensor):
-            return False
-        *copies, shard = tensor.placements
-        return shard == Shard(0) and all(placement.is_replicate() for placement in copies)
+    def hold(self, tensor: SavedTensor, owner: int) -> None:
+        """Copy this rank's part of a tensor that `owner` writes; a collective where it is not sharded by rows."""
+        if self._group is not None and tensor.shard is not None and _is_by_rows(tensor.shard):
+            if owner in self._group:
+                with torch.no_grad():
+                    local = tensor.shard.to_local()
+                num_rows = tensor.shape[0]
+                self._held[tensor.key] = _Rows(self.copy(tensor.key, local, -(-num_rows // self._group.size)), num_rows)
+            return
+        with tensor.whole() as value:
+            if owner == self._rank:
+                self._held[tensor.key] = self.copy(tensor.key, value)
 
-    def hold_weight(self, name: str, weight: DTensor) -> Tensor:
-        """Copy this rank's rows; the tensor returned on rank 0 is the whole weight after `gather_weights`."""
-        rows = self._rows(name, weight, WEIGHTS_OWNER)
-        whole = self._whole(rows)
-        if rows is not None:
-            self._weights.append((rows, whole))
-        return torch.empty(0) if whole is None else whole[: len(weight)]
-
-    def hold_state(self, key: str, state: Tensor, owner: int) -> None:
-        """Copy this rank's part of a state of the optimizer that `owner` writes."""
-        if self.takes_shard(state):
-            held: Tensor | _Rows | None = self._rows(key, state, owner)
-        else:
-            held = self.copy(key, state) if owner == self._rank else None
-        if held is not None:
-            self._states.append((key, held))
-
-    def gather_weights(self) -> None:
-        """Fill the weights on rank 0; a collective."""
-        for rows, whole in self._weights:
-            self._gather(rows, whole)
-
-    def states(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the states that this rank writes, whole; a collective, to be consumed to the end."""
-        for key, held in self._states:
-            if isinstance(held, Tensor):
-                yield key, held
-                continue
-            whole = self._whole(held)
-            self._gather(held, whole)
-            if whole is not None:
-                yield key, whole[: held.num_rows]
-
-    def _rows(self, name: str, tensor: DTensor, owner: int) -> _Rows | None:
-        """Copy this rank's rows; None where the owner is in another group."""
+    def take(self, tensor: SavedTensor, owner: int) -> Tensor | None:
+        """Return the whole tensor on the rank that writes it, None on others; a collective of its shard group."""
+        held = self._held.get(tensor.key)
+        if not isinstance(held, _Rows):
+            return held
         assert self._group is not None
-        if owner not in self._group:
-            return None
-        with torch.no_grad():
-            local = tensor.to_local()
-        return _Rows(self.copy(name, local, -(-len(tensor) // self._group.size)), len(tensor), owner)
+        whole = None
+        if owner == self._rank:
+            shape = (len(held.rows) * self._group.size, *held.rows.shape[1:])
+            whole = torch.empty(shape, dtype=held.rows.dtype)
+        self._group.gather(held.rows, whole, owner)
+        return None if whole is None else whole[: held.num_rows]
 
-    def _whole(self, rows: _Rows | None) -> Tensor | None:
-        """Return memory for the padded rows of all ranks on the owner, None on other ranks."""
-        if rows is None or rows.owner != self._rank:
-            return None
-        assert self._group is not None
-        shape = (len(rows.rows) * self._group.size, *rows.rows.shape[1:])
-        return torch.empty(shape, dtype=rows.rows.dtype)
 
-    def _gather(self, rows: _Rows, whole: Tensor | None) -> None:
-        assert self._group is not None
-        self._group.gather(rows.rows, whole, rows.owner)
+def _is_by_rows(tensor: DTensor) -> bool:
+    *copies, shard = tensor.placements
+    return shard == Shard(0) and all(placement.is_replicate() for placement in copies)

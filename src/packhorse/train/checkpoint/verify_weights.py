@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from packhorse.errors import UserError
 from packhorse.model.methods.attach import is_adapted
+from packhorse.train.checkpoint.stored_tensor import stored_tensors
 
 LORA_B = ".lora_B."
 SIZE_TOLERANCE = 0.01
@@ -20,16 +20,16 @@ SIZE_TOLERANCE = 0.01
 
 
 def verify_weights(
-    folder: Path,
+    path: Path,
     weights: Mapping[str, Tensor],
     model: Any,  # noqa: ANN401
     dtype: torch.dtype | None,
     was_stepped: bool = False,
 ) -> None:
-    """Read the safetensors files of `folder`, one tensor at a time.
+    """Read a safetensors file, or those of a folder, one tensor at a time.
 
     Args:
-        folder: Folder that was just written.
+        path: File or folder that was just written.
         weights: Tensors that were to be written, by name in the model.
         model: The unwrapped model, which maps its names and shapes to those in a file. With an adapter it is peft's
             model; the file then has peft's names, and may hold more than was trained (PiSSA's start).
@@ -42,40 +42,33 @@ def verify_weights(
     """
     shapes = {}
     is_nonzero = {}
-    for name, tensor in stored_tensors(folder):
+    for name, stored in stored_tensors(path):
+        tensor = stored[...]
         shapes[name] = tuple(tensor.shape)
         if LORA_B in name:
             is_nonzero[name] = bool(tensor.any())
         if not tensor.numel():
-            raise _damaged(f"{name} in {folder} has 0 elements.")
+            raise _damaged(f"{name} in {path} has 0 elements.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
-            raise _damaged(f"{name} in {folder} has {count:,} of {tensor.numel():,} numbers that are not finite.")
+            raise _damaged(f"{name} in {path} has {count:,} of {tensor.numel():,} numbers that are not finite.")
     if was_stepped and is_nonzero and not any(is_nonzero.values()):
-        raise _damaged(f"each of {len(is_nonzero)} B matrices of the adapter in {folder} is zero after a step.")
+        raise _damaged(f"each of {len(is_nonzero)} B matrices of the adapter in {path} is zero after a step.")
     expected_bytes = sum(_stored_bytes(value, dtype) for value in weights.values())
-    written_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    written_bytes = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
     if is_adapted(model):
         if written_bytes < expected_bytes:
-            raise _damaged(f"{folder} has {written_bytes:,} bytes of weights, and {expected_bytes:,} were trained.")
+            raise _damaged(f"{path} has {written_bytes:,} bytes of weights, and {expected_bytes:,} were trained.")
         return
-    _compare(folder, shapes, _shapes_in_files(model, weights))
+    _compare(path, shapes, _shapes_in_files(model, weights))
     # Names and shapes match; the size also checks the dtype, with a header of some hundred bytes per tensor.
     most = expected_bytes * (1 + SIZE_TOLERANCE) + 512 * len(shapes)
     if not expected_bytes <= written_bytes <= most:
-        raise _damaged(f"{folder} has {written_bytes:,} bytes of weights instead of {expected_bytes:,}.")
+        raise _damaged(f"{path} has {written_bytes:,} bytes of weights instead of {expected_bytes:,}.")
 
 
 def _stored_bytes(value: Tensor, dtype: torch.dtype | None) -> int:
     return value.numel() * (dtype if dtype is not None and value.is_floating_point() else value.dtype).itemsize
-
-
-def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> Iterator[tuple[str, Tensor]]:
-    """Yield name and value of each tensor in the safetensors files of a folder, on the CPU."""
-    for file in sorted(folder.glob(pattern)):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
-                yield name, stored.get_tensor(name)
 
 
 def _shapes_in_files(model: Any, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:  # noqa: ANN401

@@ -12,8 +12,9 @@ optimizer's states have the shape of a partition, so a parameter's part can be f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from packhorse.errors import UserError
-from packhorse.model.sharded import is_partitioned
+from packhorse.model.sharded import is_partitioned, true_shape
+from packhorse.train.checkpoint.saved_tensor import PlainStates, SavedTensor, held_whole
+from packhorse.train.checkpoint.stored_tensor import StoredTensor, flat_part
 from packhorse.train.engine.engine import Engine
 from packhorse.train.engine.process_group import own_rank, world_size
 
@@ -54,26 +57,42 @@ class Partition:
         return all(value.shape == self.weights.shape for value in tensors)
 
 
-def gather_partitions(engine: Engine, model: nn.Module) -> Iterator[tuple[str, State]]:
-    """Yield every state as (key, value), tensors whole and on the device; a collective, like `gather_states`.
+def saved_partitions(engine: Engine, model: nn.Module) -> tuple[list[SavedTensor], PlainStates]:
+    """Return every state, tensors whole and on the device once they are gathered, like `saved_states`.
 
-    Yields nothing where DeepSpeed keeps the states in files (`zero3_nvme`): it cannot load them again.
+    Returns nothing where DeepSpeed keeps the states in files (`zero3_nvme`): it cannot load them again.
     """
     zero: Any = engine.model.optimizer
     if getattr(zero, "swap_optimizer", False):
-        return
+        return [], {}
     partitions = _partitions(engine)
     if not all(partition.is_by_weight for partition in partitions):
-        yield from _by_rank(partitions, engine.device)
-        return
+        return _by_rank(partitions, engine.device)
     _link(engine, partitions)
+    tensors: list[SavedTensor] = []
+    plain: PlainStates = {}
     owner = {id(parameter): partition for partition in partitions for parameter in partition.parameters}
     for name, parameter in model.named_parameters():
         for slot, value in owner[id(parameter)].slots.items() if id(parameter) in owner else ():
             if isinstance(value, Tensor) and value.dim():
-                yield f"{name}/{slot}", _deepspeed().safe_get_full_optimizer_state(parameter, slot)
-            elif value is not None:
-                yield f"{name}/{slot}", value
+                shape = true_shape(parameter)
+                whole = partial(_whole_state, parameter, slot)
+                tensors.append(SavedTensor(f"{name}/{slot}", tuple(shape), shape.numel() * value.element_size(), whole))
+            else:
+                _add(tensors, plain, f"{name}/{slot}", value)
+    return tensors, plain
+
+
+def _whole_state(parameter: nn.Parameter, slot: str) -> AbstractContextManager[Tensor]:
+    return nullcontext(_deepspeed().safe_get_full_optimizer_state(parameter, slot))
+
+
+def _add(tensors: list[SavedTensor], plain: PlainStates, key: str, value: State | None) -> None:
+    """Add a counter, which every rank has."""
+    if isinstance(value, Tensor):
+        tensors.append(SavedTensor(key, tuple(value.shape), value.nbytes, partial(held_whole, value)))
+    elif value is not None:
+        plain[key] = value
 
 
 class PartitionLoader:
@@ -91,14 +110,14 @@ class PartitionLoader:
         self._all = {_partition_name(other, world, group) for other in range(world) for group in range(len(partitions))}
         self._counted: dict[tuple[int, str], float] = {}
 
-    def put_partition(self, name: str, slot: str, value: State) -> bool:
+    def put_partition(self, name: str, slot: str, value: float | StoredTensor) -> bool:
         """Load a state of a whole partition if it is this rank's; return whether `name` names a partition."""
         if name in self._own:
-            _set(self._own[name].slots, slot, value)
+            _set(self._own[name].slots, slot, _read(value))
         return name in self._all
 
-    def put(self, name: str, parameter: nn.Parameter, slot: str, value: State) -> None:
-        """Load a parameter's state, a whole tensor or a number.
+    def put(self, name: str, parameter: nn.Parameter, slot: str, value: float | StoredTensor) -> None:
+        """Load a parameter's state, a whole tensor of which this rank reads its part, or a number.
 
         Raises:
             UserError: The optimizer keeps other states here, or the group has made another number of steps.
@@ -111,17 +130,18 @@ class PartitionLoader:
                 "processes cuts alike.",
                 "resume with the engine and the number of processes that wrote it.",
             )
-        if isinstance(value, Tensor) and value.dim():
+        if isinstance(value, StoredTensor) and value.shape:
             _set_part(parameter, value, slot)
             return
-        counted = self._counted.setdefault((id(partition.weights), slot), float(value))
-        if counted != float(value):
+        number = _read(value)
+        counted = self._counted.setdefault((id(partition.weights), slot), float(number))
+        if counted != float(number):
             raise UserError(
-                f"{name} has made {float(value):g} steps, and others of its group {counted:g}.",
+                f"{name} has made {float(number):g} steps, and others of its group {counted:g}.",
                 "ZeRO steps a whole group together and counts its steps once.",
                 "resume with parallel.engine ddp or fsdp2.",
             )
-        _set(partition.slots, slot, value)
+        _set(partition.slots, slot, number)
 
 
 def gather_master_weight(parameter: nn.Parameter) -> Tensor | None:
@@ -195,43 +215,63 @@ def _link(engine: Engine, partitions: list[Partition]) -> None:
         _deepspeed().lazy_init_hp_params_optimizer_state(partition.parameters, partition.weights, zero.optimizer.state)
 
 
-def _by_rank(partitions: list[Partition], device: torch.device) -> Iterator[tuple[str, State]]:
-    rank, world = own_rank(), world_size()
+def _by_rank(partitions: list[Partition], device: torch.device) -> tuple[list[SavedTensor], PlainStates]:
+    tensors: list[SavedTensor] = []
+    plain: PlainStates = {}
+    world = world_size()
     for owner in range(world):
         for group, partition in enumerate(partitions):
             for slot, value in partition.slots.items():
                 key = f"{_partition_name(owner, world, group)}/{slot}"
                 if isinstance(value, Tensor) and value.dim():
-                    # Partitions are padded to one size, so every rank knows the shape.
-                    sent = value.to(device, copy=True) if rank == owner else torch.empty_like(value, device=device)
-                    if world > 1:
-                        dist.broadcast(sent, src=owner)
-                    yield key, sent
-                elif value is not None:
-                    yield key, value
+                    sent = partial(_sent_by, owner, value, device)
+                    tensors.append(SavedTensor(key, tuple(value.shape), value.nbytes, sent))
+                else:
+                    _add(tensors, plain, key, value)
+    return tensors, plain
+
+
+def _sent_by(owner: int, value: Tensor, device: torch.device) -> AbstractContextManager[Tensor]:
+    """Give the owner's tensor; partitions are padded to one size, so every rank knows the shape."""
+    sent = value.to(device, copy=True) if own_rank() == owner else torch.empty_like(value, device=device)
+    if world_size() > 1:
+        dist.broadcast(sent, src=owner)
+    return nullcontext(sent)
 
 
 def _partition_name(rank: int, world: int, group: int) -> str:
     return f"rank {rank} of {world}/group {group}"
 
 
-def _set_part(parameter: Any, value: Tensor, slot: str | None) -> None:  # noqa: ANN401
+def _set_part(parameter: Any, value: Tensor | StoredTensor, slot: str | None) -> None:  # noqa: ANN401
     """Copy this rank's part of a whole tensor, of any shape, into a state or, for None, into the weight."""
-    flat = value.detach().to(torch.float32).flatten()
-    if not is_partitioned(parameter):
-        # These functions take the part themselves, on the ranks that have one.
-        set_weight, set_state = _deepspeed().safe_set_full_fp32_param, _deepspeed().safe_set_full_optimizer_state
-    else:
+    if is_partitioned(parameter):
         # Stage 3 partitions every parameter separately, and pads the last rank's part.
-        size = parameter.ds_tensor.numel()
-        start = size * dist.get_rank(group=parameter.ds_process_group)
-        flat = flat[start : start + size]
-        flat = functional.pad(flat, (0, size - flat.numel()))
+        begin, end = own_part(parameter)
+        part = flat_part(value, begin, end).to(torch.float32)
+        part = functional.pad(part, (0, parameter.ds_tensor.numel() - part.numel()))
         set_weight, set_state = _deepspeed().safe_set_local_fp32_param, _deepspeed().safe_set_local_optimizer_state
-    if slot is None:
-        set_weight(parameter, flat)
+    elif parameter._hp_mapping is None:
+        return  # only other ranks have a part of it
     else:
-        set_state(parameter, flat, slot)
+        # These functions take the part themselves.
+        part = value[...].to(torch.float32).flatten()
+        set_weight, set_state = _deepspeed().safe_set_full_fp32_param, _deepspeed().safe_set_full_optimizer_state
+    if slot is None:
+        set_weight(parameter, part)
+    else:
+        set_state(parameter, part, slot)
+
+
+def own_part(parameter: Any) -> tuple[int, int]:  # noqa: ANN401
+    """Return where this rank's part of a parameter that stage 3 has partitioned begins and ends, in its flat values."""
+    size, whole = parameter.ds_tensor.numel(), true_shape(parameter).numel()
+    begin = size * dist.get_rank(group=parameter.ds_process_group)
+    return min(begin, whole), min(begin + size, whole)
+
+
+def _read(value: float | StoredTensor) -> State:
+    return value[...] if isinstance(value, StoredTensor) else value
 
 
 def _set(slots: dict[str, Any], slot: str, value: State) -> None:

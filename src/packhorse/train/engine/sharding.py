@@ -18,9 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from packhorse.model.load import ModelRequest
-from packhorse.model.sharded import is_partitioned
+from packhorse.model.sharded import chunk_of, is_partitioned
+from packhorse.model.streaming import KeptRows
 from packhorse.plan.run_plan import RunPlan, Topology
 from packhorse.train.engine.precision import COMPUTE_DTYPES
+from packhorse.train.engine.process_group import own_rank
 
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +37,11 @@ class Placement:
         # Quantised weights are far smaller, and made by kernels of the device.
         on_device = not self.shards or request.quantization is not None
         return request if on_device else replace(request, device=torch.device("cpu"))
+
+    @property
+    def kept_rows(self) -> KeptRows | None:
+        """Which rows of a weight this rank must have read before `unit` shards it; None for all."""
+        return None
 
     def unit(self, modules: Sequence[nn.Module], is_last: bool) -> None:
         """Place modules whose weights are used together; a collective where it shards."""
@@ -57,6 +64,12 @@ class Fsdp2(Placement):
             reduce_dtype=torch.float32 if is_mixed else None,
         )
 
+    @property
+    def kept_rows(self) -> KeptRows:
+        """This rank's shard, by rows."""
+        rank, num_ranks = self._mesh.get_local_rank(self._mesh.ndim - 1), self._mesh.size(self._mesh.ndim - 1)
+        return lambda _, shape: chunk_of(shape[0], rank, num_ranks)
+
     def unit(self, modules: Sequence[nn.Module], is_last: bool) -> None:
         """Shard a unit; the last one stays whole between forward and backward pass, which follow immediately."""
         fully_shard(list(modules), mesh=self._mesh, mp_policy=self._policy, reshard_after_forward=not is_last)
@@ -76,6 +89,12 @@ class Zero3(Placement):
         self._dtype = COMPUTE_DTYPES[precision]
         self._device = device
         self._first: Any = None
+
+    @property
+    def kept_rows(self) -> KeptRows:
+        """Everything on rank 0, which sends each weight to the others when DeepSpeed partitions it."""
+        is_main = own_rank() == 0
+        return lambda _, shape: slice(0, shape[0] if is_main else 0)
 
     def unit(self, modules: Sequence[nn.Module], is_last: bool) -> None:
         """Partition a unit's weights."""
