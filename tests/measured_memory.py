@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -26,7 +26,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from packhorse.data.packs.loader import MicroBatch, lay_out
 from packhorse.estimate.activations import count_activations
 from packhorse.estimate.measure.rank_tensors import (
-    address_of,
     bytes_of,
     gradient_tensors,
     planned_sizes,
@@ -34,7 +33,7 @@ from packhorse.estimate.measure.rank_tensors import (
     weight_tensors,
 )
 from packhorse.estimate.packs import PackFigures
-from packhorse.estimate.weights import list_weights
+from packhorse.estimate.weights import WeightTensor, compute_width, list_weights
 from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
 from packhorse.model_spec.parameters import Shape, read_shape
 from packhorse.plan.make_plan import make_plan
@@ -49,6 +48,21 @@ from packhorse.train.setup import training_model
 CPU = torch.device("cpu")
 SMALL_BUCKET = 2**16
 Figures = dict[str, int]
+METHODS: dict[str, Any] = {
+    "full": "full",
+    "partial": {"kind": "partial", "last_layers": 1},
+    "lora": "lora",
+    "lora without dropout": {"kind": "lora", "dropout": 0.0, "target": ["q_proj", "v_proj"]},
+    "dora": {"kind": "lora", "dora": True, "dropout": 0.0},
+    "dora with dropout": {"kind": "lora", "dora": True},
+    "lora and whole ends": {"kind": "lora", "dropout": 0.0, "train_also": ["lm_head", "embed_tokens"]},
+    "qlora": "qlora",
+    "qlora int8": {"kind": "qlora", "quantization": "int8"},
+    "qlora dora with dropout": {"kind": "qlora", "dora": True},
+    "ia3": "ia3",
+    "prompt": "prompt_tuning",
+    "prefix": "prefix_tuning",
+}
 
 
 def save_model(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
@@ -77,8 +91,10 @@ def plan_of(folder: Path, lengths: Sequence[int], processes: int = 1, **sections
     plan = make_plan(Recipe.model_validate(fields), DeviceRequest(), Hardware(num_cores=2, gpus=()), data)
     if plan.deepspeed is None:
         return plan
-    # Buckets for a small model: what is in them is known, and not measured here.
+    # Buckets and limits for a small model: what is in the buckets is known, and all of its weights would stay gathered.
     zero = {**plan.deepspeed["zero_optimization"], "reduce_bucket_size": SMALL_BUCKET}
+    if zero["stage"] == 3:
+        zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     return plan.model_copy(update={"deepspeed": {**plan.deepspeed, "zero_optimization": zero}})
 
 
@@ -98,10 +114,29 @@ def figures_of(lengths: Sequence[int]) -> PackFigures:
 
 def predicted(plan: RunPlan, folder: Path, lengths: Sequence[int]) -> Figures:
     """Return the planned bytes by component."""
-    shape, packs = shape_of(folder), figures_of(lengths)
+    return predicted_of(plan, shape_of(folder), figures_of(lengths))
+
+
+def predicted_of(plan: RunPlan, shape: Shape, packs: PackFigures) -> Figures:
+    """Return the planned bytes of a model of this shape by component."""
     held = list_weights(plan, shape)
     assert held is not None
-    return planned_sizes(plan, held) | {"activations": count_activations(plan, shape, held, packs).kept}
+    kept = count_activations(plan, shape, held, packs)
+    return planned_sizes(plan, held) | {
+        "activations": kept.kept + kept.loss_gradients,
+        "gathered": gathered(plan, held),
+    }
+
+
+def gathered(plan: RunPlan, held: Sequence[WeightTensor]) -> int:
+    """Bytes of whole weights that an engine leaves to the backward pass, which starts with the output head.
+
+    FSDP2 keeps its last unit (`reshard_after_forward=False`). ZeRO-3 keeps nothing where the limits are 0, but torch's
+    loss saves a detached head, unless it computes its gradients in the forward pass, as in float32.
+    """
+    engine, width = plan.topology.engine, compute_width(plan)
+    last = [weight.size for weight in held if weight.unit == "head" and (engine == "fsdp2" or len(weight.shape) == 2)]
+    return sum(last) * width if engine == "fsdp2" or (engine == "zero3" and width == 2) else 0
 
 
 def measured(plan: RunPlan, lengths: Sequence[int]) -> Figures:
@@ -109,10 +144,10 @@ def measured(plan: RunPlan, lengths: Sequence[int]) -> Figures:
     accelerator = start_accelerator(plan)
     model = training_model(plan, _tokenizer(), CPU, None, lambda: None)
     engine = start_engine(accelerator, plan, model, make_optimizer(model, plan.recipe))
-    kept = KeptTensors(model)
-    with engine.micro_step(is_last=True), kept:
+    alive = AliveTensors(model)
+    with engine.micro_step(is_last=True), alive:
         loss = micro_batch_loss(engine.model, micro_batch(lengths), CPU)
-    figures = {"activations": kept.bytes}
+    figures = dict(zip(("activations", "gathered"), alive.bytes(), strict=True))
     if engine.is_deepspeed:
         engine.model.backward(loss)
         figures["gradients"] = bytes_of(gradient_tensors(engine))
@@ -185,25 +220,47 @@ def measured_peak(plan: RunPlan, lengths: Sequence[int]) -> int:
     return bytes_of(stay) + live.peak
 
 
-class KeptTensors(saved_tensors_hooks):
-    """Bytes that autograd keeps, each storage once; weights, gathered ones too, are not among them."""
+class AliveTensors(TorchDispatchMode):
+    """Bytes that a forward pass leaves until the backward pass; weights of before are not counted.
+
+    Hooks on saved tensors would miss what an autograd function keeps as its attribute.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._fixed = {address_of(tensor) for tensor in (*weight_tensors(model), *model.buffers())}
-        self._kept: dict[int, Tensor] = {}
-        super().__init__(self._keep, lambda tensor: tensor)
+        super().__init__()
+        # Held, so that no other storage gets the address of one of these.
+        self._before = [_storage(each) for each in (*weight_tensors(model), *model.parameters(), *model.buffers())]
+        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._weights: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        for module in model.modules():
+            module.register_forward_pre_hook(self._note_weights)
 
-    def _keep(self, tensor: Tensor) -> Tensor:
-        address = address_of(tensor)
-        if address not in self._fixed and address not in {address_of(each) for each in self._model.parameters()}:
-            self._kept[address] = tensor  # held, so that no other tensor gets its address
-        return tensor
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operator and notes what it returns."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._made[_storage(tensor)._cdata] = weakref.ref(_storage(tensor))
+        return out
 
-    @property
-    def bytes(self) -> int:
-        """Of all storages together."""
-        return bytes_of(self._kept.values())
+    def _note_weights(self, module: nn.Module, _: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            self._weights[_storage(parameter)._cdata] = weakref.ref(_storage(parameter))
+
+    def bytes(self) -> tuple[int, int]:
+        """Of activations, and of weights that an engine has gathered."""
+        before = {storage._cdata for storage in self._before}
+        made, weights = (
+            {key: storage.nbytes() for key, each in found.items() if (storage := each()) is not None}
+            for found in (self._made, self._weights)
+        )
+        new = {key: size for key, size in made.items() if key not in before}
+        gathered = sum(size for key, size in new.items() if key in weights)
+        return sum(new.values()) - gathered, gathered
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -214,7 +271,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 # --- two ranks ------------------------------------------------------------------------------------
 
 Case = tuple[str, str, str]
-"""Engine, method, precision."""
+"""Engine, name of the method, precision."""
 
 
 def measure_ranks(rank: int, world: int, folder: str, ports: list[int], cases: list[Case], lengths: list[int]) -> None:
@@ -231,7 +288,8 @@ def measure_ranks(rank: int, world: int, folder: str, ports: list[int], cases: l
         os.environ["ACCELERATE_USE_DEEPSPEED"] = str(engine.startswith("zero")).lower()
         os.environ["ACCELERATE_USE_FSDP"] = str(engine == "fsdp2").lower()
         model = Path(folder) / "model"
-        plan = plan_of(model, lengths, world, method=method, precision=precision, parallel={"engine": engine})
+        sections = {"method": METHODS[method], "precision": precision, "parallel": {"engine": engine}}
+        plan = plan_of(model, lengths, world, **sections)
         results.append([measured(plan, lengths), predicted(plan, model, lengths)])
         dist.barrier()
         dist.destroy_process_group()

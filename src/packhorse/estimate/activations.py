@@ -58,7 +58,7 @@ class Activations:
 
     Attributes:
         layers: Decoder layers from first to last.
-        inputs: Token ids, positions, labels and rotary angles.
+        inputs: Token ids, positions, labels and rotary angles, which a recomputed layer keeps with its input.
         head: Last norm and output head, by part.
         loss_gradients: Gradients that the loss computes in its forward pass and holds until the backward pass.
         logits: Workspace of one chunk of the loss.
@@ -154,10 +154,8 @@ def _described(
         layer = DecoderLayer(own, settings, shape, by_unit[f"layer {index}"], index)
         hidden = layer.forward(own.tensor(before.elements, before.width, before.has_grad))
         layers.append(LayerBytes(own.by_part(), before.bytes, _recomputes(plan, index)))
-    angles = 0
-    if any(layer.kept and not layer.recomputed for layer in layers):
-        tables = 2 if len(set(shape.windows)) > 1 and shape.family == "gemma3_text" else 1
-        angles = tables * 2 * settings.tokens * shape.head_width * width
+    tables = 2 if len(set(shape.windows)) > 1 and shape.family == "gemma3_text" else 1
+    angles = tables * 2 * settings.tokens * shape.head_width * width
     norm = [weight for weight in weights if weight.name == shape.names.norm]
     tail = DecoderLayer(saved, settings, shape, norm, shape.layers)
     return tuple(layers), angles, tail.norm(hidden, shape.names.norm, "last norm")
@@ -180,9 +178,7 @@ def _measured(
         parts = {part: size for part, size in own.by_part().items() if size}
         layers.append(LayerBytes(parts, layer.input.at(settings.tokens), _recomputes(plan, index)))
     saved.save_new(kept.after.at(settings.tokens) + round(kept.after.fixed), 1, "last norm")
-    before = kept.before.at(settings.tokens) + round(kept.before.fixed)
-    if any(layer.kept and not layer.recomputed for layer in layers):
-        before += kept.shared.at(settings.tokens)
+    before = kept.before.at(settings.tokens) + round(kept.before.fixed) + kept.shared.at(settings.tokens)
     return tuple(layers), before, saved.tensor(settings.tokens * shape.hidden, kept.width, kept.has_grad)
 
 

@@ -177,7 +177,7 @@ def _in_backward(plan: RunPlan, weights: Sequence[WeightTensor], kept: Activatio
         *_activations(kept, with_head=False),
         Component("recomputation", kept.recomputed, "one layer's results, computed again"),
         Component("gradients", max(waiting, _head_gradients(plan, weights)), "of earlier passes and of the last unit"),
-        *_gathered(plan, weights),
+        *_gathered(plan, weights, loss_keeps_head=compute_width(plan) != FP32),
         *_reduced_units(
             plan, weights, {unit for unit in _unit_bytes(weights, 1) if unit != "embedding" or unit == tail}
         ),
@@ -222,7 +222,9 @@ def _unit_bytes(weights: Sequence[WeightTensor], width: int) -> dict[str, int]:
     return sizes
 
 
-def _gathered(plan: RunPlan, weights: Sequence[WeightTensor], without_last: bool = False) -> list[Component]:
+def _gathered(
+    plan: RunPlan, weights: Sequence[WeightTensor], without_last: bool = False, loss_keeps_head: bool = False
+) -> list[Component]:
     """Return the whole weights of the units in use and of the one that is prefetched."""
     if not training_state.shards_weights(plan) or training_state.shard_ranks(plan) == 1:
         return []
@@ -234,7 +236,11 @@ def _gathered(plan: RunPlan, weights: Sequence[WeightTensor], without_last: bool
         elements = sum(weight.data_size for weight in gathered)
         live = sum(weight.data_bytes for weight in gathered) * min(1.0, limit / max(1, elements))
         reason = f"up to {limit:,} elements stay gathered (stage3_max_live_parameters)"
-        return [Component("gathered weights", int(max(live, *units.values())), reason)]
+        # In its first step DeepSpeed frees the head after the forward pass, and gathers another one beside the loss's.
+        heads = 2 * units[_last_unit(weights)] if loss_keeps_head else 0
+        if heads > live:
+            reason = "the output head twice: the loss keeps it, and the first step gathers another one"
+        return [Component("gathered weights", int(max(live, heads, *units.values())), reason)]
     layer = max(size for unit, size in units.items() if unit.startswith("layer"))
     if without_last:
         size = max(3 * layer, 2 * units["embedding"])

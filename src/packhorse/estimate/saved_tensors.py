@@ -190,7 +190,7 @@ class DecoderLayer:
         if scale is not None:
             self._saved.save(out, part)
             return self._saved.tensor(out.elements, out.width, True)
-        return self._low_rank(x, out, adapters) if adapters else out
+        return self._low_rank(x, out, adapters, weight) if adapters else out
 
     def _product(self, x: ForwardTensor, weight: WeightTensor, part: str) -> ForwardTensor:
         saved = self._saved
@@ -199,11 +199,16 @@ class DecoderLayer:
         if weight.trained or (self._set.keeps_inputs and x.has_grad and weight.storage == "plain"):
             saved.save(given, part)
         if x.has_grad and self._set.autocast and width != self._set.compute and weight.storage == "plain":
-            saved.save_new(weight.size, self._set.compute, COPIES)
+            self._copy(weight)
         rows = x.elements // weight.shape[1]
         return saved.tensor(rows * weight.shape[0], self._set.compute, x.has_grad or weight.trained)
 
-    def _low_rank(self, x: ForwardTensor, out: ForwardTensor, adapters: Sequence[WeightTensor]) -> ForwardTensor:
+    def _copy(self, weight: WeightTensor) -> None:
+        self._saved.save_new(weight.size, self._set.compute, COPIES)
+
+    def _low_rank(
+        self, x: ForwardTensor, out: ForwardTensor, adapters: Sequence[WeightTensor], weight: WeightTensor
+    ) -> ForwardTensor:
         """Apply peft's LoRA layer: the input in the adapter's format, dropout, A, B, and the sum."""
         saved, (down, up, *magnitude) = self._saved, adapters
         given = saved.cast(x, self._set.adapter) if self._set.casts_inputs else x
@@ -213,12 +218,12 @@ class DecoderLayer:
             given = saved.tensor(given.elements, given.width, given.has_grad)
         added = self._product(self._product(given, down, "adapter"), up, "adapter")
         if magnitude:
-            inputs, rank, outputs = down.shape[1], down.shape[0], up.shape[0]
             saved.save(out, "adapter")
             saved.save(added, "adapter")
-            # peft gets the norm of the whole weight by sending a unit matrix through the adapter.
-            saved.save_new(inputs * inputs + inputs * rank, self._set.compute, "adapter")
-            saved.save_new(3 * outputs, FP32, "adapter")
+            saved.save_new(3 * up.shape[0], FP32, "adapter")
+            if self._set.dropout and x.has_grad and (self._set.autocast or weight.storage != "plain"):
+                # What dropout leaves is multiplied by the weight once more, by a copy in the compute format.
+                self._copy(weight)
         return saved.tensor(out.elements, out.width, True)
 
     def _attention(self, x: ForwardTensor) -> ForwardTensor:

@@ -164,17 +164,14 @@ def _logits(plan: RunPlan, shape: Shape, work: PassWork) -> Traffic:
 
 
 def _dequantisation(plan: RunPlan, work: PassWork) -> list[Traffic]:
-    """Count bitsandbytes' conversions for each product with a quantised weight."""
+    """Count the conversions of a quantised weight for each of its products."""
     method, b, linear = plan.recipe.method, compute_width(plan), _linear(work)
     if not isinstance(method, QloraMethod):
         return []
-    if method.quantization == "int8":
-        # Forward the inputs are quantised instead, and the product's 32-bit sums scaled back.
-        sums = [(each.rows * (3 * each.inputs + 6 * each.outputs), each) for each in linear]
-        forward = sum(size * each.forward for size, each in sums)
-        backward = sum(size * each.recomputed for size, each in sums) + _weights(linear, "input_gradients") * (1 + b)
-        return [Traffic("dequantisation", forward, backward, "LLM.int8() scales inputs and outputs of each product")]
     stored = 0.5 + (1 / 64 if method.double_quantization else 1 / 16)
+    if method.quantization == "int8":
+        # Written as 16-bit numbers, and once more when they are scaled.
+        stored = 1.0 + 2 * b
     forward = _weights(linear, "forward") * (stored + b)
     backward = (_weights(linear, "input_gradients") + _weights(linear, "recomputed")) * (stored + b)
     return [

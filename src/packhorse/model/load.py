@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal, cast
 
 import torch
@@ -218,7 +219,7 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
     refuse_incomplete(request.source, loading_info["missing_keys"], loading_info["unexpected_keys"])
     if not quantized:
         return cast(PreTrainedModel, model.to(request.device))
-    keep_as_stored(model)
+    _prepare_quantized(model)
     return cast(PreTrainedModel, model)
 
 
@@ -280,7 +281,7 @@ def _open(request: ModelRequest) -> StreamedWeights | None:
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
-        keep_as_stored(model)
+        _prepare_quantized(model)
     model.generation_config = _generation_config(request)
     return weights
 
@@ -311,13 +312,15 @@ def _generation_config(request: ModelRequest) -> GenerationConfig:
         )
 
 
-def keep_as_stored(model: PreTrainedModel) -> None:
-    """Prevent a forward pass from repacking the frozen weights.
+def _prepare_quantized(model: PreTrainedModel) -> None:
+    """Replace bitsandbytes' products, and prevent a forward pass from repacking the frozen weights.
 
     On a CPU with AVX-512 BF16, bitsandbytes rewrites them in the first pass without gradients, such as validation, with
     scales rounded to bfloat16: the base then changes during training, and widths that are not a multiple of the block
     end in an error.
     """
+    # By name: importing bitsandbytes takes seconds, which no other model needs.
+    import_module("packhorse.model.quantized_products").replace_products()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -327,9 +330,7 @@ def _bits_and_bytes(request: ModelRequest) -> BitsAndBytesConfig:
     quantization = request.quantization
     assert quantization is not None
     if quantization.kind == "int8":
-        # Outlier columns are chosen over all tokens of a pass, so that packed documents would change each other's
-        # losses (5.7e-3 with the stories model); without outliers each token is rounded alone.
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.kind,

@@ -147,7 +147,7 @@ class KeptBytes:
 
     Attributes:
         before: Kept in front of the first layer.
-        shared: Inputs that all layers share, such as rotary angles; kept once if any layer is not recomputed.
+        shared: Inputs that all layers share, such as rotary angles; kept once.
         layers: Decoder layers from first to last.
         after: Kept behind the last layer: the last norm.
         width: Bytes per element of the output head's input.

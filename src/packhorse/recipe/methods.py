@@ -71,7 +71,7 @@ class QloraMethod(LoraMethod):
 
     kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
-    """Type of the frozen weights; `int8` is LLM.int8() (arXiv 2208.07339) without outlier columns."""
+    """Type of the frozen weights; `int8`: one scale per row (arXiv 2208.07339), inputs stay in 16 bits."""
     double_quantization: bool = True
     """Also quantise the quantisation constants: about 0.4 bits less per weight; for 4-bit types only."""
 

@@ -10,12 +10,11 @@ import pytest
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig
 
-from measured_memory import Figures, figures_of, measured, plan_of, save_model
+from measured_memory import Figures, figures_of, measured, plan_of, predicted_of, save_model
 from packhorse.errors import UserError
 from packhorse.estimate.activations import count_activations
 from packhorse.estimate.flops import pass_work
 from packhorse.estimate.measure.fake_tensors import measure_shape
-from packhorse.estimate.measure.rank_tensors import planned_sizes
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.weights import list_weights
 from packhorse.model_spec.parameters import Shape, read_shape
@@ -103,10 +102,7 @@ def test_each_part_is_what_the_real_model_holds(
 
 def predicted(plan: RunPlan, folder: Path) -> Figures:
     shape = built(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    held = list_weights(plan, shape)
-    assert held is not None
-    kept = count_activations(plan, shape, held, figures_of((100, 100))).kept
-    return planned_sizes(plan, held) | {"activations": kept}
+    return predicted_of(plan, shape, figures_of((100, 100)))
 
 
 DESCRIBED: dict[str, dict[str, Any]] = {

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 
 from measured_memory import (
+    METHODS,
     Case,
     Figures,
     figures_of,
@@ -55,19 +56,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16},
 }
-METHODS: dict[str, Any] = {
-    "full": "full",
-    "partial": {"kind": "partial", "last_layers": 1},
-    "lora": "lora",
-    "lora without dropout": {"kind": "lora", "dropout": 0.0, "target": ["q_proj", "v_proj"]},
-    "dora": {"kind": "lora", "dora": True, "dropout": 0.0},
-    "lora and whole ends": {"kind": "lora", "dropout": 0.0, "train_also": ["lm_head", "embed_tokens"]},
-    "qlora": "qlora",
-    "qlora int8": {"kind": "qlora", "quantization": "int8"},
-    "ia3": "ia3",
-    "prompt": "prompt_tuning",
-    "prefix": "prefix_tuning",
-}
 LENGTHS = [(64,), (200, 56), (512, 256, 256)]
 
 
@@ -94,7 +82,7 @@ def assert_close(found: Figures, planned: Figures) -> None:
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "qlora int8"])
 def test_one_process(llama: Path, method: str, precision: str, checkpointing: bool, lengths: tuple[int, ...]) -> None:
     parallel = {"checkpointing": checkpointing}
     plan = plan_of(llama, lengths, method=METHODS[method], precision=precision, parallel=parallel)
@@ -102,7 +90,7 @@ def test_one_process(llama: Path, method: str, precision: str, checkpointing: bo
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("full", "lora", "qlora")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("full", "lora", "qlora", "qlora int8")])
 def test_every_method(llama: Path, method: str, precision: str) -> None:
     plan = plan_of(llama, (200, 56), method=METHODS[method], precision=precision)
     assert_close(measured(plan, (200, 56)), predicted(plan, llama, (200, 56)))
@@ -162,13 +150,26 @@ def test_fullest_moment(method: str, precision: str, checkpointing: bool, tmp_pa
 
 # ZeRO-3 last: DeepSpeed leaves its own linear function in torch, for the rest of the process.
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-FULL: list[Case] = [*((engine, "full", "bf16") for engine in ENGINES), ("zero3", "lora", "bf16")]
-OTHERS: list[Case] = [(e, m, p) for e in ENGINES for m in ("full", "lora", "qlora") for p in ("fp32", "bf16")]
+SOME: list[Case] = [
+    *((engine, "full", "bf16") for engine in ENGINES),
+    ("zero2", "qlora int8", "bf16"),
+    *(("fsdp2", method, "bf16") for method in ("qlora", "qlora dora with dropout")),
+    *(("zero3", method, "bf16") for method in ("lora", "qlora", "dora with dropout")),
+]
+QUANTIZED = ("qlora", "qlora int8", "qlora dora with dropout")
+REFUSED = [("fsdp2", "qlora int8"), ("zero3", "qlora int8"), ("zero3", "qlora dora with dropout")]
+OTHERS: list[Case] = [
+    (engine, method, precision)
+    for engine in ENGINES
+    for method in ("full", "lora", "dora", "dora with dropout", *QUANTIZED)
+    for precision in ("fp32", "bf16")
+    if (engine, method) not in REFUSED
+]
 
 
-@pytest.mark.parametrize("cases", [FULL, pytest.param(OTHERS, marks=pytest.mark.matrix)], ids=["full", "all"])
+@pytest.mark.parametrize("cases", [SOME, pytest.param(OTHERS, marks=pytest.mark.matrix)], ids=["some", "all"])
 def test_two_processes(llama: Path, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank holds its share, and keeps for the backward pass what the engine's number format makes of it."""
+    """Each rank holds its share, and leaves to the backward pass what the plan counts and no gathered weight more."""
     (tmp_path / "model").symlink_to(llama)
     make_extensions_free()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

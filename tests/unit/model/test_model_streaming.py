@@ -93,7 +93,7 @@ def test_streamed_equals_from_pretrained_bit_for_bit(family: str, dtype: str, nf
         assert torch.equal(as_bytes(other), as_bytes(value)), name
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert (head.weight is embedding.weight) == FAMILIES[family].tie_word_embeddings
-    if not nf4:  # on some CPUs bitsandbytes computes otherwise in from_pretrained's model: see keep_as_stored
+    if not nf4:  # on some CPUs bitsandbytes computes otherwise in from_pretrained's model: see _prepare_quantized
         ids = torch.arange(12)[None]
         with torch.no_grad():
             assert torch.equal(model(ids).logits, expected(ids).logits)

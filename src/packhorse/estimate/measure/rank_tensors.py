@@ -40,8 +40,9 @@ def weight_tensors(model: nn.Module) -> list[Tensor]:
             if scales is not None:
                 found += [scales.absmax, scales.code]
                 found += [scales.offset, scales.state2.absmax] if scales.nested else []
-            rows = getattr(parameter, "SCB", None)
-            found += [rows] if isinstance(rows, Tensor) else []
+            # bitsandbytes moves the scales of 8-bit weights to the layer in its first pass.
+            rows = (getattr(holder, "SCB", None) for holder in (parameter, getattr(module, "state", None)))
+            found += [scale for scale in rows if isinstance(scale, Tensor)]
     return found
 
 

@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, Final
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
@@ -81,7 +82,7 @@ class PassRecorder:
         self.active_experts = 0
         self.in_attention = False
         self._unit: int | None = None
-        self._kept: dict[int, tuple[int | None, str, Tensor]] = {}
+        self._kept: dict[int, tuple[int | None, str, ref[UntypedStorage]]] = {}
         self._like: dict[int, int] = {}
         self._results: dict[int, Any] = {}
         self._shared: set[int] = set()
@@ -122,9 +123,10 @@ class PassRecorder:
         """Record a tensor that autograd saves; each storage counts once, weights do not."""
         key = storage_of(tensor)
         if key not in self._fixed and key not in self._kept:
-            # The reference prevents that another storage gets the same address.
             part = "attention" if self.in_attention else "rest"
-            self._kept[key] = (None, "shared", tensor) if key in self._shared else (self._unit, part, tensor)
+            # Forgotten with its storage: what autograd saved for a result that was dropped is not kept.
+            storage = ref(tensor.untyped_storage(), lambda _: self._kept.pop(key))
+            self._kept[key] = (None, "shared", storage) if key in self._shared else (self._unit, part, storage)
         return tensor
 
     def use(self, weight: Tensor, given: Tensor) -> None:
@@ -144,8 +146,8 @@ class PassRecorder:
     def bytes_of(self, unit: int | None, part: str) -> int:
         """Return the bytes saved in a layer, by `attention` or by the `rest`; by all layers as `shared`."""
         unit = self._like.get(unit, unit) if unit is not None else None
-        kept = (tensor for own, own_part, tensor in self._kept.values() if own == unit and own_part == part)
-        return sum(each.untyped_storage().nbytes() for each in kept)
+        kept = (storage() for own, own_part, storage in self._kept.values() if own == unit and own_part == part)
+        return sum(storage.nbytes() for storage in kept if storage is not None)
 
 
 def storage_of(tensor: Tensor) -> int:
