@@ -28,7 +28,8 @@ from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.methods import LoraMethod, PrefixTuningMethod, PromptTuningMethod, QloraMethod
 
 CHUNK_TOKENS: Final = 512
-"""Rows of logits that exist at once; a test compares it with the loss of `train/`."""
+TRAINED_CHUNK_TOKENS: Final = 2048
+"""Rows of logits that exist at once: the second number where CUDA sums a trained head's gradient in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,9 @@ def _head_weight(shape: Shape, weights: tuple[WeightTensor, ...]) -> tuple[Weigh
     """Return the output head's weight in the loss, and whether it is trained."""
     name = shape.names.embedding if shape.tied else shape.names.head
     named = [weight for weight in weights if weight.name == name]
-    return named[-1], any(weight.trained for weight in named)
+    # Rows for new tokens are merged into the whole weight, which then has a gradient.
+    rows = any(weight.name == "new tokens" and weight.unit == named[-1].unit for weight in weights)
+    return named[-1], rows or any(weight.trained for weight in named)
 
 
 def _head(
@@ -278,15 +281,22 @@ def _head(
 def _logits(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...], labels: int) -> int:
     """Return the bytes of one chunk of float32 logits and, in 16 bits, of hidden states and the loss's gradients."""
     weight, trained = _head_weight(shape, weights)
-    chunk = min(CHUNK_TOKENS, labels) * shape.vocabulary * FP32
+    logits = min(chunk_tokens(settings.on_cuda, settings.compute, trained), labels) * shape.vocabulary
     if settings.compute == FP32:
-        return chunk
+        return logits * FP32
     gradients = (weight.size if trained else 0) + labels * shape.hidden
     # CUDA multiplies 16-bit numbers into float32; the CPU copies the weight and sums its gradient in float32.
-    copies = 0 if settings.on_cuda else weight.size * FP32 * (2 if trained else 1)
+    copies = weight.size * FP32 * (2 if trained else 1)
     # The model's output lives until the loss of its supervised rows is computed.
     gradients += settings.tokens * shape.hidden
-    return chunk + gradients * settings.compute + copies
+    if settings.on_cuda:
+        copies = logits * settings.compute  # of the logits' gradient, for the products
+    return logits * FP32 + gradients * settings.compute + copies
+
+
+def chunk_tokens(on_cuda: bool, compute: int, trained: bool) -> int:
+    """Return the rows of logits that exist at once; a test compares it with the loss of `train/`."""
+    return TRAINED_CHUNK_TOKENS if on_cuda and compute != FP32 and trained else CHUNK_TOKENS
 
 
 def _layer_workspace(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...]) -> int:

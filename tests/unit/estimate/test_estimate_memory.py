@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from packhorse.estimate import activations, training_state
+from packhorse.estimate import training_state
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.memory import MemoryEstimate, Phase
 from packhorse.estimate.packs import PackFigures
@@ -187,13 +187,14 @@ def test_activations_grow_with_tokens_and_sequence_ranks_share_them() -> None:
 
 
 def test_the_loss_holds_one_chunk_of_logits() -> None:
-    from packhorse.estimate.memory import FP32
-
-    chunk = activations.CHUNK_TOKENS * 128_256 * FP32
-    for length in (1024, 8192):
+    # Float32 logits, and their gradient in 16 bits for the products (torch, linear_cross_entropy.py).
+    row = 128_256 * (4 + 2)
+    for length in (4096, 8192):
         # Beside them the last hidden states, of all tokens and of the supervised ones, in 16 bits.
         hidden = 2 * (length + length - 1) * 4096
-        assert memory(planned(8, method="lora"), length).activations.logits - hidden == chunk
+        assert memory(planned(8, method="lora"), length).activations.logits - hidden == 512 * row
+        weight = 2 * 128_256 * 4096
+        assert memory(planned(8), length).activations.logits - hidden - weight == 2048 * row
 
 
 def test_passes_before_the_last_leave_whole_gradients_under_fsdp2_and_parts_under_zero() -> None:
