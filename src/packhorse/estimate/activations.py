@@ -22,6 +22,7 @@ from packhorse.estimate.saved_tensors import (
     save_masks_and_scores,
 )
 from packhorse.estimate.weights import WeightTensor, base_width, casts_adapter_inputs, casts_weights, compute_width
+from packhorse.estimate.workspace import forward_workspace, layer_workspace
 from packhorse.model_spec.measured_model import MeasuredModel, PassFormats
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
@@ -120,15 +121,15 @@ def count_activations(
     else:
         layers, before, hidden = _measured(saved, settings, shape, shape.measured_model, plan)
     loss_gradients = _head(saved, settings, shape, weights, hidden, labels)
-    dequantised = _dequantised(settings, weights)
+    fullest = max(layers, key=lambda layer: layer.total)
     return Activations(
         layers=layers,
         inputs=2 * (settings.tokens + labels) * INDEX + before,
         head=saved.by_part(),
         loss_gradients=loss_gradients,
         logits=_logits(settings, shape, weights, labels),
-        layer_workspace=_layer_workspace(settings, shape, weights) + dequantised,
-        forward_workspace=_forward_workspace(settings, shape, hidden.width) + dequantised,
+        layer_workspace=layer_workspace(settings, shape, weights, fullest.kept),
+        forward_workspace=forward_workspace(settings, shape, weights, hidden.width),
         tokens=settings.tokens,
         offloaded=plan.recipe.parallel.offload_activations,
     )
@@ -220,6 +221,7 @@ def _settings(plan: RunPlan, packs: PackFigures) -> PassSettings:
         row_tokens=row,
         squares=squares,
         documents=documents,
+        most_documents=plan.batch.micro_packs * packs.documents_max,
         prefix=method.virtual_tokens if isinstance(method, PrefixTuningMethod) else 0,
         compute=compute,
         autocast=compute == 2 and not casts,
@@ -297,29 +299,3 @@ def _logits(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, .
 def chunk_tokens(on_cuda: bool, compute: int, trained: bool) -> int:
     """Return the rows of logits that exist at once; a test compares it with the loss of `train/`."""
     return TRAINED_CHUNK_TOKENS if on_cuda and compute != FP32 and trained else CHUNK_TOKENS
-
-
-def _layer_workspace(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...]) -> int:
-    """Return the fullest moment of a layer's backward pass: gradients of the gated product and of one weight."""
-    width, t = settings.compute, settings.tokens
-    mlp = max(shape.mlp_width, shape.expert_width * shape.active_experts)
-    hidden = t * shape.hidden * (FP32 if settings.autocast else width)
-    trained = [weight for weight in weights if weight.trained and weight.unit.startswith("layer")]
-    own = max((weight.size for weight in trained), default=0) * (width if width != FP32 else 0)
-    adapted = any(weight.kind == "adapter" and "mlp." in weight.name for weight in trained)
-    copies = 0
-    if adapted and settings.adapter > width:
-        # The gradient of an adapter's input, beside that of the base; a cast copies both input and gradient.
-        copies = t * mlp * (2 * settings.adapter if settings.casts_inputs else width)
-    return 2 * hidden + 2 * t * mlp * width + own + copies
-
-
-def _dequantised(settings: PassSettings, weights: tuple[WeightTensor, ...]) -> int:
-    """Return the bytes of the largest quantised weight in 16 bits: bitsandbytes dequantises one at a time."""
-    return max((weight.size for weight in weights if weight.storage != "plain"), default=0) * settings.compute
-
-
-def _forward_workspace(settings: PassSettings, shape: Shape, hidden_width: int) -> int:
-    """Return the fullest moment of a layer without a backward pass: hidden states, gate, up and their product."""
-    mlp = max(shape.mlp_width, shape.expert_width * shape.active_experts)
-    return settings.tokens * (2 * shape.hidden * max(hidden_width, FP32) + 3 * mlp * settings.compute)

@@ -103,4 +103,4 @@ def _gpu_here(here: Hardware) -> GpuProfile | Unknown:
 
 def _figures(folder: Path, split: str, recipe: Recipe) -> PackFigures:
     store = open_store(folder, split)
-    return PackFigures.of_store(recipe.batch.length, store.pack_figures, store.documents)
+    return PackFigures.of_store(recipe.batch.length, store.pack_figures, store.documents, store.pack_offsets)
