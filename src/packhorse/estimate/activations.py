@@ -39,13 +39,15 @@ class LayerBytes:
 
     Attributes:
         kept: Bytes by part of the layer, where nothing is recomputed.
-        input: Bytes of its input, all that is kept where the layer is recomputed.
+        input: Bytes of its input, which is kept where the layer is recomputed.
+        attention: Bytes of attention's results, which selective checkpointing keeps too.
         recomputed: Whether the layer is recomputed.
     """
 
     kept: dict[str, int]
     input: int
     recomputed: bool
+    attention: int = 0
 
     @property
     def total(self) -> int:
@@ -87,7 +89,7 @@ class Activations:
         """
         parts = Counter({"inputs": self.inputs})
         for layer in self.layers:
-            recomputed = {"layer inputs": 0 if self.offloaded else layer.input}
+            recomputed = {"layer inputs": 0 if self.offloaded else layer.input, "attention": layer.attention}
             parts.update(recomputed if layer.recomputed else layer.kept)
         if with_head:
             parts.update(self.head)
@@ -152,7 +154,8 @@ def _described(
         own, before = SavedTensors(), hidden
         layer = DecoderLayer(own, settings, shape, by_unit[f"layer {index}"], index)
         hidden = layer.forward(own.tensor(before.elements, before.width, before.has_grad))
-        layers.append(LayerBytes(own.by_part(), before.bytes, _recomputes(plan, index)))
+        kept = _kept_attention(plan, settings, shape)
+        layers.append(LayerBytes(own.by_part(), before.bytes, _recomputes(plan, index), kept))
     angles = 0
     if any(layer.kept and not layer.recomputed for layer in layers):
         tables = 2 if len(set(shape.windows)) > 1 and shape.family == "gemma3_text" else 1
@@ -177,7 +180,8 @@ def _measured(
         if layer.attention.per_token:
             save_masks_and_scores(own, settings, shape, index)
         parts = {part: size for part, size in own.by_part().items() if size}
-        layers.append(LayerBytes(parts, layer.input.at(settings.tokens), _recomputes(plan, index)))
+        attention = _kept_attention(plan, settings, shape) if layer.attention.per_token else 0
+        layers.append(LayerBytes(parts, layer.input.at(settings.tokens), _recomputes(plan, index), attention))
     saved.save_new(kept.after.at(settings.tokens) + round(kept.after.fixed), 1, "last norm")
     before = kept.before.at(settings.tokens) + round(kept.before.fixed)
     if any(layer.kept and not layer.recomputed for layer in layers):
@@ -203,8 +207,16 @@ def _formats(settings: PassSettings, plan: RunPlan) -> PassFormats:
 
 
 def _recomputes(plan: RunPlan, index: int) -> bool:
-    every = int(plan.recipe.parallel.checkpointing)
+    every = plan.recipe.parallel.recomputed_every
     return every > 0 and index % every == 0
+
+
+def _kept_attention(plan: RunPlan, settings: PassSettings, shape: Shape) -> int:
+    """Return the bytes of attention's output and of each softmax's sum, if selective checkpointing keeps them."""
+    if plan.recipe.parallel.checkpointing != "selective":
+        return 0
+    rows = settings.row_tokens * -(-shape.heads // settings.sequence)
+    return rows * (shape.head_width * settings.compute + FP32)
 
 
 def _settings(plan: RunPlan, packs: PackFigures) -> PassSettings:

@@ -13,7 +13,7 @@ from packhorse.estimate.gpus import GpuProfile, gpu_of_device
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.plan_estimate import EstimateInputs
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Hardware
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.workflows.model_shape import Unknown, known_shape
 
@@ -66,6 +66,12 @@ def basis_of(
     network = None if terms.network_gbit is None else terms.network_gbit * GBIT_TO_GB
     host = here.host_bytes if _gpu_here(here) == gpu else None
     return EstimateInputs(shape, packs, gpu, validation, network, terms.price, host_bytes=host)
+
+
+def on_known_gpus(ask: DeviceRequest, here: Hardware, terms: GpuTerms) -> DeviceRequest:
+    """Return the request with the compute capability of the GPUs, if their kind is known."""
+    gpu = terms.gpu or _gpu_here(here)
+    return ask if isinstance(gpu, Unknown) else replace(ask, capability=gpu.compute_capability)
 
 
 def room_on_disk(plan: RunPlan, vocab_size: int | None) -> CheckpointSpace | None:

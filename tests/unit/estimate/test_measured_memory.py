@@ -144,10 +144,10 @@ def test_trained_weights_in_16_bit_have_gradients_and_states_in_16_bit(llama: Pa
 WIDE = {**LLAMA, "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"], ids=["kept", "recomputed", "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_fullest_moment(method: str, precision: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_fullest_moment(method: str, precision: str, checkpointing: bool | str, tmp_path: Path) -> None:
     """Every tensor that exists at once, including gradients in transit; the plan is never more than 3 % too low."""
     save_model(tmp_path, WIDE)
     parallel = {"checkpointing": checkpointing}
