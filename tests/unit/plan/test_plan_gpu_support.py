@@ -68,5 +68,11 @@ def test_the_reason_names_kernel_and_precision_of_new_gpus() -> None:
         assert f"compute capability {CAPABILITY[gpu]}, bf16" in reason
 
 
+def test_selective_checkpointing_is_refused_where_deepspeed_gathers_weights() -> None:
+    recipe = Recipe.model_validate(TINY | {"parallel": {"engine": "zero3", "checkpointing": "selective"}})
+    with pytest.raises(UserError, match=r"checkpointing is selective, and parallel\.engine is zero3"):
+        make_plan(recipe, DeviceRequest(8), LAPTOP, None)
+
+
 def test_the_table_of_the_documentation_is_this() -> None:
     assert kernels_table() in PAGE.read_text(encoding="utf-8")
