@@ -219,7 +219,7 @@ def plan_of(case: Case, folder: Path, gpus: Sequence[str]) -> tuple[RunPlan, Mem
 
 def _figures(folder: Path, split: str) -> PackFigures:
     store = open_store(folder, split)
-    return PackFigures.of_store(store.length_tokens, store.pack_figures, store.documents)
+    return PackFigures.of_store(store.length_tokens, store.pack_figures, store.documents, store.pack_offsets)
 
 
 def _packs(case: Case, folder: Path, shared: Path) -> DataFacts:

@@ -30,13 +30,15 @@ FACTORS = {
     "base": ("fresh", "tiny", "stories260K"),
     "engine": tuple(ENGINES),
     "passes": ("1 pass", "4 passes"),
-    "checkpointing": ("off", "every layer", "every 2nd layer"),
+    "checkpointing": ("off", "every layer", "every 2nd layer", "all but attention"),
     "packing": ("mixed", "none"),
 }
-CHECKPOINTING = {"off": "false", "every layer": "true", "every 2nd layer": "2"}
+CHECKPOINTING = {"off": "false", "every layer": "true", "every 2nd layer": "2", "all but attention": "selective"}
 
 
 def _can_be(cell: Cell) -> bool:
+    if cell["checkpointing"] == "all but attention" and ENGINES[cell["engine"]].name == "zero3":
+        return False  # refused
     # An adapter beside random weights is refused, and 8-bit weights where an engine would have to shard them.
     if cell["base"] == "fresh":
         return cell["method"] == "full"
@@ -60,7 +62,9 @@ def _in_share(cell: Cell) -> bool:
 CELLS = allowed_cells(FACTORS, _can_be)
 SHARED_CELLS = [cell for cell in CELLS if _in_share(cell)]
 SHARE = covering_array(SHARED_CELLS, 2)
-REST = covering_array(CELLS, 3, beside=SHARE)
+# Keeping attention's results makes no kernel run that recomputation of every layer does not: pairs are enough.
+LONG_CELLS = [cell for cell in CELLS if cell["checkpointing"] != "all but attention"]
+REST = covering_array(LONG_CELLS, 3, beside=SHARE)
 
 
 def _id(cell: Cell) -> str:
@@ -76,9 +80,9 @@ MATRIX = [pytest.param(cell, id=_id(cell)) for cell in SHARE] + [
 
 
 def test_the_share_holds_every_pair_of_settings_and_the_matrix_every_three() -> None:
-    for strength, chosen, cells in ((2, SHARE, SHARED_CELLS), (3, SHARE + REST, CELLS)):
+    for strength, chosen, cells in ((2, SHARE, SHARED_CELLS), (3, SHARE + REST, LONG_CELLS)):
         held, wanted = (set().union(*(combinations_of(c, strength) for c in group)) for group in (chosen, cells))
-        assert held == wanted
+        assert wanted <= held
     assert all(_can_be(cell) for cell in SHARE + REST)
 
 

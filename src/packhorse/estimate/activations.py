@@ -22,6 +22,7 @@ from packhorse.estimate.saved_tensors import (
     save_masks_and_scores,
 )
 from packhorse.estimate.weights import WeightTensor, base_width, casts_adapter_inputs, casts_weights, compute_width
+from packhorse.estimate.workspace import forward_workspace, layer_workspace
 from packhorse.model_spec.measured_model import MeasuredModel, PassFormats
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
@@ -29,7 +30,8 @@ from packhorse.recipe.methods import LoraMethod, PrefixTuningMethod, PromptTunin
 from packhorse.run_folder.checkpoints.pinned_slabs import pinned_bytes
 
 CHUNK_TOKENS: Final = 512
-"""Rows of logits that exist at once; a test compares it with the loss of `train/`."""
+TRAINED_CHUNK_TOKENS: Final = 2048
+"""Rows of logits that exist at once: the second number where CUDA sums a trained head's gradient in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class LayerBytes:
 
     Attributes:
         kept: Bytes by part of the layer, where nothing is recomputed.
-        input: Bytes of its input, all that is kept where the layer is recomputed.
+        input: Bytes of its input, which is kept where the layer is recomputed.
+        attention: Bytes of attention's results, which selective checkpointing keeps too.
         recomputed: Whether the layer is recomputed.
     """
 
     kept: dict[str, int]
     input: int
     recomputed: bool
+    attention: int = 0
 
     @property
     def total(self) -> int:
@@ -88,7 +92,7 @@ class Activations:
         moving = max((layer.input for layer in self.layers if layer.recomputed), default=0) if self.offloaded else 0
         parts = Counter({"inputs": self.inputs, "layer inputs": moving})
         for layer in self.layers:
-            recomputed = {"layer inputs": 0 if self.offloaded else layer.input}
+            recomputed = {"layer inputs": 0 if self.offloaded else layer.input, "attention": layer.attention}
             parts.update(recomputed if layer.recomputed else layer.kept)
         if with_head:
             parts.update(self.head)
@@ -122,15 +126,15 @@ def count_activations(
     else:
         layers, before, hidden = _measured(saved, settings, shape, shape.measured_model, plan)
     loss_gradients = _head(saved, settings, shape, weights, hidden, labels)
-    dequantised = _dequantised(settings, weights)
+    fullest = max(layers, key=lambda layer: layer.total)
     return Activations(
         layers=layers,
         inputs=2 * (settings.tokens + labels) * INDEX + before,
         head=saved.by_part(),
         loss_gradients=loss_gradients,
         logits=_logits(settings, shape, weights, labels),
-        layer_workspace=_layer_workspace(settings, shape, weights) + dequantised,
-        forward_workspace=_forward_workspace(settings, shape, hidden.width) + dequantised,
+        layer_workspace=layer_workspace(settings, shape, weights, fullest.kept),
+        forward_workspace=forward_workspace(settings, shape, weights, hidden.width),
         tokens=settings.tokens,
         offloaded=plan.recipe.parallel.offload_activations,
     )
@@ -153,7 +157,8 @@ def _described(
         own, before = SavedTensors(), hidden
         layer = DecoderLayer(own, settings, shape, by_unit[f"layer {index}"], index)
         hidden = layer.forward(own.tensor(before.elements, before.width, before.has_grad))
-        layers.append(LayerBytes(own.by_part(), before.bytes, _recomputes(plan, index)))
+        kept = _kept_attention(plan, settings, shape)
+        layers.append(LayerBytes(own.by_part(), before.bytes, _recomputes(plan, index), kept))
     tables = 2 if len(set(shape.windows)) > 1 and shape.family == "gemma3_text" else 1
     angles = tables * 2 * settings.tokens * shape.head_width * width
     norm = [weight for weight in weights if weight.name == shape.names.norm]
@@ -176,7 +181,8 @@ def _measured(
         if layer.attention.per_token:
             save_masks_and_scores(own, settings, shape, index)
         parts = {part: size for part, size in own.by_part().items() if size}
-        layers.append(LayerBytes(parts, layer.input.at(settings.tokens), _recomputes(plan, index)))
+        attention = _kept_attention(plan, settings, shape) if layer.attention.per_token else 0
+        layers.append(LayerBytes(parts, layer.input.at(settings.tokens), _recomputes(plan, index), attention))
     saved.save_new(kept.after.at(settings.tokens) + round(kept.after.fixed), 1, "last norm")
     before = kept.before.at(settings.tokens) + round(kept.before.fixed) + kept.shared.at(settings.tokens)
     return tuple(layers), before, saved.tensor(settings.tokens * shape.hidden, kept.width, kept.has_grad)
@@ -200,8 +206,16 @@ def _formats(settings: PassSettings, plan: RunPlan) -> PassFormats:
 
 
 def _recomputes(plan: RunPlan, index: int) -> bool:
-    every = int(plan.recipe.parallel.checkpointing)
+    every = plan.recipe.parallel.recomputed_every
     return every > 0 and index % every == 0
+
+
+def _kept_attention(plan: RunPlan, settings: PassSettings, shape: Shape) -> int:
+    """Return the bytes of attention's output and of each softmax's sum, if selective checkpointing keeps them."""
+    if plan.recipe.parallel.checkpointing != "selective":
+        return 0
+    rows = settings.row_tokens * -(-shape.heads // settings.sequence)
+    return rows * (shape.head_width * settings.compute + FP32)
 
 
 def _settings(plan: RunPlan, packs: PackFigures) -> PassSettings:
@@ -218,6 +232,7 @@ def _settings(plan: RunPlan, packs: PackFigures) -> PassSettings:
         row_tokens=row,
         squares=squares,
         documents=documents,
+        most_documents=plan.batch.micro_packs * packs.documents_max,
         prefix=method.virtual_tokens if isinstance(method, PrefixTuningMethod) else 0,
         compute=compute,
         autocast=compute == 2 and not casts,
@@ -250,7 +265,9 @@ def _head_weight(shape: Shape, weights: tuple[WeightTensor, ...]) -> tuple[Weigh
     """Return the output head's weight in the loss, and whether it is trained."""
     name = shape.names.embedding if shape.tied else shape.names.head
     named = [weight for weight in weights if weight.name == name]
-    return named[-1], any(weight.trained for weight in named)
+    # Rows for new tokens are merged into the whole weight, which then has a gradient.
+    rows = any(weight.name == "new tokens" and weight.unit == named[-1].unit for weight in weights)
+    return named[-1], rows or any(weight.trained for weight in named)
 
 
 def _head(
@@ -277,38 +294,19 @@ def _head(
 def _logits(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...], labels: int) -> int:
     """Return the bytes of one chunk of float32 logits and, in 16 bits, of hidden states and the loss's gradients."""
     weight, trained = _head_weight(shape, weights)
-    chunk = min(CHUNK_TOKENS, labels) * shape.vocabulary * FP32
+    logits = min(chunk_tokens(settings.on_cuda, settings.compute, trained), labels) * shape.vocabulary
     if settings.compute == FP32:
-        return chunk
+        return logits * FP32
     gradients = (weight.size if trained else 0) + labels * shape.hidden
     # CUDA multiplies 16-bit numbers into float32; the CPU copies the weight and sums its gradient in float32.
-    copies = 0 if settings.on_cuda else weight.size * FP32 * (2 if trained else 1)
+    copies = weight.size * FP32 * (2 if trained else 1)
     # The model's output lives until the loss of its supervised rows is computed.
     gradients += settings.tokens * shape.hidden
-    return chunk + gradients * settings.compute + copies
+    if settings.on_cuda:
+        copies = logits * settings.compute  # of the logits' gradient, for the products
+    return logits * FP32 + gradients * settings.compute + copies
 
 
-def _layer_workspace(settings: PassSettings, shape: Shape, weights: tuple[WeightTensor, ...]) -> int:
-    """Return the fullest moment of a layer's backward pass: gradients of the gated product and of one weight."""
-    width, t = settings.compute, settings.tokens
-    mlp = max(shape.mlp_width, shape.expert_width * shape.active_experts)
-    hidden = t * shape.hidden * (FP32 if settings.autocast else width)
-    trained = [weight for weight in weights if weight.trained and weight.unit.startswith("layer")]
-    own = max((weight.size for weight in trained), default=0) * (width if width != FP32 else 0)
-    adapted = any(weight.kind == "adapter" and "mlp." in weight.name for weight in trained)
-    copies = 0
-    if adapted and settings.adapter > width:
-        # The gradient of an adapter's input, beside that of the base; a cast copies both input and gradient.
-        copies = t * mlp * (2 * settings.adapter if settings.casts_inputs else width)
-    return 2 * hidden + 2 * t * mlp * width + own + copies
-
-
-def _dequantised(settings: PassSettings, weights: tuple[WeightTensor, ...]) -> int:
-    """Return the bytes of the largest quantised weight in 16 bits: bitsandbytes dequantises one at a time."""
-    return max((weight.size for weight in weights if weight.storage != "plain"), default=0) * settings.compute
-
-
-def _forward_workspace(settings: PassSettings, shape: Shape, hidden_width: int) -> int:
-    """Return the fullest moment of a layer without a backward pass: hidden states, gate, up and their product."""
-    mlp = max(shape.mlp_width, shape.expert_width * shape.active_experts)
-    return settings.tokens * (2 * shape.hidden * max(hidden_width, FP32) + 3 * mlp * settings.compute)
+def chunk_tokens(on_cuda: bool, compute: int, trained: bool) -> int:
+    """Return the rows of logits that exist at once; a test compares it with the loss of `train/`."""
+    return TRAINED_CHUNK_TOKENS if on_cuda and compute != FP32 and trained else CHUNK_TOKENS

@@ -230,7 +230,7 @@ class _LayerWalk:
             f".{name}{end}" for name in (*self._order.last, "mlp.experts.down_proj") for end in ("", ".weight")
         )
         self._adapted_last = isinstance(self._method, LoraMethod) and any(name.endswith(last) for name in trained)
-        self._every = int(plan.recipe.parallel.checkpointing)
+        self._every = plan.recipe.parallel.recomputed_every
         # Virtual tokens are trained and precede the first layer. Where layers are recomputed, transformers requests the
         # gradient of the first one's input, whatever is trained: the backward pass runs down to it.
         trained_before = shape.names.embedding in trained or isinstance(self._method, PromptTuningMethod)
@@ -355,10 +355,11 @@ def _attention(shape: Shape, plan: RunPlan, packs: PackFigures, layers: Sequence
     def flops(chosen: Sequence[_LayerWork]) -> float:
         return 4.0 * width * share * sum(per_window[layer.window] for layer in chosen)
 
+    selective = plan.recipe.parallel.checkpointing == "selective"
     return Attention(
         forward_flops=flops(layers),
         backward_flops=2.0 * flops([layer for layer in layers if layer.attention_backward]),
-        recomputed_flops=flops([layer for layer in layers if layer.recomputed]),
+        recomputed_flops=0.0 if selective else flops([layer for layer in layers if layer.recomputed]),
     )
 
 

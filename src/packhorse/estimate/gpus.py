@@ -55,6 +55,7 @@ class GpuProfile(BaseModel):
     matmul_share: Share
     attention_share: Share
     power_watts: PositiveFloat
+    compute_capability: PositiveFloat | None = None
 
     @property
     def memory_bytes(self) -> int:

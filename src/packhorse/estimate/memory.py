@@ -158,7 +158,7 @@ def _at_loss(plan: RunPlan, weights: Sequence[WeightTensor], kept: Activations) 
     own = _head_gradients(plan, weights) if backward else 0
     return [
         *_activations(kept),
-        Component("logits", kept.logits, "a chunk of 512 rows of logits in float32, and the head's gradient"),
+        Component("logits", kept.logits, "a chunk of rows of logits in float32, and the head's gradient"),
         Component("gradients", max(waiting, own), "of earlier passes, which wait for the update, and of the head"),
         *_gathered(plan, weights),
         *(_reduced_units(plan, weights, {_last_unit(weights)}) if backward else []),
@@ -271,7 +271,7 @@ def _in_evaluation(plan: RunPlan, weights: Sequence[WeightTensor], kept: Activat
     reason = f"one layer's results for {kept.tokens:,} tokens; none is kept"
     return [
         Component("activations", kept.forward_workspace, reason),
-        Component("logits", kept.logits, "a chunk of 512 rows of logits in float32"),
+        Component("logits", kept.logits, "a chunk of rows of logits in float32"),
         *_gathered(plan, weights),
     ]
 

@@ -23,6 +23,7 @@ class PackFigures:
         squares_mean: Mean sum of squared document lengths of a pack, in tokens², which attention's cost depends on.
         squares_max: Largest such sum.
         longest_document: Length in tokens of the longest document, or an upper bound.
+        documents_max: Documents of the pack that has most.
     """
 
     length_tokens: int
@@ -34,6 +35,7 @@ class PackFigures:
     squares_mean: float
     squares_max: int
     longest_document: int
+    documents_max: int = 1
 
     @property
     def is_measured(self) -> bool:
@@ -59,7 +61,11 @@ class PackFigures:
 
     @classmethod
     def of_store(
-        cls, length_tokens: int, pack_figures: NDArray[np.int64], document_offsets: NDArray[np.int64] | None = None
+        cls,
+        length_tokens: int,
+        pack_figures: NDArray[np.int64],
+        document_offsets: NDArray[np.int64] | None = None,
+        pack_offsets: NDArray[np.int64] | None = None,
     ) -> PackFigures:
         """Return the sizes of a prepared split.
 
@@ -67,6 +73,7 @@ class PackFigures:
             length_tokens: T.
             pack_figures: int64 [3, P] of the pack store: tokens, supervised tokens, sum of squared document lengths.
             document_offsets: int64 [D + 1] of the pack store; None bounds the longest document by the figures.
+            pack_offsets: int64 [P + 1] of the pack store, documents in front of each pack; None counts one in each.
 
         Raises:
             ValueError: The split has no pack.
@@ -74,6 +81,7 @@ class PackFigures:
         tokens, labels, squares = (np.asarray(figure) for figure in pack_figures)
         if not len(tokens):
             raise ValueError("a split without packs has no figures")
+        documents: Any = np.diff(pack_offsets).max() if pack_offsets is not None else 1
         longest: Any = np.diff(document_offsets).max() if document_offsets is not None else None
         return cls(
             length_tokens=length_tokens,
@@ -86,4 +94,5 @@ class PackFigures:
             squares_max=int(squares.max()),
             # No document of a pack is longer than the root of the pack's sum of squares.
             longest_document=int(longest) if longest is not None else int(np.sqrt(squares.max())),
+            documents_max=int(documents),
         )

@@ -92,7 +92,8 @@ class PassSettings:
         tokens: t.
         row_tokens: T.
         squares: Sum of the squared lengths of the row's documents.
-        documents: Number of documents in the row.
+        documents: Number of documents in the row, were they of equal length.
+        most_documents: Number of documents in the row that has most.
         prefix: Keys and values in front of each document.
         compute: Bytes per element in matrix products.
         autocast: Whether autocast casts the inputs of products, where weights or hidden states are float32.
@@ -110,6 +111,7 @@ class PassSettings:
     row_tokens: int
     squares: int
     documents: int
+    most_documents: int
     prefix: int
     compute: int
     autocast: bool

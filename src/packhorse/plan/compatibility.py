@@ -282,6 +282,12 @@ def _precision(recipe: Recipe, topology: Topology) -> Iterator[UserError]:
 
 
 def _memory(recipe: Recipe, topology: Topology) -> Iterator[UserError]:
+    if recipe.parallel.checkpointing == "selective" and topology.engine.startswith("zero3"):
+        yield UserError(
+            f"parallel.checkpointing is selective, and parallel.engine is {topology.engine}.",
+            "torch's selective checkpointing stops at DeepSpeed's gathering of weights, which recomputation repeats.",
+            "set parallel.checkpointing to true, or parallel.engine to fsdp2.",
+        )
     if recipe.parallel.offload_activations and topology.device == "cpu":
         yield UserError(
             "parallel.offload_activations is true, and the run is on the CPU.",

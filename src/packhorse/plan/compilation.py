@@ -51,18 +51,37 @@ def _left_off(recipe: Recipe, topology: Topology) -> str:
 
 def _obstacle(recipe: Recipe, topology: Topology, attention: str) -> tuple[str, str] | None:
     """Return what prevents compiling, and why; None if nothing does. Each was found by trying it."""
-    method, name = recipe.method, name_of(recipe.method)
-    if topology.engine.startswith("zero3"):
-        why = "DeepSpeed gathers the weights of each module in hooks, at which a compiled layer would be cut"
-        return f"parallel.engine is {topology.engine}", why
-    if isinstance(method, QloraMethod) and method.quantization == "int8":
-        return f"method is {name}", "bitsandbytes keeps the state of a product outside of what torch can compile"
-    if isinstance(method, LoraMethod) and method.dora:
-        return f"method is {name}", "peft's code for DoRA cuts each layer into many graphs"
-    if method.kind == "prefix_tuning":
-        why = "the number of documents decides where its keys are put, so every pack would be compiled again"
-        return f"method is {name}", why
-    if topology.device == "cuda" and attention != "varlen":
-        why = "SDPA runs once per document, so every pack would be compiled again; varlen attention runs once"
-        return f"model.attention is {attention}", why
-    return None
+    method, name, engine = recipe.method, name_of(recipe.method), topology.engine
+    obstacles = (
+        (
+            engine.startswith("zero3"),
+            f"parallel.engine is {engine}",
+            "DeepSpeed gathers the weights of each module in hooks, at which a compiled layer would be cut",
+        ),
+        (
+            isinstance(method, QloraMethod) and method.quantization == "int8",
+            f"method is {name}",
+            "bitsandbytes keeps the state of a product outside of what torch can compile",
+        ),
+        (
+            isinstance(method, LoraMethod) and method.dora,
+            f"method is {name}",
+            "peft's code for DoRA cuts each layer into many graphs",
+        ),
+        (
+            method.kind == "prefix_tuning",
+            f"method is {name}",
+            "the number of documents decides where its keys are put, so every pack would be compiled again",
+        ),
+        (
+            recipe.parallel.checkpointing == "selective",
+            "parallel.checkpointing is selective",
+            "selective checkpointing finds attention among single operators, which a compiled layer does not run",
+        ),
+        (
+            topology.device == "cuda" and attention != "varlen",
+            f"model.attention is {attention}",
+            "SDPA runs once per document, so every pack would be compiled again; varlen attention runs once",
+        ),
+    )
+    return next(((fact, why) for is_met, fact, why in obstacles if is_met), None)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Final
 
-from packhorse.errors import UserError
-from packhorse.model_spec.configuration import find_configuration, widest_head
-from packhorse.model_spec.supported import check_model, refuse_dropout, text_part
+from packhorse.model_spec.supported import check_model
 from packhorse.plan.batch import null_packs_decision, resolve_auto, split_batch
 from packhorse.plan.command import deepspeed_config, launch_argv, worker_env
 from packhorse.plan.compatibility import check_heads, check_pair, check_training_settings
 from packhorse.plan.compilation import compile_decision
+from packhorse.plan.gpu_support import choose_attention, refuse_precision
 from packhorse.plan.run_plan import BatchSplit, DataFacts, Decision, RunPlan, Topology
 from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.layout import MODEL_FOLDER, PLAN_FILE
 from packhorse.version import VERSION
-
-WIDEST_VARLEN_HEAD: Final = 256
-"""Widest attention head of FlashAttention-2 (torch, flash_api.cpp)."""
 
 
 def run_folder_of(recipe: Recipe) -> Path:
@@ -45,11 +40,17 @@ def make_plan(recipe: Recipe, request: DeviceRequest, machine: Hardware, data: D
     check_model(recipe)
     resolved = resolve_auto(recipe, "cuda" if request.gpus is not None else machine.device)
     topology, processes = choose_topology(resolved.parallel, request, machine)
-    plan = plan_for_topology(resolved, topology, processes, data)
+    plan = plan_for_topology(resolved, topology, processes, data, request.capability)
     return plan.model_copy(update={"decisions": (*plan.decisions, *_auto_decisions(recipe, resolved))})
 
 
-def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, data: DataFacts | None) -> RunPlan:
+def plan_for_topology(
+    recipe: Recipe,
+    topology: Topology,
+    processes: Decision,
+    data: DataFacts | None,
+    capability: float | None = None,
+) -> RunPlan:
     """Make a plan for processes that are already placed.
 
     Args:
@@ -57,6 +58,7 @@ def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, d
         topology: Placement of the processes.
         processes: Decision with the reason for the placement.
         data: The prepared data; None before it is prepared.
+        capability: Compute capability of the GPUs; None where it is not known.
 
     Raises:
         UserError: A combination of settings is not supported, heads cannot be divided equally, or there are fewer packs
@@ -64,6 +66,7 @@ def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, d
     """
     check_pair(recipe, topology)
     check_heads(recipe, topology)
+    refuse_precision(recipe, capability)
     batch, micro = split_batch(recipe.batch, topology.data_ranks, topology.sequence)
     folder = run_folder_of(recipe)
     steps_per_epoch = math.ceil(data.num_packs / batch.packs_per_step) if data else None
@@ -72,7 +75,7 @@ def plan_for_topology(recipe: Recipe, topology: Topology, processes: Decision, d
         larger = f"a step is larger than an epoch: {batch.packs_per_step} packs, and the data has {data.num_packs}"
         steps = steps.model_copy(update={"reason": f"{steps.reason}; {larger}"})
     check_training_settings(recipe, topology, batch, num_steps)
-    attention = _attention(recipe, topology.device)
+    attention = choose_attention(recipe, topology.device, capability)
     return RunPlan(
         packhorse_version=VERSION,
         recipe=recipe,
@@ -148,40 +151,6 @@ def _count_steps(recipe: Recipe, steps_per_epoch: int | None) -> tuple[int | Non
         return None, Decision(name="steps", value="unknown", reason=reason)
     reason = f"{epochs} epochs of {steps_per_epoch} steps"
     return epochs * steps_per_epoch, Decision(name="steps", value=str(epochs * steps_per_epoch), reason=reason)
-
-
-def _attention(recipe: Recipe, device: str) -> Decision:
-    configuration = text_part(find_configuration(recipe) or {})
-    decision = _kernel(recipe, device, widest_head(configuration) or 0)
-    if decision.value == "varlen":
-        refuse_dropout(configuration.get("attention_dropout") or 0)
-    return decision
-
-
-def _kernel(recipe: Recipe, device: str, width: int) -> Decision:
-    attention = recipe.model.attention
-    if attention == "varlen" and width > WIDEST_VARLEN_HEAD:
-        raise UserError(
-            f"model.attention is varlen, and the model's attention heads are {width} wide.",
-            f"torch's varlen kernel takes heads of at most {WIDEST_VARLEN_HEAD}.",
-            "set model.attention to sdpa or auto.",
-        )
-    if attention == "varlen" and (device == "cpu" or recipe.precision == "fp32"):
-        raise UserError(
-            f"model.attention is varlen, on {device} with precision {recipe.precision}.",
-            "torch's varlen kernel needs CUDA and 16-bit precision.",
-            "set model.attention to sdpa or auto.",
-        )
-    if attention != "auto":
-        return Decision(name="model.attention", value=attention, reason="model.attention of the recipe")
-    if device == "cuda" and width > WIDEST_VARLEN_HEAD:
-        reason = f"heads of {width}; torch's varlen kernel takes at most {WIDEST_VARLEN_HEAD}"
-        return Decision(name="model.attention", value="sdpa", reason=reason)
-    if device == "cuda" and recipe.precision != "fp32":
-        return Decision(
-            name="model.attention", value="varlen", reason="torch's varlen kernel separates documents on CUDA"
-        )
-    return Decision(name="model.attention", value="sdpa", reason="SDPA per document: exact on any device")
 
 
 def _dtype(recipe: Recipe, engine: str) -> Decision:

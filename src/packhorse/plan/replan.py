@@ -45,7 +45,7 @@ def replan(plan: RunPlan, overrides: Sequence[str], request: DeviceRequest, mach
     changes = [*_recipe_changes(plan.recipe, recipe), *_topology_changes(plan.topology, topology)]
     if not changes:
         return plan
-    replanned = _limit_micro(plan_for_topology(recipe, topology, processes, plan.data), plan)
+    replanned = _limit_micro(plan_for_topology(recipe, topology, processes, plan.data, request.capability), plan)
     earlier = [decision for decision in plan.decisions if decision.name == DECISION]
     decision = Decision(
         name=DECISION,

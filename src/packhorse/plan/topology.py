@@ -82,11 +82,13 @@ class DeviceRequest:
         gpus: Total number of GPUs (`--gpus`); None to follow the recipe or the machine.
         nodes: Number of machines that share them (`--nodes`).
         on_cpus: Whether the machines have no GPUs and share `parallel.processes`.
+        capability: Compute capability of the GPUs, such as 9.0; None where it is not known.
     """
 
     gpus: int | None = None
     nodes: int | None = None
     on_cpus: bool = False
+    capability: float | None = None
 
 
 def choose_topology(parallel: ParallelSection, request: DeviceRequest, machine: Hardware) -> tuple[Topology, Decision]:

@@ -49,7 +49,10 @@ def fix_for_value(path: KeyPath, node: Node) -> str | None:
             line = f"model.{'path' if node.value.startswith(('.', '/', '~')) else 'id'}: {node.value}"
         elif key in ("data", "data.sources"):
             line = f"data.sources: [{{path: {node.value}}}]"
-    return f"write `{line}`" if line else None
+    if line is None:
+        return None
+    reason = _table()["reasons"].get(key, {}).get(str(node.value).lower())
+    return f"write `{line}`: {reason}" if reason else f"write `{line}`"
 
 
 def counterpart(kind: Literal["fields", "lines", "sentences"], name: str) -> str | None:

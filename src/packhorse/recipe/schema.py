@@ -252,12 +252,19 @@ class ParallelSection(Section):
     """Processes that shard one copy of the weights under `hsdp`; default: the processes of one node."""
     nvme: str | None = None
     """Folder on a fast local disk for the weights and optimizer states of `zero3_nvme`."""
-    checkpointing: bool | PositiveInt | Literal["auto"] = False
-    """Recompute activations: a third more compute, much less memory; N: every Nth layer; `auto`: only if needed."""
+    checkpointing: bool | PositiveInt | Literal["selective", "auto"] = False
+    """Recompute activations to save memory; N: every Nth layer; `selective`: all but attention; `auto`: if needed."""
     offload_activations: bool = False
     """Keep the activations for the backward pass in host memory."""
     compile: bool | Literal["auto"] = False
     """Compile each decoder layer (torch.compile) into fewer kernels; `auto`: on GPUs, where method and engine allow."""
+
+    @property
+    def recomputed_every(self) -> int:
+        """N where every Nth layer is recomputed, the first included; 0 where none is."""
+        assert self.checkpointing != "auto", "auto is resolved before layers are counted"
+        # `true` stands for every layer; in Python it equals the number 1.
+        return 1 if self.checkpointing == "selective" else int(self.checkpointing)
 
 
 class EvaluationSection(Section):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from packhorse.data.packs.batches import BatchPlan
@@ -122,8 +125,8 @@ def training_model(
 def apply_checkpointing(model: Any, parallel: ParallelSection) -> None:  # noqa: ANN401
     """Recompute layers in the backward pass as `parallel.checkpointing` says (Chen et al. 2016, arXiv 1604.06174).
 
-    Only the input of a recomputed layer is stored, with `parallel.offload_activations` in pinned host memory; the
-    weights stay on the device.
+    Only the input of a recomputed layer is stored, with `parallel.offload_activations` in pinned host memory, and with
+    `selective` the result of attention (Korthikanti et al. 2022, arXiv 2205.05198); the weights stay on the device.
 
     Args:
         model: A transformers model, with or without an adapter around it.
@@ -131,10 +134,24 @@ def apply_checkpointing(model: Any, parallel: ParallelSection) -> None:  # noqa:
     """
     if parallel.checkpointing is False:
         return
-    # `true` stands for every layer; in Python it equals the number 1.
-    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(parallel.checkpointing))
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if parallel.checkpointing == "selective":
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_kernels())
+    model.activation_checkpointing_enable(settings, every_n_layers=parallel.recomputed_every)
     if parallel.offload_activations:
         offload_layer_inputs(model)
+
+
+def _attention_kernels() -> list[OpOverload]:
+    """Return the operators whose results selective checkpointing keeps: attention, whatever kernel torch chooses."""
+    aten = torch.ops.aten
+    return [
+        torch.ops.torch_attn._varlen_attn.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ]
 
 
 def method_start(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, resumed: bool) -> Start:

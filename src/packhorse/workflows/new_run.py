@@ -29,7 +29,7 @@ from packhorse.run_folder.layout import DATA_FILE, PLAN_FILE
 from packhorse.run_folder.lock import launcher_lock
 from packhorse.workflows.early_checks import check_start
 from packhorse.workflows.model_shape import Unknown
-from packhorse.workflows.plan_basis import GpuTerms, basis_of, room_on_disk
+from packhorse.workflows.plan_basis import GpuTerms, basis_of, on_known_gpus, room_on_disk
 from packhorse.workflows.plan_request import draft_plan, fitting_plan, read_gpus
 from packhorse.workflows.prepare import Prepare, manifest_of_prepared
 from packhorse.workflows.prepared_data import facts_of
@@ -133,7 +133,8 @@ def plan_new_run(recipe: Recipe, machine: Machine, prepare: Prepare | None, forc
         UserError: The run cannot start. What can be known without reading a row is refused before the rows are read.
     """
     check_start(recipe)
-    wanted = SearchRequest(recipe, machine.ask, machine.node, None)
+    ask = on_known_gpus(machine.ask, machine.node, machine.terms)
+    wanted = SearchRequest(recipe, ask, machine.node, None)
     worst = basis_of(recipe, None, machine.node, machine.terms)
     draft = draft_plan(wanted, worst, force)
     folder = Path(draft.run_folder)

@@ -13,7 +13,7 @@ from packhorse.estimate.gpus import GpuProfile, gpu_of_device
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.plan_estimate import EstimateInputs
 from packhorse.plan.run_plan import RunPlan
-from packhorse.plan.topology import Hardware
+from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
 from packhorse.workflows.model_shape import Unknown, known_shape
 
@@ -68,6 +68,12 @@ def basis_of(
     return EstimateInputs(shape, packs, gpu, validation, network, terms.price, host_bytes=host)
 
 
+def on_known_gpus(ask: DeviceRequest, here: Hardware, terms: GpuTerms) -> DeviceRequest:
+    """Return the request with the compute capability of the GPUs, if their kind is known."""
+    gpu = terms.gpu or _gpu_here(here)
+    return ask if isinstance(gpu, Unknown) else replace(ask, capability=gpu.compute_capability)
+
+
 def room_on_disk(plan: RunPlan, vocab_size: int | None) -> CheckpointSpace | None:
     """Return the disk space of a run's checkpoints; None if the weights cannot be counted before loading.
 
@@ -103,4 +109,4 @@ def _gpu_here(here: Hardware) -> GpuProfile | Unknown:
 
 def _figures(folder: Path, split: str, recipe: Recipe) -> PackFigures:
     store = open_store(folder, split)
-    return PackFigures.of_store(recipe.batch.length, store.pack_figures, store.documents)
+    return PackFigures.of_store(recipe.batch.length, store.pack_figures, store.documents, store.pack_offsets)

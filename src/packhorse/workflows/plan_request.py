@@ -23,7 +23,7 @@ from packhorse.run_folder.layout import METRICS_FILE
 from packhorse.run_folder.metrics import read_metrics
 from packhorse.workflows.early_checks import check_start
 from packhorse.workflows.model_shape import Unknown
-from packhorse.workflows.plan_basis import GpuTerms, basis_of, with_guess
+from packhorse.workflows.plan_basis import GpuTerms, basis_of, on_known_gpus, with_guess
 from packhorse.workflows.prepared_data import facts_of, manifest_if_prepared
 from packhorse.workflows.template_clock import refuse_clock
 
@@ -81,7 +81,8 @@ def plan_request(recipe: Recipe, ask: DeviceRequest, terms: GpuTerms) -> PlanReq
     if manifest is None:
         refuse_clock(recipe)
     facts = facts_of(recipe, manifest) if manifest is not None else None
-    return PlanRequest(SearchRequest(recipe, ask, here, facts), basis_of(recipe, manifest, here, terms), manifest)
+    wanted = SearchRequest(recipe, on_known_gpus(ask, here, terms), here, facts)
+    return PlanRequest(wanted, basis_of(recipe, manifest, here, terms), manifest)
 
 
 def read_gpus(

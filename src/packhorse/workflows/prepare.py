@@ -19,7 +19,7 @@ from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.folder import complete_run, open_run
 from packhorse.run_folder.layout import DATA_FILE, RECIPE_FILE, SITE_RECORD
 from packhorse.run_folder.status import Status, write_status
-from packhorse.workflows.plan_basis import GpuTerms, basis_of, room_on_disk
+from packhorse.workflows.plan_basis import GpuTerms, basis_of, on_known_gpus, room_on_disk
 from packhorse.workflows.plan_request import fitting_plan
 from packhorse.workflows.prepared_data import facts_of, require_same_rows
 
@@ -86,7 +86,7 @@ def _complete(waiting: RunPlan, manifest: DataManifest) -> None:
     node = Hardware(num_cores=topology.threads_per_process * topology.processes_per_node, gpus=())
     record = Path(waiting.run_folder) / SITE_RECORD
     site = SiteProfile.model_validate_json(record.read_text(encoding="utf-8")) if record.is_file() else None
-    wanted = SearchRequest(recipe, ask, node, facts_of(recipe, manifest))
+    wanted = SearchRequest(recipe, on_known_gpus(ask, node, site_terms(site)), node, facts_of(recipe, manifest))
     plan = fitting_plan(wanted, basis_of(recipe, manifest, node, site_terms(site)), is_forced(waiting))
     plan = plan.model_copy(update={"run_folder": waiting.run_folder, "base_model": waiting.base_model})
     check_disk(plan, room_on_disk(plan, manifest.vocab_size))

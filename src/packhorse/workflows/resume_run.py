@@ -30,7 +30,7 @@ from packhorse.run_folder.status import Status, read_status
 from packhorse.run_folder.sweep import find_sweep
 from packhorse.workflows.model_shape import Unknown
 from packhorse.workflows.new_run import Reporter, RunEnd, launch_here
-from packhorse.workflows.plan_basis import GpuTerms, basis_of, room_on_disk
+from packhorse.workflows.plan_basis import GpuTerms, basis_of, on_known_gpus, room_on_disk
 from packhorse.workflows.prepared_data import require_manifest
 
 
@@ -142,7 +142,8 @@ def resume_here(
 
 def _plan_here(before: RunPlan, overrides: Sequence[str], gpus: int | None, force: bool) -> RunPlan:
     status, here = refuse_finished(before), detect_hardware()
-    plan = replan(before, overrides, DeviceRequest(gpus), here, attempt=status.attempt if status is not None else 0)
+    ask = on_known_gpus(DeviceRequest(gpus), here, GpuTerms())
+    plan = replan(before, overrides, ask, here, attempt=status.attempt if status is not None else 0)
     check_machine(plan.topology, here)
     manifest, _ = check_resume(plan)
     return plan if plan == before else _still_fitting(plan, manifest, here, force)

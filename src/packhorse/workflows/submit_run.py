@@ -30,7 +30,7 @@ from packhorse.run_folder.layout import LOGS_FOLDER, METRICS_FILE, PLAN_FILE, SI
 from packhorse.run_folder.metrics import read_metrics
 from packhorse.workflows.model_shape import Unknown
 from packhorse.workflows.new_run import Machine, NewRun, load_single, plan_new_run
-from packhorse.workflows.plan_basis import room_on_disk
+from packhorse.workflows.plan_basis import on_known_gpus, room_on_disk
 from packhorse.workflows.prepare import site_terms
 from packhorse.workflows.resume_run import check_resume, refuse_finished
 
@@ -249,6 +249,7 @@ def _existing(
     plan = before
     if moves or overrides:
         ask = DeviceRequest(None if on_cpus else size[0] * size[1], size[0], on_cpus) if moves else DeviceRequest()
+        ask = on_known_gpus(ask, _node(site), site_terms(site))
         plan = replan(before, overrides, ask, _node(site), attempt=status.attempt if status is not None else 0)
     if plan.data is not None:
         manifest, room = check_resume(plan)

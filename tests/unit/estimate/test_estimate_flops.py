@@ -121,9 +121,11 @@ def _flash_backward(gradient: Any, query: Any, key: Any, *_: Any, **__: Any) -> 
     return 2.5 * _flash(query, key)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True, 2], ids=["kept", "recomputed", "every second"])
+@pytest.mark.parametrize(
+    "checkpointing", [False, True, 2, "selective"], ids=["kept", "recomputed", "every second", "selective"]
+)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_planned_operations_are_those_that_run(method: Any, checkpointing: bool | int) -> None:
+def test_planned_operations_are_those_that_run(method: Any, checkpointing: bool | int | str) -> None:
     seen, work = counted(MODELS["llama"], method, checkpointing=checkpointing)
     assert without_head(work) == pytest.approx(seen, rel=1e-9)
 

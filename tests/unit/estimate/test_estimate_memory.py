@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from packhorse.estimate import activations, training_state
+from packhorse.estimate import training_state
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.memory import MemoryEstimate, Phase
 from packhorse.estimate.packs import PackFigures
@@ -34,12 +35,17 @@ LAPTOP = Hardware(num_cores=2, gpus=())
 
 
 def planned(
-    gpus: int = 8, model: str = EIGHT_B, engine: str = "zero3", nodes: int | None = None, **more: Any
+    gpus: int = 8,
+    model: str = EIGHT_B,
+    engine: str = "zero3",
+    nodes: int | None = None,
+    attention: str = "auto",
+    **more: Any,
 ) -> RunPlan:
     parallel = {"engine": engine, **more.pop("parallel", {})}
     fields = {
         "name": "r",
-        "model": {"id": model, "tokenizer": "builtin:tokenizer"},
+        "model": {"id": model, "tokenizer": "builtin:tokenizer", "attention": attention},
         "method": "full",
         "data": {"sources": [{"path": "r.jsonl"}]},
         "optimizer": {"learning_rate": 1e-5},
@@ -191,13 +197,14 @@ def test_activations_grow_with_tokens_and_sequence_ranks_share_them() -> None:
 
 
 def test_the_loss_holds_one_chunk_of_logits() -> None:
-    from packhorse.estimate.memory import FP32
-
-    chunk = activations.CHUNK_TOKENS * 128_256 * FP32
-    for length in (1024, 8192):
+    # Float32 logits, and their gradient in 16 bits for the products (torch, linear_cross_entropy.py).
+    row = 128_256 * (4 + 2)
+    for length in (4096, 8192):
         # Beside them the last hidden states, of all tokens and of the supervised ones, in 16 bits.
         hidden = 2 * (length + length - 1) * 4096
-        assert memory(planned(8, method="lora"), length).activations.logits - hidden == chunk
+        assert memory(planned(8, method="lora"), length).activations.logits - hidden == 512 * row
+        weight = 2 * 128_256 * 4096
+        assert memory(planned(8), length).activations.logits - hidden - weight == 2048 * row
 
 
 def test_passes_before_the_last_leave_whole_gradients_under_fsdp2_and_parts_under_zero() -> None:
@@ -309,3 +316,21 @@ def test_held_covers_every_parameter_of_the_model() -> None:
     assert [each.name for each in held if isinstance(each, WeightTensor)] == [
         e.name for e in list_parameters(shape_of(plan))
     ]
+
+
+def test_many_short_documents_cost_flash_attention_memory_in_the_backward_pass() -> None:
+    """torch's flash_api.cpp, mha_varlen_bwd: dq_accum is [total_q + 128 B, H, E] in float32."""
+    length = {"length": 8192, "packs": 8, "micro": 1}
+    varlen, sdpa = (
+        planned(1, engine="single", method="lora", model=EIGHT_B, batch=length, attention=kernel)
+        for kernel in ("varlen", "sdpa")
+    )
+
+    def workspace(plan: RunPlan, documents: int) -> int:
+        packs = replace(PackFigures.full(8192), documents_max=documents)
+        inputs = EstimateInputs(shape_of(plan), packs, find_gpu("H100"))
+        return PlanEstimate(plan, inputs).memory.activations.layer_workspace
+
+    # With few documents the MLP's gradients are the fullest moment; its results are free when attention's begins.
+    assert workspace(varlen, 1) == workspace(varlen, 100) == workspace(sdpa, 1000)
+    assert workspace(varlen, 1000) - workspace(varlen, 800) == 128 * 200 * 32 * 128 * 4

@@ -20,13 +20,16 @@ def test_the_shipped_cards_are_there_and_make_sense() -> None:
     gpus = known_gpus()
     wanted = {"H100-80GB", "H100-PCIE-80GB", "H200-141GB", "B200-180GB", "A100-40GB", "A100-80GB", "A100-PCIE-40GB"}
     wanted |= {"A100-PCIE-80GB", "L40S-48GB", "A10-24GB", "L4-24GB", "RTX-3090-24GB", "RTX-4090-24GB"}
-    wanted |= {"RTX-5090-32GB", "MI300X-192GB"}
+    wanted |= {"RTX-5090-32GB", "MI300X-192GB", "V100-16GB", "V100-32GB", "T4-16GB"}
     assert set(gpus) == wanted
     for name, gpu in gpus.items():
         gigabytes = int(name.rsplit("-", 1)[1].removesuffix("GB"))
         # A card's name rounds: an L40S shows 45 GiB, an H200 140.4 of its 141 GB.
         assert 0.93 < gpu.memory_bytes / (gigabytes * 1e9) < 1.08
-        assert gpu.fp32_tflops <= gpu.tf32_tflops <= gpu.bf16_tflops == gpu.fp16_tflops
+        # Before Ampere there is neither bf16 nor TF32: float32 takes their place.
+        old = gpu.compute_capability is not None and gpu.compute_capability < 8
+        assert gpu.fp32_tflops <= gpu.tf32_tflops <= gpu.bf16_tflops <= gpu.fp16_tflops
+        assert gpu.bf16_tflops == (gpu.fp32_tflops if old else gpu.fp16_tflops)
         assert gpu.pcie_gb <= gpu.link_gb
         assert (gpu.link == "pcie") == (gpu.link_gb == gpu.pcie_gb)
 

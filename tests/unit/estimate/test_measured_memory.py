@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 
@@ -27,7 +28,7 @@ from measured_memory import (
     save_model,
     shape_of,
 )
-from packhorse.estimate.activations import CHUNK_TOKENS
+from packhorse.estimate import activations
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.plan_estimate import EstimateInputs, PlanEstimate
 from packhorse.train.objectives import token_loss as objective
@@ -131,10 +132,10 @@ def test_trained_weights_in_16_bit_have_gradients_and_states_in_16_bit(llama: Pa
 WIDE = {**LLAMA, "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"], ids=["kept", "recomputed", "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_fullest_moment(method: str, precision: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_fullest_moment(method: str, precision: str, checkpointing: bool | str, tmp_path: Path) -> None:
     """Every tensor that exists at once, including gradients in transit; the plan is never more than 3 % too low."""
     save_model(tmp_path, WIDE)
     parallel = {"checkpointing": checkpointing}
@@ -193,5 +194,11 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in sockets]
 
 
-def test_the_loss_works_in_chunks_of_the_size_that_the_plan_knows() -> None:
-    assert CHUNK_TOKENS == objective.CHUNK_TOKENS
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loss_works_in_chunks_of_the_size_that_the_plan_knows(
+    device: str, is_trained: bool, dtype: torch.dtype
+) -> None:
+    planned = activations.chunk_tokens(device == "cuda", dtype.itemsize, is_trained)
+    assert planned == objective.chunk_tokens(device, dtype, is_trained)

@@ -42,6 +42,7 @@ OBSTACLES: dict[str, dict[str, Any]] = {
     "parallel.engine is zero3": {"engine": "zero3"},
     "method is lora, dora": {"method": {"kind": "lora", "dora": True}},
     "method is qlora int8": {"method": {"kind": "qlora", "quantization": "int8"}},
+    "parallel.checkpointing is selective": {"checkpointing": "selective"},
     "method is prefix_tuning": {"method": "prefix_tuning"},
     "model.attention is sdpa": {"model": {"id": LLAMA, "attention": "sdpa"}},
 }

@@ -70,5 +70,5 @@ def test_a_plan_of_another_form_is_refused(tmp_path: Path) -> None:
 
 def test_varlen_attention_is_refused_where_it_cannot_run() -> None:
     recipe = load_recipe("quickstart/full", ["model.attention=varlen"])
-    with pytest.raises(UserError, match="model.attention is varlen, on cpu with precision fp32"):
+    with pytest.raises(UserError, match="model.attention is varlen, and the run is on the CPU"):
         make_plan(recipe, DeviceRequest(), LOGIN_NODE, None)

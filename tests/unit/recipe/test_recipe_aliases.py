@@ -73,6 +73,9 @@ def test_every_name_is_refused_with_its_counterpart(tmp_path: Path) -> None:
     ("line", "fix"),
     [
         ("deepspeed: zero3.json", "write `parallel.engine: zero3`."),
+        ("parallel: {tensor: 2}", "remove parallel.tensor: Packhorse has no tensor parallelism; parallel.engine fsdp2"),
+        ("parallel: {expert_parallel_size: 2}", "remove parallel.expert_parallel_size: Packhorse has no expert"),
+        ("precision: fp8", "write `precision: bf16`: Packhorse computes products in 16 bits"),
         ("save_steps: 100", "write `checkpoint.every_steps: 100`."),
         ("load_in_4bit: false", "remove load_in_4bit."),
         ("per-device-train-batch-size: 4", "remove per-device-train-batch-size: batch.packs is the number of packs"),
@@ -109,7 +112,9 @@ def test_a_name_that_nobody_knows_is_left_to_the_closest_field() -> None:
 def test_every_value_is_refused_with_its_counterpart() -> None:
     for key, values in TABLE["values"].items():
         for value, line in values.items():
-            assert aliases.fix_for_value(tuple(key.split(".")), Node(value.upper(), "r.yaml")) == f"write `{line}`"
+            reason = TABLE["reasons"].get(key, {}).get(value)
+            fix = f"write `{line}`: {reason}" if reason else f"write `{line}`"
+            assert aliases.fix_for_value(tuple(key.split(".")), Node(value.upper(), "r.yaml")) == fix
 
 
 def test_a_required_field_under_another_name_is_reported_once(tmp_path: Path) -> None:

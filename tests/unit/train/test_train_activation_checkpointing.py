@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from packhorse.model.attention import Documents, register_attention
+from packhorse.model.methods.attach import Start, attach
+from packhorse.recipe.methods import LoraMethod
 from packhorse.recipe.schema import ParallelSection
 from packhorse.train.activation_offload import LayerInputOffload
 from packhorse.train.setup import apply_checkpointing
@@ -64,6 +69,75 @@ def test_recomputed_layers_give_the_same_gradients_and_keep_less(checkpointing: 
     # What the layers keep is nearly all; a recomputed one keeps its input.
     share = len(range(0, NUM_LAYERS, checkpointing)) / NUM_LAYERS
     assert whole * (1 - share) < kept < whole * (1 - 0.85 * share)
+
+
+class CountedCalls(TorchDispatchMode):
+    """Names of the operators that run, below autograd and below selective checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def tensors_of_python() -> list[Tensor]:
+    return [each for each in gc.get_objects() if type(each) is Tensor]
+
+
+def packed_step(model: nn.Module, dtype: torch.dtype) -> tuple[list[Tensor], int, int]:
+    """Gradients, calls of attention's forward kernel, and bytes of new tensors between forward and backward pass."""
+    lengths = (40, 30, 26)
+    documents = Documents(lengths, torch.tensor([0, 40, 70, 96], dtype=torch.int32), 40)
+    ids, positions = (torch.arange(TOKENS) % 64)[None], torch.cat([torch.arange(n) for n in lengths])[None]
+    for parameter in model.parameters():
+        parameter.grad = None
+    before = {
+        each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers(), *tensors_of_python())
+    }
+    held: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    torch.manual_seed(1)  # of dropout
+    calls = CountedCalls()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), calls:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(ids, position_ids=positions, documents=documents, use_cache=False).logits.float().sum()
+        # What selective checkpointing keeps is in its own store, which Python's collector sees.
+        held |= {each.untyped_storage().data_ptr(): each for each in tensors_of_python()}
+        kept = sum(each.untyped_storage().nbytes() for address, each in held.items() if address not in before)
+        held.clear()
+        loss.backward()
+    attended = sum("flash_attention_for_cpu" in name and "backward" not in name for name in calls.names)
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], attended, kept
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_selective_checkpointing_keeps_attention_and_recomputes_the_rest(method: str, dtype: torch.dtype) -> None:
+    plain: Any = tiny_llama()
+    plain.set_attn_implementation(register_attention("sdpa"))
+    if method == "lora":
+        plain = attach(plain, LoraMethod(), Start(seed=1), autocast=dtype != torch.float32)
+    whole, selective = copy.deepcopy(plain), copy.deepcopy(plain)
+    apply_checkpointing(whole, ParallelSection(checkpointing=True))
+    apply_checkpointing(selective, ParallelSection(checkpointing="selective"))
+    gradients, once, _ = packed_step(plain, dtype)
+    recomputed, twice, least = packed_step(whole, dtype)
+    chosen, again, kept = packed_step(selective, dtype)
+    for one, two, three in zip(gradients, recomputed, chosen, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    assert (once, twice, again) == (3 * NUM_LAYERS, 6 * NUM_LAYERS, 3 * NUM_LAYERS)
+    # Output and log-sum-exp of each head (Dao 2023, arXiv 2307.08691, section 3.1): 4 heads of width 8.
+    added = NUM_LAYERS * TOKENS * (4 * 8 * dtype.itemsize + 4 * 4)
+    assert kept - least == pytest.approx(added, rel=0.05)
 
 
 def test_without_checkpointing_nothing_is_recomputed() -> None:

@@ -19,7 +19,7 @@ from packhorse.estimate.training_state import Component, total_bytes
 
 GIB = 2**30
 BAR_CELLS = 40
-CHECKPOINTING = {False: "no", 4: "1 in 4", 3: "1 in 3", 2: "1 in 2", True: "all"}
+CHECKPOINTING = {False: "no", 4: "1 in 4", 3: "1 in 3", 2: "1 in 2", "selective": "select.", True: "all"}
 """Value of `parallel.checkpointing` -> which layers are recomputed."""
 
 

@@ -22,6 +22,7 @@ from packhorse.estimate.search.candidates import (
     plan_candidates,
 )
 from packhorse.plan.compatibility import ENGINES
+from packhorse.plan.gpu_support import AMPERE
 from packhorse.plan.make_plan import make_plan
 from packhorse.plan.run_plan import Decision, RunPlan
 from packhorse.plan.topology import DeviceRequest
@@ -154,11 +155,31 @@ class LeastHardware:
 
 def least_hardware(request: SearchRequest, basis: EstimateInputs, gpus: Sequence[GpuProfile]) -> list[LeastHardware]:
     """Return for each kind the fewest GPUs (1, 2, 4, 8 ...) that the run fits on with a margin, least memory first."""
+    # The kernel, and whether a precision exists, depend on the compute capability.
+    by_capability: dict[float | None, list[GpuProfile]] = {}
+    for gpu in gpus:
+        old = gpu.compute_capability is not None and gpu.compute_capability < AMPERE
+        by_capability.setdefault(gpu.compute_capability if old else None, []).append(gpu)
+    found = [
+        least for capability, alike in by_capability.items() for least in _fewest(request, basis, alike, capability)
+    ]
+    return sorted(found, key=_order)
+
+
+def _order(least: LeastHardware) -> tuple[bool, int, str]:
+    return least.count is None, (least.count or 0) * least.gpu.memory_bytes, least.gpu.name
+
+
+def _fewest(
+    request: SearchRequest, basis: EstimateInputs, gpus: Sequence[GpuProfile], capability: float | None
+) -> list[LeastHardware]:
+    """Return the fewest GPUs of each kind; all have the compute capability, or None."""
     found: list[LeastHardware] = []
     missing, refused, count = list(gpus), "", 1
     while missing and count <= MOST_GPUS and not refused:
         engines = ONE_GPU if count == 1 else SEVERAL_GPUS
-        tried = plan_candidates(replace(request, ask=DeviceRequest(count)), basis, engines, (False, True), None)
+        asked = replace(request, ask=DeviceRequest(count, capability=capability))
+        tried = plan_candidates(asked, basis, engines, (False, True), None)
         errors = [each.error for each in tried if each.error is not None]
         if len(errors) == len(tried):
             refused = errors[-1].mistakes[0].fact
@@ -168,7 +189,6 @@ def least_hardware(request: SearchRequest, basis: EstimateInputs, gpus: Sequence
                 found.append(LeastHardware(gpu, count, best))
                 missing.remove(gpu)
         count *= 2
-    found.sort(key=lambda least: ((least.count or 0) * least.gpu.memory_bytes, least.gpu.name))
     return [*found, *(LeastHardware(gpu, None, None, refused) for gpu in missing)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from packhorse.durable import size
 from packhorse.errors import UserError
@@ -20,9 +20,9 @@ from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology
 from packhorse.recipe.rules.training import rule_findings
 from packhorse.recipe.schema import Engine, ParallelSection, Recipe
 
-Checkpointing = bool | int
-CHECKPOINTINGS: Final[tuple[Checkpointing, ...]] = (False, 4, 3, 2, True)
-"""Values of `parallel.checkpointing` that are tried: no layer recomputed, every 4th, every 3rd, every 2nd, all."""
+Checkpointing = bool | int | Literal["selective"]
+CHECKPOINTINGS: Final[tuple[Checkpointing, ...]] = (False, 4, 3, 2, "selective", True)
+"""Values of `parallel.checkpointing` that are tried, from no recomputation to that of every layer."""
 
 MOST_TOKENS: Final = 65_536
 """Tokens per pass beyond which matrix products do not get faster."""

@@ -103,7 +103,7 @@ def more_gpus(request: SearchRequest, case: PlanEstimate) -> list[Change]:
     # Their nodes' memory is not known.
     basis, count = replace(case.basis, host_bytes=None), case.plan.topology.world_size
     while (count := 2 * count) <= MOST_GPUS:
-        more = replace(request, ask=DeviceRequest(count))
+        more = replace(request, ask=DeviceRequest(count, capability=request.ask.capability))
         best = fastest_fitting(_cheapest(more, basis))
         if best is not None:
             words = f"--gpus {count}x{case.basis.gpu.name} with {_words(_named(case.plan), best.plan.recipe)}"

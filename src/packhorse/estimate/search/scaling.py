@@ -112,8 +112,9 @@ def waiting_share(estimate: SpeedEstimate) -> float:
 
 def _point(recipe: Recipe, basis: EstimateInputs, mode: Mode, count: int, counted: MemoryByScale) -> ScalePoint:
     step_packs = recipe.batch.packs if mode == "strong" else max(1, recipe.batch.packs // 8) * count
+    ask = DeviceRequest(count, capability=basis.gpu.compute_capability)
     try:
-        plan = make_plan(recipe.changed("batch", packs=step_packs), DeviceRequest(count), Hardware(1, ()), None)
+        plan = make_plan(recipe.changed("batch", packs=step_packs), ask, Hardware(1, ()), None)
     except UserError as error:
         return ScalePoint(count, step_packs, None, 0.0, 0.0, error.mistakes[0].fact)
     case = PlanEstimate(plan, basis)

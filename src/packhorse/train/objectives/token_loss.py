@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MethodType
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 
 # Rows of logits in memory at once. Measured: 256 to 1,024 are equally fast, and 512 x 151,936 in fp32 is 311 MB.
-CHUNK_TOKENS = 512
+CHUNK_TOKENS: Final = 512
+# CUDA adds up a trained head's 16-bit gradient chunk by chunk, with an error that grows with the root of their number:
+# 2,048 halves that of 512 (docs/lab-log.md), for 1.2 GB with a vocabulary of 128,256. A CPU adds up in fp32.
+TRAINED_CHUNK_TOKENS: Final = 2048
 
 _targets: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("targets", default=None)
 
@@ -43,11 +46,12 @@ def token_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
     if labels.numel() == 0:
         reached = [hidden, weight] if bias is None else [hidden, weight, bias]
         return torch.stack([tensor.sum().float() for tensor in reached]).sum() * 0.0
-    options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS)
     # Autocast does not know this operator and would leave it in fp32, while the plain head's matmul runs in 16 bit.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
+    rows = chunk_tokens(device, hidden.dtype, weight.requires_grad)
+    options = LinearCrossEntropyOptions(batch_chunk_size=rows)
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
     # torch returns the sum in the dtype of its inputs: 8 bits in bf16, and infinite from 65,504 on in fp16. Losses by
@@ -55,6 +59,11 @@ def token_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
     reduction = "sum" if hidden.dtype == torch.float32 else "none"
     losses = F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction=reduction, options=options)
     return losses.float().sum()
+
+
+def chunk_tokens(device: str, dtype: torch.dtype, is_trained: bool) -> int:
+    """Return the rows of logits in memory at once, for a head of this type on this kind of device."""
+    return TRAINED_CHUNK_TOKENS if device == "cuda" and dtype != torch.float32 and is_trained else CHUNK_TOKENS
 
 
 def install_loss_head(model: nn.Module) -> None:
