@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_report import PartResult, write_report
-from setting import ROOT, Setting, prepare_process, run_part, without_names
+from setting import ROOT, Setting, last_lines, prepare_process, run_part, without_names
 
 PART_SECONDS = {
     "facts": 45,
@@ -77,7 +77,7 @@ class Run:
         ending = ""
         try:
             if code := child.wait(limit):
-                ending = f"ended with exit code {code}\n{without_names(log.read_text('utf-8', 'replace'))}"
+                ending = f"ended with exit code {code}\n{without_names(last_lines(log.read_text('utf-8', 'replace')))}"
         except subprocess.TimeoutExpired:
             ending = f"stopped at its limit of {limit:.0f} s"
         except KeyboardInterrupt:

@@ -5,7 +5,7 @@ Shapes: T tokens of a pack, D documents, H query heads, K key and value heads, E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,7 +16,6 @@ from torch.nn import LinearCrossEntropyOptions
 
 from packhorse.model.attention import _KERNELS, Documents
 from packhorse.train.objectives.token_loss import CHUNK_TOKENS, token_loss_sum
-from runs import peak_gib
 from setting import Case, Figures, Setting
 
 TOKENS, HEADS = 4096, 8
@@ -61,11 +60,13 @@ def _attention(setting: Setting, width: int, heads: int, window: int | None, cou
     exact = _exact(tensors, documents, window)
     figures: Figures = {}
     for name in ("varlen", "sdpa") if setting.is_cuda else ("sdpa",):
+        peak = _peak_of(setting, partial(_run, name, tensors, documents, window))
         found = _run(name, tensors, documents, window)
         errors = [_error(one, other) for one, other in zip(found, exact, strict=True)]
         figures |= {f"{name} {part}": error for part, error in zip(("output", "dq", "dk", "dv"), errors, strict=True)}
         figures[f"{name} ms"] = setting.seconds(partial(_run, name, tensors, documents, window), 5, 1) * 1e3
-    return figures | {"peak GiB": peak_gib(setting)}
+        figures[f"{name} GiB"] = peak
+    return figures
 
 
 def _repeated(setting: Setting) -> Figures:
@@ -137,6 +138,16 @@ def _exact(tensors: Sequence[Tensor], documents: Documents, window: int | None) 
     return [output.detach(), *torch.autograd.grad(output, inputs, tensors[3].double())]
 
 
+def _peak_of(setting: Setting, work: Callable[[], object]) -> float | None:
+    """Return the GiB that `work` adds at its peak."""
+    if not setting.is_cuda:
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
 def _error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).abs().max() / exact.abs().max())
 
@@ -158,17 +169,15 @@ def _loss(setting: Setting, chunk: int | None) -> Figures:
         return torch.autograd.grad(ours(), (hidden, weight))
 
     milliseconds = setting.seconds(gradients, 3, 1) * 1e3
-    if setting.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    peak = _peak_of(setting, gradients)
     loss, found = float(ours().detach()), gradients()
-    peak = peak_gib(setting)
     wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
     exact = F.cross_entropy(wide[0] @ wide[1].T, labels, reduction="sum")
     expected = torch.autograd.grad(exact, wide)
     errors = [float((one.float() - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)]
     return {
         "ms": milliseconds,
-        "peak GiB": peak,
+        "GiB": peak,
         "loss ÷ exact - 1": loss / float(exact.detach()) - 1,
         "error of the hidden states' gradient": errors[0],
         "error of the head's gradient": errors[1],

@@ -266,7 +266,9 @@ def train(plan: RunPlan, attempt: int = 1, before: Callable[[], None] | None = N
     """
     on_cpu = plan.topology.device == "cpu"
     # A server that has imported all is quicker, and may have touched CUDA, which no fork survives.
-    context = mp.get_context("forkserver" if on_cpu else "spawn")
+    context: Any = mp.get_context("forkserver" if on_cpu else "spawn")
+    if on_cpu:
+        context.set_forkserver_preload(["packhorse.train.worker"])
     variables = {**plan.env, ATTEMPT_VARIABLE: str(attempt), "OMP_NUM_THREADS": "1"}
     with STARTING, mock.patch.dict(os.environ, variables):
         process = context.Process(target=_work, args=(plan.run_folder, variables, before))

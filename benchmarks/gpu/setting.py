@@ -112,20 +112,24 @@ def tried(case: str, measure: Callable[[], Figures]) -> Figures:
     except (Exception, SystemExit) as error:
         name = error.name if isinstance(error, ModuleNotFoundError) else None
         text = "".join(traceback.format_exception(error))
-        found = {"missing library": name} if name else {"error": without_names(text)}
+        found = {"missing library": name} if name else {"error": last_lines(text)}
         traceback.clear_frames(error.__traceback__)
     finally:
         _free()
     return {"case": case, **found, "seconds": time.perf_counter() - began}
 
 
+def last_lines(text: str) -> str:
+    """Return the last lines of a log or a traceback, each cut to a length that reads well in a table."""
+    lines = [line.strip()[:400] for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-ERROR_LINES:])
+
+
 def without_names(text: str) -> str:
-    """Return the last lines of a text without the names of this machine, its user and its folders."""
-    lines = [line for line in text.strip().splitlines() if line.strip()][-ERROR_LINES:]
-    short = "\n".join(line.strip()[:400] for line in lines)
+    """Return a text without the names of this machine, its user and its folders."""
     for name, instead in ((str(ROOT), "packhorse"), (str(Path.home()), "~"), (socket.gethostname(), "host")):
-        short = short.replace(name, instead) if len(name) > 1 else short
-    return short
+        text = text.replace(name, instead) if len(name) > 1 else text
+    return text
 
 
 def _free() -> None:
@@ -144,7 +148,7 @@ def _free() -> None:
 def _plain(value: object) -> object:
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else str(value)
-    return value if isinstance(value, bool | int | str | type(None)) else str(value)
+    return value if isinstance(value, bool | int | type(None)) else without_names(str(value))
 
 
 def prepare_process(libraries: str) -> None:

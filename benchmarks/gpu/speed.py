@@ -155,8 +155,11 @@ def _kernel_times(setting: Setting, steps: Stepper) -> tuple[Counter[str], Count
         setting.synchronize()
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for event in profiler.key_averages():
-        if setting.is_cuda != (event.device_type == DeviceType.CUDA):
+    events = profiler.key_averages()
+    # A range that the host has named, such as an optimizer's step, is listed for the GPU too, beside its kernels.
+    of_host = {event.key for event in events if event.device_type == DeviceType.CPU}
+    for event in events:
+        if setting.is_cuda and (event.device_type != DeviceType.CUDA or event.key in of_host):
             continue
         spent = event.self_device_time_total if setting.is_cuda else event.self_cpu_time_total
         times[event.key] += spent / 1e3
