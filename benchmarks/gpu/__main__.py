@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_report import PartResult, write_report
-from setting import ROOT, Setting, last_lines, prepare_process, run_part, without_names
+from setting import LIBRARIES_VARIABLE, ROOT, Setting, last_lines, prepare_process, run_part, without_names
 
 PART_SECONDS = {
     "facts": 45,
@@ -152,6 +152,8 @@ def run_one(options: argparse.Namespace) -> None:
     run_part(options.part, setting, folder / f"{options.part}.jsonl")
 
 
+if __name__ == "__mp_main__":  # in a process that a part has started
+    prepare_process(os.environ.get(LIBRARIES_VARIABLE, ""))
 if __name__ == "__main__":
     os.chdir(ROOT)
     sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[2]
 SEARCHED = ("src", "tests", "tests/gpu", "benchmarks/gpu", "benchmarks")
 ERROR_LINES = 6
+LIBRARIES_VARIABLE = "PACKHORSE_GPU_LIBRARIES"
 
 Figures = dict[str, Any]
 """Values of one case by name, with the unit in the name; values are numbers, texts and booleans."""
@@ -154,7 +155,12 @@ def _plain(value: object) -> object:
 def prepare_process(libraries: str) -> None:
     """Make this checkout and the carried libraries importable, and keep them off the network."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-    sys.path[:0] = [str(ROOT / folder) for folder in SEARCHED]
+    folders = [*([libraries] if libraries else []), *(str(ROOT / folder) for folder in SEARCHED)]
+    sys.path[:0] = folders
+    # For the processes of this one, some of which begin without its sys.path.
+    os.environ |= {
+        LIBRARIES_VARIABLE: libraries,
+        "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]),
+    }
     if libraries:
-        sys.path.insert(0, libraries)
         import_module("older_torch").complete(Path(libraries))
