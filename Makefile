@@ -49,9 +49,9 @@ chaos: install
 accuracy: install
 	$(BIN)/python benchmarks/plan_accuracy.py
 
-# On a machine with a GPU of 24 GB or more: the plan's memory beside the peak of CUDA's allocator; rows for docs/lab-log.md.
+# On a machine with a GPU: everything that only a GPU can show, in at most 8 minutes, to gpu-report.md (docs/gpu.md).
 gpu: install
-	$(BIN)/python benchmarks/plan_accuracy.py --no-write gpu
+	$(BIN)/python benchmarks/gpu $(GPU)
 
 # The newest releases of the libraries whose private names are used (src/packhorse/library_hooks.toml).
 canary: install

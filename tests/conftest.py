@@ -1,8 +1,9 @@
-"""What all tests share: no network, no trackers, and a real shared folder that CI must have."""
+"""What all tests share: no network, no trackers, no GPU, and a real shared folder that CI must have."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,28 @@ import shared_folder
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
 # Threads that spin while they wait for each other take ten times as long on cores that other tests use too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs of this machine, except from `-m gpu`: the other tests are about the CPU path, everywhere alike."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def write_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that puts a shell script in the place of nvidia-smi; CUDA hides none of the GPUs it lists."""
+    folder = tmp_path / "nvidia"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def write(script: str) -> None:
+        program = folder / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        program.chmod(0o755)
+
+    return write
 
 
 @pytest.fixture(scope="session")

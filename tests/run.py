@@ -56,12 +56,12 @@ def tests(name: str, *words: str) -> Group:
 
 
 IN_PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-ON_BOTH_CORES = ("parity", "process", "faults", "benchmarks", "real", "unit", "golden", "browser")
+ON_BOTH_CORES = ("parity", "process", "faults", "benchmarks", "real", "unit", "golden", "gpu", "browser")
 LINT = Group("lint", (("ruff", "format", "--check", *SOURCES), ("ruff", "check", *SOURCES), ("mypy",)), is_pytest=False)
 FIRST_LANE = (
     # Files that take long come first, by tests/conftest.py, so that both processes end together.
     tests("tests", *(f"tests/{folder}" for folder in ON_BOTH_CORES), *IN_PARALLEL),
-    tests("gpu", "tests/gpu"),
+    tests("gpu", "tests/gpu", "-m", "gpu"),
 )
 SECOND_LANE = (LINT, tests("slurm", "tests/slurm"))
 

@@ -179,9 +179,14 @@ def measure(case: Case, folder: Path, gpus: Sequence[str]) -> Measured:
     return Measured(case, estimate, {name: max(each.get(name, 0) for each in found) for name in found[0]})
 
 
+def base_folder(config: Any, folder: Path) -> Path:
+    """Where the model of a case is made, once for all cases."""
+    return folder / f"{config['model_type']}-{config['num_hidden_layers']}"
+
+
 def plan_of(case: Case, folder: Path, gpus: Sequence[str]) -> tuple[RunPlan, MemoryEstimate]:
     """The plan, written to its run folder, and what it needs."""
-    base = folder / f"{case.config['model_type']}-{case.config['num_hidden_layers']}"
+    base = base_folder(case.config, folder)
     if not base.exists():
         save_model(base, dict(case.config), torch.bfloat16)
     mine = folder / case.name.replace(" ", "-").replace(",", "")

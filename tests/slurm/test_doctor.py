@@ -164,9 +164,8 @@ def test_a_node_with_a_gpu_less(place: Place) -> None:
     programs.mkdir()
     (programs / "nvidia-smi").write_text(NODES_HAVE_GPUS)
     (programs / "nvidia-smi").chmod(0o755)
-    told = place.doctor(
-        "--fast", "--gpus-per-node", "2", PATH=f"{programs}{os.pathsep}{place.cluster.environment['PATH']}"
-    )
+    path = f"{programs}{os.pathsep}{place.cluster.environment['PATH']}"
+    told = place.doctor("--fast", "--gpus-per-node", "2", PATH=path, CUDA_VISIBLE_DEVICES="0,1")
     shutil.rmtree(programs)
     assert told.code == 1
     assert "first broken: GPUs: node2 has 1 of 2 GPUs" in told.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,7 @@ HUGE = CONFIG | {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
-
-
-def with_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Puts an nvidia-smi in the way that knows these GPUs."""
-    tool = folder / "tools" / "nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{name}'\n" for name in names), encoding="utf-8")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tool.parent))
 
 
 def write_huge(folder: Path, **sections: Any) -> None:
@@ -162,9 +153,9 @@ def test_what_would_run_is_shown_word_by_word(
 
 
 def test_this_machines_card_is_taken(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, write_nvidia_smi: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_gpus(here, monkeypatch, "NVIDIA A10", "NVIDIA A10")
+    write_nvidia_smi("echo 'NVIDIA A10'\n" * 2)
     write_huge(here, model=TINY["model"] | {"config": HUGE | {"num_hidden_layers": 8}})
     value = json.loads(told(["plan", "tiny.yaml", "--json", "parallel.processes=2"], capsys))
     assert value["gpu"] == "A10-24GB"
@@ -176,10 +167,10 @@ def test_this_machines_card_is_taken(
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_made(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, write_nvidia_smi: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before the rows are read: there are none."""
-    with_gpus(here, monkeypatch, "NVIDIA A10")
+    write_nvidia_smi("echo 'NVIDIA A10'")
     write_huge(here, data={"sources": [{"path": "missing.jsonl"}]})
     error = told(["train", "tiny.yaml"], capsys, EXIT_USER_ERROR)
     assert "on each GPU, and A10-24GB has 22.5 GiB" in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ from packhorse.recipe.load import load_recipe
     ("num_gpus", "device", "processes"), [(0, "cpu", 2), (1, "cuda", 1), (2, "cuda", 2), (8, "cuda", 2)]
 )
 def test_the_quickstart_fits_every_number_of_gpus(
-    num_gpus: int, device: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    num_gpus: int,
+    device: str,
+    processes: int,
+    write_nvidia_smi: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\n" + "echo 'NVIDIA H200'\n" * num_gpus + ":\n", encoding="utf-8")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    write_nvidia_smi("echo 'NVIDIA H200'\n" * num_gpus + ":")
     monkeypatch.chdir(tmp_path)
     here = detect_hardware()
     assert len(here.gpus) == num_gpus

@@ -214,7 +214,7 @@ _TABLE = (
         "Find what would break a run: on this machine, in this job, or on the nodes of a cluster.",
         (
             ("packhorse doctor [RUN]", "this machine; inside a job, all of its nodes"),
-            ("packhorse doctor [RUN] --site SITE [--nodes 2]", "nodes of a cluster, in a job of three minutes"),
+            ("packhorse doctor [RUN] --site SITE [--nodes 2]", "nodes of a cluster, in a job of five minutes"),
         ),
         words=(("run", ""),),
         flags=(

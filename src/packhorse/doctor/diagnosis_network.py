@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from packhorse.doctor.facts import DoctorRequest, NodeFacts
+from packhorse.doctor.facts import BandwidthFacts, DoctorRequest, NodeFacts
 from packhorse.doctor.interfaces import GLOO_VARIABLE, NCCL_VARIABLE
+from packhorse.doctor.node import BANDWIDTH_SECONDS
 from packhorse.doctor.table import Row, broken, not_tried, note, ok
 
 NOTE_SKEW_SECONDS: Final = 1.0
@@ -120,15 +121,26 @@ def bandwidth_row(request: DoctorRequest, nodes: Sequence[NodeFacts]) -> Row | N
                 f"the all-reduce failed on {node.host}: {result.error}",
                 "set NCCL_DEBUG=INFO (or TORCH_DISTRIBUTED_DEBUG=DETAIL) in the environment, and read the output.",
             )
+    late = [node.host for node, result in results if result.timed_out]
+    if late:
+        return note(
+            f"the all-reduce did not end within {BANDWIDTH_SECONDS:.0f} s on {first_hosts(late)}",
+            "run packhorse doctor again: reading torch from a slow disk for the first time takes minutes. If it does "
+            "not end then, set NCCL_DEBUG=INFO in the environment, and read the output.",
+        )
     node, measured = next((pair for pair in results if pair[1].world_size), results[0])
+    return _compared_with_link(measured, node, request.num_nodes)
+
+
+def _compared_with_link(measured: BandwidthFacts, node: NodeFacts, num_nodes: int) -> Row:
     fact = (
         f"{measured.backend}, {measured.world_size} ranks: "
         f"{measured.bus_bytes_per_second / 1e9:.2f} GB/s at {measured.large_bytes / 2**20:.0f} MiB, "
         f"{measured.small_seconds * 1e6:.0f} us at {measured.small_bytes / 2**10:.0f} KiB"
     )
     mbit = node.network.link_mbit
-    if request.num_nodes == 1 or mbit is None:
-        return ok(fact + (" (the rate of the link is unknown)" * (request.num_nodes > 1)))
+    if num_nodes == 1 or mbit is None:
+        return ok(fact + (" (the rate of the link is unknown)" * (num_nodes > 1)))
     share = measured.bus_bytes_per_second * 8 / 1e6 / mbit
     fact += f"; the link carries {mbit / 8000:.2f} GB/s, so {share:.0%} of it"
     fix = "look at NCCL_DEBUG=INFO: NET/IB is InfiniBand; NET/Socket on a cluster with InfiniBand is a wrong choice."

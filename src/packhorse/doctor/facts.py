@@ -172,6 +172,8 @@ class BandwidthFacts(Message):
     large_bytes: int = 0
     bus_bytes_per_second: float = 0.0
     error: str = ""
+    timed_out: bool = False
+    """Whether the ranks of this node were ended because they had not finished in time."""
 
 
 class NodeFacts(Message):

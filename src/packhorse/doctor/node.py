@@ -1,7 +1,7 @@
 """Checks of one node: `python -m packhorse.doctor.node REQUEST`, which srun starts once per node.
 
 The answer is printed as short lines on standard output, which srun forwards: the shared folder may be broken. The
-process ends within a minute in any case, and imports no torch.
+process ends within a minute, or three where it measures the bandwidth, in any case, and imports no torch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ MARK: Final = "packhorse-doctor"
 PIECE_CHARACTERS: Final = 600
 """Characters per line: srun may split longer lines."""
 MAX_SECONDS: Final = 57
-BANDWIDTH_END_SECONDS: Final = 54.0
-"""End of the bandwidth check, in seconds from this node's start."""
+BANDWIDTH_SECONDS: Final = 120.0
+"""Limit of the bandwidth check: import of torch from a shared disk, the start of NCCL, and the all-reduces."""
+KILL_SECONDS: Final = 10
 LOWEST_PORT, NUM_PORTS = 20000, 12000
 
 
@@ -74,7 +75,8 @@ def check_node(node_id: int, request: DoctorRequest) -> NodeFacts:
         )
         all_reachable = len(network_facts.met_nodes) == request.num_nodes and not network_facts.failed_connections
         if not request.fast and all_reachable:
-            bandwidth = _measure_bandwidth(node_id, request, network, began + BANDWIDTH_END_SECONDS)
+            signal.alarm(int(BANDWIDTH_SECONDS) + KILL_SECONDS)
+            bandwidth = _measure_bandwidth(node_id, request, network)
             facts = facts.model_copy(update={"bandwidth": bandwidth})
     finally:
         network.close()
@@ -109,7 +111,7 @@ def from_lines(lines: Iterable[str]) -> list[NodeFacts]:
     return [NodeFacts.model_validate_json(base64.b64decode(text)) for text in texts]
 
 
-def _measure_bandwidth(node_id: int, request: DoctorRequest, network: NodeNetwork, end: float) -> BandwidthFacts | None:
+def _measure_bandwidth(node_id: int, request: DoctorRequest, network: NodeNetwork) -> BandwidthFacts | None:
     """Run this node's ranks of the timed all-reduce; the node of rank 0 has the result, any node may have an error."""
     ranks = request.gpus_per_node or 1
     if ranks * request.num_nodes < 2:
@@ -135,7 +137,7 @@ def _measure_bandwidth(node_id: int, request: DoctorRequest, network: NodeNetwor
         )
         for local in range(ranks)
     ]
-    return _result_of(children, end)
+    return wait_for_ranks(children, BANDWIDTH_SECONDS)
 
 
 def _agree_on_port(node_id: int, network: NodeNetwork) -> int:
@@ -149,23 +151,25 @@ def _agree_on_port(node_id: int, network: NodeNetwork) -> int:
     return port
 
 
-def _result_of(children: Sequence[subprocess.Popen[str]], end: float) -> BandwidthFacts:
+def wait_for_ranks(children: Sequence[subprocess.Popen[str]], seconds: float) -> BandwidthFacts:
+    """Return the result of the ranks, or why there is none; ranks that still run after `seconds` are ended."""
+    end = time.monotonic() + seconds
     result: dict[str, object] = {}
-    error = ""
+    error, timed_out = "", False
     for child in children:
         try:
             out, err = child.communicate(timeout=max(0.1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
             child.communicate()
-            error = error or "not finished within a minute"
+            timed_out = True
             continue
         if child.returncode:
             last = next((line for line in reversed(err.splitlines()) if line.strip()), "no output")
             error = error or f"exit code {child.returncode}: {last.strip()[:300]}"
         elif out.strip():
             result = json.loads(out.splitlines()[-1])
-    return BandwidthFacts.model_validate({**result, "error": error})
+    return BandwidthFacts.model_validate({**result, "error": error, "timed_out": timed_out})
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Final
 
 from packhorse.doctor.facts import DoctorRequest, NodeFacts
-from packhorse.doctor.node import from_lines
+from packhorse.doctor.node import BANDWIDTH_SECONDS, from_lines
 from packhorse.doctor.shared_folder import create_check_folder
 from packhorse.launching.slurm.client import NoSlurmError, SlurmError, environment_outside_jobs
 from packhorse.launching.slurm.refusals import explain_refusal, find_excess
 from packhorse.launching.slurm.script import DIRECTIVE, JobRequest, directives, site_lines, train_request
 from packhorse.launching.slurm.site import SiteProfile
 
-MAX_SECONDS: Final = 58.0
-"""Limit of the checks, from the time when the nodes are available."""
-JOB_TIME: Final = "00:03:00"
+FAST_SECONDS: Final = 58.0
+"""Limit of the checks without the bandwidth, from the time when the nodes are available."""
+JOB_TIME: Final = "00:05:00"
 NODE_MODULE: Final = "packhorse.doctor.node"
 SBATCH_ONLY: Final = {"--signal", "--requeue", "--no-requeue", "--open-mode", "--output", "--mail-user", "--mail-type"}
 MAX_LAST_LINES: Final = 3
@@ -33,7 +33,7 @@ PrintLine = Callable[[str], None]
 
 def check_this_machine(request: DoctorRequest) -> tuple[list[NodeFacts], str]:
     """Run the checks on this machine alone."""
-    return _collect(request, [sys.executable, "-m", NODE_MODULE], os.environ, MAX_SECONDS)
+    return _collect(request, [sys.executable, "-m", NODE_MODULE], os.environ, _max_seconds(request))
 
 
 def check_nodes_of_job(request: DoctorRequest) -> tuple[list[NodeFacts], str]:
@@ -43,7 +43,7 @@ def check_nodes_of_job(request: DoctorRequest) -> tuple[list[NodeFacts], str]:
         NoSlurmError: srun is not on PATH.
     """
     command = [_srun(), "--overlap", *_one_task_per_node(request), sys.executable, "-m", NODE_MODULE]
-    return _collect(request, command, os.environ, MAX_SECONDS)
+    return _collect(request, command, os.environ, _max_seconds(request))
 
 
 def check_nodes_in_short_job(
@@ -73,6 +73,10 @@ def short_job_arguments(request: DoctorRequest, site: SiteProfile, programs: str
     options = [word for word in words if word.partition("=")[0] not in SBATCH_ONLY]
     prologue = "\n".join([*site_lines(site, programs, trains=False), 'exec "${container[@]}" "$@"'])
     return [*options, *_one_task_per_node(request)[2:], "bash", "-c", prologue, "-", "python", "-m", NODE_MODULE]
+
+
+def _max_seconds(request: DoctorRequest) -> float:
+    return FAST_SECONDS if request.fast else FAST_SECONDS + BANDWIDTH_SECONDS
 
 
 def _job_request(request: DoctorRequest, site: SiteProfile) -> JobRequest:

@@ -7,7 +7,7 @@ import pytest
 from doctor_cases import GB, REQUEST, sound_nodes
 
 from packhorse.doctor.diagnosis import diagnose
-from packhorse.doctor.facts import FailedConnection, Gpu, InterfaceChoice, NodeFacts
+from packhorse.doctor.facts import BandwidthFacts, FailedConnection, Gpu, InterfaceChoice, NodeFacts
 from packhorse.doctor.table import first_broken
 
 Break = Callable[[list[NodeFacts]], list[NodeFacts]]
@@ -141,6 +141,11 @@ CASES: dict[str, tuple[Break, str, str]] = {
     "no weights": (on_second("inputs", model_fault="it is not in /hf"), "weights", "on gpu2: it is not in /hf"),
     "torn data": (on_second("inputs", data_fault="ids.bin is missing."), "data", "on gpu2: ids.bin is missing."),
     "no all-reduce": (all_reduce(error="NCCL"), "bandwidth", "the all-reduce failed on gpu1: NCCL"),
+    "a rank that failed and others that wait for it": (
+        lambda nodes: on_second("", bandwidth=BandwidthFacts(error="NCCL"))(all_reduce(timed_out=True)(nodes)),
+        "bandwidth",
+        "the all-reduce failed on gpu2: NCCL",
+    ),
     "another link": (
         all_reduce(bus_bytes_per_second=1.1 * GB),
         "bandwidth",
@@ -187,6 +192,11 @@ def test_a_fault_is_named(name: str) -> None:
         (on_second("resources", locked_bytes=65536), "locked memory", "gpu2 has InfiniBand, and only 0.1 MB"),
         (on_second("inputs", model_fault="it is not in /hf", may_fetch=True), "weights", "it is not in /hf"),
         (on_first("inputs", wandb_error="no answer"), "W&B", "gpu1 cannot reach api.wandb.ai: no answer"),
+        (
+            on_second("", bandwidth=BandwidthFacts(timed_out=True)),
+            "bandwidth",
+            "the all-reduce did not end within 120 s on gpu2",
+        ),
         (on_second("gpu", gpus=(BUSY[0], BUSY[0].model_copy(update={"name": "A100"}))), "GPUs", "3 x H100, 1 x A100"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

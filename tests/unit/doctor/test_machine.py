@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,19 +9,8 @@ from packhorse.doctor.facts import DoctorRequest
 from packhorse.doctor.inputs import check_inputs, weights_fault
 from packhorse.doctor.machine import file_system, gpu_facts, resource_facts, torch_built_for, versions
 
-SMI = "0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 4\n1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 20000\n"
-
-
-@pytest.fixture
-def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program of that name that prints a file, in place of a GPU."""
-    (tmp_path / "output").write_text(SMI)
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f'#!/bin/sh\ncat "{tmp_path}/output"; exit $(cat "{tmp_path}/code" 2>/dev/null || echo 0)\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return tmp_path
+SMI = """echo '0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 4'
+echo '1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 20000'"""
 
 
 def test_versions_are_those_that_are_imported() -> None:
@@ -53,8 +42,12 @@ def test_the_first_of_two_installations_counts(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_gpus_that_the_job_may_see(
-    visible: str | None, indices: list[str], nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch
+    visible: str | None,
+    indices: list[str],
+    write_nvidia_smi: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    write_nvidia_smi(SMI)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = gpu_facts()
@@ -63,9 +56,8 @@ def test_gpus_that_the_job_may_see(
     assert [gpu.used_mib for gpu in found.gpus if gpu.index == "1"] == [20000] * ("1" in indices)
 
 
-def test_an_error_of_nvidia_smi_is_reported(nvidia_smi: Path) -> None:
-    (nvidia_smi / "output").write_text("Unable to determine the device handle for GPU 0000:4E:00.0: Unknown Error\n")
-    (nvidia_smi / "code").write_text("9")
+def test_an_error_of_nvidia_smi_is_reported(write_nvidia_smi: Callable[[str], None]) -> None:
+    write_nvidia_smi("echo 'Unable to determine the device handle for GPU 0000:4E:00.0: Unknown Error'; exit 9")
     assert "failed with exit code 9: Unable to determine the device handle" in gpu_facts().error
 
 

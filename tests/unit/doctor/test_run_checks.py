@@ -16,7 +16,7 @@ from packhorse.cli.main import main
 from packhorse.doctor.__main__ import main as in_job
 from packhorse.doctor.diagnosis import diagnose
 from packhorse.doctor.facts import DoctorRequest
-from packhorse.doctor.node import first_host, from_lines, to_lines
+from packhorse.doctor.node import first_host, from_lines, to_lines, wait_for_ranks
 from packhorse.doctor.rendezvous import open_port
 from packhorse.doctor.run_checks import short_job_arguments
 from packhorse.doctor.table import first_broken
@@ -93,6 +93,17 @@ def test_two_nodes_meet_and_are_diagnosed(request_of_two: DoctorRequest) -> None
     assert max(node.seconds for node in found) < 5
 
 
+def test_ranks_that_are_slow_are_ended_and_have_not_failed() -> None:
+    def rank(program: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(["sh", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    slow = rank("exec sleep 60")
+    found = wait_for_ranks([slow, rank("echo '{\"world_size\": 2}'")], 0.3)
+    assert (found.timed_out, found.error, slow.returncode) == (True, "", -9)
+    found = wait_for_ranks([rank("echo no route >&2; exit 3")], 10)
+    assert (found.timed_out, found.error) == (False, "exit code 3: no route")
+
+
 def test_an_interface_that_is_not_there(request_of_two: DoctorRequest) -> None:
     rows = diagnose(request_of_two, from_lines(check_two_nodes(request_of_two, {"GLOO_SOCKET_IFNAME": "ib9"})))
     broken = first_broken(rows)
@@ -118,7 +129,7 @@ def test_the_short_job_requests_what_the_site_defines() -> None:
     words = short_job_arguments(REQUEST, site, "/shared/venv/bin")
     assert words[: words.index("bash")] == [
         "--job-name=packhorse-doctor", "--account=proj", "--partition=gpu", "--nodes=2", "--ntasks-per-node=1",
-        "--gres=gpu:h100:2", "--time=00:03:00", "--exclusive", "--ntasks=2", "--label", "--kill-on-bad-exit=0",
+        "--gres=gpu:h100:2", "--time=00:05:00", "--exclusive", "--ntasks=2", "--label", "--kill-on-bad-exit=0",
     ]  # fmt: skip
     before = words[words.index("-c") + 1]
     assert "module load cuda/12.8 || exit 2" in before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from packhorse.errors import UserError
 from packhorse.plan import visible_gpus as module
 from packhorse.plan.visible_gpus import visible_gpus
 
-TWO = "#!/bin/sh\necho 'GPU-aa11-2, NVIDIA A100-SXM4-80GB'\necho 'GPU-bb22-3, NVIDIA H100 80GB HBM3'\n"
+TWO = "echo 'GPU-aa11-2, NVIDIA A100-SXM4-80GB'\necho 'GPU-bb22-3, NVIDIA H100 80GB HBM3'"
 A100, H100 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
 DRIVER = """
 #include <string.h>
@@ -23,18 +24,6 @@ int cuDeviceGetName(char *name, int length, int device) {
   return 0;
 }
 """
-
-
-@pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return tmp_path
-
-
-def nvidia_smi(folder: Path, script: str) -> None:
-    (folder / "nvidia-smi").write_text(script)
-    (folder / "nvidia-smi").chmod(0o755)
 
 
 @pytest.mark.parametrize(
@@ -52,28 +41,32 @@ def nvidia_smi(folder: Path, script: str) -> None:
     ],
 )
 def test_cuda_visible_devices_chooses_as_in_cuda(
-    visible: str | None, names: tuple[str, ...], programs: Path, monkeypatch: pytest.MonkeyPatch
+    visible: str | None,
+    names: tuple[str, ...],
+    write_nvidia_smi: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nvidia_smi(programs, TWO)
+    write_nvidia_smi(TWO)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_gpus() == names
 
 
 def test_a_driver_that_does_not_answer_is_an_error_and_not_a_run_on_the_cpu(
-    programs: Path, monkeypatch: pytest.MonkeyPatch
+    write_nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nvidia_smi(programs, "#!/bin/sh\nexec sleep 9\n")
+    write_nvidia_smi("exec sleep 9")
     monkeypatch.setattr(module, "SMI_SECONDS", 0.1)
     with pytest.raises(UserError, match="nvidia-smi does not answer"):
         visible_gpus()
 
 
-def test_without_nvidia_smi_the_driver_is_asked(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (programs / "driver.c").write_text(DRIVER)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", programs / "libcuda.so.1", programs / "driver.c"], check=True)
+def test_without_nvidia_smi_the_driver_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "driver.c").write_text(DRIVER)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"], check=True)
+    monkeypatch.setenv("PATH", str(tmp_path))  # a machine with a GPU has nvidia-smi beside cc
     load = ctypes.CDLL
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(str(programs / name)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(str(tmp_path / name)))
     assert visible_gpus() == (A100, H100)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: load(f"/without/{name}"))
     assert visible_gpus() == ()
