@@ -408,7 +408,7 @@ TORCH_LIBRARY_IMPL(soft_cuda, CompositeExplicitAutograd, m) {
 }
 
 extern "C" {
-int soft_cuda_device() { return current; }
+// A negative number changes nothing, as in CUDA.
 int soft_cuda_exchange(int device) { return exchange(static_cast<DeviceIndex>(device)); }
 void soft_cuda_report_waits(void (*callback)(const char*)) { on_wait = callback; }
 }

@@ -86,8 +86,11 @@ def _bindings(torch: Any, device: ctypes.CDLL) -> None:
     binding = torch._C
     binding._cuda_getDeviceCount = lambda: NUM_DEVICES
     # Functions of Python: dynamo looks each function of torch up by its hash.
-    binding._cuda_getDevice = lambda: device.soft_cuda_device()
-    exchange = lambda index: device.soft_cuda_exchange(index)  # noqa: E731
+    binding._cuda_getDevice = lambda: device.soft_cuda_exchange(-1)
+
+    def exchange(index: int) -> int:
+        return device.soft_cuda_exchange(index)
+
     binding._cuda_setDevice = torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = exchange
     binding._cuda_getCurrentRawStream = lambda index: 0
     binding._cuda_synchronize = lambda: None
