@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +33,7 @@ class SoftCuda:
                 text=True,
             )
         self._log = log
+        self._once: Path | None = None
 
     def __enter__(self) -> SoftCuda:
         assert self._answer() == "ready"
@@ -62,6 +64,11 @@ class SoftCuda:
         self._process.stdin.flush()
         ended = [(record["exit_code"], record["message"]) for record in json.loads(self._answer())]
         assert ended == [(0, "")] * read_plan(run).topology.world_size, last_words(run) or ended
+
+    def once(self, make: Callable[[], Path]) -> Path:
+        """A run that several tests are held against, trained by the first of them."""
+        self._once = self._once or make()
+        return self._once
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
