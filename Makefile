@@ -37,7 +37,7 @@ bench: install
 # computed again and compared with the committed ones. Then the cells of other tests that `make test` does not run.
 parity: install
 	$(BIN)/python benchmarks/parity.py
-	$(BIN)/pytest tests/unit tests/faults -m matrix
+	$(BIN)/pytest tests/unit tests/faults tests/soft_cuda -m matrix
 
 # 200 kills and 20 minutes of all kinds of faults, about an hour, written to docs/lab-log.md. Then every kind of
 # interruption in every phase of jobs on a real Slurm.

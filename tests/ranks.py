@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import multiprocessing as mp
@@ -9,12 +10,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from cli import INJECTED, PACKHORSE, ROOM
 from packhorse.launching.local.environment import FOLDER_VARIABLE, extensions_folder, remove_abandoned_locks
@@ -54,28 +57,31 @@ def resumed(run: Path, attempt: int, *words: str) -> None:
 def to_the_end(run: Path, attempt: int = 1) -> None:
     """Runs every rank once; each must end well."""
     ended = [(record["exit_code"], record["message"]) for record in run_ranks(run, attempt=attempt)]
-    assert ended == [(0, "")] * read_plan(run).topology.world_size, _last_words(run) or ended
+    assert ended == [(0, "")] * read_plan(run).topology.world_size, last_words(run) or ended
 
 
-def _last_words(run: Path) -> str:
+def last_words(run: Path) -> str:
     """The end of what each rank printed."""
     logs = sorted([*run.glob("rank-*.log"), *run.glob("logs/attempt-*/rank-*.log")])
     return "\n".join(f"{log.name}: {log.read_text(encoding='utf-8', errors='replace')[-2000:]}" for log in logs)
 
 
-def run_ranks(run: Path, fault: str = "", attempt: int = 1) -> list[dict[str, Any]]:
+def run_ranks(
+    run: Path, fault: str = "", attempt: int = 1, before: Callable[[Path, int], None] | None = None
+) -> list[dict[str, Any]]:
     """Runs every rank of a plan once; what each left in rank-R.json, in order.
 
-    A rank that waits for one that has ended is ended too, as the launcher would do, and leaves nothing.
+    A rank that waits for one that has ended is ended too, as the launcher would do, and leaves nothing. With `before`,
+    which each rank calls first, ranks are forked from this process, which has imported all.
     """
     plan = read_plan(run)
     remove_abandoned_locks(extensions_folder())  # as our launcher does: what was killed may have been building
-    context = mp.get_context("forkserver")
+    context: Any = mp.get_context("fork" if before else "forkserver")
     with mock.patch.dict(os.environ, plan.env):
         context.set_forkserver_preload(IMPORTED)
-        variables = _variables(plan) | {"PACKHORSE_ATTEMPT": str(attempt)}
         arguments = [
-            (rank, run, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, fault) for rank in _all(plan)
+            (rank, run, variables | {"PACKHORSE_ATTEMPT": str(attempt)}, fault, before)
+            for rank, variables in enumerate(_variables(plan))
         ]
         ranks = [context.Process(target=_rank, args=each) for each in arguments]
         for rank in ranks:
@@ -89,26 +95,40 @@ def _all(plan: RunPlan) -> range:
     return range(plan.topology.world_size)
 
 
-def _variables(plan: RunPlan) -> dict[str, str]:
-    """What `accelerate launch` would set, by its own hand, and what its agent adds."""
+def _variables(plan: RunPlan) -> list[dict[str, str]]:
+    """What `accelerate launch` would set for each rank, by its own hand, and what its agent adds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     told: dict[str, str] = {}
+    agent: dict[str, str] = {}
+    world = str(plan.topology.world_size)
+
+    def start_agent(_: argparse.Namespace) -> None:
+        told.update(os.environ)
+        agent.update(WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    def start_process(arguments: argparse.Namespace) -> None:  # one rank on one GPU
+        told.update(prepare_simple_launcher_cmd_env(arguments)[1])
+
     # With a port, else accelerate warns where another launch has its default one.
     words = ["--main_process_port", str(port), *plan.argv[2:]]
-    with mock.patch("torch.distributed.run.run", side_effect=lambda _: told.update(os.environ)):
+    with (
+        mock.patch("torch.distributed.run.run", side_effect=start_agent),
+        mock.patch("accelerate.commands.launch.simple_launcher", side_effect=start_process),
+    ):
         launch_command(launch_command_parser().parse_args(words))
-    world = str(plan.topology.world_size)
-    agent = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # As our launcher has it: where DeepSpeed's C++ parts are built, and with which ninja.
     ours = {FOLDER_VARIABLE: str(extensions_folder()), "PATH": f"{PACKHORSE.parent}{os.pathsep}{os.environ['PATH']}"}
     found = {**told, **plan.env, **agent, **ours, "HF_HUB_OFFLINE": "1"}
     # Ranks of two and more keep the plan's number of threads: they are compared bit for bit with ranks of a launch.
-    return found | {"OMP_NUM_THREADS": "1"} if plan.topology.world_size == 1 else found
+    found |= {"OMP_NUM_THREADS": "1"} if world == "1" else {}
+    return [found | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if agent else {}) for rank in _all(plan)]
 
 
-def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
+def _rank(
+    rank: int, run: Path, variables: dict[str, str], fault: str, before: Callable[[Path, int], None] | None
+) -> None:
     os.environ.clear()
     os.environ.update(variables)
     log = (run / f"rank-{rank}.log").open("a", encoding="utf-8")
@@ -119,6 +139,8 @@ def _rank(rank: int, run: Path, variables: dict[str, str], fault: str) -> None:
     from packhorse.train.ranks.signals import StopRequest
     from packhorse.train.worker import run_worker
 
+    if before:
+        before(run, rank)
     # Of ranks that hang, rank 0 ends last: the others close its connections while it waits, the harder order.
     hang_watch.REPORT_SECONDS *= ROOM * (2 if rank == 0 else 1)
     if fault:

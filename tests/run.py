@@ -61,6 +61,7 @@ LINT = Group("lint", (("ruff", "format", "--check", *SOURCES), ("ruff", "check",
 FIRST_LANE = (
     # Files that take long come first, by tests/conftest.py, so that both processes end together.
     tests("tests", *(f"tests/{folder}" for folder in ON_BOTH_CORES), *IN_PARALLEL),
+    tests("soft-cuda", "tests/soft_cuda", *IN_PARALLEL),
     tests("gpu", "tests/gpu", "-m", "gpu"),
 )
 SECOND_LANE = (LINT, tests("slurm", "tests/slurm"))
