@@ -25,7 +25,7 @@ def make_run(tmp_path, tiny, tokenizer, request_of, monkeypatch):
         folder.mkdir(parents=True)
         recipe = SimpleNamespace(
             data=DataSection(sources=[Source(path="x")]),
-            evaluation=EvaluationSection(group_by="language", exact_match_rows=2, max_new_tokens=4),
+            evaluation=EvaluationSection(group_by="language", max_answered_rows=2, max_new_tokens=4),
         )
         plans[name] = SimpleNamespace(run_folder=str(folder), recipe=recipe, data=SimpleNamespace(folder=str(data)))
         return folder
