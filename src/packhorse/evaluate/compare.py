@@ -21,7 +21,7 @@ from packhorse.evaluate.models import Model, Subject, measure_both
 from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricFailure, Sample, Score
 from packhorse.evaluate.score import Loss, document_losses, total_loss
 from packhorse.evaluate.verdict import MetricValues, adjusted, gate_results, metric_result
-from packhorse.recipe.schema import EvaluationSection
+from packhorse.recipe.evaluation import EvaluationSection
 
 NUM_SAMPLES: Final = 3
 END_OF_THINKING: Final = "</think>"

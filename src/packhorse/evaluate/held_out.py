@@ -26,7 +26,8 @@ from packhorse.data.render.turns import template_tools, template_turns
 from packhorse.errors import UserError
 from packhorse.evaluate.generate import Message, Tools
 from packhorse.evaluate.statistics.sample_size import rows_for_shares
-from packhorse.recipe.schema import DataSection, EvaluationSection, TrainOnSection
+from packhorse.recipe.evaluation import EvaluationSection
+from packhorse.recipe.schema import DataSection, TrainOnSection
 
 Form = Callable[[Mapping[str, Any]], tuple[list[Message], Tools]]
 """Function from a stored row to its turns and tools, as the template takes them."""

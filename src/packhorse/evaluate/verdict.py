@@ -15,7 +15,7 @@ from packhorse.evaluate.metrics.text import signature
 from packhorse.evaluate.results import ComparisonLine, GateResult, MetricResult, Verdict
 from packhorse.evaluate.statistics.paired import PairedResult, Pairs, holm, paired_test
 from packhorse.evaluate.statistics.sample_size import ALPHA, MIN_PAIRS, rows_needed
-from packhorse.recipe.schema import EvaluationSection, GateCriterion
+from packhorse.recipe.evaluation import EvaluationSection, GateCriterion
 
 FORGETTING_METRICS: Final = ("loss", "exact_match")
 

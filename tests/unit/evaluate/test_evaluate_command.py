@@ -11,7 +11,8 @@ from packhorse.cli import evaluate as command
 from packhorse.errors import UserError
 from packhorse.evaluate import evaluate_run
 from packhorse.evaluate.models import Subject
-from packhorse.recipe.schema import DataSection, EvaluationSection, GateCriterion, Source
+from packhorse.recipe.evaluation import EvaluationSection, GateCriterion
+from packhorse.recipe.schema import DataSection, Source
 from packhorse.workflows import evaluate as workflow
 
 

@@ -23,7 +23,7 @@ from packhorse.evaluate.models import Subject, load_base, load_tuned, measure_bo
 from packhorse.evaluate.results import Comparison, ComparisonLine, MetricResult, Sample, Score
 from packhorse.evaluate.score import document_losses
 from packhorse.evaluate.show import render
-from packhorse.recipe.schema import EvaluationSection
+from packhorse.recipe.evaluation import EvaluationSection
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from packhorse.evaluate.compare import _with_written_calls, compare
 from packhorse.evaluate.generate import Answer, answers, prompt_ids, template_answer
 from packhorse.evaluate.held_out import read_held_out, trained_form
 from packhorse.evaluate.models import Subject
-from packhorse.recipe.schema import DataSection, EvaluationSection, Source, TrainOnSection
+from packhorse.recipe.evaluation import EvaluationSection
+from packhorse.recipe.schema import DataSection, Source, TrainOnSection
 
 TOOLS = [{"type": "function", "function": {"name": "price", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "function": {"name": "price", "arguments": {"of": "fig"}}}

@@ -7,7 +7,7 @@ from packhorse.evaluate.metrics.metric import Metric
 from packhorse.evaluate.metrics.text import EXACT
 from packhorse.evaluate.results import Comparison, ComparisonLine, Score
 from packhorse.evaluate.verdict import MetricValues, adjusted, gate_results, metric_result
-from packhorse.recipe.schema import EvaluationSection, GateCriterion
+from packhorse.recipe.evaluation import EvaluationSection, GateCriterion
 
 LOSS = Metric("loss", "graded", "nats", lambda *_: 0.0, higher_is_better=False)
 SCORE = Score(loss=1.0, num_supervised_tokens=1, num_exact=0, num_answered=1)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import regex
+import sacrebleu
 
 from packhorse.evaluate.metrics.metric import Expected, Metric, Reply
-
-if TYPE_CHECKING:
-    from sacrebleu.metrics.base import Metric as SacreMetric
 
 # Scripts without spaces between words: each character is a word, as sacrebleu's `zh` tokenizer does.
 WORD: Final = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*|[\p{L}\p{M}\p{N}]+"
 )
+SACRE_CHRF: Final = sacrebleu.CHRF()
+SACRE_BLEU: Final = sacrebleu.BLEU(effective_order=True, tokenize="intl")
 
 
 def is_exact(expected: str, answer: str) -> bool:
@@ -75,33 +74,19 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
 
 def chrf(expected: str, answer: str) -> float:
     """Return sentence chrF2, 0 to 100, of sacrebleu."""
-    return float(_chrf().sentence_score(answer, [expected]).score)
+    return float(SACRE_CHRF.sentence_score(answer, [expected]).score)
 
 
 def bleu(expected: str, answer: str) -> float:
-    """Return sentence BLEU, 0 to 100, of sacrebleu with effective order; Chinese is split by character."""
-    return float(_bleu().sentence_score(answer, [expected]).score)
-
-
-@cache
-def _chrf() -> SacreMetric:
-    from sacrebleu.metrics.chrf import CHRF  # noqa: PLC0415  0.3 s, and only answers in text need it
-
-    return CHRF()
-
-
-@cache
-def _bleu() -> SacreMetric:
-    from sacrebleu.metrics.bleu import BLEU  # noqa: PLC0415
-
-    return BLEU(effective_order=True, tokenize="intl")
+    """Return sentence BLEU, 0 to 100, of sacrebleu with effective order and its international tokenizer."""
+    return float(SACRE_BLEU.sentence_score(answer, [expected]).score)
 
 
 def signature(name: str) -> str | None:
     """Return sacrebleu's signature of a metric, which a figure needs to be comparable; None for other metrics."""
     if name not in ("chrf", "bleu"):
         return None
-    sacre = _chrf() if name == "chrf" else _bleu()
+    sacre = SACRE_CHRF if name == "chrf" else SACRE_BLEU
     sacre.sentence_score("a", ["a"])  # the number of references is part of the signature
     return str(sacre.get_signature())
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from packhorse.recipe.schema import EvaluationSection
+from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.yaml_source.findings import Finding
 from packhorse.yaml_source.schema import join_words
 
