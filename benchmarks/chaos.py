@@ -119,7 +119,7 @@ def run_case(case: Case, folder: Path, seed: int) -> tuple[Report, list[str]]:
         steps=case.steps,
         batch={"length": 256, "packs": 2},
         checkpoint={"every_steps": case.save_every, "asynchronous": case.asynchronous, "keep_last": 3},
-        evaluation={"every_steps": 500, "exact_match_rows": 0},
+        evaluation={"every_steps": 500, "max_answered_rows": 0},
     )
     unbroken = trained(recipe, "unbroken", *WORDS)
     weather = Weather(folder, "tiny.yaml", "broken", WORDS, seed)

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "steps": 6,
     "precision": "fp32",
     "parallel": {"processes": 1},
-    "evaluation": {"exact_match_rows": 8, "max_new_tokens": 16},
+    "evaluation": {"max_answered_rows": 8, "max_new_tokens": 16},
     "track": {"wandb": "off"},
 }
 

@@ -118,7 +118,7 @@ def make_run(
         "data": {"sources": [{"path": "builtin:core.messages.jsonl"}]},
         "batch": {"length": length, "packs": packs, "micro": micro},
         "steps": steps,
-        "evaluation": {"exact_match_rows": 0},
+        "evaluation": {"max_answered_rows": 0},
         "track": {"wandb": "off"},
         "optimizer": {"learning_rate": 1e-3},
         **sections,

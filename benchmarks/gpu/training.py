@@ -67,7 +67,7 @@ def _figures(setting: Setting, name: str, base: Path) -> Figures:
 def _run(setting: Setting, base: Path, name: str, gpus: tuple[str, ...]) -> Run:
     sections = METHODS[name.removesuffix(" on the CPU")]
     model = {"path": str(base), "tokenizer": "builtin:tokenizer", **sections.get("model", {})}
-    every = {"checkpoint": {"every_steps": STEPS // 2}, "evaluation": {"exact_match_rows": 0, "every_steps": 2}}
+    every = {"checkpoint": {"every_steps": STEPS // 2}, "evaluation": {"max_answered_rows": 0, "every_steps": 2}}
     folder = name.replace(" ", "-").replace(",", "")
     return make_run(
         setting, folder, base, (120, 72), packs=2, steps=STEPS, gpus=gpus, **sections | every | {"model": model}

@@ -11,6 +11,7 @@ EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
 EXIT_LOST = 3  # a rank was killed or hung
+EXIT_NO_GO = 3  # of `packhorse evaluate`: the gate is not met
 EXIT_NOT_FINITE = 65  # EX_DATAERR of sysexits.h: a loss or a gradient is NaN or Inf
 EXIT_MEMORY = 71  # EX_OSERR: out of device memory
 EXIT_DISK = 74  # EX_IOERR: the disk is full or refuses

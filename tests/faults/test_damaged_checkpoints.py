@@ -18,7 +18,7 @@ from tiny import write_tiny
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run that was stopped at step 4 of 6 by its plan, with checkpoints of steps 2 and 4."""
     place = tmp_path_factory.mktemp("damaged")
-    write_tiny(place, checkpoint={"every_steps": 2, "keep_last": 3}, evaluation={"exact_match_rows": 0})
+    write_tiny(place, checkpoint={"every_steps": 2, "keep_last": 3}, evaluation={"max_answered_rows": 0})
     done = packhorse(place, "train", "tiny.yaml")
     assert done.code == 0, done.err
     return place

@@ -22,7 +22,7 @@ def a_moment(draw: random.Random) -> float:
 def test_killed_at_random_moments_it_ends_as_if_it_had_never_been(tmp_path: Path) -> None:
     """Each kind once, checkpoints written beside training; `make chaos` has two hundred, half of them in turn."""
     checkpoint = {"every_steps": SAVE_EVERY, "asynchronous": True}
-    evaluation = {"every_steps": 50, "exact_match_rows": 0}
+    evaluation = {"every_steps": 50, "max_answered_rows": 0}
     recipe = write_tiny(tmp_path, steps=200, checkpoint=checkpoint, evaluation=evaluation)
     unbroken = trained(recipe, "unbroken", *WORDS)
     weather = Weather(tmp_path, "tiny.yaml", "killed", WORDS, seed=8)

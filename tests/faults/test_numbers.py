@@ -32,7 +32,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch={"length": 256, "packs": 8, "micro": 2},
         parallel={"processes": 2},
         checkpoint={"every_steps": 1, "keep_last": 9},
-        evaluation={"exact_match_rows": 0},
+        evaluation={"max_answered_rows": 0},
     )
 
 
@@ -205,7 +205,7 @@ def test_a_spike_is_gone_back_before_and_the_steps_that_saw_it_are_left_out(tmp_
         batch={"length": 64, "packs": PACKS},
         steps=STEPS_WITH_SPIKE,
         checkpoint={"every_steps": 5, "keep_last": 3},
-        evaluation={"exact_match_rows": 0},
+        evaluation={"max_answered_rows": 0},
         recovery={"on_spike": "rewind", "spike_window": 8, "rewind_steps": 3},
     )
     done = packhorse(tmp_path, "train", recipe.name, "name=rewound")

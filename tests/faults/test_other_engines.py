@@ -67,7 +67,7 @@ def recipe(folder: Path, method: str, every_steps: int) -> Path:
         method=METHODS[method],
         batch={"length": 256, "packs": PACKS},
         checkpoint={"every_steps": every_steps, "keep_last": STEPS},
-        evaluation={"exact_match_rows": 0},
+        evaluation={"max_answered_rows": 0},
         steps=STEPS,
     )
 

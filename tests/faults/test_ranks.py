@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps=2000,
         parallel={"processes": 2},
         recovery={"hang_seconds": HANG_SECONDS},
-        evaluation={"exact_match_rows": 0},
+        evaluation={"max_answered_rows": 0},
     )
     assert packhorse(place, "prepare", "tiny.yaml").code == 0
     return place

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch={"length": 256, "packs": 64},  # steps that are long enough to be caught in their midst
         parallel={"processes": 2},
         checkpoint={"every_steps": 5},
-        evaluation={"exact_match_rows": 0},
+        evaluation={"max_answered_rows": 0},
     )
     trained(recipe, "unbroken")
     return place

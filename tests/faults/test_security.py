@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place,
         runs_folder=RUNS,
         steps=2,
-        evaluation={"exact_match_rows": 0},
+        evaluation={"max_answered_rows": 0},
         track={"wandb": "offline", "wandb_project": "a-name-to-find", "tensorboard": True},
     )
     done = typed(place, "train", "tiny.yaml")

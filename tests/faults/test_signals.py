@@ -37,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("signals"),
         steps=10,
         checkpoint={"every_steps": 3, "keep_last": 9},
-        evaluation={"every_steps": 2, "exact_match_rows": 0},
+        evaluation={"every_steps": 2, "max_answered_rows": 0},
     )
 
 

@@ -13,7 +13,7 @@ from tiny import write_tiny
 
 
 def test_a_rank_that_sleeps_for_ever_is_named_by_the_one_that_waits_for_it(tmp_path: Path) -> None:
-    recipe = write_tiny(tmp_path, recovery={"hang_seconds": round(4 * ROOM)}, evaluation={"exact_match_rows": 0})
+    recipe = write_tiny(tmp_path, recovery={"hang_seconds": round(4 * ROOM)}, evaluation={"max_answered_rows": 0})
     run = planned(recipe, "asleep", "parallel.processes=2")
     records = run_ranks(run, fault="sleep@3:1")
     logs = run / "logs" / "attempt-1"

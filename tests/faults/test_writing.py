@@ -296,7 +296,7 @@ def test_a_launch_on_a_full_disk_ends_or_goes_on_as_the_recipe_says(
 ) -> None:
     need_small_disks()
     checkpoint = {"every_steps": 2, "keep_last": 2, "on_full": on_full}
-    write_tiny(tmp_path, steps=7, checkpoint=checkpoint, evaluation={"exact_match_rows": 0})
+    write_tiny(tmp_path, steps=7, checkpoint=checkpoint, evaluation={"max_answered_rows": 0})
     done = train_with_small_checkpoints(tmp_path, "tiny", 2600)  # two of 1.1 MB, and not three
     assert done.code == code, done.err
     found = find_newest_sound(tmp_path / "checkpoints")

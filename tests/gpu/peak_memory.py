@@ -207,7 +207,7 @@ def plan_of(case: Case, folder: Path, gpus: Sequence[str]) -> tuple[RunPlan, Mem
             "steps": STEPS,
             "precision": case.precision,
             "parallel": {"engine": case.engine, "processes": case.processes, "checkpointing": case.checkpointing},
-            "evaluation": {"exact_match_rows": 0, "every_steps": 1},
+            "evaluation": {"max_answered_rows": 0, "every_steps": 1},
             "track": {"wandb": "off"},
             **case.sections,
         }

@@ -35,7 +35,7 @@ COMMON: dict[str, Any] = {
     "steps": RUN_STEPS,
     "schedule": {"name": "constant", "warmup_ratio": 0.0},
     "precision": "fp32",
-    "evaluation": {"exact_match_rows": 0},
+    "evaluation": {"max_answered_rows": 0},
     "track": {"wandb": "off"},
 }
 EVERY_ROW = {"train": 1.0, "validation": 0.0, "test": 0.0}

@@ -30,7 +30,7 @@ def slurm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data={"sources": [{"path": "builtin:core.messages.jsonl", "rows": 160}]},
         batch={"length": 256, "packs": 2},
         checkpoint={"every_steps": SAVE_EVERY, "asynchronous": False},
-        evaluation={"every_steps": EVALUATE_EVERY, "exact_match_rows": 0},
+        evaluation={"every_steps": EVALUATE_EVERY, "max_answered_rows": 0},
     )
     return place
 

@@ -35,7 +35,7 @@ ENVIRONMENT = ("PATH", "SLURM_CONF", "PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OF
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all nodes see, with a recipe of one process and a profile of the cluster."""
     made = tmp_path_factory.mktemp("chained")
-    write_tiny(made, steps=4, evaluation={"exact_match_rows": 0})
+    write_tiny(made, steps=4, evaluation={"max_answered_rows": 0})
     (made / "site.yaml").write_text(yaml.safe_dump(SITE))
     return made
 

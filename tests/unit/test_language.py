@@ -25,7 +25,7 @@ BANNED = {
     r"(where|as) (it|they) stands?": "location",
     r"go(es|ing)? on": "resume, continue",
     r"(is|are|was|were|be|been) (told|said)": "is reported, is printed, is logged",
-    r"tells?(?!\(\))|told": "report, print, show, say",
+    r"(?<!cannot )tells?(?!\(\))|told": "report, print, show, say",
     r"no number|numbers? that (is|are) none|is none of": "NaN or Inf, not finite",
     r"le(ft|ave|aves|aving) out": "skipped, omitted",
     r"mend(s|ed|ing)?": "fix",

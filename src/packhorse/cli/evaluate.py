@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from packhorse.cli.show.text import open_console
-from packhorse.errors import EXIT_OK, UserError
+from packhorse.errors import EXIT_NO_GO, EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
 from packhorse.evaluate.chat import chat as run_chat
 from packhorse.evaluate.evaluate_run import subject_of
@@ -20,6 +20,9 @@ from packhorse.workflows.prepared_data import require_data
 def evaluate(run: str, test: bool = False, again: bool = False) -> int:
     """Compare base and tuned model on the run's held-out rows, and keep the result in the run folder.
 
+    Returns:
+        Exit code: 3 if a critical condition of `evaluation.gate` is not met.
+
     Raises:
         UserError: The run has not finished, there are no such rows, or the test rows were opened before.
     """
@@ -31,9 +34,10 @@ def evaluate(run: str, test: bool = False, again: bool = False) -> int:
         )
     plan = open_run(run)
     console = open_console()
-    console.print(render(evaluate_run(plan, test, again)))
+    comparison = evaluate_run(plan, test, again)
+    console.print(render(comparison))
     console.print(f"saved as {result_file(Path(plan.run_folder), test)}", soft_wrap=True, highlight=False, style="dim")
-    return EXIT_OK
+    return EXIT_NO_GO if comparison.decision == "NO-GO" else EXIT_OK
 
 
 def chat(run: str) -> int:

@@ -29,7 +29,7 @@ def quickstart() -> int:
     console = open_console()
     folder = Path()
     for name, title in STEPS:
-        console.rule(f"{name}: {title}")
+        console.print(f"── {name}: {title} ──", style="bold")
         folder = run_folder_of(load_recipe(name))
         started = time.monotonic()
         code = _train_once(name, folder, console)
@@ -39,7 +39,7 @@ def quickstart() -> int:
         console.print(render(evaluate_run(open_run(str(folder)))))
         evaluated = time.monotonic()
         console.print(f"trained in {trained - started:.0f} s, evaluated in {evaluated - trained:.0f} s", style="dim")
-    console.rule("next")
+    console.print("── next ──", style="bold")
     for line in (
         f"packhorse chat {relative(folder)}",
         f"packhorse status {relative(folder)}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,21 +12,21 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from packhorse.data.data_manifest import TestLook
 from packhorse.data.packs.store import SEALED_SPLIT
 from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.data.seal import looks_at, open_test
 from packhorse.errors import UserError
-from packhorse.evaluate.compare import compare
+from packhorse.evaluate.compare import Evaluation, compare
 from packhorse.evaluate.held_out import held_out_of, read_sets, trained_form
 from packhorse.evaluate.models import Subject
-from packhorse.evaluate.results import Comparison
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.folder import relative
 from packhorse.train.checkpoint.weights import weights_folder_name
 from packhorse.train.setup import base_request
 
 
-def compare_on_held_out(plan: RunPlan) -> Comparison:
+def compare_on_held_out(plan: RunPlan) -> Evaluation:
     """Return the comparison on validation and retain rows.
 
     Raises:
@@ -33,11 +35,10 @@ def compare_on_held_out(plan: RunPlan) -> Comparison:
     subject, tokenizer = subject_of(plan)
     folder = _data_folder(plan)
     sets = read_sets(folder, plan.recipe.evaluation, trained_form(tokenizer, plan.recipe.data))
-    comparison = compare(subject, tokenizer, sets, plan.recipe.evaluation)
-    return comparison.model_copy(update={"test_looks": looks_at(folder)})
+    return _with_looks(compare(subject, tokenizer, sets, plan.recipe.evaluation), looks_at(folder))
 
 
-def compare_on_test(plan: RunPlan, again: bool = False) -> Comparison:
+def compare_on_test(plan: RunPlan, again: bool = False) -> Evaluation:
     """Return the comparison on the sealed test rows. Their opening is recorded before they are read.
 
     Args:
@@ -53,7 +54,12 @@ def compare_on_test(plan: RunPlan, again: bool = False) -> Comparison:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     documents, looks = open_test(_data_folder(plan), Path(plan.run_folder).name, now, again)
     held_out = held_out_of(documents, SEALED_SPLIT, plan.recipe.evaluation, form)
-    return compare(subject, tokenizer, [held_out], plan.recipe.evaluation).model_copy(update={"test_looks": looks})
+    return _with_looks(compare(subject, tokenizer, [held_out], plan.recipe.evaluation), looks)
+
+
+def _with_looks(evaluation: Evaluation, looks: Sequence[TestLook]) -> Evaluation:
+    comparison = evaluation.comparison.model_copy(update={"test_looks": tuple(looks)})
+    return replace(evaluation, comparison=comparison)
 
 
 def subject_of(plan: RunPlan) -> tuple[Subject, PreTrainedTokenizerBase]:

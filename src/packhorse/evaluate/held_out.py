@@ -14,6 +14,10 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
+from packhorse.data.checks.duplicates import near_groups
+from packhorse.data.checks.keys import content_keys
+from packhorse.data.checks.texts import row_text
+from packhorse.data.checks.words import signatures
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.example import Message as Turn
 from packhorse.data.packs.store import PackStore, open_store
@@ -21,12 +25,16 @@ from packhorse.data.render.control_tokens import ControlTokens
 from packhorse.data.render.turns import template_tools, template_turns
 from packhorse.errors import UserError
 from packhorse.evaluate.generate import Message, Tools
-from packhorse.recipe.schema import DataSection, EvaluationSection, TrainOnSection
+from packhorse.evaluate.statistics.sample_size import rows_for_shares
+from packhorse.recipe.evaluation import EvaluationSection
+from packhorse.recipe.schema import DataSection, TrainOnSection
 
 Form = Callable[[Mapping[str, Any]], tuple[list[Message], Tools]]
 """Function from a stored row to its turns and tools, as the template takes them."""
 NO_GROUP: Final = "(none)"
 SETS: Final = ("validation", "retain")
+NEAR_COPY: Final = 0.8
+"""Share of common shingles from which two held-out rows count as near copies."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class HeldOut:
         documents: Tokens of the rows.
         rows: Row of each document, from 0; a text longer than a pack may be several documents.
         groups: Group of each document.
+        clusters: Cluster of each document: documents of one row, near copies, and rows with one value of
+            `evaluation.cluster_by` are not independent of each other.
         questions: Rows to answer.
     """
 
@@ -64,6 +74,7 @@ class HeldOut:
     documents: PackStore
     rows: tuple[int, ...]
     groups: tuple[str, ...]
+    clusters: tuple[int, ...]
     questions: tuple[Question, ...]
 
 
@@ -123,9 +134,10 @@ def held_out_of(documents: PackStore, name: str, settings: EvaluationSection, fo
     assert len(stored) == documents.num_documents, f"{len(stored)} rows for {documents.num_documents} documents"
     groups = tuple(str(row["fields"].get(group_by, NO_GROUP)) if group_by else name for row in stored)
     questions = [question for index, row in enumerate(stored) if (question := _question(index, row)) is not None]
-    chosen = choose(questions, groups, settings.exact_match_rows)
+    chosen = choose(questions, groups, num_answered(settings))
     questions_as_trained = tuple(_as_trained(question, stored[question.row], form) for question in chosen)
-    return HeldOut(name, documents, _rows_of(stored), groups, questions_as_trained)
+    rows = _rows_of(stored)
+    return HeldOut(name, documents, rows, groups, _clusters(stored, rows, settings.cluster_by), questions_as_trained)
 
 
 def choose(questions: Sequence[Question], groups: Sequence[str], limit: int) -> tuple[Question, ...]:
@@ -141,6 +153,24 @@ def choose(questions: Sequence[Question], groups: Sequence[str], limit: int) -> 
         waiting[groups[question.row]].append(question)
     turns = [(turn, group) for group, questions in waiting.items() for turn in range(len(questions))]
     return tuple(waiting[group][turn] for turn, group in sorted(turns)[:limit])
+
+
+def num_answered(settings: EvaluationSection) -> int:
+    """Return how many rows of a set are answered: those that the smallest effect needs, within the budget."""
+    return min(settings.max_answered_rows, rows_for_shares(settings.smallest_effect))
+
+
+def _clusters(stored: Sequence[Mapping[str, Any]], rows: Sequence[int], cluster_by: str | None) -> tuple[int, ...]:
+    if cluster_by:
+        numbers: dict[str, int] = {}
+        # A row without the field is a cluster alone.
+        names = (str(row["fields"].get(cluster_by, f"row {number}")) for number, row in zip(rows, stored))
+        return tuple(numbers.setdefault(name, len(numbers)) for name in names)
+    examples = [_example(row) for row in stored]
+    texts = signatures([row_text(example) for example in examples])
+    near = near_groups(texts, content_keys(examples), NEAR_COPY).labels
+    first = {row: document for document, row in reversed(list(enumerate(rows)))}
+    return tuple(int(near[first[row]]) for row in rows)
 
 
 def _rows_of(stored: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
@@ -182,14 +212,19 @@ def trained_form(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Form:
 
 
 def _formed(row: Mapping[str, Any], train_on: TrainOnSection, control: ControlTokens) -> tuple[list[Message], Tools]:
-    example = Example(
-        messages=tuple(_turn(message) for message in row["messages"]),
-        text=None,
+    example = _example(row)
+    return template_turns(example, train_on, control), template_tools(example, control) or ()
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    messages = row.get("messages")
+    return Example(
+        messages=tuple(_turn(message) for message in messages) if messages else None,
+        text=row.get("text"),
         fields={},
         where=row["where"],
         tools=tuple(row.get("tools") or ()),
     )
-    return template_turns(example, train_on, control), template_tools(example, control) or ()
 
 
 def _turn(message: Mapping[str, Any]) -> Turn:

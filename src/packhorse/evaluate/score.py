@@ -1,4 +1,4 @@
-"""Scores of a model on held-out rows: loss per supervised token, and exact match.
+"""Loss of a model on held-out rows, per supervised token.
 
 Shapes: B rows of a batch, T tokens (padded right), V vocabulary.
 """
@@ -70,11 +70,6 @@ def document_losses(model: Model, documents: Documents) -> list[Loss]:
     for rows in _batches(lengths, budget_tokens):
         losses.update(zip(rows, _batch_losses(model, [documents.document(row) for row in rows])))
     return [losses[index] for index in range(len(lengths))]
-
-
-def is_exact(expected: str, answer: str) -> bool:
-    """Return whether the answer is the expected text, apart from white space at both ends."""
-    return expected.strip() == answer.strip()
 
 
 def _batches(lengths: Sequence[int], budget_tokens: int) -> Iterator[list[int]]:

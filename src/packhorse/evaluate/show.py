@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from rich import box
@@ -10,49 +11,100 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.data.seal import describe_looks
-from packhorse.evaluate.results import Comparison, ComparisonLine, Sample
+from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricResult, Sample
+from packhorse.evaluate.verdict import shown_change
 from packhorse.track.progress import describe_count
 
 MAX_SAMPLE_CHARACTERS: Final = 240
+STYLES: Final = {"better": "green", "worse": "red", "not finite": "red"}
 
 
 def render(comparison: Comparison) -> RenderableType:
-    """Return the table base → tuned, how often the test set was opened, and the sample answers."""
-    looks = [Text(f"  {describe_looks(comparison.test_looks)}\n")] if comparison.test_looks else []
+    """Return the table base → tuned with verdicts, the gate, and the sample answers."""
+    looks = [f"  {describe_looks(comparison.test_looks)}\n"] if comparison.test_looks else []
+    notes = [Text(note) for note in (*_notes(comparison), *_gate(comparison), *looks)]
     samples = [_sample(number, sample) for number, sample in enumerate(comparison.samples, 1)]
-    return Group(_table(comparison), *looks, *samples)
+    return Group(_table(comparison), *notes, *samples)
 
 
 def _table(comparison: Comparison) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title="held-out rows: base → tuned", title_style="bold")
-    table.add_column("rows of", overflow="fold", max_width=22)
-    for name in ("rows", "loss", "perplexity", "exact match %", "change"):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title="held-out rows (number): base → tuned", title_style="bold")
+    table.add_column("metric", overflow="fold", min_width=18, max_width=24)
+    for name in ("base → tuned", "change, 95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
-    for number, line in enumerate(comparison.lines):
-        if number and line.group is None:
+    table.add_column("verdict", overflow="fold", min_width=13)
+    for line in comparison.lines:
+        if line.group is None:
             table.add_section()
-        table.add_row(*_cells(line), style="bold" if line.group is None else None)
+            table.add_row(Text(f"{line.set} ({line.num_rows})"), "", "", "", style="bold")
+        for result in _shown(line):
+            table.add_row(*_cells(line, result))
     return table
 
 
-def _cells(line: ComparisonLine) -> tuple[str | Text, ...]:
-    base, tuned = line.base, line.tuned
+def _shown(line: ComparisonLine) -> list[MetricResult]:
+    """Return all metrics of a set; of a group the metric of answers, or the loss if none was answered."""
+    measured = [result for result in line.metrics if result.num_pairs or result.num_unscored]
+    return measured if line.group is None else measured[-1:]
+
+
+def _cells(line: ComparisonLine, result: MetricResult) -> tuple[str | Text, ...]:
+    name = f"{result.metric} %" if result.unit == "%" else result.metric
+    if result.num_unscored:
+        name += f" ({result.num_pairs} rows)"
+    change = ""
+    if result.difference is not None:
+        change = shown_change(result.difference, result.unit)
+        if result.low is not None and result.high is not None:
+            change += f" [{shown_change(result.low, result.unit)}, {shown_change(result.high, result.unit)}]"
     return (
-        Text(line.set if line.group is None else f"  {line.group}"),
-        str(line.num_rows),
-        f"{base.loss:.2f} → {tuned.loss:.2f}",
-        f"{_figure(base.perplexity)} → {_figure(tuned.perplexity)}",
-        f"{_percent(base.exact_match)} → {_percent(tuned.exact_match)}",
-        "" if line.exact_match_change is None else f"{100 * line.exact_match_change:+.1f}",
+        Text(f"  {name}" if line.group is None else f"    {line.group}"),
+        f"{_figure(result.base, result.unit)} → {_figure(result.tuned, result.unit)}",
+        change,
+        Text(_verdict(result), style=STYLES.get(result.verdict, "")),
     )
 
 
-def _figure(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else describe_count(value) if value < 1e9 else f"{value:.0e}"
+def _verdict(result: MetricResult) -> str:
+    if result.verdict == "cannot tell" and result.rows_needed and result.rows_needed > result.num_pairs:
+        return f"cannot tell ({describe_count(result.rows_needed)})"
+    if result.verdict == "too few" and result.num_pairs >= 10:
+        return f"too few ({result.num_differing} differ)"
+    return result.verdict
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
+def _figure(value: float | None, unit: str) -> str:
+    if value is None:
+        return "–"
+    if unit == "%":
+        return f"{100 * value:.1f}"
+    return f"{value:.3f}" if unit == "nats" else f"{value:.2f}"
+
+
+def _notes(comparison: Comparison) -> Iterator[str]:
+    results = [result for line in comparison.lines for result in line.metrics if result.num_pairs]
+    if tests := sorted({result.test for result in results}):
+        yield f"  tests: {', '.join(tests)}; together at most 5 % wrong verdicts (Holm)."
+    if any(result.verdict == "cannot tell" for result in results):
+        points = 100 * comparison.smallest_effect
+        yield f"  in brackets: rows that would show a change of {points:g} points, or of {points / 100:g} nats."
+    for line in comparison.lines:
+        if line.base_labels and line.tuned_labels:
+            yield f"  labels of {line.set}: {_labels(line.base_labels)} → {_labels(line.tuned_labels)}."
+    for failure in comparison.failures:
+        yield f"  {failure.metric} raised {failure.error} on {failure.num_rows} rows, which have no value;"
+        yield f"  the first: {_shortened(failure.first_row)[:60]}"
+
+
+def _labels(labels: LabelResult) -> str:
+    return f"macro F1 {100 * labels.macro_f1:.1f} %, accuracy {100 * labels.accuracy:.1f} %"
+
+
+def _gate(comparison: Comparison) -> Iterator[str]:
+    for result in comparison.gate:
+        yield (f"  {result.role} · {result.set} {result.metric}: {result.condition}: {result.outcome}; {result.reason}")
+    if comparison.decision:
+        yield f"  gate: {comparison.decision}"
 
 
 def _sample(number: int, sample: Sample) -> Table:

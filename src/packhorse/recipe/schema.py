@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from packhorse.recipe.aliases import fix_for_key, fix_for_value
+from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.recipe.methods import LoraMethod, Method
 from packhorse.yaml_source.schema import Fraction, Name, PositiveFloat, SchemaView, Section
 
@@ -265,19 +266,6 @@ class ParallelSection(Section):
         assert self.checkpointing != "auto", "auto is resolved before layers are counted"
         # `true` stands for every layer; in Python it equals the number 1.
         return 1 if self.checkpointing == "selective" else int(self.checkpointing)
-
-
-class EvaluationSection(Section):
-    """Measurements on held-out rows."""
-
-    every_steps: PositiveInt | None = None
-    """Measure the validation loss every N steps; it is always measured before the first and after the last step."""
-    exact_match_rows: Annotated[int, Field(ge=0)] = 200
-    """Rows per set that base and tuned model answer greedily in `packhorse evaluate`; 0: none."""
-    max_new_tokens: PositiveInt = 256
-    """Largest number of tokens in an answer."""
-    group_by: str | None = None
-    """Row field whose values become the lines of the evaluation table, e.g. `family`."""
 
 
 class CheckpointSection(Section):

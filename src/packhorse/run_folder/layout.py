@@ -4,6 +4,8 @@ RUN/
     recipe.yaml  plan.json  plan-N.json  data.json  site.json       what is to be done
     status.json  metrics.jsonl  attempts.jsonl  skipped_steps.json  what was done
     evaluation.json  evaluation-test.json  wandb_id.txt
+    evaluation/
+        rows.parquet  test-rows.parquet                             values and answers of each row
     launcher.lock  STOP  CHECKPOINT  CANCEL                         who runs it, and requests to it
     jobs.jsonl  ended.jsonl  job.sbatch  KIND.sbatch                its Slurm jobs
     logs/
@@ -59,6 +61,9 @@ SKIPPED_STEPS_FILE_BEFORE: Final = "left_out.json"
 """Earlier name of SKIPPED_STEPS_FILE; still read."""
 EVALUATION_FILE: Final = "evaluation.json"
 TEST_EVALUATION_FILE: Final = "evaluation-test.json"
+EVALUATION_FOLDER: Final = "evaluation"
+ROWS_FILE: Final = "rows.parquet"
+TEST_ROWS_FILE: Final = "test-rows.parquet"
 WANDB_ID_FILE: Final = "wandb_id.txt"
 MODEL_FOLDER: Final = "model"
 ADAPTER_FOLDER: Final = "adapter"

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+from pyarrow import parquet
+
+from packhorse.durable import replace_file
 from packhorse.plan.run_plan import RunPlan
-from packhorse.run_folder.layout import EVALUATION_FILE, TEST_EVALUATION_FILE
+from packhorse.run_folder.layout import (
+    EVALUATION_FILE,
+    EVALUATION_FOLDER,
+    ROWS_FILE,
+    TEST_EVALUATION_FILE,
+    TEST_ROWS_FILE,
+)
 from packhorse.workflows.prepared_data import require_data
 
 if TYPE_CHECKING:
@@ -28,10 +38,26 @@ def evaluate_run(plan: RunPlan, test: bool = False, again: bool = False) -> Comp
     # Only here: reading a result needs no torch.
     from packhorse.evaluate.evaluate_run import compare_on_held_out, compare_on_test
 
-    comparison = compare_on_test(plan, again) if test else compare_on_held_out(plan)
-    text = comparison.model_dump_json(indent=2) + "\n"
-    result_file(Path(plan.run_folder), test).write_text(text, encoding="utf-8")
-    return comparison
+    evaluation = compare_on_test(plan, again) if test else compare_on_held_out(plan)
+    text = evaluation.comparison.model_dump_json(indent=2) + "\n"
+    _write_rows(evaluation.rows, rows_file(Path(plan.run_folder), test))
+    replace_file(result_file(Path(plan.run_folder), test), text)
+    return evaluation.comparison
+
+
+def _write_rows(rows: list[dict[str, Any]], file: Path) -> None:
+    """Write one row per document; a column that some rows lack is null there."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    file.parent.mkdir(exist_ok=True)
+    beside = file.with_name(f".{file.name}")
+    parquet.write_table(table, beside)
+    beside.replace(file)
+
+
+def rows_file(run_folder: Path, test: bool = False) -> Path:
+    """Return the path of the values and answers by row."""
+    return run_folder / EVALUATION_FOLDER / (TEST_ROWS_FILE if test else ROWS_FILE)
 
 
 def result_file(run_folder: Path, test: bool = False) -> Path:

@@ -1,5 +1,8 @@
 """Rows that a tiny model can learn by heart, in two languages."""
 
+from packhorse.evaluate.compare import _expected, _reply
+from packhorse.evaluate.metrics.text import EXACT
+
 FRUITS = ("apple", "pear", "plum", "fig", "kiwi", "lime", "date", "melon")
 FRUTAS = ("manzana", "pera", "ciruela", "higo", "kiwi", "lima", "dátil", "melón")
 
@@ -12,3 +15,8 @@ ROWS = [
     *({"messages": chat_of(f"say {x}", f"{x}!"), "fields": {"language": "en"}, "where": f"f:{x}"} for x in FRUITS),
     *({"messages": chat_of(f"di {x}", f"¡{x}!"), "fields": {"language": "es"}, "where": f"f:{x}"} for x in FRUTAS),
 ]
+
+
+def is_right(question, answer):
+    """Whether a comparison counts the answer as an exact match."""
+    return EXACT.score(_expected(question), _reply(answer)) == 1

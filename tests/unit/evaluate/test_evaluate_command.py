@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 from evaluate_cases import ROWS
+from pyarrow import parquet
 
 from packhorse.cli import evaluate as command
 from packhorse.errors import UserError
 from packhorse.evaluate import evaluate_run
 from packhorse.evaluate.models import Subject
-from packhorse.recipe.schema import DataSection, EvaluationSection, Source
+from packhorse.recipe.evaluation import EvaluationSection, GateCriterion
+from packhorse.recipe.schema import DataSection, Source
 from packhorse.workflows import evaluate as workflow
 
 
@@ -20,12 +22,12 @@ def make_run(tmp_path, tiny, tokenizer, request_of, monkeypatch):
     tiny.save_pretrained(tmp_path / "weights")
     plans = {}
 
-    def make(name, data):
+    def make(name, data, **settings):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         recipe = SimpleNamespace(
             data=DataSection(sources=[Source(path="x")]),
-            evaluation=EvaluationSection(group_by="language", exact_match_rows=2, max_new_tokens=4),
+            evaluation=EvaluationSection(group_by="language", max_answered_rows=2, max_new_tokens=4, **settings),
         )
         plans[name] = SimpleNamespace(run_folder=str(folder), recipe=recipe, data=SimpleNamespace(folder=str(data)))
         return folder
@@ -73,6 +75,39 @@ def test_the_test_rows_are_measured_once_and_every_report_says_so(make_run, writ
     assert "opened 2 times" in shown(capsys)
     assert kept(first, "evaluation.json")["num_test_looks"] == 2
     assert {line["set"] for line in kept(first, "evaluation.json")["lines"]} == {"validation"}
+
+
+def test_answers_and_values_are_kept_by_row(make_run, write_data):
+    folder = make_run("first", write_data(validation=ROWS[:2], test=ROWS[4:6]))
+    command.evaluate("first")
+    rows = parquet.read_table(folder / "evaluation" / "rows.parquet").to_pylist()
+    assert [row["expected"] for row in rows] == ["apple!", "pear!"]
+    assert [row["base/exact_match"] for row in rows] == [row["tuned/exact_match"] for row in rows]
+    (line,) = kept(folder, "evaluation.json")["lines"][:1]
+    tokens = sum(row["supervised_tokens"] for row in rows)
+    mean = sum(row["tuned/loss"] * row["supervised_tokens"] for row in rows) / tokens
+    assert line["tuned"]["loss"] == pytest.approx(mean)
+    command.evaluate("first", test=True)
+    assert {row["set"] for row in parquet.read_table(folder / "evaluation" / "test-rows.parquet").to_pylist()} == {
+        "test"
+    }
+
+
+def test_a_gate_that_is_not_met_ends_with_code_3(make_run, write_data, capsys):
+    make_run("first", write_data(validation=ROWS), gate=[GateCriterion(metric="loss", min_gain=0.5)])
+    assert command.evaluate("first") == 3
+    assert "gate: NO-GO" in shown(capsys)
+
+
+def test_a_metric_of_the_user_that_raises_is_not_zero(make_run, write_data, capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def score(row, answer):\n    return 1 / (row['answer']['content'] != 'pear!')\n")
+    folder = make_run("first", write_data(validation=ROWS[:2]), metrics=[f"{tmp_path}/mine.py:score"])
+    command.evaluate("first")
+    (failure,) = kept(folder, "evaluation.json")["failures"]
+    assert (failure["num_rows"], failure["first_row"]) == (1, "say pear")
+    assert "ZeroDivisionError" in shown(capsys)
+    result = kept(folder, "evaluation.json")["lines"][0]["metrics"][1]
+    assert (result["num_pairs"], result["num_unscored"], result["tuned"]) == (1, 1, 1.0)
 
 
 def test_a_killed_evaluation_has_looked(make_run, write_data, monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from evaluate_cases import ROWS, chat_of
+from evaluate_cases import ROWS, chat_of, is_right
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch.nn.utils.rnn import pad_sequence
@@ -16,14 +16,14 @@ from transformers import LlamaForCausalLM
 
 from packhorse.data.packs.store import open_store
 from packhorse.errors import UserError
-from packhorse.evaluate.compare import _is_right, compare
+from packhorse.evaluate.compare import compare
 from packhorse.evaluate.generate import Answer, answers
 from packhorse.evaluate.held_out import Question, choose, read_held_out, read_sets
 from packhorse.evaluate.models import Subject, load_base, load_tuned, measure_both
-from packhorse.evaluate.results import Comparison, ComparisonLine, Sample, Score
+from packhorse.evaluate.results import Comparison, ComparisonLine, MetricResult, Sample, Score
 from packhorse.evaluate.score import document_losses
 from packhorse.evaluate.show import render
-from packhorse.recipe.schema import EvaluationSection
+from packhorse.recipe.evaluation import EvaluationSection
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_table_tells_what_was_learnt(tiny, saved, tokenizer, write_data, req
     learn(tiny, open_store(data, "validation")).save_pretrained(saved.with_name("model"))
     subject = Subject(request_of(saved), saved.with_name("model"), len(tokenizer))
     settings = EvaluationSection(group_by="language", max_new_tokens=32)
-    comparison = compare(subject, tokenizer, read_sets(data, settings, form), settings)
+    comparison = compare(subject, tokenizer, read_sets(data, settings, form), settings).comparison
     found = {(line.set, line.group): line for line in comparison.lines}
     assert list(found) == [
         ("validation", None),
@@ -138,7 +138,7 @@ def test_no_held_out_rows_is_a_users_mistake(write_data, form):
 
 
 def by_language(num_questions):
-    return EvaluationSection(group_by="language", exact_match_rows=num_questions)
+    return EvaluationSection(group_by="language", max_answered_rows=num_questions)
 
 
 def test_chosen_rows_are_balanced_and_do_not_depend_on_the_files_order(write_data, form):
@@ -181,21 +181,35 @@ def question_of(content):
 
 def test_the_right_words_without_an_end_are_no_match():
     question = question_of("fig!")
-    assert _is_right(question, Answer(" fig!", ended=True))
-    assert not _is_right(question, Answer("fig!", ended=False))
+    assert is_right(question, Answer(" fig!", ended=True))
+    assert not is_right(question, Answer("fig!", ended=False))
 
 
-def line_of(group, base, tuned, name="validation"):
-    scores = [Score(loss=loss, num_supervised_tokens=100, num_exact=n, num_answered=200) for loss, n in (base, tuned)]
-    return ComparisonLine(set=name, group=group, num_rows=1200, base=scores[0], tuned=scores[1])
+def result_of(name, unit, base, tuned, pairs=200, differing=40, verdict="better", needed=None):
+    ends = {"low": tuned - base - 0.05, "high": tuned - base + 0.05}
+    counts = {"num_pairs": pairs, "num_unscored": 0, "num_differing": differing, "num_clusters": pairs}
+    kinds = {"metric": name, "unit": unit, "higher_is_better": unit != "nats", "test": "exact McNemar"}
+    known = {"p": 0.001, "p_adjusted": 0.002, "verdict": verdict, "rows_needed": needed}
+    return MetricResult(base=base, tuned=tuned, **kinds, **counts, **ends, **known)
+
+
+def line_of(group, *results, name="validation"):
+    score = Score(loss=1.0, num_supervised_tokens=100, num_exact=1, num_answered=200)
+    return ComparisonLine(set=name, group=group, num_rows=1200, base=score, tuned=score, metrics=results)
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_the_terminal(width):
     lines = (
-        line_of(None, (7.2345, 0), (0.4, 187)),
-        line_of("unit_conversion_with_a_long_name", (11.9, 0), (0.401, 200)),
-        line_of(None, (0.4, 190), (0.45, 186), name="retain"),
+        line_of(
+            None,
+            result_of("loss", "nats", 7.2345, 0.4),
+            result_of("exact_match", "%", 0.0, 0.935),
+            result_of("normalised_match", "%", 0.95, 0.93, verdict="cannot tell", needed=1140),
+            result_of("chrf", "points", 31.25, 100.0),
+        ),
+        line_of("unit_conversion_with_a_long_name", result_of("exact_match", "%", 0.1, 0.11, verdict="too few")),
+        line_of(None, result_of("exact_match", "%", 0.5, 0.4, verdict="worse"), name="retain"),
     )
     sample = Sample(
         set="validation", group="en", prompt="say [bold]fig", expected="fig!", base="\x1b[31mx" * 99, tuned="fig!"
@@ -204,6 +218,16 @@ def test_the_table_fits_the_terminal(width):
     Console(file=out, width=width).print(render(Comparison(lines=lines, samples=(sample,))))
     shown = out.getvalue()
     assert max(map(len, shown.splitlines())) <= width
-    for text in ("7.23 → 0.40", "1.4k → 1.49", "0.0 → 93.5", "+93.5", "-2.0", "say [bold]fig", "147k → 1.49"):
+    for text in (
+        "7.234 → 0.400",
+        "-6.834 [-6.884, -6.784]",
+        "0.0 → 93.5",
+        "+93.5 [+88.5, +98.5]",
+        "(1.1k)",
+        "31.25 → 100.00",
+        "too few (40",
+        "-10.0 [-15.0, -5.0]",
+        "say [bold]fig",
+    ):
         assert text in shown
     assert "\x1b" not in shown

@@ -4,13 +4,14 @@ import copy
 import json
 
 import pytest
-from evaluate_cases import ROWS, chat_of
+from evaluate_cases import ROWS, chat_of, is_right
 
-from packhorse.evaluate.compare import _is_right, _with_written_calls, compare
+from packhorse.evaluate.compare import _with_written_calls, compare
 from packhorse.evaluate.generate import Answer, answers, prompt_ids, template_answer
 from packhorse.evaluate.held_out import read_held_out, trained_form
 from packhorse.evaluate.models import Subject
-from packhorse.recipe.schema import DataSection, EvaluationSection, Source, TrainOnSection
+from packhorse.recipe.evaluation import EvaluationSection
+from packhorse.recipe.schema import DataSection, Source, TrainOnSection
 
 TOOLS = [{"type": "function", "function": {"name": "price", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "function": {"name": "price", "arguments": {"of": "fig"}}}
@@ -64,8 +65,8 @@ def test_a_tool_call_is_expected_as_the_template_writes_it(caller, write_data):
     (question,) = _with_written_calls(held_out, caller).questions
     assert [dict(tool) for tool in question.tools] == TOOLS
     assert question.answer["content"] == "CALL price(fig)"
-    assert _is_right(question, Answer("CALL price(fig)", ended=True))
-    assert not _is_right(question, Answer("CALL price(plum)", ended=True))
+    assert is_right(question, Answer("CALL price(fig)", ended=True))
+    assert not is_right(question, Answer("CALL price(plum)", ended=True))
 
 
 def test_a_call_that_the_template_does_not_write_is_not_asked(tokenizer, write_data, form):
@@ -101,7 +102,7 @@ def test_a_comparison_asks_with_tools_and_judges_calls(tiny, caller, write_data,
     subject = Subject(request_of(tmp_path / "model"), tmp_path / "model", len(caller))
     form = trained_form(caller, DataSection(sources=[Source(path="x")]))
     held_out = read_held_out(with_rows(write_data, [calling_row()]), "validation", EvaluationSection(), form)
-    (line,) = compare(subject, caller, [held_out], EvaluationSection()).lines
+    (line,) = compare(subject, caller, [held_out], EvaluationSection()).comparison.lines
     assert (line.base.num_exact, line.tuned.num_exact) == (1, 1)
     assert [list(tools) for tools in asked] == [TOOLS, TOOLS]
 
@@ -119,8 +120,8 @@ def test_thinking_is_asked_for_as_it_was_trained(caller, write_data):
         (question,) = read_held_out(folder, "validation", EvaluationSection(), trained_form(caller, data)).questions
         assert history in caller.decode(prompt_ids(caller, question.prompt, question.tools))
         assert question.answer["content"] == expected
-        assert _is_right(question, Answer("<think>another way</think>plum!", ended=True))
-        assert not _is_right(question, Answer("<think>plum!", ended=True))
+        assert is_right(question, Answer("<think>another way</think>plum!", ended=True))
+        assert not is_right(question, Answer("<think>plum!", ended=True))
 
 
 def test_the_pieces_of_a_text_are_one_row(tiny, tokenizer, write_data, request_of, form, tmp_path):
@@ -131,12 +132,12 @@ def test_the_pieces_of_a_text_are_one_row(tiny, tokenizer, write_data, request_o
         {"messages": chat_of("say fig", "fig!"), "fields": {"language": "es"}, "where": "f:3"},
         {"messages": chat_of("say fig", "fig!"), "fields": {"language": "es"}, "where": "f:3"},
     ]
-    settings = EvaluationSection(group_by="language", exact_match_rows=0)
+    settings = EvaluationSection(group_by="language", max_answered_rows=0)
     held_out = read_held_out(with_rows(write_data, texts), "validation", settings, form)
     assert held_out.rows == (0, 0, 0, 1, 2, 3)
     tiny.save_pretrained(tmp_path / "model")
     subject = Subject(request_of(tmp_path / "model"), tmp_path / "model", len(tokenizer))
-    lines = compare(subject, tokenizer, [held_out], settings).lines
+    lines = compare(subject, tokenizer, [held_out], settings).comparison.lines
     assert [(line.group, line.num_rows) for line in lines] == [(None, 4), ("en", 2), ("es", 2)]
     assert lines[1].base.num_supervised_tokens > 0
 

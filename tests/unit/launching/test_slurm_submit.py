@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tmp_path,
         data={"sources": [{"path": "rows.jsonl"}], "split": {"train": 1.0, "validation": 0.0, "test": 0.0}},
         parallel={"processes": 4},
-        evaluation={"exact_match_rows": 0},
+        evaluation={"max_answered_rows": 0},
         name="first",
     )
     write_site(tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from packhorse.recipe.methods import LoraMethod
 from packhorse.recipe.rules.data import data_rules, name_rules
+from packhorse.recipe.rules.evaluation import evaluation_rules
 from packhorse.recipe.rules.model import model_rules, parallel_rules
 from packhorse.recipe.schema import BatchSection, OptimizerSection, Recipe
 from packhorse.yaml_source.findings import Finding
@@ -67,6 +68,7 @@ def rule_findings(recipe: Recipe) -> list[Finding]:
         *training_rules(recipe),
         *recovery_rules(recipe),
         *sweep_rules(recipe),
+        *evaluation_rules(recipe.evaluation),
     ]
 
 
