@@ -11,7 +11,7 @@ from typing import Any
 
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.load import override_recipe
-from packhorse.recipe.rules.training import dotted_fields
+from packhorse.recipe.rules.sweep import dotted_fields
 from packhorse.recipe.schema import Recipe, SweepSection
 from packhorse.yaml_source.nodes import parse_scalar
 from packhorse.yaml_source.overrides import FLOW_STARTS

@@ -34,3 +34,4 @@ def test_mistakes(good, mistakes_of, override, fact, fix):
     (mistake,) = mistakes_of(good, override)
     assert fact in mistake.fact
     assert fix in mistake.fix
+    assert ".." not in mistake.fix

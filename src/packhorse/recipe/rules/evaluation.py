@@ -47,7 +47,7 @@ def evaluation_rules(evaluation: EvaluationSection) -> Iterator[Finding]:
                 (path,),
                 f"evaluation.gate[{index}] has {given} of min_gain and max_drop.",
                 "a condition asks either for a gain, or for no more than a loss of quality.",
-                "write one of them, e.g. min_gain: 0 or max_drop: 0.02.",
+                "write one of them, e.g. min_gain: 0 or max_drop: 0.02",
             )
         if criterion.metric not in (LOSS, *METRICS) and criterion.metric not in chosen:
             fact = f"evaluation.gate[{index}].metric is `{criterion.metric}`."
@@ -59,11 +59,11 @@ def _own_metric(index: int, name: str) -> Iterator[Finding]:
     path = ("evaluation", "metrics", index)
     if not function.isidentifier():
         fact = f"evaluation.metrics has `{name}`."
-        yield Finding((path,), fact, "a metric of yours is FILE.py:FUNCTION.", "write metrics.py:score.")
+        yield Finding((path,), fact, "a metric of yours is FILE.py:FUNCTION.", "write metrics.py:score")
     elif not Path(file).is_file():
         fact = f"evaluation.metrics has `{name}`, and there is no file {file}."
         why = "the function is read from the file, relative to the current folder."
-        yield Finding((path,), fact, why, "correct the path.")
+        yield Finding((path,), fact, why, "correct the path")
 
 
 def _known() -> str:
@@ -72,4 +72,4 @@ def _known() -> str:
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, known, 1)
-    return f"write {near[0]}." if near else f"write {known[0]}."
+    return f"write {near[0]}" if near else f"write {known[0]}"
