@@ -10,8 +10,8 @@ from soft_runs import SoftCuda
 from soft_waits import waits_of
 
 STEP_PHASES = ("data", "forward", "backward", "optimizer")
-# Waits of one step: the gradient norm, then the losses. None in a pass, hence none per layer or micro-batch.
-PER_STEP = {"single": 2, "fsdp2": 3}  # fsdp2: a number copied to the device for the norm, too
+# Waits of one step: losses and gradient norm together. None in a pass, hence none per layer or micro-batch.
+PER_STEP = {"single": 1, "fsdp2": 1}
 
 
 @pytest.mark.parametrize("engine", PER_STEP)

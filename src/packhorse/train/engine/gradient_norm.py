@@ -36,11 +36,14 @@ class GradientNorm:
 
     def take(self) -> Tensor:
         """Return the Euclidean norm of what was added since the last call, float64 scalar; a collective if sharded."""
-        total = torch.stack(self._whole).sum() if self._whole else torch.zeros((), dtype=torch.float64)
+        # A zero made here would have to be copied to the device, which waits for it.
+        total = torch.stack(self._whole).sum() if self._whole else None
         if self._sharded:
             shared = torch.stack(self._sharded).sum()
             dist.all_reduce(shared, group=self._group)
-            total = total.to(shared.device) + shared
+            total = shared if total is None else total + shared
+        if total is None:
+            total = torch.zeros((), dtype=torch.float64)
         self._whole, self._sharded = [], []
         return total.sqrt()
 
