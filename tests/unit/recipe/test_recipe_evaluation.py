@@ -21,11 +21,12 @@ def test_known_metrics_and_conditions_load(good, tmp_path):
 @pytest.mark.parametrize(
     ("override", "fact", "fix"),
     [
-        ("evaluation.metrics=[rouge]", "has `rouge`", "write rouge_l."),
-        ("evaluation.metrics=['mine.py:score']", "no file mine.py", "correct the path."),
-        ("evaluation.metrics=['mine.py:a b']", "has `mine.py:a b`", "write metrics.py:score."),
-        ("evaluation.gate=[{metric: exact, min_gain: 0}]", "is `exact`", "write exact_match."),
-        ("evaluation.gate=[{metric: loss}]", "has neither of min_gain and max_drop", "max_drop: 0.02."),
+        ("evaluation.metrics=[rouge]", "has `rouge`", "write rouge_l"),
+        ("evaluation.metrics=[f1]", "has `f1`", "write token_f1"),
+        ("evaluation.metrics=['mine.py:score']", "no file mine.py", "correct the path"),
+        ("evaluation.metrics=['mine.py:a b']", "has `mine.py:a b`", "write metrics.py:score"),
+        ("evaluation.gate=[{metric: exact, min_gain: 0}]", "is `exact`", "write exact_match"),
+        ("evaluation.gate=[{metric: loss}]", "has neither of min_gain and max_drop", "max_drop: 0.02"),
         ("evaluation.gate=[{metric: loss, min_gain: 0, max_drop: 1}]", "has both of", "min_gain: 0 or"),
         ("evaluation.exact_match_rows=10", "exact_match_rows", "evaluation.max_answered_rows"),
     ],

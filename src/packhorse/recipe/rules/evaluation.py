@@ -71,5 +71,5 @@ def _known() -> str:
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
+    near = [each for each in known if name in each] or difflib.get_close_matches(name, known, 1, cutoff=0.4)
     return f"write {near[0]}" if near else f"write {known[0]}"
