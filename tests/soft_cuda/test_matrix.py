@@ -27,7 +27,7 @@ IN_PLAN = {"full": "full", "lora": "lora", "dora": "lora, dora", "nf4": "qlora n
 # Largest relative difference of losses, their mean, and gradient norms. A bfloat16 has 8 bits of precision and a
 # float16 11; logits of a small model move by about a rounding, and a norm squares the rounded gradients.
 BOUNDS = {"bf16": (3e-3, 1.5e-3, 2e-2), "fp16": (1e-3, 5e-4, 1e-2), "fp32": (1e-6, 1e-6, 1e-5)}
-# 8-bit products round their inputs besides; 4-bit weights are quantised from numbers in the precision (2.6e-2 in fp16).
+# Weights are quantised from numbers in the precision (2.6e-2 with 4 bits and fp16).
 QUANTIZED = (3e-3, 1.5e-3, 4e-2)
 
 
