@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from packhorse.evaluate.generate import Answer, answers, template_answer
+from packhorse.evaluate.answer_cache import Answer, AnswerCache
+from packhorse.evaluate.generate import answers, template_answer
 from packhorse.evaluate.held_out import HeldOut, Question
 from packhorse.evaluate.metrics.choose import kinds_of, metrics_for
 from packhorse.evaluate.metrics.labels import classification, confusion_matrix, labels_of
@@ -68,6 +69,7 @@ def compare(
     sets: Sequence[HeldOut],
     settings: EvaluationSection,
     batch_size: int = 64,
+    cache: AnswerCache | None = None,
 ) -> Evaluation:
     """Return the comparison of base and tuned model on held-out rows.
 
@@ -77,6 +79,7 @@ def compare(
         sets: One set of rows or more.
         settings: Section of the recipe: metrics, grouping, gate, and the length of an answer.
         batch_size: Rows answered at once.
+        cache: Answers of an earlier evaluation.
 
     Raises:
         UserError: Training has not written its result yet, or a metric of the user cannot be imported.
@@ -86,8 +89,15 @@ def compare(
     # Before the models are loaded: a metric that cannot be imported is found at once.
     metrics = [metrics_for([_expected(question) for question in held_out.questions], chosen) for held_out in sets]
 
-    def measure(model: Model) -> list[_Measured]:
-        return [_measure(model, tokenizer, held_out, settings.max_new_tokens, batch_size) for held_out in sets]
+    def measure(model: Model, weights: str) -> list[_Measured]:
+        found = []
+        for held_out in sets:
+            prompts = [question.prompt for question in held_out.questions]
+            tools = [question.tools for question in held_out.questions]
+            limits = [_limit(tokenizer, question, settings.max_new_tokens) for question in held_out.questions]
+            answered = answers(model, tokenizer, prompts, limits, batch_size, tools, cache, weights)
+            found.append(_Measured(document_losses(model, held_out.documents), answered))
+        return found
 
     base, tuned = measure_both(subject, measure)
     scored = [_scored(*of_set) for of_set in zip(sets, metrics, base, tuned)]
@@ -114,16 +124,6 @@ def _with_written_calls(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase) -
         if text is not None:
             questions.append(replace(question, answer={**question.answer, "content": text}))
     return replace(held_out, questions=tuple(questions))
-
-
-def _measure(
-    model: Model, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, max_new_tokens: int, batch_size: int
-) -> _Measured:
-    prompts = [question.prompt for question in held_out.questions]
-    tools = [question.tools for question in held_out.questions]
-    limits = [_limit(tokenizer, question, max_new_tokens) for question in held_out.questions]
-    measured = answers(model, tokenizer, prompts, limits, batch_size, tools)
-    return _Measured(document_losses(model, held_out.documents), measured)
 
 
 def _limit(tokenizer: PreTrainedTokenizerBase, question: Question, max_new_tokens: int) -> int:

@@ -17,11 +17,13 @@ from packhorse.data.packs.store import SEALED_SPLIT
 from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.data.seal import looks_at, open_test
 from packhorse.errors import UserError
+from packhorse.evaluate.answer_cache import AnswerCache
 from packhorse.evaluate.compare import Evaluation, compare
 from packhorse.evaluate.held_out import held_out_of, read_sets, trained_form
 from packhorse.evaluate.models import Subject
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.folder import relative
+from packhorse.run_folder.layout import ANSWERS_FILE, EVALUATION_FOLDER
 from packhorse.train.checkpoint.weights import weights_folder_name
 from packhorse.train.setup import base_request
 
@@ -35,7 +37,7 @@ def compare_on_held_out(plan: RunPlan) -> Evaluation:
     subject, tokenizer = subject_of(plan)
     folder = _data_folder(plan)
     sets = read_sets(folder, plan.recipe.evaluation, trained_form(tokenizer, plan.recipe.data))
-    return _with_looks(compare(subject, tokenizer, sets, plan.recipe.evaluation), looks_at(folder))
+    return _with_looks(compare(subject, tokenizer, sets, plan.recipe.evaluation, cache=_cache(plan)), looks_at(folder))
 
 
 def compare_on_test(plan: RunPlan, again: bool = False) -> Evaluation:
@@ -54,7 +56,11 @@ def compare_on_test(plan: RunPlan, again: bool = False) -> Evaluation:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     documents, looks = open_test(_data_folder(plan), Path(plan.run_folder).name, now, again)
     held_out = held_out_of(documents, SEALED_SPLIT, plan.recipe.evaluation, form)
-    return _with_looks(compare(subject, tokenizer, [held_out], plan.recipe.evaluation), looks)
+    return _with_looks(compare(subject, tokenizer, [held_out], plan.recipe.evaluation, cache=_cache(plan)), looks)
+
+
+def _cache(plan: RunPlan) -> AnswerCache:
+    return AnswerCache(Path(plan.run_folder) / EVALUATION_FOLDER / ANSWERS_FILE)
 
 
 def _with_looks(evaluation: Evaluation, looks: Sequence[TestLook]) -> Evaluation:

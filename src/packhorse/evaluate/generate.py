@@ -9,32 +9,19 @@ computing finished rows until the last row ends. Here the search must be greedy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from packhorse.evaluate.answer_cache import Answer, AnswerCache, answer_key
 from packhorse.evaluate.models import Model
 
 Message = dict[str, Any]
 """A turn as templates take it: role and content; optionally tool_calls, reasoning_content and name."""
 Tools = Sequence[dict[str, Any]]
 """Definitions of tools, in OpenAI's form."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Answer of a model to one prompt.
-
-    Attributes:
-        text: Text without special tokens.
-        ended: Whether the model ended it with a stop token; otherwise it was cut at the limit.
-    """
-
-    text: str
-    ended: bool
 
 
 def answers(
@@ -44,6 +31,8 @@ def answers(
     limits: Sequence[int],
     batch_size: int = 64,
     tools: Sequence[Tools] | None = None,
+    cache: AnswerCache | None = None,
+    weights: str = "",
 ) -> list[Answer]:
     """Return one greedy answer per prompt, in the order of the prompts.
 
@@ -54,19 +43,26 @@ def answers(
         limits: Largest number of new tokens, per prompt.
         batch_size: Prompts answered at once.
         tools: Tools that may be called, per prompt; None means none.
+        cache: Answers that are known; new ones are added after each batch.
+        weights: Fingerprint of the model's weights, with which the cache tells models apart.
     """
     tools_of = tools or [()] * len(prompts)
     ids = [prompt_ids(tokenizer, prompt, offered) for prompt, offered in zip(prompts, tools_of, strict=True)]
-    order = sorted(range(len(ids)), key=lambda row: (limits[row], len(ids[row])))
+    cache = cache or AnswerCache()
     stop_ids = stop_tokens(model, tokenizer)
-    by_row: dict[int, Answer] = {}
+    keys = [answer_key(weights, prompt, limit, stop_ids) for prompt, limit in zip(ids, limits, strict=True)]
+    unknown = {key: row for row, key in enumerate(keys) if cache.get(key) is None}
+    order = sorted(unknown.values(), key=lambda row: (limits[row], len(ids[row])))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
+        found = {}
         for row, tokens in zip(rows, greedy(model, [ids[r] for r in rows], [limits[r] for r in rows], stop_ids)):
             ended = bool(tokens) and tokens[-1] in stop_ids
             text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
-            by_row[row] = Answer(text, ended)
-    return [by_row[row] for row in range(len(ids))]
+            found[keys[row]] = Answer(text, ended)
+        cache.add(found)
+    known = [cache.get(key) for key in keys]
+    return [answer for answer in known if answer is not None]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools = ()) -> list[int]:

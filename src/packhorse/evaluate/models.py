@@ -67,19 +67,32 @@ def load_tuned(subject: Subject) -> Model:
     return load_model(tuned, subject.vocab_size).eval()
 
 
-def measure_both(subject: Subject, measure: Callable[[Model], Measured]) -> tuple[Measured, Measured]:
+def fingerprints(subject: Subject) -> tuple[str, str]:
+    """Return what tells the weights of base and tuned model from others: the request, and sizes and times of files."""
+    base = f"{subject.base} {_files(Path(subject.base.source or ''))}"
+    return base, f"{base} {_files(subject.tuned)}"
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of the weights in a folder; none if it is no folder, as for a hub name."""
+    found = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+
+
+def measure_both(subject: Subject, measure: Callable[[Model, str], Measured]) -> tuple[Measured, Measured]:
     """Measure base and tuned model in turn, with one model in memory at a time.
 
     Args:
         subject: Base and tuned model.
-        measure: Function that measures a model and does not keep it.
+        measure: Function of a model and the fingerprint of its weights; it does not keep the model.
 
     Returns:
         Results of `measure` for the base and for the tuned model.
     """
+    of_base, of_tuned = fingerprints(subject)
     if not subject.is_adapter:
-        return measure(load_base(subject)), measure(load_tuned(subject))
+        return measure(load_base(subject), of_base), measure(load_tuned(subject), of_tuned)
     model: Any = load_tuned(subject)
     with model.disable_adapter():
-        base = measure(model)
-    return base, measure(model)
+        base = measure(model, of_base)
+    return base, measure(model, of_tuned)

@@ -6,6 +6,7 @@ RUN/
     evaluation.json  evaluation-test.json  wandb_id.txt
     evaluation/
         rows.parquet  test-rows.parquet                             values and answers of each row
+        answers.jsonl                                               answers that need not be generated again
     launcher.lock  STOP  CHECKPOINT  CANCEL                         who runs it, and requests to it
     jobs.jsonl  ended.jsonl  job.sbatch  KIND.sbatch                its Slurm jobs
     logs/
@@ -63,6 +64,7 @@ EVALUATION_FILE: Final = "evaluation.json"
 TEST_EVALUATION_FILE: Final = "evaluation-test.json"
 EVALUATION_FOLDER: Final = "evaluation"
 ROWS_FILE: Final = "rows.parquet"
+ANSWERS_FILE: Final = "answers.jsonl"
 TEST_ROWS_FILE: Final = "test-rows.parquet"
 WANDB_ID_FILE: Final = "wandb_id.txt"
 MODEL_FOLDER: Final = "model"

@@ -114,7 +114,7 @@ def test_a_killed_evaluation_has_looked(make_run, write_data, monkeypatch):
     make_run("first", write_data(validation=ROWS[:2], test=ROWS[4:6]))
     real = evaluate_run.compare
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate_run, "compare", killed)

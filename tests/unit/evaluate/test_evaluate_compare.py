@@ -16,8 +16,10 @@ from transformers import LlamaForCausalLM
 
 from packhorse.data.packs.store import open_store
 from packhorse.errors import UserError
+from packhorse.evaluate import generate
+from packhorse.evaluate.answer_cache import Answer, AnswerCache
 from packhorse.evaluate.compare import compare
-from packhorse.evaluate.generate import Answer, answers
+from packhorse.evaluate.generate import answers, greedy
 from packhorse.evaluate.held_out import Question, choose, read_held_out, read_sets
 from packhorse.evaluate.models import Subject, load_base, load_tuned, measure_both
 from packhorse.evaluate.results import Comparison, ComparisonLine, MetricResult, Sample, Score
@@ -103,12 +105,12 @@ def test_an_adapter_is_switched_off_for_the_base(tiny, saved, tokenizer, write_d
     tuned_losses = document_losses(adapted, open_store(data, "validation"))
     subject = Subject(request_of(saved), saved.with_name("adapter"), len(tokenizer))
     store = open_store(data, "validation")
-    base, tuned = measure_both(subject, lambda model: [loss.sum_nats for loss in document_losses(model, store)])
+    base, tuned = measure_both(subject, lambda model, _: [loss.sum_nats for loss in document_losses(model, store)])
     assert base == pytest.approx([loss.sum_nats for loss in base_losses], abs=1e-4)
     assert tuned == pytest.approx([loss.sum_nats for loss in tuned_losses], abs=1e-4)
     assert abs(base[0] - tuned[0]) > 0.01
     prompts = [row["messages"][:1] for row in ROWS[:3]]
-    said = measure_both(subject, lambda model: answers(model, tokenizer, prompts, [6] * 3))
+    said = measure_both(subject, lambda model, _: answers(model, tokenizer, prompts, [6] * 3))
     assert said[1] == answers(adapted, tokenizer, prompts, [6] * 3)
 
 
@@ -231,3 +233,42 @@ def test_the_table_fits_the_terminal(width):
     ):
         assert text in shown
     assert "\x1b" not in shown
+
+
+def test_an_evaluation_that_was_killed_continues(tiny, saved, tokenizer, write_data, request_of, form, monkeypatch):
+    data = write_data(validation=ROWS[:4])
+    tiny.save_pretrained(saved.with_name("model"))
+    subject = Subject(request_of(saved), saved.with_name("model"), len(tokenizer))
+    settings = EvaluationSection(max_new_tokens=4)
+    generated = []
+
+    def counted(model, prompts, *more):
+        if len(generated) == 6:
+            raise KeyboardInterrupt
+        generated.extend(prompts)
+        return greedy(model, prompts, *more)
+
+    def evaluated(settings=settings):
+        cache = AnswerCache(saved.with_name("evaluation") / "answers.jsonl")
+        return compare(subject, tokenizer, read_sets(data, settings, form), settings, batch_size=1, cache=cache)
+
+    monkeypatch.setattr(generate, "greedy", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated()
+    with (saved.with_name("evaluation") / "answers.jsonl").open("a") as file:
+        file.write('{"key": "cut sho')
+    generated[:] = [None] * 7  # not killed again
+    whole = evaluated()
+    assert len(generated) == 7 + 2, "4 answers of the base and 2 of the tuned model were there"
+    # Other metrics need no answer again; other weights, or another limit, do.
+    evaluated(EvaluationSection(max_new_tokens=4, metrics=["rouge_l"]))
+    assert len(generated) == 9
+    monkeypatch.undo()
+    plain = compare(subject, tokenizer, read_sets(data, settings, form), settings)
+    assert plain.rows == whole.rows
+    monkeypatch.setattr(generate, "greedy", counted)
+    learn(tiny, open_store(data, "validation"), steps=1).save_pretrained(saved.with_name("model"))
+    evaluated()
+    assert len(generated) == 9 + 4
+    evaluated(EvaluationSection(max_new_tokens=3))
+    assert len(generated) == 13 + 8

@@ -6,8 +6,9 @@ import json
 import pytest
 from evaluate_cases import ROWS, chat_of, is_right
 
+from packhorse.evaluate.answer_cache import Answer
 from packhorse.evaluate.compare import _with_written_calls, compare
-from packhorse.evaluate.generate import Answer, answers, prompt_ids, template_answer
+from packhorse.evaluate.generate import answers, prompt_ids, template_answer
 from packhorse.evaluate.held_out import read_held_out, trained_form
 from packhorse.evaluate.models import Subject
 from packhorse.recipe.evaluation import EvaluationSection
@@ -93,7 +94,7 @@ def test_each_prompt_is_answered_with_its_own_tools(tiny, caller, monkeypatch):
 def test_a_comparison_asks_with_tools_and_judges_calls(tiny, caller, write_data, request_of, tmp_path, monkeypatch):
     asked = []
 
-    def said(model, tokenizer, prompts, limits, batch_size, tools):
+    def said(model, tokenizer, prompts, limits, batch_size, tools, *_):
         asked.extend(tools)
         return [Answer("CALL price(fig)", ended=True) for _ in prompts]
 
