@@ -44,7 +44,7 @@ def answers(
         batch_size: Prompts answered at once.
         tools: Tools that may be called, per prompt; None means none.
         cache: Answers that are known; new ones are added after each batch.
-        weights: Fingerprint of the model's weights, with which the cache tells models apart.
+        weights: Fingerprint of the weights of the model, part of the key of each answer.
     """
     tools_of = tools or [()] * len(prompts)
     ids = [prompt_ids(tokenizer, prompt, offered) for prompt, offered in zip(prompts, tools_of, strict=True)]
