@@ -68,7 +68,7 @@ def load_tuned(subject: Subject) -> Model:
 
 
 def fingerprints(subject: Subject) -> tuple[str, str]:
-    """Return the fingerprint of the weights of base and tuned model: the request, and names, sizes and times of files."""
+    """Return fingerprints of the weights of base and tuned model: the request, and names, sizes and times of files."""
     base = f"{subject.base} {_files(Path(subject.base.source or ''))}"
     return base, f"{base} {_files(subject.tuned)}"
 
