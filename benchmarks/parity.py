@@ -24,7 +24,7 @@ import lab_log
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 NOT_RUN = "—"
-SMOKE = "loop_by_hand and partial and zero1"
+SMOKE = "loop_by_hand and fresh and zero1 and none"
 # As many steps as the golden curves have, each of which is computed again and compared with the committed one.
 WHOLE = {"PARITY_STEPS": "20", "PARITY_RECOMPUTE": "1"}
 
