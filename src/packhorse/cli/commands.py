@@ -267,6 +267,12 @@ _TABLE = (
         ),
     ),
     Command(
+        "report",
+        "Write one page about a run: verdict, curves, speed, attempts, data, wins and losses. Opens without a network.",
+        (("packhorse report RUN", "writes RUN/report.html, and its figures as RUN/report.json"),),
+        words=(RUN,),
+    ),
+    Command(
         "chat",
         "Chat with the model of a run in the terminal.",
         (("packhorse chat RUN", ""),),

@@ -63,7 +63,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
     """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             figures = _parse(line)
             if figures is not None:
