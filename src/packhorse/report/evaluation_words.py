@@ -52,6 +52,7 @@ def headline_of(comparison: Comparison) -> Headline | None:
         rows += f" ({result.num_clusters:,} independent)"
     p = "" if result.p_adjusted is None else f", p = {result.p_adjusted:.2g} adjusted for {family} metrics (Holm)"
     kind = result.verdict if result.verdict in RATHER else "unclear"
+    kind = "worse" if comparison.decision == "NO-GO" else kind
     return Headline(kind, _sentence(result), f"It rests on {rows}: {result.test}{p}.", _gate(comparison))
 
 
