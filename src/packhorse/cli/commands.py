@@ -280,6 +280,14 @@ _TABLE = (
         words=(RUN,),
     ),
     Command(
+        "compare",
+        "Compare runs: what differs, final figures, and paired tests of the tuned models on rows that both answered.",
+        (("packhorse compare RUN RUN …", "each run against the first"),),
+        words=(("first", None), ("second", None)),
+        flags=(Flag("json", "print one JSON value", "switch"),),
+        more_words="others",
+    ),
+    Command(
         "chat",
         "Chat with the model of a run in the terminal.",
         (("packhorse chat RUN", ""),),
