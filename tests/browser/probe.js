@@ -58,7 +58,7 @@ function report() {
     num_texts: lowest.length,
     marks: [...document.querySelectorAll("mark")].map(looks),
     unmarked: [...document.querySelectorAll(".text span:not(.newline)")].map(looks),
-    ledger: document.getElementById("ledger-table").innerText,
+    ledger: document.getElementById("ledger-table")?.innerText,
     segments: [...document.querySelectorAll(".bar")].map(bar => [...bar.children].map(part => part.offsetWidth)),
     bars: [...document.querySelectorAll(".bar")].map(bar => bar.offsetWidth),
     limit: limit ? (limit.getBoundingClientRect().left - plot.getBoundingClientRect().left) / plot.clientWidth : null,

@@ -78,7 +78,8 @@ def test_the_function_of_a_command_takes_its_words_and_flags(name: str) -> None:
     command = COMMAND_TABLE[name]
     function = getattr(import_module(f"packhorse.cli.{command.module or name}"), name)
     overrides = ["overrides"] * command.takes_overrides
-    expected = [*(word for word, _ in command.words), *overrides, *(flag.argument for flag in command.flags)]
+    more = [command.more_words] if command.more_words else []
+    expected = [*(word for word, _ in command.words), *overrides, *more, *(flag.argument for flag in command.flags)]
     parameters = inspect.signature(function).parameters
     # `submit` and `pipeline` take the fields of their request together.
     fields = {field.name for field in dataclasses.fields(SubmitRequest)} if "requested" in parameters else set()

@@ -89,11 +89,11 @@ CASES: dict[str, tuple[bytes, dict[str, Any], list[str], list[str]]] = {
         ["train", "tiny.yaml"],
         ["4000 processes", "parallel.processes"],
     ),
-    "packs that cannot be shared": (
+    "fewer packs than processes": (
         lines(*MANY),
         {},
-        ["plan", "tiny.yaml", "--gpus", "3"],
-        ["batch.packs is 8", "6 or 9"],
+        ["plan", "tiny.yaml", "--gpus", "10"],
+        ["batch.packs", "10"],
     ),
     "unwritable place": (lines(*MANY), {"runs_folder": "/proc/runs"}, ["train", "tiny.yaml"], ["/proc", "runs_folder"]),
     "no such run": (lines(CHAT), {}, ["status", "runs/nothing"], ["runs/nothing", "plan.json"]),

@@ -267,6 +267,27 @@ _TABLE = (
         ),
     ),
     Command(
+        "runs",
+        "List the runs of a folder: state, step, losses, verdict of the evaluation, time. Sweeps are grouped.",
+        (("packhorse runs [FOLDER]", "default: runs"),),
+        words=(("folder", "runs"),),
+        flags=(Flag("json", "print one JSON value", "switch"),),
+    ),
+    Command(
+        "report",
+        "Write one page about a run: verdict, curves, speed, attempts, data, wins and losses. Opens without a network.",
+        (("packhorse report RUN", "writes RUN/report.html, and its figures as RUN/report.json"),),
+        words=(RUN,),
+    ),
+    Command(
+        "compare",
+        "Compare runs: what differs, final figures, and paired tests of the tuned models on rows that both answered.",
+        (("packhorse compare RUN RUN …", "each run against the first"),),
+        words=(("first", None), ("second", None)),
+        flags=(Flag("json", "print one JSON value", "switch"),),
+        more_words="others",
+    ),
+    Command(
         "chat",
         "Chat with the model of a run in the terminal.",
         (("packhorse chat RUN", ""),),

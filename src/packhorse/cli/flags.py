@@ -97,6 +97,7 @@ class Command:
         usage: Command lines, each with a comment that may be empty.
         words: Positional words and their defaults; None marks a word that must be given.
         flags: Flags.
+        more_words: Name of the argument that takes further positional words; empty if there may be none.
         takes_overrides: Whether `key=value` and unknown flags are overrides of the recipe.
         notes: Text below the flags.
         module: Module of `packhorse.cli` that holds the function; empty: the module of that name.
@@ -107,6 +108,7 @@ class Command:
     usage: tuple[tuple[str, str], ...]
     words: tuple[tuple[str, str | None], ...] = ()
     flags: tuple[Flag, ...] = ()
+    more_words: str = ""
     takes_overrides: bool = False
     notes: str = ""
     module: str = ""
@@ -149,7 +151,8 @@ def fire_function(command: Command) -> Callable[..., Action]:
         )
         for flag in command.flags
     ]
-    positional = [inspect.Parameter("overrides", inspect.Parameter.VAR_POSITIONAL)] * command.takes_overrides
+    more = "overrides" if command.takes_overrides else command.more_words
+    positional = [inspect.Parameter(more, inspect.Parameter.VAR_POSITIONAL)] if more else []
     unknown = [inspect.Parameter("unknown", inspect.Parameter.VAR_KEYWORD)] * command.takes_overrides
     signature = inspect.Signature([*words, *positional, *flags, *unknown])
 
@@ -160,6 +163,8 @@ def fire_function(command: Command) -> Callable[..., Action]:
         arguments: dict[str, Any] = {name: given[name] for name, _ in command.words}
         if command.takes_overrides:
             arguments["overrides"] = _overrides(command, given["overrides"], given["unknown"])
+        if command.more_words:
+            arguments[command.more_words] = list(given[command.more_words])
         return Action(
             command.name, arguments | {flag.argument: flag.read(given[flag.argument]) for flag in command.flags}
         )

@@ -101,16 +101,19 @@ def adjusted(lines: Sequence[ComparisonLine]) -> tuple[ComparisonLine, ...]:
 
 
 def _adjusted(lines: Sequence[ComparisonLine]) -> Iterator[ComparisonLine]:
-    p_values = iter(holm([_testable(result) for line in lines for result in line.metrics]))
+    results = iter(adjusted_results([result for line in lines for result in line.metrics]))
     for line in lines:
-        results = []
-        for result in line.metrics:
-            p = next(p_values)
-            verdict = result.verdict
-            if verdict in ("better", "worse") and not p < ALPHA:
-                verdict = "cannot tell"
-            results.append(result.model_copy(update={"p_adjusted": _known(p), "verdict": verdict}))
-        yield line.model_copy(update={"metrics": tuple(results)})
+        yield line.model_copy(update={"metrics": tuple(next(results) for _ in line.metrics)})
+
+
+def adjusted_results(results: Sequence[MetricResult]) -> list[MetricResult]:
+    """Return the results of one family with p adjusted for their number (Holm), and verdicts by it."""
+    found = []
+    for result, p in zip(results, holm([_testable(result) for result in results]), strict=True):
+        is_verdict = result.verdict in ("better", "worse")
+        verdict = "cannot tell" if is_verdict and not p < ALPHA else result.verdict
+        found.append(result.model_copy(update={"p_adjusted": _known(p), "verdict": verdict}))
+    return found
 
 
 def _testable(result: MetricResult) -> float:

@@ -63,8 +63,8 @@ class CardView:
     strata: tuple[tuple[str, tuple[Count, ...]], ...]
 
 
-def render_data_page(report: AuditReport) -> str:
-    """Return the page as HTML; all text of rows and names is escaped."""
+def environment_of_pages() -> Environment:
+    """Return the environment that all pages share: text is escaped, and its hidden characters are visible."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -73,7 +73,14 @@ def render_data_page(report: AuditReport) -> str:
         lstrip_blocks=True,
         finalize=_readable_text,
     )
-    environment.filters.update(num="{:,}".format, pct=_percent, points=_points, lines=_lines, clipped=_clipped_key)
+    environment.filters.update(num="{:,}".format, pct=_percent)
+    return environment
+
+
+def render_data_page(report: AuditReport) -> str:
+    """Return the page as HTML; all text of rows and names is escaped."""
+    environment = environment_of_pages()
+    environment.filters.update(points=_points, lines=_lines, clipped=_clipped_key)
     return environment.get_template(TEMPLATE).render(
         report=report,
         tiles=_tiles(report),

@@ -4,6 +4,7 @@ RUN/
     recipe.yaml  plan.json  plan-N.json  data.json  site.json       what is to be done
     status.json  metrics.jsonl  attempts.jsonl  skipped_steps.json  what was done
     evaluation.json  evaluation-test.json  wandb_id.txt
+    report.html  report.json
     evaluation/
         rows.parquet  test-rows.parquet                             values and answers of each row
         answers.jsonl                                               answers that need not be generated again
@@ -66,6 +67,9 @@ EVALUATION_FOLDER: Final = "evaluation"
 ROWS_FILE: Final = "rows.parquet"
 ANSWERS_FILE: Final = "answers.jsonl"
 TEST_ROWS_FILE: Final = "test-rows.parquet"
+REPORT_FILE: Final = "report.html"
+REPORT_FIGURES_FILE: Final = "report.json"
+"""Figures of the report."""
 WANDB_ID_FILE: Final = "wandb_id.txt"
 MODEL_FOLDER: Final = "model"
 ADAPTER_FOLDER: Final = "adapter"

@@ -9,14 +9,18 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from packhorse.durable import replace_file
 from packhorse.errors import EXIT_DISK, UserError
 
 logger = logging.getLogger(__name__)
+
+TAIL_BYTES: Final = (2**16, 2**20)
+"""How much of the end of a file `read_last` reads: first a little, then more if a key is missing."""
 
 
 class MetricsFile:
@@ -63,11 +67,46 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
     """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             figures = _parse(line)
             if figures is not None:
                 yield figures
+
+
+def read_last(path: Path, keys: Sequence[str]) -> dict[str, float]:
+    """Return the last value of each key, from the end of the file: of a long file only the last MiB is read.
+
+    Args:
+        path: RUN/metrics.jsonl; it may be absent, damaged, or still growing.
+        keys: Metric keys; one without a value there is missing in the result.
+    """
+    if not path.is_file():
+        return {}
+    found: dict[str, float] = {}
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for length in TAIL_BYTES:
+            file.seek(max(0, size - length))
+            tail = file.read()
+            found = {key: value for key in keys if (value := _last_value(tail, key)) is not None}
+            if len(found) == len(keys) or length >= size:
+                break
+    return found
+
+
+def _last_value(tail: bytes, key: str) -> float | None:
+    """Return the last number of a key; lines that cannot be read, as the first of a tail, are skipped."""
+    end, name = len(tail), f'"{key}"'.encode()
+    while (at := tail.rfind(name, 0, end)) >= 0:
+        start = tail.rfind(b"\n", 0, at) + 1
+        stop = tail.find(b"\n", at)
+        figures = _parse(tail[start : stop if stop >= 0 else None].decode(errors="replace")) or {}
+        value = figures.get(key)
+        if isinstance(value, (int, float)):
+            return float(value)
+        end = start
+    return None
 
 
 def _parse(line: str) -> dict[str, float] | None:

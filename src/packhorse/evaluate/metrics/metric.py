@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from packhorse.evaluate.statistics.paired import Kind
+if TYPE_CHECKING:  # scipy takes a second to import, and a stored result is read without it
+    from packhorse.evaluate.statistics.paired import Kind
 
 Unit = Literal["%", "points", "nats", "value"]
 
