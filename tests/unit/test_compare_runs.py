@@ -18,6 +18,11 @@ from packhorse.workflows.compare import compare_runs
 from run_report_cases import write_finished, write_run
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # workers of xdist have one of their own
+
+
 def write_answers(
     file: Path, right: dict[str, int], tokens: int = 5, name: str = "validation", loss: float = 1.0
 ) -> Path:

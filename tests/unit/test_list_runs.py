@@ -18,6 +18,11 @@ from packhorse.workflows.runs import list_runs
 from run_report_cases import write_finished, write_run
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # workers of xdist have one of their own
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Ten folders: runs in several states, a sweep of two runs of which one is missing, broken and foreign folders."""
