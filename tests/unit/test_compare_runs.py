@@ -105,12 +105,12 @@ def with_answers(plan: RunPlan, right: dict[str, int]) -> str:
 
 def test_p_is_adjusted_for_all_lines_of_the_table(tmp_path: Path) -> None:
     first = with_answers(write_run(tmp_path, "a", "finished"), answers(*[0] * 20))
-    # 11 of 20: p = 2 / 2**11 = 0.00098 each; two lines of exact match, and two of equal losses with p = 1.
+    # 11 of 20: p = 2 / 2**11 = 0.00098 each; two lines of exact match; equal losses get no verdict.
     others = [with_answers(write_run(tmp_path, name, "finished"), answers(*[1] * 11, *[0] * 9)) for name in ("b", "c")]
     found = compare_runs([first, *others])
     results = [each.result for comparison in found.paired for each in comparison.results]
     assert [result.metric for result in results] == ["loss", "exact_match"] * 2
-    assert [result.p_adjusted for result in results[1::2]] == pytest.approx([4 * 2 / 2**11, 4 * 2 / 2**11])
+    assert [result.p_adjusted for result in results[1::2]] == pytest.approx([2 * 2 / 2**11, 2 * 2 / 2**11])
     assert {result.verdict for result in results[1::2]} == {"better"}
 
 

@@ -11,7 +11,7 @@ from packhorse.evaluate.metrics.metric import Unit
 from packhorse.track.meter import perplexity
 
 Verdict = Literal["better", "worse", "cannot tell", "too few", "not finite"]
-"""`too few`: fewer than 10 pairs, or than 10 rows that differ; `not finite`: a model's loss is NaN or Inf."""
+"""`too few`: fewer than 10 clusters, or than 10 rows that differ; `not finite`: a model's loss is NaN or Inf."""
 Decision = Literal["GO", "NO-GO", "INCONCLUSIVE"]
 
 

@@ -82,8 +82,8 @@ def _known(value: float) -> float | None:
 def _verdict(tested: PairedResult, metric: Metric, p: float) -> Verdict:
     if metric.unit == "nats" and tested.num_unscored:
         return "not finite"
-    # Of 0/1 values only the pairs that differ carry information.
-    if (tested.num_differing if metric.kind == "binary" else tested.num_clusters) < MIN_PAIRS:
+    # Pairs whose values are equal carry no information, and neither do further rows of a cluster.
+    if min(tested.num_differing, tested.num_clusters) < MIN_PAIRS:
         return "too few"
     if not p < ALPHA:
         return "cannot tell"
