@@ -16,7 +16,7 @@ from packhorse.evaluate.generate import answers, template_answer
 from packhorse.evaluate.held_out import HeldOut, Question
 from packhorse.evaluate.metrics.choose import kinds_of, metrics_for
 from packhorse.evaluate.metrics.labels import classification, confusion_matrix, labels_of
-from packhorse.evaluate.metrics.metric import Expected, Metric, Reply
+from packhorse.evaluate.metrics.metric import LOSS, Expected, Metric, Reply
 from packhorse.evaluate.metrics.text import EXACT
 from packhorse.evaluate.models import Model, Subject, measure_both
 from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricFailure, Sample, Score
@@ -26,8 +26,6 @@ from packhorse.recipe.evaluation import EvaluationSection
 
 NUM_SAMPLES: Final = 3
 END_OF_THINKING: Final = "</think>"
-LOSS: Final = Metric("loss", "graded", "nats", lambda *_: math.nan, higher_is_better=False)
-"""Loss by document, weighted by supervised tokens; it is measured, and not computed from an answer."""
 
 
 @dataclass(frozen=True)

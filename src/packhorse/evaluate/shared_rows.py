@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ from pyarrow import ArrowException, Table, parquet
 
 from packhorse.errors import UserError
 from packhorse.evaluate.metrics.choose import METRICS
-from packhorse.evaluate.metrics.metric import Metric
+from packhorse.evaluate.metrics.metric import LOSS, Metric
 from packhorse.evaluate.results import MetricResult
 from packhorse.evaluate.verdict import MetricValues, metric_result
 
-LOSS: Final = Metric("loss", "graded", "nats", lambda *_: math.nan, higher_is_better=False)
 TUNED: Final = "tuned/"
 NO_METRICS: Final = ("loss", "answer", "ended")
 RowKey = tuple[str, str, int]

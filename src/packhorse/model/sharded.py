@@ -64,10 +64,15 @@ class Readable(Protocol):
     def __getitem__(self, rows: Any, /) -> Tensor: ...  # noqa: ANN401
 
 
+def is_by_rows(tensor: DTensor) -> bool:
+    """Return whether each rank holds some rows of the tensor, or of one of its copies (FSDP2, HSDP)."""
+    *copies, shard = tensor.placements
+    return shard == Shard(0) and all(placement.is_replicate() for placement in copies)
+
+
 def shard_of(value: Readable, parameter: DTensor) -> DTensor:
     """Return a whole tensor sharded as `parameter` is; of one in a file, each rank reads only its rows."""
-    *copies, shard = parameter.placements
-    if shard != Shard(0) or not all(placement.is_replicate() for placement in copies):
+    if not is_by_rows(parameter):
         return shard_like(value[...].to(parameter.device), parameter)
     mesh = parameter.device_mesh
     shape = torch.Size(value.shape)

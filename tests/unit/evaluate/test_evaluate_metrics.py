@@ -60,6 +60,7 @@ def test_words_of_other_languages_count():
     assert rouge_l("uno dos tres cuatro", "dos cuatro uno") == pytest.approx(2 * 2 / 7)
     assert normalised(" ¿El NIÑO? ") == "el niño"
     assert value("normalised_match", "Straße 5.", "STRASSE 5") == 1
+    assert value("normalised_match", "-3.5", "3 5") == 0
     assert token_f1("", "") == 1
     assert token_f1("a", "") == 0
 

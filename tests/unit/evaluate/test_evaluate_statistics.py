@@ -1,6 +1,7 @@
 """Paired statistics beside statsmodels and scipy, and what their verdicts are worth on simulated models."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from packhorse.evaluate.statistics.paired import (
     paired_test,
     sign_flip,
 )
-from packhorse.evaluate.statistics.sample_size import rows_for_shares, rows_needed, smallest_effect
+from packhorse.evaluate.statistics.sample_size import rows_for_shares, rows_needed
 
 
 def of_table(both, gained, lost, neither):
@@ -121,10 +122,13 @@ def test_the_promised_number_of_rows_has_the_promised_power(quick):
     assert rejections(lambda generator: graded(generator, 0.05, size), 2000, "graded") == pytest.approx(0.8, abs=0.03)
 
 
-def test_rows_and_the_smallest_effect_are_inverse():
-    for rows in (100, 207, 2240):
-        assert rows_for_shares(smallest_effect(rows)) == pytest.approx(rows, rel=0.03)
-    assert smallest_effect(20) == 1.0, "20 rows with 5 that differ show nothing"
+def test_the_table_of_the_documentation_is_this():
+    page = (Path(__file__).parents[3] / "docs" / "evaluate.md").read_text()
+    rows, points = (
+        next(line for line in page.splitlines() if line.startswith(head)) for head in ("| rows | 1", "| smallest")
+    )
+    for count, effect in zip(rows.split("|")[2:-1], points.split("|")[2:-1], strict=True):
+        assert rows_for_shares(float(effect) / 100) == pytest.approx(int(count.replace(",", "")), rel=0.03)
 
 
 def test_the_weighted_mean_is_that_of_all_tokens():

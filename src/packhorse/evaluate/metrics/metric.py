@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:  # scipy takes a second to import, and a stored result is read without it
     from packhorse.evaluate.statistics.paired import Kind
@@ -61,3 +62,7 @@ class Metric:
     unit: Unit
     score: Scorer
     higher_is_better: bool = True
+
+
+LOSS: Final = Metric("loss", "graded", "nats", lambda *_: math.nan, higher_is_better=False)
+"""Loss by document, weighted by supervised tokens; it is measured, and not computed from an answer."""

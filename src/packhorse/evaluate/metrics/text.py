@@ -10,6 +10,7 @@ from typing import Final
 import regex
 import sacrebleu
 
+from packhorse.data.checks.keys import normalised as without_punctuation
 from packhorse.evaluate.metrics.metric import Expected, Metric, Reply
 
 # Scripts without spaces between words: each character is a word, as sacrebleu's `zh` tokenizer does.
@@ -26,10 +27,8 @@ def is_exact(expected: str, answer: str) -> bool:
 
 
 def normalised(text: str) -> str:
-    """Return text in NFKC, without case and punctuation, with single spaces."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(" " if unicodedata.category(sign)[0] in "PZC" else sign for sign in plain)
-    return " ".join(kept.split())
+    """Return text in NFKC, without case and punctuation, with single spaces; the marks inside a number stay."""
+    return without_punctuation(unicodedata.normalize("NFKC", text))
 
 
 def words(text: str) -> list[str]:

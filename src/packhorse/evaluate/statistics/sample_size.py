@@ -1,4 +1,4 @@
-"""Number of rows that a difference needs, and the smallest difference that a number of rows shows."""
+"""Number of rows that a difference needs."""
 
 from __future__ import annotations
 
@@ -55,17 +55,6 @@ def rows_for_shares(effect: float, discordance: float = EXPECTED_DISCORDANCE) ->
     while high - low > max(1, high // 500):
         middle = (low + high) // 2
         low, high = (low, middle) if mcnemar_power(middle, effect, discordance) >= POWER else (middle, high)
-    return high
-
-
-def smallest_effect(num_rows: int, discordance: float = EXPECTED_DISCORDANCE) -> float:
-    """Return the smallest difference of two shares that `num_rows` rows show with 80 % power; 1.0 if none."""
-    low, high = 0.0, discordance
-    if mcnemar_power(num_rows, discordance, discordance) < POWER:
-        return 1.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (low, middle) if mcnemar_power(num_rows, middle, discordance) >= POWER else (middle, high)
     return high
 
 

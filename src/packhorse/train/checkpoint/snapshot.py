@@ -18,8 +18,8 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
+from packhorse.model.sharded import is_by_rows
 from packhorse.plan.run_plan import Topology
 from packhorse.run_folder.checkpoints.pinned_slabs import PinnedSlabs
 from packhorse.train.checkpoint.saved_tensor import SavedTensor
@@ -107,7 +107,7 @@ class Snapshot:
 
     def hold(self, tensor: SavedTensor, owner: int) -> None:
         """Copy this rank's part of a tensor that `owner` writes; a collective where it is not sharded by rows."""
-        if self._group is not None and tensor.shard is not None and _is_by_rows(tensor.shard):
+        if self._group is not None and tensor.shard is not None and is_by_rows(tensor.shard):
             if owner in self._group:
                 with torch.no_grad():
                     local = tensor.shard.to_local()
@@ -130,8 +130,3 @@ class Snapshot:
             whole = torch.empty(shape, dtype=held.rows.dtype)
         self._group.gather(held.rows, whole, owner)
         return None if whole is None else whole[: held.num_rows]
-
-
-def _is_by_rows(tensor: DTensor) -> bool:
-    *copies, shard = tensor.placements
-    return shard == Shard(0) and all(placement.is_replicate() for placement in copies)
