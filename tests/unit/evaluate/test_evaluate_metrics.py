@@ -72,6 +72,7 @@ def test_words_of_other_languages_count():
         (r"thus \boxed{-3} as said in 2 steps", "-3"),
         ("The answer is 5. I am 99 % sure", "5"),
         ("3 + 4 = 7", "7"),
+        ("The answer is 3. Wait: the answer is 4, not 5", "4"),
         ("−2,5", "5"),
         ("1e-3", "0.001"),
         ("none", None),

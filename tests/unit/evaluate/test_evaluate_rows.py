@@ -148,3 +148,18 @@ def test_no_other_rows_are_read_by_name(name, write_data, form):
     data = write_data(validation=ROWS[:1], test=ROWS[1:2])
     with pytest.raises(ValueError, match=f"{name} is not one of validation, retain"):
         read_held_out(data, name, EvaluationSection(), form)
+
+
+def test_near_copies_and_rows_of_one_document_are_a_cluster(tokenizer, write_data, form):
+    long = " ".join(f"apple{n} pear{n} plum{n}" for n in range(20))
+    asked = [long, f"{long} fig", "say kiwi", "say lime and melon", long]
+    rows = [
+        {"messages": chat_of(text, "fig!"), "fields": {"language": language}, "where": f"f:{number}"}
+        for number, (text, language) in enumerate(zip(asked, ["en", "es", "en", "es", "es"]))
+    ]
+    data = write_data(validation=rows)
+    first, near, *others, equal = read_held_out(data, "validation", EvaluationSection(), form).clusters
+    assert first == near == equal
+    assert len({first, *others}) == 3
+    by_language = read_held_out(data, "validation", EvaluationSection(cluster_by="language"), form).clusters
+    assert by_language == (0, 1, 0, 1, 1)
