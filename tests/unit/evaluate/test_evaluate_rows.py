@@ -151,8 +151,8 @@ def test_no_other_rows_are_read_by_name(name, write_data, form):
 
 
 def test_near_copies_and_rows_of_one_document_are_a_cluster(tokenizer, write_data, form):
-    long = " ".join(f"apple{n} pear{n} plum{n}" for n in range(20))
-    asked = [long, f"{long} fig", "say kiwi", "say lime and melon", long]
+    long = "say apple pear plum fig kiwi lime date melon manzana pera ciruela higo lima say pera apple fig"
+    asked = [long, f"{long} lime", "say kiwi", "say lime and melon", long]
     rows = [
         {"messages": chat_of(text, "fig!"), "fields": {"language": language}, "where": f"f:{number}"}
         for number, (text, language) in enumerate(zip(asked, ["en", "es", "en", "es", "es"]))
