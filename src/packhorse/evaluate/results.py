@@ -206,3 +206,19 @@ class Comparison(_Frozen):
     def num_test_looks(self) -> int:
         """Return how often the test rows were opened."""
         return len(self.test_looks)
+
+
+def shown_value(value: float | None, unit: str) -> str:
+    """Return a figure without its unit; a dash for none."""
+    if value is None:
+        return "–"
+    if unit == "%":
+        return f"{100 * value:.1f}"
+    return f"{value:.3f}" if unit == "nats" else f"{value:.2f}"
+
+
+def shown_change(value: float, unit: str) -> str:
+    """Return a difference with its sign and without its unit; of shares in percentage points."""
+    if unit == "%":
+        return f"{100 * value:+.1f}"
+    return f"{value:+.3f}" if unit == "nats" else f"{value:+.2f}"

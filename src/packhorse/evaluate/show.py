@@ -11,8 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.data.seal import describe_looks
-from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricResult, Sample
-from packhorse.evaluate.verdict import shown_change
+from packhorse.evaluate.results import (
+    Comparison,
+    ComparisonLine,
+    LabelResult,
+    MetricResult,
+    Sample,
+    shown_change,
+    shown_value,
+)
 from packhorse.track.progress import describe_count
 
 MAX_SAMPLE_CHARACTERS: Final = 240
@@ -59,7 +66,7 @@ def _cells(line: ComparisonLine, result: MetricResult) -> tuple[str | Text, ...]
             change += f" [{shown_change(result.low, result.unit)}, {shown_change(result.high, result.unit)}]"
     return (
         Text(f"  {name}" if line.group is None else f"    {line.group}"),
-        f"{_figure(result.base, result.unit)} → {_figure(result.tuned, result.unit)}",
+        f"{shown_value(result.base, result.unit)} → {shown_value(result.tuned, result.unit)}",
         change,
         Text(_verdict(result), style=STYLES.get(result.verdict, "")),
     )
@@ -71,14 +78,6 @@ def _verdict(result: MetricResult) -> str:
     if result.verdict == "too few" and result.num_pairs >= 10:
         return f"too few ({result.num_differing} differ)"
     return result.verdict
-
-
-def _figure(value: float | None, unit: str) -> str:
-    if value is None:
-        return "–"
-    if unit == "%":
-        return f"{100 * value:.1f}"
-    return f"{value:.3f}" if unit == "nats" else f"{value:.2f}"
 
 
 def _notes(comparison: Comparison) -> Iterator[str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from packhorse.evaluate.metrics.metric import Metric
 from packhorse.evaluate.metrics.text import signature
-from packhorse.evaluate.results import ComparisonLine, GateResult, MetricResult, Verdict
+from packhorse.evaluate.results import ComparisonLine, GateResult, MetricResult, Verdict, shown_change
 from packhorse.evaluate.statistics.paired import PairedResult, Pairs, holm, paired_test
 from packhorse.evaluate.statistics.sample_size import ALPHA, MIN_PAIRS, rows_needed
 from packhorse.recipe.evaluation import EvaluationSection, GateCriterion
@@ -161,10 +161,3 @@ def _gate_result(criterion: GateCriterion, line: ComparisonLine) -> GateResult:
             "reason": f"gain {low_shown} to {high_shown} on {result.num_pairs} rows.",
         }
     )
-
-
-def shown_change(value: float, unit: str) -> str:
-    """Return a difference with its sign: shares in percentage points, a loss in nats with three decimals."""
-    if unit == "nats":
-        return f"{value:+.3f}"
-    return f"{100 * value:+.1f}" if unit == "%" else f"{value:+.2f}"

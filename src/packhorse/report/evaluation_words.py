@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from packhorse.evaluate.results import Comparison, ComparisonLine, MetricResult
+from packhorse.evaluate.results import Comparison, ComparisonLine, MetricResult, shown_change, shown_value
 
 MINUS: Final = "\u2212"
 RATHER: Final = {"better": "The tuned model is better than its base", "worse": "The tuned model is worse than its base"}
@@ -87,20 +87,15 @@ def _gate(comparison: Comparison) -> str:
 
 def value_words(value: float | None, unit: str) -> str:
     """Return a figure with its unit: shares in percent, a loss in nats with three decimals; a dash for none."""
-    if value is None:
-        return "–"
-    if unit == "%":
-        return f"{100 * value:.1f} %"
-    return _signed(f"{value:.3f}" if unit == "nats" else f"{value:.2f}")
+    return _signed(shown_value(value, unit)) + (" %" if unit == "%" and value is not None else "")
 
 
 def change_words(value: float | None, unit: str, with_unit: bool = True) -> str:
     """Return a difference with its sign; of shares in percentage points."""
     if value is None:
         return "–"
-    number = {"%": f"{100 * value:+.1f}", "nats": f"{value:+.3f}"}.get(unit, f"{value:+.2f}")
     words = {"%": " points", "nats": " nats"}.get(unit, "") if with_unit else ""
-    return _signed(number) + words
+    return _signed(shown_change(value, unit)) + words
 
 
 def interval_words(result: MetricResult) -> str:
