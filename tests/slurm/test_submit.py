@@ -111,11 +111,13 @@ def test_of_two_submissions_at_once_one_is_sent(folder: Path, cluster: Cluster, 
         send(run, jobs, check_jobs(found.site, jobs))
     assert len(read_jobs(run)) == 2
     cluster.ask("scancel", *(job.job_id for job in read_jobs(run)))
+    queued = ("squeue", "-h", "--name=tiny,tiny-prepare", "-o", "%i %T")
+    cluster.wait_until(lambda: not cluster.ask(*queued), 60, lambda: cluster.ask(*queued))
     with launcher_lock(run):
         assert main(["submit", "runs/tiny"]) == 2
     assert "tiny is run by process" in capsys.readouterr().err
     assert len(read_jobs(run)) == 2
-    assert cluster.ask("squeue", "-h", "--name=tiny,tiny-prepare", "-o", "%i") == ""
+    assert cluster.ask(*queued) == ""
 
 
 def test_a_first_profile_of_the_cluster_can_be_submitted_with(folder: Path, capsys) -> None:

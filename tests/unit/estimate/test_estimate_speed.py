@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -249,10 +248,8 @@ def test_every_shipped_recipe_has_an_estimate(name: str) -> None:
     shape = read_shape(find_configuration(recipe))
     assert shape is not None
     plan = make_plan(recipe, DeviceRequest(8), Hardware(2, ()), None)
-    start = time.process_time()
     basis = EstimateInputs(shape, PackFigures.full(recipe.batch.length), find_gpu("H100"))
     found = PlanEstimate(plan, basis).speed
-    assert time.process_time() - start < 0.2  # a table of all choices asks for some hundred
     assert 0.1 < found.mfu < found.hfu < 0.6
 
 
@@ -282,9 +279,7 @@ def test_a_70b_from_1_to_4096_gpus(name: str, mode: Any) -> None:
     recipe = load_recipe(name, [], check_environment=False)
     shape = read_shape(find_configuration(recipe))
     assert shape is not None
-    start = time.process_time()
     found = scale(recipe, EstimateInputs(shape, PackFigures.full(recipe.batch.length), find_gpu("H100")), mode)
-    assert time.process_time() - start < 2
     efficiency = points(found)
     if mode == "strong":
         # A step's packs are the maths of the run: no more GPUs than packs.
