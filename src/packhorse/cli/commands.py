@@ -288,6 +288,20 @@ _TABLE = (
         more_words="others",
     ),
     Command(
+        "export",
+        "Write the model of a run as GGUF files for llama.cpp, Ollama and LM Studio, proven and measured.",
+        (
+            ("packhorse export RUN", "one file of the type Q8_0"),
+            ("packhorse export RUN --quantize Q4_K_M,Q8_0", "one file per type"),
+        ),
+        words=(RUN,),
+        flags=(
+            Flag("to", "gguf, ollama or lm-studio; all write the same files", shows="FORM", default="gguf"),
+            Flag("quantize", "types of files, e.g. F16, Q8_0, Q6_K, Q4_K_M", shows="Q4_K_M,Q8_0", default="Q8_0"),
+            Flag("out", "folder of the result; default: RUN/export/gguf", shows="FOLDER"),
+        ),
+    ),
+    Command(
         "chat",
         "Chat with the model of a run in the terminal.",
         (("packhorse chat RUN", ""),),
