@@ -14,10 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.cli.show.text import open_console
-from packhorse.errors import EXIT_OK, UserError
+from packhorse.errors import EXIT_NO_GO, EXIT_OK, UserError
 from packhorse.evaluate.results import shown_change
 from packhorse.export.gguf.export import GgufExport
-from packhorse.export.ollama import lm_studio_command, ollama_command
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.workflows.export import export_gguf_files
 
@@ -27,6 +26,9 @@ FORMS: Final = ("gguf", "ollama", "lm-studio")
 def export(run: str, to: str = "gguf", quantize: str = "Q8_0", out: str = "") -> int:
     """Write the trained model as GGUF files for llama.cpp, Ollama and LM Studio.
 
+    Returns:
+        Exit code: 3 if a file's loss rises by more than `evaluation.smallest_effect`.
+
     Raises:
         UserError: The form is not known, the run has not finished, or a file cannot be proven.
     """
@@ -35,8 +37,9 @@ def export(run: str, to: str = "gguf", quantize: str = "Q8_0", out: str = "") ->
     plan = open_run(run)
     with byte_progress() as progress:
         found, folder = export_gguf_files(plan, [name for name in quantize.split(",") if name], out, progress)
-    open_console().print(render(found, folder, plan_name=Path(plan.run_folder).name))
-    return EXIT_OK
+    name, effect = Path(plan.run_folder).name, plan.recipe.evaluation.smallest_effect
+    open_console().print(render(found, folder, name, effect))
+    return EXIT_NO_GO if any(file.outcome == "lost" for file in found.files) else EXIT_OK
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
-def render(found: GgufExport, folder: Path, plan_name: str) -> RenderableType:
+def render(found: GgufExport, folder: Path, name: str, smallest_effect: float) -> RenderableType:
     """Return the proof in sentences, the table of files, and the commands that use them."""
     proof = found.proof
     first = found.files[0].path
@@ -61,10 +64,12 @@ def render(found: GgufExport, folder: Path, plan_name: str) -> RenderableType:
     ]
     commands = [
         f"llama.cpp  llama-server -m {relative(first)}",
-        f"Ollama     {ollama_command(Path(relative(folder)), plan_name)}",
-        f"LM Studio  {lm_studio_command(Path(relative(first)), 'packhorse', plan_name)}",
+        f"Ollama     ollama create {name} -f {relative(folder)}/Modelfile",
+        # LM Studio sees no file outside PUBLISHER/MODEL folders.
+        f"LM Studio  lms import {relative(first)} --user-repo packhorse/{name} --hard-link -y",
     ]
-    return Group(*map(Text, lines), _table(found), *map(Text, commands))
+    note = f"kept: the loss rises by less than {smallest_effect:g} nats (evaluation.smallest_effect); lost: by more\n"
+    return Group(*map(Text, lines), _table(found), Text(note), *map(Text, commands))
 
 
 def _table(found: GgufExport) -> Table:
@@ -74,7 +79,7 @@ def _table(found: GgufExport) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for file in found.files:
-        result = file.verdict
+        result = file.loss
         change = shown_change(result.difference, "nats") if result.difference is not None else ""
         if result.low is not None and result.high is not None:
             change += f" [{shown_change(result.low, 'nats')}, {shown_change(result.high, 'nats')}]"
@@ -85,6 +90,6 @@ def _table(found: GgufExport) -> Table:
             f"{100 * file.quality.top_1:.1f}",
             f"{result.base:.4f} → {result.tuned:.4f}",
             change,
-            result.verdict,
+            file.outcome,
         )
     return table

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 GGUF_FOLDER = "gguf"
 GGUF_FIGURES_FILE = "gguf.json"
 MODELFILE = "Modelfile"
+LEAST_OLLAMA = "0.12.0"
+"""First version whose engine renders the chat template inside the file."""
 MOST_TEXTS = 500
 """Rendered rows whose ids are compared; more of one kind find nothing more."""
 
@@ -43,12 +45,11 @@ def export_gguf_files(
     require_data(plan)
     _require_extra()
     from packhorse.export.gguf.export import export_gguf
-    from packhorse.export.ollama import modelfile
 
     request = _gguf_request(plan, file_types, Path(out) if out else Path(plan.run_folder) / EXPORT_FOLDER / GGUF_FOLDER)
     found = export_gguf(request, progress)
     replace_file(request.out / GGUF_FIGURES_FILE, json.dumps(_figures(found), indent=2) + "\n")
-    replace_file(request.out / MODELFILE, modelfile(found.files[0].path, request, plan.recipe.batch.length))
+    replace_file(request.out / MODELFILE, _modelfile(found.files[0].path, request, plan.recipe.batch.length))
     return found, request.out
 
 
@@ -143,8 +144,28 @@ def _figures(found: GgufExport) -> dict[str, Any]:
                 "sha256": file.sha256,
                 "kl_nats": file.quality.kl,
                 "top_1": file.quality.top_1,
-                "loss": file.verdict.model_dump(),
+                "loss": file.loss.model_dump(),
+                "outcome": file.outcome,
             }
             for file in found.files
         ],
     }
+
+
+def _modelfile(file: Path, request: GgufRequest, context: int) -> str:
+    """Return Ollama's Modelfile for a GGUF file.
+
+    Args:
+        file: The GGUF file, beside which the Modelfile is put.
+        request: What was exported: its stop tokens.
+        context: Tokens of the longest chat; Ollama's default is 4,096.
+    """
+    stops = [request.tokenizer.convert_ids_to_tokens(index) for index in request.stops]
+    lines = [
+        f"FROM ./{file.name}",
+        f"REQUIRES {LEAST_OLLAMA}",
+        f"PARAMETER num_ctx {context}",
+        "PARAMETER temperature 0",
+        *(f'PARAMETER stop "{stop}"' for stop in stops),
+    ]
+    return "\n".join(lines) + "\n"

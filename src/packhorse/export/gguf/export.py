@@ -6,8 +6,9 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from packhorse.errors import UserError
 from packhorse.evaluate.metrics.metric import LOSS
 from packhorse.evaluate.results import MetricResult
-from packhorse.evaluate.verdict import MetricValues, adjusted_results, metric_result
+from packhorse.evaluate.verdict import MetricValues, metric_result
 from packhorse.export.gguf.convert import Source, write_gguf
 from packhorse.export.gguf.families import family_of
-from packhorse.export.gguf.file_types import FILE_TYPES, Mix, check_file_types, num_bytes
+from packhorse.export.gguf.file_types import Mix, check_file_types, num_bytes
 from packhorse.export.gguf.measure import HeldOutRow, Quality, quality_of, reference_of
 from packhorse.export.gguf.prove import Proof, choose_vocabulary, layers_to_compare, prove_numbers
 from packhorse.export.gguf.vocabulary import Vocabulary, vocabularies_of
@@ -68,7 +69,8 @@ class GgufFile:
         bytes: Its size.
         sha256: Its hash.
         quality: How it does on the held-out rows.
-        verdict: Its loss beside that of the model that it was made from.
+        loss: Its loss beside that of the model that it was made from.
+        outcome: `kept` if the whole 95 % interval of the change is below the smallest effect, `lost` if it is above.
     """
 
     file_type: str
@@ -76,7 +78,8 @@ class GgufFile:
     bytes: int
     sha256: str
     quality: Quality
-    verdict: MetricResult
+    loss: MetricResult
+    outcome: Literal["kept", "lost", "cannot tell"]
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,11 @@ def export_gguf(request: GgufRequest, progress: Progress = lambda what, done, to
     try:
         vocabulary, proof = _prove(request, source, candidates, layers, beside, progress)
         reference = reference_of(source, request.rows)
-        files = [
-            _file(request, source, vocabulary, name, beside, progress, quality=lambda path: quality_of(path, reference))
-            for name in request.file_types
-        ]
+        measure = partial(quality_of, reference=reference)
+        files = [_file(request, source, vocabulary, name, beside, progress, measure) for name in request.file_types]
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    verdicts = adjusted_results([file.verdict for file in files])
-    return GgufExport(proof, tuple(replace(file, verdict=verdict) for file, verdict in zip(files, verdicts)))
+    return GgufExport(proof, tuple(files))
 
 
 def _check_disk(request: GgufRequest, source: Source, layers: int) -> None:
@@ -187,32 +187,28 @@ def _file(
         progress=lambda done, total: progress(file_type, done, total),
     )
     measured = quality(path)
-    values = MetricValues(
-        LOSS,
-        np.arange(len(measured.losses)),
-        measured.reference_losses,
-        measured.losses,
-        measured.num_tokens.astype(np.float64),
-    )
-    everything = np.ones(len(measured.losses), bool)
-    tested = values.tested(range(len(measured.losses)), everything)
+    loss = _loss(measured, request.smallest_effect)
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     final = path.replace(request.out / path.name)
     return GgufFile(
-        file_type,
-        final,
-        final.stat().st_size,
-        digest,
-        measured,
-        metric_result(values, tested, request.smallest_effect),
+        file_type, final, final.stat().st_size, digest, measured, loss, _outcome(loss, request.smallest_effect)
     )
+
+
+def _loss(measured: Quality, smallest_effect: float) -> MetricResult:
+    """Return the paired comparison of losses; each row is one cluster."""
+    rows = np.arange(len(measured.losses))
+    weights = measured.num_tokens.astype(np.float64)
+    values = MetricValues(LOSS, rows, measured.reference_losses, measured.losses, weights)
+    return metric_result(values, values.tested(rows.tolist(), np.ones(len(rows), bool)), smallest_effect)
+
+
+def _outcome(loss: MetricResult, smallest_effect: float) -> Literal["kept", "lost", "cannot tell"]:
+    if loss.low is None or loss.high is None:
+        return "cannot tell"
+    return "kept" if loss.high < smallest_effect else "lost" if loss.low > smallest_effect else "cannot tell"
 
 
 def _facts(request: GgufRequest) -> dict[str, str]:
     return {"name": request.name, **request.facts}
-
-
-def known_types() -> str:
-    """Return the names of the types of files, for help."""
-    return ", ".join(FILE_TYPES)

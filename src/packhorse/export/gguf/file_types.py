@@ -43,7 +43,7 @@ class Mix:
         file_type: Name of the file's type, e.g. `Q4_K_M`.
         num_layers: Layers of the model.
         num_experts: Experts of each layer, 0 where there are none.
-        has_output: Whether the output head is a tensor of its own.
+        has_output: Whether the output head is a separate tensor.
     """
 
     file_type: str
@@ -95,7 +95,7 @@ def check_file_types(names: list[str]) -> None:
     """Refuse a file type that is not known.
 
     Raises:
-        UserError: A name is none of `FILE_TYPES`.
+        UserError: A name is not in `FILE_TYPES`.
     """
     unknown = [name for name in names if name not in FILE_TYPES]
     if unknown:

@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own: it tokenises, and gives log-probabilities, as it will where the file is used.
+"""llama.cpp in another process: it tokenises, and gives log-probabilities, as it will where the file is used.
 
 Run as a program, this module loads one file and prints the address of its HTTP server. A file that llama.cpp cannot
 load may end the process, which must not be the user's.
@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 from urllib.parse import urlsplit
+
+import xllamacpp
 
 from packhorse.errors import UserError
 
@@ -104,7 +106,7 @@ class LlamaCpp:
         return self._plain
 
     def complete(self, ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], bool]:
-        """Return the greedy answer to a prompt, and whether it ended by itself."""
+        """Return the greedy answer to a prompt, and whether it ended with a stop token."""
         words = {
             "prompt": list(ids),
             "n_predict": max_new_tokens,
@@ -128,8 +130,6 @@ class LlamaCpp:
 
 def _serve(file: str, context: str, exact: str, threads: str) -> None:
     """Load a file, print the server's address, and wait until the caller goes away."""
-    import xllamacpp  # noqa: PLC0415  # an extra
-
     params = xllamacpp.CommonParams()
     params.model.path = file
     params.hostnames = ["127.0.0.1"] if hasattr(params, "hostnames") else params.hostnames

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from packhorse.export.gguf.convert import Source
 from packhorse.export.gguf.llama_cpp import LlamaCpp
-from packhorse.export.gguf.prove import TOP, load_reference, log_probabilities
+from packhorse.export.gguf.prove import load_reference, log_probabilities
 
+TOP: Final = 256
+"""Likeliest tokens that are compared one by one."""
 MAX_TOKENS: Final = 512
 """Most supervised tokens that are measured; each asks llama.cpp once."""
 

@@ -20,7 +20,7 @@ PRE_TOKENIZERS: Final = {
     f"{_WORDS}{_REST}": "qwen2",
     f"{_WORDS}{{1,3}}{_REST}": "llama-bpe",
 }
-# Tried where the expression is none of these: the proof on the run's own rows decides.
+# Tried for any other expression: the proof on the run's own rows decides.
 CANDIDATES: Final = ("gpt-2", "qwen2", "llama-bpe", "starcoder", "smollm", "gpt-4o", "tekken")
 
 
