@@ -43,7 +43,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_file_is_proven_and_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "runs/tiny", "--quantize", "F16,Q8_0,Q4_0"]) == 0
+    assert main(["export", "runs/tiny", "--to", "gguf", "--quantize", "F16,Q8_0,Q4_0"]) == 0
     shown = capsys.readouterr().out
     out = run / "export" / "gguf"
     figures = json.loads((out / "gguf.json").read_text())
@@ -74,6 +74,22 @@ def test_each_file_is_proven_and_measured(run: Path, capsys: pytest.CaptureFixtu
     assert tokens[:8] == expected[:8]
 
 
+def test_an_adapter_is_merged_and_then_written(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {"method": {"kind": "lora", "rank": 4}, "model": {"path": str(run / "model")}, "steps": 4}
+    recipe = write_tiny(tmp_path, name="adapter", **words)
+    assert main(["train", str(recipe)]) == 0
+    assert main(["export", "runs/adapter"]) == 0
+    assert "base to adapter" in capsys.readouterr().out
+    merged = run.parent / "adapter" / "export" / "merged"
+    assert json.loads((merged / "merge.json").read_text())["proof"]["largest_difference"] < 1e-4
+    assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] == 2  # <|im_end|>
+    monkeypatch.setattr("packhorse.export.merge.export.export_merged", None)  # the merge above is used again
+    assert main(["export", "runs/adapter", "--to", "gguf"]) == 0
+    assert "kept" in capsys.readouterr().out
+
+
 def test_a_file_that_loses_too_much_ends_with_code_3(run: Path, tmp_path: Path) -> None:
     """The norms of a copy shrink where the weights behind them grow: the same model, which 4 bits cannot hold."""
     shutil.copytree(run, tmp_path / "harsh")
@@ -88,13 +104,16 @@ def test_a_file_that_loses_too_much_ends_with_code_3(run: Path, tmp_path: Path) 
             for linear in behind:
                 linear.weight.data[:, ::32] *= 300
     model.save_pretrained(tmp_path / "harsh" / "model")
-    assert main(["export", str(tmp_path / "harsh"), "--quantize", "Q4_0", "--out", str(tmp_path / "out")]) == 3
+    assert (
+        main(["export", str(tmp_path / "harsh"), "--to", "gguf", "--quantize", "Q4_0", "--out", str(tmp_path / "out")])
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--quantize", "Q4_K_XL"], "Q4_K_XL is no type of GGUF file that is written here"),
+        (["--to", "gguf", "--quantize", "Q4_K_XL"], "Q4_K_XL is no type of GGUF file that is written here"),
         (["--to", "onnx"], "--to is onnx"),
     ],
 )
@@ -110,7 +129,7 @@ def test_other_tokens_than_training_are_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prove.LlamaCpp, "tokenize", lambda _, text: [1] * len(text))
-    assert main(["export", "runs/tiny", "--out", str(tmp_path)]) == 2
+    assert main(["export", "runs/tiny", "--to", "gguf", "--out", str(tmp_path)]) == 2
     assert "cuts texts into other tokens than training did" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

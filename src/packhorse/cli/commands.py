@@ -289,16 +289,19 @@ _TABLE = (
     ),
     Command(
         "export",
-        "Write the model of a run as GGUF files for llama.cpp, Ollama and LM Studio, proven and measured.",
+        "Write the trained model for other programs: merged into one Hugging Face folder, or as GGUF files; proven.",
         (
-            ("packhorse export RUN", "one file of the type Q8_0"),
-            ("packhorse export RUN --quantize Q4_K_M,Q8_0", "one file per type"),
+            ("packhorse export RUN", "adapter and base as one model, in RUN/export/merged"),
+            ("packhorse export RUN --to gguf", "for llama.cpp, Ollama and LM Studio; one file of the type Q8_0"),
+            ("packhorse export RUN --to gguf --quantize Q4_K_M,Q8_0", "one file per type"),
         ),
         words=(RUN,),
         flags=(
-            Flag("to", "gguf, ollama or lm-studio; all write the same files", shows="FORM", default="gguf"),
-            Flag("quantize", "types of files, e.g. F16, Q8_0, Q6_K, Q4_K_M", shows="Q4_K_M,Q8_0", default="Q8_0"),
-            Flag("out", "folder of the result; default: RUN/export/gguf", shows="FOLDER"),
+            Flag("to", "merged or gguf", shows="FORM", default="merged"),
+            Flag("quantize", "gguf: types of files, e.g. F16, Q8_0, Q6_K, Q4_K_M", shows="Q4_K_M,Q8_0", default="Q8_0"),
+            Flag("dtype", "merged: bfloat16, float16 or float32; default: as training computed", shows="DTYPE"),
+            Flag("unrounded", "merged: QLoRA into the weights on disk, not into those in few bits", "switch"),
+            Flag("out", "folder of the result; default: inside RUN/export", shows="FOLDER"),
         ),
     ),
     Command(

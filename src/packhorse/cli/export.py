@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -13,33 +13,64 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from packhorse.cli.show.text import open_console
+from packhorse.cli.show.text import open_console, print_plain
 from packhorse.errors import EXIT_NO_GO, EXIT_OK, UserError
 from packhorse.evaluate.results import shown_change
-from packhorse.export.gguf.export import GgufExport
 from packhorse.run_folder.folder import open_run, relative
-from packhorse.workflows.export import export_gguf_files
+from packhorse.run_folder.layout import MERGE_FILE
+from packhorse.workflows.export import Merged, export_gguf_files, export_merged_model
 
-FORMS: Final = ("gguf", "ollama", "lm-studio")
+if TYPE_CHECKING:  # an extra
+    from packhorse.export.gguf.export import GgufExport
+
+FORMS: Final = ("merged", "gguf")
 
 
-def export(run: str, to: str = "gguf", quantize: str = "Q8_0", out: str = "") -> int:
-    """Write the trained model as GGUF files for llama.cpp, Ollama and LM Studio.
+def export(
+    run: str, to: str = "merged", quantize: str = "Q8_0", dtype: str = "", unrounded: bool = False, out: str = ""
+) -> int:
+    """Write the trained model as one model in Hugging Face form, or as GGUF files.
 
     Returns:
-        Exit code: 3 if a file's loss rises by more than `evaluation.smallest_effect`.
+        Exit code: 3 if a GGUF file's loss rises by more than `evaluation.smallest_effect`.
 
     Raises:
-        UserError: The form is not known, the run has not finished, or a file cannot be proven.
+        UserError: The form is not known, the run has not finished, or a result cannot be proven.
     """
     if to not in FORMS:
         raise UserError(f"--to is {to}.", f"known are {', '.join(FORMS)}.", "write for example --to gguf.")
     plan = open_run(run)
+    console = open_console()
+    if to == "merged":
+        with byte_progress() as progress:
+            merged = export_merged_model(plan, dtype, unrounded, out, progress)
+        for line in merged_lines(merged):
+            print_plain(line, console)
+        return EXIT_OK
     with byte_progress() as progress:
         found, folder = export_gguf_files(plan, [name for name in quantize.split(",") if name], out, progress)
-    name, effect = Path(plan.run_folder).name, plan.recipe.evaluation.smallest_effect
-    open_console().print(render(found, folder, name, effect))
+    console.print(render(found, plan.recipe.evaluation.smallest_effect))
+    for line in commands(found, folder, Path(plan.run_folder).name):
+        print_plain(line, console)
     return EXIT_NO_GO if any(file.outcome == "lost" for file in found.files) else EXIT_OK
+
+
+def merged_lines(merged: Merged) -> list[str]:
+    """Return the proof of a merge in sentences."""
+    proof, where = merged.proof, relative(merged.folder)
+    if proof is None:
+        return [f"{where} is the whole model in Hugging Face form already: training wrote it."]
+    lines = [
+        f"saved as   {where}, with {MERGE_FILE}",
+        f"proven     on {proof.num_positions} positions of held-out rows, KL in nats: adapter to merged "
+        f"{proof.adapter_to_merged:.1e}, base to adapter {proof.base_to_adapter:.1e}, rounding alone "
+        f"{proof.rounding_floor:.1e}",
+    ]
+    if proof.trained_to_merged is not None:
+        lines.append(
+            f"unrounded  training saw the base in few bits: trained to merged {proof.trained_to_merged:.1e} nats (KL)"
+        )
+    return lines
 
 
 @contextmanager
@@ -52,24 +83,28 @@ def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
-def render(found: GgufExport, folder: Path, name: str, smallest_effect: float) -> RenderableType:
-    """Return the proof in sentences, the table of files, and the commands that use them."""
+def render(found: GgufExport, smallest_effect: float) -> RenderableType:
+    """Return the proof in sentences, and the table of files."""
     proof = found.proof
-    first = found.files[0].path
     lines = [
         f"tokens     {proof.num_texts} texts have the ids of training in llama.cpp"
         + (f"; {proof.num_normalised} only after Unicode normalisation" if proof.num_normalised else ""),
         f"numbers    fp32, {proof.num_layers} layers: log-probabilities within {proof.largest_difference:.1g} nats of "
         f"transformers (bound {proof.bound:g})",
     ]
-    commands = [
-        f"llama.cpp  llama-server -m {relative(first)}",
+    note = f"kept: the loss rises by less than {smallest_effect:g} nats (evaluation.smallest_effect); lost: by more\n"
+    return Group(*map(Text, lines), _table(found), Text(note))
+
+
+def commands(found: GgufExport, folder: Path, name: str) -> list[str]:
+    """Return the commands that use the first file."""
+    first = relative(found.files[0].path)
+    return [
+        f"llama.cpp  llama-server -m {first}",
         f"Ollama     ollama create {name} -f {relative(folder)}/Modelfile",
         # LM Studio sees no file outside PUBLISHER/MODEL folders.
-        f"LM Studio  lms import {relative(first)} --user-repo packhorse/{name} --hard-link -y",
+        f"LM Studio  lms import {first} --user-repo packhorse/{name} --hard-link -y",
     ]
-    note = f"kept: the loss rises by less than {smallest_effect:g} nats (evaluation.smallest_effect); lost: by more\n"
-    return Group(*map(Text, lines), _table(found), Text(note), *map(Text, commands))
 
 
 def _table(found: GgufExport) -> Table:

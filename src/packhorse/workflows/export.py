@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,17 @@ from packhorse.durable import replace_file
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.folder import relative
-from packhorse.run_folder.layout import EXPORT_FOLDER, MODEL_FOLDER
+from packhorse.run_folder.layout import ADAPTER_FOLDER, EXPORT_FOLDER, MODEL_FOLDER
 from packhorse.workflows.prepared_data import require_data
 
 if TYPE_CHECKING:
     from packhorse.export.gguf.export import GgufExport, GgufRequest
+    from packhorse.export.merge.prove import MergeProof
+    from packhorse.export.reference import HeldOutRow
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, bytes done and bytes in all."""
+MERGED_FOLDER = "merged"
 GGUF_FOLDER = "gguf"
 GGUF_FIGURES_FILE = "gguf.json"
 MODELFILE = "Modelfile"
@@ -28,13 +35,58 @@ MOST_TEXTS = 500
 """Rendered rows whose ids are compared; more of one kind find nothing more."""
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A whole model in Hugging Face form, and the proof of its merge; None where training made it."""
+
+    folder: Path
+    proof: MergeProof | None
+
+
+def export_merged_model(
+    plan: RunPlan, dtype: str, unrounded: bool, out: str, progress: Progress, reuse: bool = False
+) -> Merged:
+    """Merge the adapter of a run into its base; a whole model is returned where it is.
+
+    Args:
+        plan: Plan of a finished run.
+        dtype: Type of the result, such as `bfloat16`; empty: the one that training computed in.
+        unrounded: Merge QLoRA into the weights on disk, which training did not see.
+        out: Folder of the result; empty: RUN/export/merged.
+        progress: Called with what is being done, bytes done and bytes in all.
+        reuse: Take the result of an earlier call.
+
+    Raises:
+        UserError: The run has not finished, its result cannot be merged, or the merged model is not what was trained.
+    """
+    run = Path(plan.run_folder)
+    require_data(plan)
+    if plan.recipe.method.trains_base:
+        return Merged(_finished(plan, MODEL_FOLDER), None)
+    adapter = _finished(plan, ADAPTER_FOLDER)
+    from packhorse.export.merge.export import DTYPES, check_method, export_merged, is_merged, merge_request
+
+    check_method(plan.recipe.method.kind)
+    if dtype not in ("", *DTYPES):
+        raise UserError(
+            f"--dtype is {dtype}.", f"known are {', '.join(DTYPES)}.", "write for example --dtype bfloat16."
+        )
+    tokenizer = _tokenizer(plan, adapter)
+    rows = [row.ids for row in _held_out_rows(plan, tokenizer)[0]]
+    target = Path(out) if out else run / EXPORT_FOLDER / MERGED_FOLDER
+    request = merge_request(plan, adapter, tokenizer, dtype, unrounded, target, rows)
+    if reuse and is_merged(request):
+        return Merged(request.out, None)
+    return Merged(request.out, export_merged(request, lambda done, total: progress("merge", done, total)))
+
+
 def export_gguf_files(
-    plan: RunPlan, file_types: Sequence[str], out: str, progress: Callable[[str, int, int], None]
+    plan: RunPlan, file_types: Sequence[str], out: str, progress: Progress
 ) -> tuple[GgufExport, Path]:
     """Write the model of a run as GGUF files, with a Modelfile for Ollama and the figures as JSON.
 
     Args:
-        plan: Plan of a finished run.
+        plan: Plan of a finished run; an adapter is merged first.
         file_types: Types of files, such as `Q8_0`.
         out: Folder of the result; empty: RUN/export/gguf.
         progress: Called with what is being done, bytes done and bytes in all.
@@ -45,8 +97,12 @@ def export_gguf_files(
     require_data(plan)
     _require_extra()
     from packhorse.export.gguf.export import export_gguf
+    from packhorse.export.gguf.file_types import check_file_types
 
-    request = _gguf_request(plan, file_types, Path(out) if out else Path(plan.run_folder) / EXPORT_FOLDER / GGUF_FOLDER)
+    check_file_types(list(file_types))
+    model = export_merged_model(plan, "", False, "", progress, reuse=True).folder
+    folder = Path(out) if out else Path(plan.run_folder) / EXPORT_FOLDER / GGUF_FOLDER
+    request = _gguf_request(plan, model, file_types, folder)
     found = export_gguf(request, progress)
     replace_file(request.out / GGUF_FIGURES_FILE, json.dumps(_figures(found), indent=2) + "\n")
     replace_file(request.out / MODELFILE, _modelfile(found.files[0].path, request, plan.recipe.batch.length))
@@ -66,48 +122,45 @@ def _require_extra() -> None:
         )
 
 
-def result_folder(plan: RunPlan) -> Path:
-    """Return the folder of the whole trained model in Hugging Face form.
-
-    Raises:
-        UserError: The run has not finished, or its result is an adapter.
-    """
+def _finished(plan: RunPlan, name: str) -> Path:
     folder = Path(plan.run_folder)
-    if not plan.recipe.method.trains_base:
+    if not (folder / name).is_dir():
         raise UserError(
-            f"the result of {relative(folder)} is an adapter.",
-            "a GGUF file holds a whole model.",
-            "train with method: full, or convert the adapter with llama.cpp's own program.",
-        )
-    model = folder / MODEL_FOLDER
-    if not model.is_dir():
-        raise UserError(
-            f"{relative(folder)} has no {MODEL_FOLDER} folder.",
+            f"{relative(folder)} has no {name} folder.",
             "training writes its result there when it ends.",
             f"let the run finish: packhorse resume {relative(folder)}.",
         )
-    return model
+    return folder / name
 
 
-def _gguf_request(plan: RunPlan, file_types: Sequence[str], out: Path) -> GgufRequest:
-    from packhorse.data.render.tokenizer import read_tokenizer, stop_ids
+def _tokenizer(plan: RunPlan, folder: Path) -> Any:  # noqa: ANN401
+    from packhorse.data.render.tokenizer import read_tokenizer
+
+    return read_tokenizer(folder, plan.recipe.model.trust_remote_code)
+
+
+def _held_out_rows(plan: RunPlan, tokenizer: Any) -> tuple[list[HeldOutRow], list[str]]:  # noqa: ANN401
+    """Return validation and retain rows: ids with their supervised positions, and some as the template writes them."""
     from packhorse.evaluate.held_out import read_sets, trained_form
-    from packhorse.export.gguf.export import GgufRequest
-    from packhorse.export.gguf.measure import HeldOutRow
+    from packhorse.export.reference import HeldOutRow
 
-    model = result_folder(plan)
-    tokenizer = read_tokenizer(model, plan.recipe.model.trust_remote_code)
     assert plan.data is not None
-    settings = plan.recipe.evaluation
     form = trained_form(tokenizer, plan.recipe.data)
-    sets = read_sets(Path(plan.data.folder), settings, form)
-    rows = []
-    for held_out in sets:
-        for index in range(held_out.documents.num_documents):
-            ids, mask = held_out.documents.document(index)
-            rows.append(HeldOutRow(tuple(ids.tolist()), tuple((np.flatnonzero(mask[1:]) + 1).tolist())))
-    texts = [text for held_out in sets for row in held_out.documents.rows() for text in _texts(tokenizer, form, row)]
+    sets = read_sets(Path(plan.data.folder), plan.recipe.evaluation, form)
+    documents = [held_out.documents.document(at) for held_out in sets for at in range(held_out.documents.num_documents)]
+    rows = [HeldOutRow(tuple(ids.tolist()), tuple((np.flatnonzero(mask[1:]) + 1).tolist())) for ids, mask in documents]
+    stored = islice((row for held_out in sets for row in held_out.documents.rows()), MOST_TEXTS)
+    return rows, [_text(tokenizer, form, row) for row in stored]
+
+
+def _gguf_request(plan: RunPlan, model: Path, file_types: Sequence[str], out: Path) -> GgufRequest:
+    from packhorse.data.render.tokenizer import stop_ids
+    from packhorse.export.gguf.export import GgufRequest
+
+    tokenizer = _tokenizer(plan, model)
+    rows, texts = _held_out_rows(plan, tokenizer)
     stops = sorted(stop_ids(tokenizer, model), key=lambda index: index != tokenizer.eos_token_id)
+    base = plan.recipe.model.id or plan.recipe.model.path
     return GgufRequest(
         model=model,
         tokenizer=tokenizer,
@@ -115,21 +168,19 @@ def _gguf_request(plan: RunPlan, file_types: Sequence[str], out: Path) -> GgufRe
         file_types=file_types,
         out=out,
         name=Path(plan.run_folder).name,
-        texts=texts[:MOST_TEXTS],
+        texts=texts,
         rows=rows,
-        smallest_effect=settings.smallest_effect,
-        facts={"description": f"Fine-tuned by Packhorse from {plan.recipe.model.id or plan.recipe.model.path}"}
-        if plan.recipe.model.id or plan.recipe.model.path
-        else {},
+        smallest_effect=plan.recipe.evaluation.smallest_effect,
+        facts={"description": f"Fine-tuned by Packhorse from {base}"} if base else {},
     )
 
 
-def _texts(tokenizer: Any, form: Any, row: dict[str, Any]) -> list[str]:  # noqa: ANN401
-    """Return the text of a row as the template writes it."""
+def _text(tokenizer: Any, form: Any, row: dict[str, Any]) -> str:  # noqa: ANN401
+    """Return a row as the template writes it."""
     if not row.get("messages"):
-        return [row["text"]]
+        return str(row["text"])
     messages, tools = form(row)
-    return [tokenizer.apply_chat_template(messages, tools=list(tools) or None, tokenize=False)]
+    return str(tokenizer.apply_chat_template(messages, tools=list(tools) or None, tokenize=False))
 
 
 def _figures(found: GgufExport) -> dict[str, Any]:

@@ -2,69 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, get_tensor_name_map
 from gguf.constants import MODEL_ARCH_NAMES
-from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from packhorse.errors import UserError
 from packhorse.export.gguf.families import Weights, family_of, rope_factors, write_parameters
 from packhorse.export.gguf.file_types import Mix, num_bytes, quantized
 from packhorse.export.gguf.vocabulary import Vocabulary
+from packhorse.export.reference import first_layers
+from packhorse.export.weight_files import WeightFiles
 
 EXPERT: Final = re.compile(r"\.experts\.(\d+)\.")
 LAYER: Final = re.compile(r"\.layers\.(\d+)\.")
-INDEX: Final = "model.safetensors.index.json"
-
-
-class WeightFiles:
-    """The tensors of a folder of safetensors files, read one by one."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / INDEX
-        if index.is_file():
-            self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            with safe_open(folder / "model.safetensors", framework="pt") as opened:
-                self._file_of = dict.fromkeys(opened.keys(), "model.safetensors")
-        missing = sorted({name for name in self._file_of.values() if not (folder / name).is_file()})
-        if missing:
-            raise UserError(
-                f"{folder} has no {', '.join(missing)}.",
-                f"{INDEX} says that some weights are in there.",
-                "copy the folder again, or export the run again.",
-            )
-        self._folder = folder
-        self._opened: dict[str, Any] = {}
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors."""
-        return list(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor; nothing of it is read."""
-        return tuple(self._handle(name).get_slice(name).get_shape())
-
-    def read(self, name: str) -> Weights:
-        """Return a tensor in float32."""
-        weights: Weights = self._handle(name).get_tensor(name).float().numpy()
-        return weights
-
-    def _handle(self, name: str) -> Any:  # noqa: ANN401
-        file = self._file_of[name]
-        if file not in self._opened:
-            self._opened[file] = safe_open(self._folder / file, framework="pt")
-        return self._opened[file]
 
 
 @dataclass(frozen=True)
@@ -104,6 +64,11 @@ class Source:
         """Experts of each layer, 0 where there are none."""
         return getattr(self.config, "num_local_experts", 0) or getattr(self.config, "num_experts", 0) or 0
 
+    @property
+    def fp32_bytes(self) -> int:
+        """Size of the weights in fp32."""
+        return 4 * sum(math.prod(tensor.shape) for tensor in self.tensors())
+
     def tensors(self, num_layers: int | None = None) -> list[Tensor]:
         """Return the tensors of the file, of the first layers only if `num_layers` is given.
 
@@ -133,14 +98,14 @@ class Source:
                     "export it as a Hugging Face folder: packhorse export RUN.",
                 )
             if expert is None:
-                read = lambda name=name: family.change(name, files.read(name), self.config)  # noqa: E731
+                read = lambda name=name: family.change(name, files.read(name).float().numpy(), self.config)  # noqa: E731
                 yield Tensor(target, files.shape(name), read)
                 continue
             parts = experts.setdefault(target, {})
             parts[int(expert[1])] = name
             if len(parts) == self.num_experts:
                 ordered = [parts[index] for index in range(len(parts))]
-                read = lambda ordered=ordered: np.stack([files.read(part) for part in ordered])  # noqa: E731
+                read = lambda ordered=ordered: np.stack([files.read(part).float().numpy() for part in ordered])  # noqa: E731
                 yield Tensor(target, (len(ordered), *files.shape(name)), read)
 
 
@@ -210,13 +175,3 @@ def write_gguf(
     with target.open("rb") as file:
         os.fsync(file.fileno())
     return kinds
-
-
-def first_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """Return the configuration of a model that ends after its first layers."""
-    fields = config.to_dict()
-    fields["num_hidden_layers"] = num_layers
-    if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][:num_layers]
-    cut: PretrainedConfig = type(config).from_dict(fields)
-    return cut

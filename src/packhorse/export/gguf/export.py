@@ -20,9 +20,10 @@ from packhorse.evaluate.verdict import MetricValues, metric_result
 from packhorse.export.gguf.convert import Source, write_gguf
 from packhorse.export.gguf.families import family_of
 from packhorse.export.gguf.file_types import Mix, check_file_types, num_bytes
-from packhorse.export.gguf.measure import HeldOutRow, Quality, quality_of, reference_of
-from packhorse.export.gguf.prove import Proof, choose_vocabulary, layers_to_compare, prove_numbers
+from packhorse.export.gguf.measure import Quality, quality_of, reference_of
+from packhorse.export.gguf.prove import Proof, choose_vocabulary, prove_numbers
 from packhorse.export.gguf.vocabulary import Vocabulary, vocabularies_of
+from packhorse.export.reference import HeldOutRow, layers_to_compare
 
 PROOF_ROWS: Final = 4
 PROOF_TOKENS: Final = 256
@@ -104,7 +105,7 @@ def export_gguf(request: GgufRequest, progress: Progress = lambda what, done, to
     check_file_types(list(request.file_types))
     source = Source.open(request.model)
     candidates = vocabularies_of(request.tokenizer, source.config.vocab_size, list(request.stops))
-    layers = layers_to_compare(source)
+    layers = layers_to_compare(source.config, source.fp32_bytes)
     _check_disk(request, source, layers)
     beside = request.out / BESIDE
     beside.mkdir(parents=True, exist_ok=True)

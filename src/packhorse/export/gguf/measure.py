@@ -9,29 +9,17 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from packhorse.export.gguf.convert import Source
 from packhorse.export.gguf.llama_cpp import LlamaCpp
-from packhorse.export.gguf.prove import load_reference, log_probabilities
+from packhorse.export.reference import WHOLE_MODEL_BYTES, HeldOutRow, load_layers, log_probabilities
 
 TOP: Final = 256
 """Likeliest tokens that are compared one by one."""
 MAX_TOKENS: Final = 512
 """Most supervised tokens that are measured; each asks llama.cpp once."""
-
-
-@dataclass(frozen=True)
-class HeldOutRow:
-    """A row of the run.
-
-    Attributes:
-        ids: Token ids.
-        positions: Positions, from 1, whose token is supervised.
-    """
-
-    ids: tuple[int, ...]
-    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,8 +59,9 @@ class Quality:
 
 
 def reference_of(source: Source, rows: Sequence[HeldOutRow]) -> Reference:
-    """Measure the model in fp32."""
-    model = load_reference(source)
+    """Measure the model in fp32, or a large one in the type of its weights."""
+    dtype = torch.float32 if source.fp32_bytes <= WHOLE_MODEL_BYTES else "auto"
+    model = load_layers(source.folder, source.config, source.config.num_hidden_layers, dtype)
     kept = list(_within(rows, MAX_TOKENS))
     ids, values, targets = [], [], []
     for row in kept:

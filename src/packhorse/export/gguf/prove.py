@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedTokenizerBase
 
 from packhorse.errors import UserError
-from packhorse.export.gguf.convert import Source, first_layers
+from packhorse.export.gguf.convert import Source
 from packhorse.export.gguf.llama_cpp import LlamaCpp
 from packhorse.export.gguf.vocabulary import Vocabulary
+from packhorse.export.reference import load_layers, log_probabilities
 
 # What tokenizers differ in: runs of spaces, digits, marks that combine, scripts without spaces, emoji of several parts.
 HARD_TEXTS: Final = (
@@ -41,8 +38,6 @@ TOP: Final = 2000
 LEAST_LOG_PROBABILITY: Final = -9.2
 """ln 1e-4: rarer tokens never matter, and their logarithms are not exact."""
 MAX_POSITIONS: Final = 48
-WHOLE_MODEL_BYTES: Final = 2 * 2**30
-"""A model up to this size in fp32 is compared whole; of a larger one, its first layers."""
 
 
 @dataclass(frozen=True)
@@ -117,43 +112,6 @@ def choose_vocabulary(
     )
 
 
-def layers_to_compare(source: Source) -> int:
-    """Return the layers that are compared: all of a small model, else as many as show every kind of layer."""
-    config = source.config
-    if fp32_bytes(source) <= WHOLE_MODEL_BYTES:
-        return int(config.num_hidden_layers)
-    kinds = getattr(config, "layer_types", None) or []
-    return max(2, *(kinds.index(kind) + 1 for kind in set(kinds)), 2)
-
-
-def fp32_bytes(source: Source) -> int:
-    """Return the size of the model's weights in fp32."""
-    return 4 * sum(math.prod(tensor.shape) for tensor in source.tensors())
-
-
-def load_reference(source: Source, num_layers: int | None = None) -> PreTrainedModel:
-    """Load the model, or its first layers, with plain attention: in fp32, or a large whole model as it was saved."""
-    config = source.config if num_layers is None else first_layers(source.config, num_layers)
-    is_large = num_layers is None and fp32_bytes(source) > WHOLE_MODEL_BYTES
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list the weights of the layers that are not asked for
-    logging.disable_progress_bar()
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source.folder, config=config, dtype="auto" if is_large else torch.float32, attn_implementation="eager"
-        )
-    finally:
-        logging.set_verbosity(shown)
-    return model.eval()
-
-
-@torch.inference_mode()
-def log_probabilities(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Return the log-probabilities of the next token after each position, fp32 [positions, vocabulary]."""
-    logits: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
-    return logits.float().log_softmax(-1)
-
-
 def prove_numbers(file: Path, source: Source, rows: Sequence[Sequence[int]], num_layers: int, bound: float) -> Proof:
     """Compare an f32 file of the first layers with transformers, on rows of the run.
 
@@ -167,7 +125,7 @@ def prove_numbers(file: Path, source: Source, rows: Sequence[Sequence[int]], num
     Raises:
         UserError: A log-probability differs by more.
     """
-    model = load_reference(source, num_layers)
+    model = load_layers(source.folder, source.config, num_layers)
     largest, positions = 0.0, 0
     with LlamaCpp(file, context=max(map(len, rows)) + 1, exact=True) as llama:
         for ids in rows:
