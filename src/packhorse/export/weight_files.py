@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,8 @@ from packhorse.errors import UserError
 
 INDEX: Final = "model.safetensors.index.json"
 ALONE: Final = "model.safetensors"
+BLOCK_NUMBERS: Final = 1 << 17
+"""Numbers of a block: in fp32 it stays in a core's cache, which makes a merge three times as fast (docs/lab-log.md)."""
 # Names of types in the header of a safetensors file (github.com/huggingface/safetensors, "Format").
 TYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -82,17 +85,26 @@ def _existing(file: Path) -> Path:
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor that is to be written: its name, type, shape, and the function that computes it."""
+    """A tensor that is to be written: its name, type, shape, and the function that computes its blocks of rows."""
 
     name: str
     dtype: torch.dtype
     shape: Sequence[int]
-    value: Callable[[], Tensor]
+    blocks: Callable[[], Iterator[Tensor]]
 
     @property
     def bytes(self) -> int:
         """Size in the file."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """Yield ranges of rows with about `BLOCK_NUMBERS` numbers each."""
+    num_rows = shape[0] if shape else 1
+    width = max(1, torch.Size(shape).numel() // max(1, num_rows))
+    step = max(1, BLOCK_NUMBERS // width)
+    for first in range(0, num_rows, step):
+        yield slice(first, min(first + step, num_rows))
 
 
 def write_safetensors(file: Path, tensors: Iterable[Written], progress: Callable[[int], None]) -> str:
@@ -111,25 +123,26 @@ def write_safetensors(file: Path, tensors: Iterable[Written], progress: Callable
     end = 0
     for tensor in listed:
         start, end = end, end + tensor.bytes
-        header[tensor.name] = {
-            "dtype": TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        header[tensor.name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with file.open("wb") as opened:
-        for piece in (len(text).to_bytes(8, "little"), text):
+    # While one block is hashed and written, the next is computed.
+    with file.open("wb") as opened, ThreadPoolExecutor(1) as writer:
+
+        def put(piece: Any) -> None:  # noqa: ANN401  # bytes, or a tensor's memory
             digest.update(piece)
             opened.write(piece)
+
+        pending = writer.submit(put, len(text).to_bytes(8, "little") + text)
         for tensor in listed:
-            value = tensor.value().to(tensor.dtype).contiguous()
-            assert tuple(value.shape) == tuple(tensor.shape), tensor.name
-            view = value.reshape(-1).view(torch.uint8).numpy().data
-            digest.update(view)
-            opened.write(view)
+            for block in tensor.blocks():
+                view = block.to(tensor.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+                pending.result()
+                pending = writer.submit(put, view)
             progress(tensor.bytes)
+        pending.result()
+        assert opened.tell() == 8 + len(text) + end, file
         opened.flush()
         os.fsync(opened.fileno())
     return digest.hexdigest()

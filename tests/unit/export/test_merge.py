@@ -240,7 +240,7 @@ def test_an_interrupted_merge_continues_with_the_next_file(
     assert (logits(merged(request(base, tmp_path, tokenizer))) - logits(theirs)).abs().max() < 1e-4
     assert not set(written) & set(again)
     manifest = json.loads((tmp_path / "merged" / MERGE_FILE).read_text())
-    assert len(manifest["largest_change_by_weight"]) == 2 * len(LINEAR)
+    assert len(manifest["change_by_weight"]) == 2 * len(LINEAR)
     assert manifest["files"].keys() == set(written) | set(again)
 
 

@@ -26,16 +26,20 @@ MAGNITUDE: Final = ".lora_magnitude_vector"
 ROWS: Final = ".token_adapter.trainable_tokens_delta"
 
 
+Apply = Callable[[Tensor, slice], Tensor]
+
+
 @dataclass(frozen=True)
 class Change:
     """How training changed one tensor of the base.
 
     Attributes:
-        apply: Function of the tensor that training saw, in fp32, that returns the trained one, in fp32.
+        open: Read what changes it; returns the function of some rows of the tensor that training saw, in fp32, and
+            which rows they are, that returns the trained rows, in fp32.
         is_low_rank: Whether a product of two matrices is added.
     """
 
-    apply: Callable[[Tensor], Tensor]
+    open: Callable[[], Apply]
     is_low_rank: bool
 
 
@@ -104,28 +108,36 @@ class StoredAdapter:
         tensor: Tensor = self._opened.get_tensor(key)
         return tensor.float()
 
-    def _whole(self, key: str) -> Callable[[Tensor], Tensor]:
-        return lambda _: self._read(key)
+    def _whole(self, key: str) -> Callable[[], Apply]:
+        def opened() -> Apply:
+            value = self._read(key)
+            return lambda _, rows: value[rows]
 
-    def _low_rank(self, module: str, is_embedding: bool) -> Callable[[Tensor], Tensor]:
+        return opened
+
+    def _low_rank(self, module: str, is_embedding: bool) -> Callable[[], Apply]:
         kind, end = ("lora_embedding", "") if is_embedding else ("lora", ".weight")
         keys = [f"{PREFIX}{module}.{kind}_{letter}{end}" for letter in "AB"]
         magnitude = next((key for key in self._keys if key.startswith(f"{PREFIX}{module}{MAGNITUDE}")), None)
 
-        def apply(weight: Tensor) -> Tensor:
+        def opened() -> Apply:
             a, b = (self._read(key) for key in keys)
-            delta = self._scale(module, a.shape[0]) * (b @ a)
-            if is_embedding or self.config.fan_in_fan_out:
-                delta = delta.T
-            merged = weight + delta
-            if magnitude is None:
-                return merged
-            # DoRA (arXiv 2402.09353): the direction of each row, times its trained length.
-            norm = merged.norm(dim=1, keepdim=True)
-            directed: Tensor = self._read(magnitude).reshape(-1, 1) / norm * merged
-            return directed
+            if is_embedding or self.config.fan_in_fan_out:  # these weights are stored [in, out]
+                a, b = b.T, a.T
+            scale = self._scale(module, b.shape[1])
+            lengths = self._read(magnitude).reshape(-1, 1) if magnitude is not None else None
 
-        return apply
+            def apply(weight: Tensor, rows: slice) -> Tensor:
+                merged = torch.addmm(weight, b[rows], a, alpha=scale)
+                if lengths is None:
+                    return merged
+                # DoRA (arXiv 2402.09353): the direction of each row, times its trained length.
+                factors: Tensor = lengths[rows] / merged.norm(dim=1, keepdim=True)
+                return merged * factors
+
+            return apply
+
+        return opened
 
     def _scale(self, module: str, rank: int) -> float:
         config = self.config
@@ -133,11 +145,19 @@ class StoredAdapter:
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
         return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
-    def _rows(self, key: str, module: str) -> Callable[[Tensor], Tensor]:
+    def _rows(self, key: str, module: str) -> Callable[[], Apply]:
         given = self.config.trainable_token_indices
         indices = given if isinstance(given, list) else given[get_pattern_key(given, module)]
 
-        def apply(weight: Tensor) -> Tensor:
-            return weight.index_copy(0, torch.tensor(indices), self._read(key))
+        def opened() -> Apply:
+            values = dict(zip(indices, self._read(key), strict=True))
 
-        return apply
+            def apply(weight: Tensor, rows: slice) -> Tensor:
+                changed = weight.clone()
+                for index in values.keys() & set(range(rows.start, rows.stop)):
+                    changed[index - rows.start] = values[index]
+                return changed
+
+            return apply
+
+        return opened

@@ -50,13 +50,14 @@ class SeenBase:
         return (max(shape[0], self.num_tokens), *shape[1:])
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor in fp32, with the values that training computed with."""
+        """Return a tensor with the values that training computed with, in its type or in fp32."""
         weight = self.files.read(name).to(self.request.dtype)
         if name in self.in_few_bits:
             assert self.request.quantization is not None
             return rounded(weight, self.request.quantization)
-        weight = weight.float()
-        return self._with_new_rows(weight, name) if self.request.new_tokens and self._has_tokens(name) else weight
+        if self.request.new_tokens and self._has_tokens(name):
+            return self._with_new_rows(weight.float(), name)
+        return weight
 
     def is_stored_as(self, name: str, dtype: torch.dtype) -> bool:
         """Return whether the stored tensor is what training saw, in this type."""

@@ -154,7 +154,7 @@ def _write_manifest(request: MergeRequest, base: SeenBase, merge: Merge, proof: 
         "adapter": _hashes(request.adapter),
         "files": dict(merge.hashes),
         "untied": merge.untied,
-        "largest_change_by_weight": dict(merge.moved),
+        "change_by_weight": dict(merge.moved),
         "proof": asdict(proof),
     }
     (draft / MERGE_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +19,7 @@ from packhorse.durable import disk_error
 from packhorse.errors import UserError
 from packhorse.export.merge.adapter import Change
 from packhorse.export.merge.base import SeenBase
-from packhorse.export.weight_files import ALONE, INDEX, Written, write_safetensors
+from packhorse.export.weight_files import ALONE, INDEX, Written, row_blocks, write_safetensors
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
@@ -31,7 +33,7 @@ class Merge:
 
     Attributes:
         hashes: SHA-256 of each file of weights.
-        moved: Largest change of each changed tensor over its largest weight.
+        moved: Norm of the change of each changed tensor over its norm before.
         untied: Whether the output head became a tensor beside the embedding, because training changed only one of them.
     """
 
@@ -94,7 +96,8 @@ def write_merged(
             count(sum(tensor.bytes for tensor in tensors))
             continue
         try:
-            digest = write_safetensors(folder / file, tensors, count)
+            with one_thread():  # a block is too small for two, and the second core writes
+                digest = write_safetensors(folder / file, tensors, count)
         except OSError as error:
             raise disk_error(folder / file, error) from error
         _refuse_still(moved, changes)
@@ -127,25 +130,34 @@ def _plan(base: SeenBase, changes: Mapping[str, Change], dtype: torch.dtype, unt
 def _written(
     base: SeenBase, source: str, name: str, change: Change | None, dtype: torch.dtype, moved: dict[str, float]
 ) -> Written:
-    def value() -> Tensor:
+    def blocks() -> Iterator[Tensor]:
         if change is None:
-            return base.files.read(source) if base.is_stored_as(source, dtype) else base.read(source)
-        before = base.read(source)
-        after = change.apply(before)
-        moved[name] = float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
-        return after
+            # Bytes that stay the same are read and written as they come from the file.
+            yield base.files.read(source) if base.is_stored_as(source, dtype) else base.read(source)
+            return
+        apply, before = change.open(), base.read(source)
+        length, distance = 0.0, 0.0
+        for rows in row_blocks(before.shape):
+            old = before[rows].float()
+            new = apply(old, rows)
+            length = math.hypot(length, float(torch.linalg.vector_norm(old)))
+            distance = math.hypot(distance, float(torch.linalg.vector_norm(new - old)))
+            yield new
+        moved[name] = distance / max(length, 1e-30)
 
     stored = base.files.read(source).dtype
-    # Counters and masks stay what they are.
-    return Written(name, dtype if stored.is_floating_point else stored, base.shape(source), value)
+    # Counters and masks keep their type.
+    return Written(name, dtype if stored.is_floating_point else stored, base.shape(source), blocks)
 
 
 def _same_change(base: SeenBase, changes: Mapping[str, Change]) -> bool:
     """Return whether tied embedding and output head were changed alike, and stay tied."""
     if EMBEDDING not in changes:
         return False
-    before = base.read(EMBEDDING)
-    return torch.equal(changes[EMBEDDING].apply(before), changes[HEAD].apply(before))
+    before = base.read(EMBEDDING).float()
+    everything = slice(0, len(before))
+    of_embedding, of_head = (changes[name].open()(before, everything) for name in (EMBEDDING, HEAD))
+    return torch.equal(of_embedding, of_head)
 
 
 def _refuse_still(moved: Mapping[str, float], changes: Mapping[str, Change]) -> None:
@@ -169,6 +181,17 @@ def _finished(folder: Path) -> dict[str, Any]:
         for name, of_file in noted.items()
         if (folder / name).is_file() and of_file["sha256"] == sha256(folder / name)
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread while the block runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def sha256(file: Path) -> str:
