@@ -19,6 +19,7 @@ TABLES = {
     "engines": "bare loop, our loss and attention",
     "loader": "middle of epoch 3",
     "loss_memory": "packhorse",
+    "merge": "copy of the files",
     "packing": "best_fit",
     "parity": "full",
     "plan_accuracy": "within 10 %",

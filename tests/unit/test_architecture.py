@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "estimate": BASE | {"yaml_source", "recipe", "model_spec", "plan", "run_folder", "data", "model", "train"},
     "launching": BASE | {"yaml_source", "recipe", "plan", "run_folder", "estimate"},
     "evaluate": BASE | {"recipe", "plan", "run_folder", "data", "model", "track", "train"},
+    "export": BASE | {"recipe", "plan", "run_folder", "data", "model", "train", "evaluate"},
     "report": BASE | {"recipe", "plan", "run_folder", "data", "track", "evaluate"},
     "doctor": BASE | {"recipe", "model_spec", "plan", "run_folder", "estimate", "data", "launching"},
     # workflows is below cli: it shows nothing
@@ -50,6 +51,7 @@ WITH_TORCH = (
     "model.",
     "train.",
     "evaluate.",
+    "export.",
     "estimate.measure.",
     "doctor.bandwidth",
     "track.trackers",

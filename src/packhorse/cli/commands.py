@@ -288,6 +288,23 @@ _TABLE = (
         more_words="others",
     ),
     Command(
+        "export",
+        "Write the trained model for other programs: merged into one Hugging Face folder, or as GGUF files; proven.",
+        (
+            ("packhorse export RUN", "adapter and base as one model, in RUN/export/merged"),
+            ("packhorse export RUN --to gguf", "for llama.cpp, Ollama and LM Studio; one file of the type Q8_0"),
+            ("packhorse export RUN --to gguf --quantize Q4_K_M,Q8_0", "one file per type"),
+        ),
+        words=(RUN,),
+        flags=(
+            Flag("to", "merged or gguf", shows="FORM", default="merged"),
+            Flag("quantize", "gguf: types of files, e.g. F16, Q8_0, Q6_K, Q4_K_M", shows="Q4_K_M,Q8_0", default="Q8_0"),
+            Flag("dtype", "merged: bfloat16, float16 or float32; default: as training computed", shows="DTYPE"),
+            Flag("unrounded", "merged: QLoRA into the weights on disk, not into those in few bits", "switch"),
+            Flag("out", "folder of the result; default: inside RUN/export", shows="FOLDER"),
+        ),
+    ),
+    Command(
         "chat",
         "Chat with the model of a run in the terminal.",
         (("packhorse chat RUN", ""),),

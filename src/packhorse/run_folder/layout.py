@@ -26,6 +26,9 @@ RUN/
     profile/                                                        traces of `track.profile`
         steps-A-B-rank-R.json.gz  steps-A-B-rank-R.memory.pickle
     model/ or adapter/                                              the trained weights
+    export/                                                         the model in other forms
+        merged/                                                     adapter and base as one model, with merge.json
+        gguf/ NAME-TYPE.gguf  gguf.json  Modelfile
 RUNS/.compiled/                                                     code that torch.compile made, for all runs
 RUNS/NAME/                                                          a sweep; its runs are RUNS/NAME-1, RUNS/NAME-2 ...
     sweep.json  logs/
@@ -73,6 +76,9 @@ REPORT_FIGURES_FILE: Final = "report.json"
 WANDB_ID_FILE: Final = "wandb_id.txt"
 MODEL_FOLDER: Final = "model"
 ADAPTER_FOLDER: Final = "adapter"
+EXPORT_FOLDER: Final = "export"
+MERGE_FILE: Final = "merge.json"
+"""Hashes and proof of a merged model, in its folder."""
 
 # Who runs it, and requests to it: the ranks look for STOP and CHECKPOINT between two steps
 LOCK_FILE: Final = "launcher.lock"
