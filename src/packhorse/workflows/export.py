@@ -14,6 +14,8 @@ import numpy as np
 from packhorse.durable import replace_file
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import RunPlan
+from packhorse.report.model_card import model_card
+from packhorse.report.run_report import read_report
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.layout import ADAPTER_FOLDER, EXPORT_FOLDER, MODEL_FOLDER
 from packhorse.workflows.prepared_data import require_data
@@ -74,7 +76,8 @@ def export_merged_model(
     tokenizer = _tokenizer(plan, adapter)
     rows = [row.ids for row in _held_out_rows(plan, tokenizer)[0]]
     target = Path(out) if out else run / EXPORT_FOLDER / MERGED_FOLDER
-    request = merge_request(plan, adapter, tokenizer, dtype, unrounded, target, rows)
+    card = model_card(plan, read_report(plan))
+    request = merge_request(plan, adapter, tokenizer, dtype, unrounded, target, rows, card)
     if reuse and is_merged(request):
         return Merged(request.out, None)
     return Merged(request.out, export_merged(request, lambda done, total: progress("merge", done, total)))

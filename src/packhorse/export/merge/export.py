@@ -29,6 +29,7 @@ from packhorse.train.engine.precision import COMPUTE_DTYPES
 from packhorse.train.setup import base_request
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CARD_FILE: Final = "README.md"
 PROOF_ROWS: Final = 4
 PROOF_TOKENS: Final = 256
 
@@ -45,6 +46,7 @@ class MergeRequest:
         unrounded: Merge QLoRA into the weights on disk, which training did not see.
         out: Folder of the result.
         rows: Ids of held-out rows.
+        card: Text of the model's README.md.
     """
 
     base: ModelRequest
@@ -54,6 +56,7 @@ class MergeRequest:
     unrounded: bool
     out: Path
     rows: Sequence[Sequence[int]]
+    card: str = ""
 
 
 def merge_request(
@@ -64,6 +67,7 @@ def merge_request(
     unrounded: bool,
     out: Path,
     rows: Sequence[Sequence[int]],
+    card: str,
 ) -> MergeRequest:
     """Return what to merge for a run; an empty dtype is the one that training computed in."""
     return MergeRequest(
@@ -74,6 +78,7 @@ def merge_request(
         unrounded=unrounded,
         out=out,
         rows=rows,
+        card=card,
     )
 
 
@@ -103,7 +108,8 @@ def export_merged(request: MergeRequest, progress: Callable[[int, int], None]) -
 
 
 def _finish_folder(request: MergeRequest, draft: Path) -> None:
-    """Write tokenizer, template and stop tokens as they were trained."""
+    """Write tokenizer, template and stop tokens as they were trained, and the card."""
+    (draft / CARD_FILE).write_text(request.card, encoding="utf-8")
     request.tokenizer.save_pretrained(draft)
     stops = GenerationConfig(
         eos_token_id=request.tokenizer.eos_token_id,
