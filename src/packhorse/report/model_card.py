@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Final
 
@@ -26,9 +25,13 @@ def model_card(plan: RunPlan, report: RunReport) -> str:
         plan: Plan of the run.
         report: Figures of the run.
     """
-    # Markdown is not HTML: what is escaped for a page would be shown as typed.
-    environment = Environment(  # noqa: S701
-        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    # Names of files and runs are text of users, and Markdown may hold HTML.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
     evaluation = report.test_evaluation or report.evaluation
     base = plan.recipe.model.id or Path(plan.recipe.model.path or "").name  # a path is private
@@ -46,8 +49,7 @@ def model_card(plan: RunPlan, report: RunReport) -> str:
         training=list(_training(plan, report)),
         ledger=ledger_lines(report.data.ledger) if report.data is not None else (),
         metrics=list(_metrics(report)),
-        # Names of runs are text of users, and Markdown may hold HTML.
-        looks=escape(describe_looks(evaluation.test_looks)) if evaluation is not None and evaluation.test_looks else "",
+        looks=describe_looks(evaluation.test_looks) if evaluation is not None and evaluation.test_looks else "",
         hashes=report.hashes,
     )
 
