@@ -8,6 +8,8 @@ RUN/
     evaluation/
         rows.parquet  test-rows.parquet                             values and answers of each row
         answers.jsonl                                               answers that need not be generated again
+        ranks/                                                      a launch of processes that measure
+            plan.json  request.json  work.npz  measured.json  failure-R.json  stderr.log
     launcher.lock  STOP  CHECKPOINT  CANCEL                         who runs it, and requests to it
     jobs.jsonl  ended.jsonl  job.sbatch  KIND.sbatch                its Slurm jobs
     logs/
@@ -66,6 +68,12 @@ TEST_EVALUATION_FILE: Final = "evaluation-test.json"
 EVALUATION_FOLDER: Final = "evaluation"
 ROWS_FILE: Final = "rows.parquet"
 ANSWERS_FILE: Final = "answers.jsonl"
+RANKS_FOLDER: Final = "ranks"
+"""Folder of a launch of processes that measure, removed when it has succeeded."""
+REQUEST_FILE: Final = "request.json"
+WORK_FILE: Final = "work.npz"
+MEASURED_FILE: Final = "measured.json"
+FAILURES: Final = "failure-*.json"
 TEST_ROWS_FILE: Final = "test-rows.parquet"
 REPORT_FILE: Final = "report.html"
 REPORT_FIGURES_FILE: Final = "report.json"
