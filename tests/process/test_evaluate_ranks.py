@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from pyarrow import parquet
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from packhorse.errors import UserError
 from packhorse.evaluate.evaluate_run import subject_of
 from packhorse.evaluate.held_out import read_sets, trained_form
 from packhorse.evaluate.measure import Measured, measure, work_on
@@ -49,8 +48,9 @@ def rows_of(plan: RunPlan, ranks: int) -> list[dict[str, Any]]:
     return parquet.read_table(folder / "rows.parquet").to_pylist()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads a name that transformers renames
 def test_an_adapter_and_its_base_under_zero3(tmp_path: Path) -> None:
-    plan = planned_run(tmp_path, "zero3", {"kind": "lora", "rank": 4})
+    plan = planned_run(tmp_path, "zero3", {"kind": "lora", "rank": 4, "alpha": 16})
     adapted = get_peft_model(
         LlamaForCausalLM.from_pretrained(tmp_path / "base"),
         LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False),
@@ -59,16 +59,12 @@ def test_an_adapter_and_its_base_under_zero3(tmp_path: Path) -> None:
     alone, shared = rows_of(plan, 1), rows_of(plan, 2)
     for name in ("base", "tuned"):
         assert [row[f"{name}/loss"] for row in shared] == pytest.approx(
-            [row[f"{name}/loss"] for row in alone], abs=1e-6
+            [row[f"{name}/loss"] for row in alone], rel=1e-6
         )
         answers = [row[f"{name}/answer"] for row in alone]
         assert [row[f"{name}/answer"] for row in shared] == answers
         assert len({answer for answer in answers if answer is not None}) == 5, "equal answers would show nothing"
     assert [row["base/loss"] for row in alone] != pytest.approx([row["tuned/loss"] for row in alone], abs=1e-2)
-    # Before a rank starts.
-    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="base"):
-        rows_of(plan, 2)
 
 
 def test_a_whole_model_under_fsdp2(tmp_path: Path) -> None:
@@ -84,9 +80,10 @@ def test_a_whole_model_under_fsdp2(tmp_path: Path) -> None:
     launcher = launcher_of(plan, EvaluationRequest(ranks=2), lambda _: None)
     assert launcher is not None
     (shared,) = launcher.measure({TUNED: "tuned"}, work)
-    assert figures(shared) == pytest.approx(figures(measure(load_tuned(subject), tokenizer, work)), abs=1e-6)
+    alone = measure(load_tuned(subject), tokenizer, work)
+    assert losses(shared) == pytest.approx(losses(alone), rel=1e-6)
+    assert [each.answers for each in shared] == [each.answers for each in alone]
 
 
-def figures(measured: Sequence[Measured]) -> dict[str, Any]:
-    losses = {f"loss {at}": loss.sum_nats for each in measured for at, loss in enumerate(each.losses)}
-    return losses | {f"answer {at}": answer.text for each in measured for at, answer in enumerate(each.answers)}
+def losses(measured: Sequence[Measured]) -> list[float]:
+    return [loss.sum_nats for each in measured for loss in each.losses]

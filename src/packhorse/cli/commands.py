@@ -259,6 +259,7 @@ _TABLE = (
             ("packhorse evaluate RUN", ""),
             ("packhorse evaluate RUN --test", "measure the sealed test rows, once; every opening is recorded"),
             ("packhorse evaluate RUN --test --again", "open them again"),
+            ("packhorse evaluate RUN --against RUN2", "another run's tuned model, or a model folder, for the base"),
             ("packhorse evaluate RUN --ranks 8", "shared by 8 GPUs, sharded as the run was"),
             ("packhorse evaluate RUN --endpoint http://localhost:8000/v1 --model NAME", "answers of a served model"),
         ),
@@ -266,6 +267,7 @@ _TABLE = (
         flags=(
             Flag("test", "measure the sealed test rows", "switch"),
             Flag("again", "with --test: although they were opened before", "switch"),
+            Flag("against", "run or model folder that the tuned model is compared with", shows="RUN|FOLDER|base"),
             Flag("ranks", "processes that measure; default: the run's number of GPUs, if they are here", "count", "8"),
             Flag("endpoint", "OpenAI-compatible endpoint that answers as the tuned model", shows="URL"),
             Flag("model", "name of the tuned model at the endpoint", shows="NAME"),

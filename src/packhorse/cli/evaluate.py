@@ -30,6 +30,7 @@ def evaluate(
     base_endpoint: str = "",
     base_model: str = "",
     api_key_env: str = "",
+    against: str = "",
 ) -> int:
     """Compare base and tuned model on the run's held-out rows, and keep the result in the run folder.
 
@@ -49,10 +50,12 @@ def evaluate(
     plan = open_run(run)
     console = open_console()
     tuned, base = _endpoints(endpoint, model, base_endpoint, base_model, api_key_env)
-    request = EvaluationRequest(test, again, ranks, tuned, base)
+    request = EvaluationRequest(test, again, ranks, tuned, base, against)
     comparison = evaluate_run(plan, request, partial(console.print, highlight=False, style="dim"))
     console.print(render(comparison))
-    console.print(f"saved as {result_file(Path(plan.run_folder), test)}", soft_wrap=True, highlight=False, style="dim")
+    reference = comparison.reference if against not in ("", "base") else ""
+    saved = result_file(Path(plan.run_folder), test, reference)
+    console.print(f"saved as {saved}", soft_wrap=True, highlight=False, style="dim")
     return EXIT_NO_GO if comparison.decision == "NO-GO" else EXIT_OK
 
 

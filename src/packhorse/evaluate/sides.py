@@ -56,15 +56,12 @@ class Side:
 def measure_sides(base: Side, tuned: Side, settings: EvaluationSection) -> MeasureBoth:
     """Return the function that measures both sides of a comparison.
 
-    Losses are not measured where both models are behind endpoints, because then no weights are loaded, and not where
-    the tokenizers differ, because a loss per token then has another unit.
-
     Args:
         base: The model that is compared with.
         tuned: The tuned model.
         settings: Section of the recipe, with the length of an answer.
     """
-    with_losses = same_tokens(base.tokenizer, tuned.tokenizer) and not (base.endpoint and tuned.endpoint)
+    with_losses = not loss_note(base, tuned)
 
     def measured(sets: Sequence[HeldOut]) -> tuple[Sequence[Measured], Sequence[Measured]]:
         is_one_load = base.subject is tuned.subject and tuned.subject.is_adapter
@@ -77,6 +74,15 @@ def measure_sides(base: Side, tuned: Side, settings: EvaluationSection) -> Measu
         return of_base, of_tuned
 
     return measured
+
+
+def loss_note(base: Side, tuned: Side) -> str:
+    """Return why losses are not measured; empty where they are."""
+    if base.endpoint and tuned.endpoint:
+        return "losses are not measured: both models answer at endpoints, and no weights are loaded."
+    if not same_tokens(base.tokenizer, tuned.tokenizer):
+        return "losses are not measured: the tokenizers differ, and a loss per token would have two units."
+    return ""
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -1,7 +1,8 @@
 """Names of all files and folders of a run. No other module spells one; this module imports nothing of Packhorse.
 
 RUN/
-    recipe.yaml  plan.json  plan-N.json  data.json  site.json       what is to be done
+    recipe.yaml  plan.json  plan-N.json  data.json  base.json
+    site.json                                                       what is to be done
     status.json  metrics.jsonl  attempts.jsonl  skipped_steps.json  what was done
     evaluation.json  evaluation-test.json  wandb_id.txt
     report.html  report.json
@@ -51,6 +52,8 @@ REPLACED_PLANS: Final = "plan-*.json"
 """Plans that were replaced, counted from 1."""
 DATA_FILE: Final = "data.json"
 """Copy of the manifest of the prepared data."""
+BASE_FILE: Final = "base.json"
+"""Fingerprints of the weights that the run was trained from."""
 SITE_RECORD: Final = "site.json"
 """Site profile with which the run was submitted."""
 SWEEP_FILE: Final = "sweep.json"

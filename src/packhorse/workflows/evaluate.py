@@ -16,9 +16,12 @@ from packhorse.launching.local.evaluation import launch_evaluation
 from packhorse.plan.evaluation import evaluation_plan, evaluation_ranks
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import detect_hardware
+from packhorse.run_folder.base_weights import require_base
+from packhorse.run_folder.folder import named_folder, open_run
 from packhorse.run_folder.layout import (
     EVALUATION_FILE,
     EVALUATION_FOLDER,
+    PLAN_FILE,
     RANKS_FOLDER,
     ROWS_FILE,
     TEST_EVALUATION_FILE,
@@ -42,6 +45,7 @@ class EvaluationRequest:
         ranks: Number of processes that measure; None for the rule of `plan.evaluation.evaluation_ranks`.
         endpoint: Answers in place of the tuned model's weights.
         base_endpoint: Answers in place of the base's weights.
+        against: Run or folder of a model that the tuned model is compared with; empty or `base` for its base.
     """
 
     test: bool = False
@@ -49,6 +53,7 @@ class EvaluationRequest:
     ranks: int | None = None
     endpoint: EndpointClient | None = None
     base_endpoint: EndpointClient | None = None
+    against: str = ""
 
 
 def evaluate_run(
@@ -65,16 +70,37 @@ def evaluate_run(
         UserError: The run has not finished, there are no such rows, the test rows were opened before, or a model cannot
             be measured.
     """
-    require_data(plan)
+    _require_inputs(plan)
+    against = _against(request)
     # Only here: reading a result needs no torch.
     from packhorse.evaluate.evaluate_run import Means, compare_on_held_out, compare_on_test
 
-    means = Means(partial(launcher_of, request=request, report=report), request.endpoint, request.base_endpoint)
+    launcher = partial(launcher_of, request=request, report=report)
+    means = Means(launcher, request.endpoint, request.base_endpoint, against)
     evaluation = compare_on_test(plan, request.again, means) if request.test else compare_on_held_out(plan, means)
     text = evaluation.comparison.model_dump_json(indent=2) + "\n"
-    _write_rows(evaluation.rows, rows_file(Path(plan.run_folder), request.test))
-    replace_file(result_file(Path(plan.run_folder), request.test), text)
+    folder, reference = Path(plan.run_folder), evaluation.comparison.reference if against is not None else ""
+    _write_rows(evaluation.rows, rows_file(folder, request.test, reference))
+    replace_file(result_file(folder, request.test, reference), text)
     return evaluation.comparison
+
+
+def _require_inputs(plan: RunPlan) -> None:
+    """Raise UserError where data or base of a run are not what it was trained with."""
+    require_data(plan)
+    require_base(plan)
+
+
+def _against(request: EvaluationRequest) -> RunPlan | Path | None:
+    """Return the run or the folder that `--against` names."""
+    if request.against in ("", "base"):
+        return None
+    folder = named_folder(request.against)
+    if not (folder / PLAN_FILE).is_file():
+        return folder.absolute()
+    other = open_run(request.against)
+    _require_inputs(other)
+    return other
 
 
 def launcher_of(plan: RunPlan, request: EvaluationRequest, report: Callable[[str], None]) -> Launcher | None:
@@ -113,11 +139,20 @@ def _write_rows(rows: list[dict[str, Any]], file: Path) -> None:
     beside.replace(file)
 
 
-def rows_file(run_folder: Path, test: bool = False) -> Path:
-    """Return the path of the values and answers by row."""
-    return run_folder / EVALUATION_FOLDER / (TEST_ROWS_FILE if test else ROWS_FILE)
+def rows_file(run_folder: Path, test: bool = False, reference: str = "") -> Path:
+    """Return the path of the values and answers by row; `reference` is the name of a model in place of the base."""
+    folder = run_folder / EVALUATION_FOLDER
+    if reference:
+        return folder / f"{_against_name(test, reference)}.parquet"
+    return folder / (TEST_ROWS_FILE if test else ROWS_FILE)
 
 
-def result_file(run_folder: Path, test: bool = False) -> Path:
-    """Return the path of an evaluation's result."""
+def result_file(run_folder: Path, test: bool = False, reference: str = "") -> Path:
+    """Return the path of an evaluation's result; `reference` is the name of a model in place of the base."""
+    if reference:
+        return run_folder / EVALUATION_FOLDER / f"{_against_name(test, reference)}.json"
     return run_folder / (TEST_EVALUATION_FILE if test else EVALUATION_FILE)
+
+
+def _against_name(test: bool, reference: str) -> str:
+    return f"{'test-' * test}against-{reference}"
