@@ -5,12 +5,11 @@ accelerate launch --config_file accelerate_configs/ddp.yaml launch/train.py RUN/
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
 
 from packhorse.library_hooks import check_library_hooks
+from packhorse.plan.command import set_worker_env
 from packhorse.secrets import mask_output
 from packhorse.train.ranks.signals import StopRequest
 
@@ -25,11 +24,7 @@ def main() -> int:
     mask_output()
     signals = StopRequest()
     signals.install()
-    planned = json.loads(plan_file.read_text(encoding="utf-8"))["env"]
-    if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
-        # The user has set the allocator; of two names torch would read the plan's older one first.
-        planned.pop("PYTORCH_CUDA_ALLOC_CONF", None)
-    os.environ.update(planned)
+    set_worker_env(plan_file)
     try:
         from packhorse.train.worker import run_worker
     except ImportError:

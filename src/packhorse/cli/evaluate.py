@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from packhorse.cli.show.text import open_console
 from packhorse.errors import EXIT_NO_GO, EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
 from packhorse.evaluate.chat import chat as run_chat
+from packhorse.evaluate.endpoint import EndpointClient
 from packhorse.evaluate.evaluate_run import subject_of
 from packhorse.evaluate.models import load_tuned
 from packhorse.evaluate.show import render
 from packhorse.run_folder.folder import open_run
-from packhorse.workflows.evaluate import evaluate_run, result_file
+from packhorse.workflows.evaluate import EvaluationRequest, evaluate_run, result_file
 from packhorse.workflows.prepared_data import require_data
 
 
-def evaluate(run: str, test: bool = False, again: bool = False) -> int:
+def evaluate(
+    run: str,
+    test: bool = False,
+    again: bool = False,
+    ranks: int | None = None,
+    endpoint: str = "",
+    model: str = "",
+    base_endpoint: str = "",
+    base_model: str = "",
+    api_key_env: str = "",
+    against: str = "",
+) -> int:
     """Compare base and tuned model on the run's held-out rows, and keep the result in the run folder.
 
     Returns:
         Exit code: 3 if a critical condition of `evaluation.gate` is not met.
 
     Raises:
-        UserError: The run has not finished, there are no such rows, or the test rows were opened before.
+        UserError: Flags contradict each other, the run has not finished, there are no such rows, the test rows were
+            opened before, or a model cannot be measured.
     """
     if again and not test:
         raise UserError(
@@ -34,10 +49,45 @@ def evaluate(run: str, test: bool = False, again: bool = False) -> int:
         )
     plan = open_run(run)
     console = open_console()
-    comparison = evaluate_run(plan, test, again)
+    tuned, base = _endpoints(endpoint, model, base_endpoint, base_model, api_key_env)
+    request = EvaluationRequest(test, again, ranks, tuned, base, against)
+    comparison = evaluate_run(plan, request, partial(console.print, highlight=False, style="dim"))
     console.print(render(comparison))
-    console.print(f"saved as {result_file(Path(plan.run_folder), test)}", soft_wrap=True, highlight=False, style="dim")
+    reference = comparison.reference if against not in ("", "base") else ""
+    saved = result_file(Path(plan.run_folder), test, reference)
+    console.print(f"saved as {saved}", soft_wrap=True, highlight=False, style="dim")
     return EXIT_NO_GO if comparison.decision == "NO-GO" else EXIT_OK
+
+
+def _endpoints(
+    url: str, model: str, base_url: str, base_model: str, key_variable: str
+) -> tuple[EndpointClient | None, EndpointClient | None]:
+    """Return the clients of the tuned model and of the base; None where the weights answer.
+
+    Raises:
+        UserError: A flag lacks another one, or the environment variable is not set.
+    """
+    for name, value, needed, given in (
+        ("--endpoint", url, "--model", model),
+        ("--model", model, "--endpoint", url),
+        ("--base-endpoint", base_url, "--base-model", base_model),
+        ("--base-model", base_model, "--base-endpoint", base_url or url),
+    ):
+        if value and not given:
+            raise UserError(
+                f"{name} is given without {needed}.",
+                "an endpoint is asked by its address and the name of the model there.",
+                f"add {needed}; `curl URL/models` lists the names.",
+            )
+    if key_variable and key_variable not in os.environ:
+        raise UserError(
+            f"--api-key-env is {key_variable}, and no such environment variable is set.",
+            "the key is read from it, so that it is in no command line.",
+            f"export {key_variable}=…",
+        )
+    key = os.environ.get(key_variable) if key_variable else None
+    tuned = EndpointClient(url, model, key) if url else None
+    return tuned, EndpointClient(base_url or url, base_model, key) if base_model else None
 
 
 def chat(run: str) -> int:

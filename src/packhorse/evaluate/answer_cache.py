@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ def answer_key(weights: str, prompt: Iterable[int], limit: int, stop_ids: Iterab
 
 
 class AnswerCache:
-    """Answers by key, in a file of one JSON object per line; without a file, nothing is kept."""
+    """Answers by key, in a file of one JSON object per line; without a file, nothing is kept. Threads may share it."""
 
-    def __init__(self, file: Path | None = None) -> None:
-        self._file = file
+    def __init__(self, file: Path | None = None, is_read_only: bool = False) -> None:
+        self._file = None if is_read_only else file
+        self._lock = Lock()
         self._answers: dict[str, Answer] = {}
         if file is not None and file.is_file():
             for line in file.read_bytes().splitlines():
@@ -59,6 +61,6 @@ class AnswerCache:
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps({"key": key, **asdict(answer)}) for key, answer in answers.items())
-            with self._file.open("a", encoding="utf-8") as file:
+            with self._lock, self._file.open("a", encoding="utf-8") as file:
                 # First a line end: the last line may have been cut short.
                 file.write("\n" + "\n".join(lines) + "\n")

@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.evaluate.answer_cache import Answer, AnswerCache
-from packhorse.evaluate.generate import answers, template_answer
+from packhorse.evaluate.generate import template_answer
 from packhorse.evaluate.held_out import HeldOut, Question
+from packhorse.evaluate.measure import MeasureBoth, Measured, measure, work_on
 from packhorse.evaluate.metrics.choose import kinds_of, metrics_for
 from packhorse.evaluate.metrics.labels import classification, confusion_matrix, labels_of
 from packhorse.evaluate.metrics.metric import LOSS, Expected, Metric, Reply
 from packhorse.evaluate.metrics.text import EXACT
 from packhorse.evaluate.models import Model, Subject, measure_both
 from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricFailure, Sample, Score
-from packhorse.evaluate.score import Loss, document_losses, total_loss
+from packhorse.evaluate.score import total_loss
 from packhorse.evaluate.verdict import MetricValues, adjusted, gate_results, metric_result
 from packhorse.recipe.evaluation import EvaluationSection
 
@@ -43,20 +44,12 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """Losses by document and answers by question of one model on one set."""
-
-    losses: list[Loss]
-    answers: list[Answer]
-
-
-@dataclass(frozen=True)
 class _Scored:
     """Values of all metrics on one set, by document (loss) or by question."""
 
     held_out: HeldOut
-    base: _Measured
-    tuned: _Measured
+    base: Measured
+    tuned: Measured
     values: list[MetricValues]
     failures: list[MetricFailure]
 
@@ -68,6 +61,7 @@ def compare(
     settings: EvaluationSection,
     batch_size: int = 64,
     cache: AnswerCache | None = None,
+    elsewhere: MeasureBoth | None = None,
 ) -> Evaluation:
     """Return the comparison of base and tuned model on held-out rows.
 
@@ -78,6 +72,7 @@ def compare(
         settings: Section of the recipe: metrics, grouping, gate, and the length of an answer.
         batch_size: Rows answered at once.
         cache: Answers of an earlier evaluation.
+        elsewhere: Measures both models in place of this process.
 
     Raises:
         UserError: Training has not written its result yet, or a metric of the user cannot be imported.
@@ -87,17 +82,11 @@ def compare(
     # Before the models are loaded: a metric that cannot be imported is found at once.
     metrics = [metrics_for([_expected(question) for question in held_out.questions], chosen) for held_out in sets]
 
-    def measure(model: Model, weights: str) -> list[_Measured]:
-        found = []
-        for held_out in sets:
-            prompts = [question.prompt for question in held_out.questions]
-            tools = [question.tools for question in held_out.questions]
-            limits = [_limit(tokenizer, question, settings.max_new_tokens) for question in held_out.questions]
-            answered = answers(model, tokenizer, prompts, limits, batch_size, tools, cache, weights)
-            found.append(_Measured(document_losses(model, held_out.documents), answered))
-        return found
+    def measure_here(model: Model, weights: str) -> list[Measured]:
+        work = [work_on(held_out, tokenizer, settings.max_new_tokens) for held_out in sets]
+        return measure(model, tokenizer, work, batch_size, cache, weights)
 
-    base, tuned = measure_both(subject, measure)
+    base, tuned = measure_both(subject, measure_here) if elsewhere is None else elsewhere(sets)
     scored = [_scored(*of_set) for of_set in zip(sets, metrics, base, tuned)]
     lines = adjusted([line for of_set in scored for line in _lines(of_set, settings)])
     samples = [sample for held_out, b, t in zip(sets, base, tuned) for sample in _samples(held_out, b, t)]
@@ -124,13 +113,6 @@ def _with_written_calls(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase) -
     return replace(held_out, questions=tuple(questions))
 
 
-def _limit(tokenizer: PreTrainedTokenizerBase, question: Question, max_new_tokens: int) -> int:
-    """Return the longest answer, in tokens: an untrained model never stops, and a longer answer is wrong anyway."""
-    expected = (question.answer.get("reasoning_content") or "") + question.answer["content"]
-    num_tokens = len(tokenizer(expected, add_special_tokens=False)["input_ids"])
-    return min(max_new_tokens, 2 * num_tokens + 16)
-
-
 def _expected(question: Question) -> Expected:
     row = {"prompt": list(question.prompt), "answer": question.answer, "tools": list(question.tools)}
     return Expected(_without_thinking(question.answer["content"]), bool(question.answer.get("tool_calls")), row)
@@ -145,7 +127,7 @@ def _without_thinking(text: str) -> str:
     return text.rpartition(END_OF_THINKING)[2]
 
 
-def _scored(held_out: HeldOut, metrics: Sequence[Metric], base: _Measured, tuned: _Measured) -> _Scored:
+def _scored(held_out: HeldOut, metrics: Sequence[Metric], base: Measured, tuned: Measured) -> _Scored:
     expected = [_expected(question) for question in held_out.questions]
     at = np.array([question.row for question in held_out.questions], np.int64)
     tokens = np.array([loss.num_supervised_tokens for loss in base.losses], np.float64)
@@ -218,7 +200,7 @@ def _lines(scored: _Scored, settings: EvaluationSection) -> list[ComparisonLine]
     return lines
 
 
-def _score(scored: _Scored, measured: _Measured, documents: NDArray[np.bool_]) -> Score:
+def _score(scored: _Scored, measured: Measured, documents: NDArray[np.bool_]) -> Score:
     loss = total_loss(loss for inside, loss in zip(documents, measured.losses) if inside)
     judged = [
         EXACT.score(_expected(question), _reply(answer))
@@ -240,7 +222,7 @@ def _labels(scored: _Scored) -> dict[str, LabelResult]:
     if labels is None:
         return {}
 
-    def of(measured: _Measured) -> LabelResult:
+    def of(measured: Measured) -> LabelResult:
         matrix = confusion_matrix(labels, texts, [_reply(answer) for answer in measured.answers])
         confusion = tuple(tuple(line) for line in matrix.tolist())
         return LabelResult(labels=labels, confusion=confusion, **asdict(classification(matrix)))
@@ -280,7 +262,7 @@ def _records(scored: _Scored) -> list[dict[str, Any]]:
     return records
 
 
-def _samples(held_out: HeldOut, base: _Measured, tuned: _Measured) -> list[Sample]:
+def _samples(held_out: HeldOut, base: Measured, tuned: Measured) -> list[Sample]:
     """Return samples; rows with different answers come first, and groups take turns."""
     both = sorted(
         zip(held_out.questions, base.answers, tuned.answers),

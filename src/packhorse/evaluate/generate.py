@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from packhorse.evaluate.answer_cache import Answer, AnswerCache, answer_key
 from packhorse.evaluate.models import Model
+from packhorse.evaluate.ranks import ALONE, Ranks
 
 Message = dict[str, Any]
 """A turn as templates take it: role and content; optionally tool_calls, reasoning_content and name."""
@@ -48,21 +49,44 @@ def answers(
     """
     tools_of = tools or [()] * len(prompts)
     ids = [prompt_ids(tokenizer, prompt, offered) for prompt, offered in zip(prompts, tools_of, strict=True)]
+    return answers_to(model, tokenizer, ids, limits, batch_size, cache, weights)
+
+
+def answers_to(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    batch_size: int = 64,
+    cache: AnswerCache | None = None,
+    weights: str = "",
+    ranks: Ranks = ALONE,
+) -> list[Answer]:
+    """Return one greedy answer per prompt of token ids, equal on every rank; see `answers`."""
     cache = cache or AnswerCache()
     stop_ids = stop_tokens(model, tokenizer)
-    keys = [answer_key(weights, prompt, limit, stop_ids) for prompt, limit in zip(ids, limits, strict=True)]
+    keys = [answer_key(weights, prompt, limit, stop_ids) for prompt, limit in zip(prompts, limits, strict=True)]
     unknown = {key: row for row, key in enumerate(keys) if cache.get(key) is None}
-    order = sorted(unknown.values(), key=lambda row: (limits[row], len(ids[row])))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        found = {}
-        for row, tokens in zip(rows, greedy(model, [ids[r] for r in rows], [limits[r] for r in rows], stop_ids)):
-            ended = bool(tokens) and tokens[-1] in stop_ids
-            text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
-            found[keys[row]] = Answer(text, ended)
-        cache.add(found)
+    order = sorted(unknown.values(), key=lambda row: (limits[row], len(prompts[row])))
+    num_rows = ranks.size * max(1, min(batch_size, -(-len(order) // ranks.size)))
+    for start in range(0, len(order), num_rows):
+        rows = order[start : start + num_rows]
+        own = range(ranks.rank, len(rows), ranks.size)
+        asked = [rows[at] for at in own]
+        found = greedy(model, [prompts[row] for row in asked], [limits[row] for row in asked], stop_ids, ranks)
+        # 0 is no token: ranks have different rows, and their sum has all of them.
+        said = torch.zeros(len(rows), max(limits[row] for row in rows), dtype=torch.int64)
+        for at, tokens in zip(own, found, strict=True):
+            said[at, : len(tokens)] = torch.tensor(tokens) + 1
+        tokens_of = ([token - 1 for token in line if token] for line in ranks.total(said).tolist())
+        cache.add({keys[row]: _answer(tokenizer, tokens, stop_ids) for row, tokens in zip(rows, tokens_of)})
     known = [cache.get(key) for key in keys]
     return [answer for answer in known if answer is not None]
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop_ids: frozenset[int]) -> Answer:
+    ended = bool(tokens) and tokens[-1] in stop_ids
+    return Answer(tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True), ended)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
@@ -115,7 +139,11 @@ def stop_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
 
 @torch.inference_mode()
 def greedy(
-    model: Model, prompts: Sequence[list[int]], limits: Sequence[int], stop_ids: frozenset[int]
+    model: Model,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    stop_ids: frozenset[int],
+    ranks: Ranks = ALONE,
 ) -> list[list[int]]:
     """Continue each prompt with the most likely token until a stop token or its limit.
 
@@ -124,16 +152,20 @@ def greedy(
         prompts: Token ids; lengths may differ.
         limits: Largest number of new tokens, per prompt.
         stop_ids: Tokens that end an answer.
+        ranks: Processes with other prompts; with sharded weights they compute until all of them have ended.
 
     Returns:
         New tokens per prompt, including the stop token if there is one.
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
-    ids, mask = _padded_left(prompts, model.device)
+    ids, mask = _padded_left(prompts, ranks.device_of(model))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache: Any = None
-    while True:
+    while ranks.any(bool(active)):
+        if not active:
+            ranks.idle_pass(model)
+            continue
         output = model(
             input_ids=ids,
             attention_mask=mask,
@@ -151,15 +183,14 @@ def greedy(
             for slot, row in enumerate(active)
             if outputs[row][-1] not in stop_ids and len(outputs[row]) < limits[row]
         ]
-        if not keep:
-            return outputs
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        if len(keep) < len(active):
+        if 0 < len(keep) < len(active):
             chosen = torch.tensor(keep, device=ids.device)
             cache.batch_select_indices(chosen)
             ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
-            active = [active[slot] for slot in keep]
+        active = [active[slot] for slot in keep]
+    return outputs
 
 
 @torch.inference_mode()
@@ -179,7 +210,7 @@ def stream(model: Model, prompt: list[int], limit: int, stop_ids: frozenset[int]
 
 def _padded_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return ids and mask, int64 [B, T]; the mask hides the padding, so its id does not matter."""
-    length = max(map(len, prompts))
+    length = max(map(len, prompts), default=0)
     ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     return ids, mask

@@ -25,6 +25,7 @@ from packhorse.data.render.control_tokens import ControlTokens
 from packhorse.data.render.turns import template_tools, template_turns
 from packhorse.errors import UserError
 from packhorse.evaluate.generate import Message, Tools
+from packhorse.evaluate.score import Documents
 from packhorse.evaluate.statistics.sample_size import rows_for_shares
 from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.recipe.schema import DataSection, TrainOnSection
@@ -71,7 +72,7 @@ class HeldOut:
     """
 
     name: str
-    documents: PackStore
+    documents: Documents
     rows: tuple[int, ...]
     groups: tuple[str, ...]
     clusters: tuple[int, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, Union
 
 from transformers import PreTrainedModel
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # peft takes seconds to import, and a whole model does not ne
 
 Model: TypeAlias = Union[PreTrainedModel, "PeftModel"]
 Measured = TypeVar("Measured")
+BASE: Final = "base"
+TUNED: Final = "tuned"
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,10 @@ class Comparison(_Frozen):
 
     lines: tuple[ComparisonLine, ...]
     samples: tuple[Sample, ...]
+    reference: str = "base"
+    """Model that the fields `base` are about: the base, or the run or folder of `--against`."""
+    notes: tuple[str, ...] = ()
+    """What was not measured, and why."""
     smallest_effect: float = 0.03
     """Smallest difference that matters, from the recipe."""
     gate: tuple[GateResult, ...] = ()

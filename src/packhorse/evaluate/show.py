@@ -30,15 +30,16 @@ def render(comparison: Comparison) -> RenderableType:
     """Return the table base → tuned with verdicts, the gate, and the sample answers."""
     looks = [f"  {describe_looks(comparison.test_looks)}\n"] if comparison.test_looks else []
     notes = [Text(note) for note in (*_notes(comparison), *_gate(comparison), *looks)]
-    samples = [_sample(number, sample) for number, sample in enumerate(comparison.samples, 1)]
+    samples = [_sample(number, sample, comparison.reference) for number, sample in enumerate(comparison.samples, 1)]
     return Group(_table(comparison), *notes, *samples)
 
 
 def _table(comparison: Comparison) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title="held-out rows (number): base → tuned", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title_style="bold")
+    table.title = Text(f"held-out rows (number): {comparison.reference} → tuned")
     table.add_column("metric", overflow="fold", min_width=18, max_width=24)
-    for name in ("base → tuned", "change, 95 % interval"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in (f"{comparison.reference} → tuned", "change, 95 % interval"):
+        table.add_column(Text(name), justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold", min_width=13)
     for line in comparison.lines:
         if line.group is None:
@@ -87,6 +88,7 @@ def _notes(comparison: Comparison) -> Iterator[str]:
     if any(result.verdict == "cannot tell" for result in results):
         points = 100 * comparison.smallest_effect
         yield f"  in brackets: rows that would show a change of {points:g} points, or of {points / 100:g} nats."
+    yield from (f"  {note}" for note in comparison.notes)
     for line in comparison.lines:
         if line.base_labels and line.tuned_labels:
             yield f"  labels of {line.set}: {_labels(line.base_labels)} → {_labels(line.tuned_labels)}."
@@ -106,7 +108,7 @@ def _gate(comparison: Comparison) -> Iterator[str]:
         yield f"  gate: {comparison.decision}"
 
 
-def _sample(number: int, sample: Sample) -> Table:
+def _sample(number: int, sample: Sample, reference: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_header=False, title_justify="left", title_style="bold")
     table.title = Text(
         f"  sample {number} ({sample.set}, {sample.group})" if sample.group != sample.set else f"  sample {number}"
@@ -114,7 +116,7 @@ def _sample(number: int, sample: Sample) -> Table:
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for name in ("prompt", "expected", "base", "tuned"):
-        table.add_row(name, Text(_shortened(getattr(sample, name))))
+        table.add_row(reference if name == "base" else name, Text(_shortened(getattr(sample, name))))
     return table
 
 

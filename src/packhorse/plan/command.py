@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,14 @@ ALIGNMENT = 2**16
 TRIAL_BUFFER = 2**22
 
 
-def launch_argv(topology: Topology, run_folder: Path) -> tuple[str, ...]:
-    """Return the command line as a list of words, which no shell ever parses."""
+def launch_argv(topology: Topology, folder: Path, script: str = "train.py") -> tuple[str, ...]:
+    """Return the command line as a list of words, which no shell ever parses.
+
+    Args:
+        topology: Placement of the processes.
+        folder: Folder with plan.json.
+        script: Script of the folder `launch` that each process runs.
+    """
     options: dict[str, object] = {
         "--config_file": shipped_path("accelerate_configs", f"{topology.engine}.yaml"),
         "--num_processes": topology.world_size,
@@ -32,7 +39,7 @@ def launch_argv(topology: Topology, run_folder: Path) -> tuple[str, ...]:
         options["--parallelism_config_dp_replicate_size"] = topology.world_size // topology.shard_group
         options["--parallelism_config_dp_shard_size"] = topology.shard_group
     words = [str(word) for option in options.items() for word in option]
-    return ("accelerate", "launch", *words, str(shipped_path("launch", "train.py")), str(run_folder / PLAN_FILE))
+    return ("accelerate", "launch", *words, str(shipped_path("launch", script)), str(folder / PLAN_FILE))
 
 
 def job_argv(plan: RunPlan) -> tuple[str, ...]:
@@ -62,6 +69,15 @@ def worker_env(recipe: Recipe, topology: Topology) -> dict[str, str]:
             # torch refuses cuBLAS without it, which otherwise may split a product differently from call to call.
             env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     return env
+
+
+def set_worker_env(plan_file: Path) -> None:
+    """Set the plan's variables in this process, before it imports torch, which reads some of them."""
+    planned = json.loads(plan_file.read_text(encoding="utf-8"))["env"]
+    if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        # The user has set the allocator; of two names torch would read the plan's older one first.
+        planned.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    os.environ.update(planned)
 
 
 def deepspeed_config(recipe: Recipe, topology: Topology, batch: BatchSplit) -> dict[str, Any] | None:

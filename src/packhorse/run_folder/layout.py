@@ -1,13 +1,16 @@
 """Names of all files and folders of a run. No other module spells one; this module imports nothing of Packhorse.
 
 RUN/
-    recipe.yaml  plan.json  plan-N.json  data.json  site.json       what is to be done
+    recipe.yaml  plan.json  plan-N.json  data.json  base.json
+    site.json                                                       what is to be done
     status.json  metrics.jsonl  attempts.jsonl  skipped_steps.json  what was done
     evaluation.json  evaluation-test.json  wandb_id.txt
     report.html  report.json
     evaluation/
         rows.parquet  test-rows.parquet                             values and answers of each row
         answers.jsonl                                               answers that need not be generated again
+        ranks/                                                      a launch of processes that measure
+            plan.json  request.json  work.npz  measured.json  failure-R.json  stderr.log
     launcher.lock  STOP  CHECKPOINT  CANCEL                         who runs it, and requests to it
     jobs.jsonl  ended.jsonl  job.sbatch  KIND.sbatch                its Slurm jobs
     logs/
@@ -52,6 +55,8 @@ REPLACED_PLANS: Final = "plan-*.json"
 """Plans that were replaced, counted from 1."""
 DATA_FILE: Final = "data.json"
 """Copy of the manifest of the prepared data."""
+BASE_FILE: Final = "base.json"
+"""Fingerprints of the weights that the run was trained from."""
 SITE_RECORD: Final = "site.json"
 """Site profile with which the run was submitted."""
 SWEEP_FILE: Final = "sweep.json"
@@ -69,6 +74,12 @@ TEST_EVALUATION_FILE: Final = "evaluation-test.json"
 EVALUATION_FOLDER: Final = "evaluation"
 ROWS_FILE: Final = "rows.parquet"
 ANSWERS_FILE: Final = "answers.jsonl"
+RANKS_FOLDER: Final = "ranks"
+"""Folder of a launch of processes that measure, removed when it has succeeded."""
+REQUEST_FILE: Final = "request.json"
+WORK_FILE: Final = "work.npz"
+MEASURED_FILE: Final = "measured.json"
+FAILURES: Final = "failure-*.json"
 TEST_ROWS_FILE: Final = "test-rows.parquet"
 REPORT_FILE: Final = "report.html"
 REPORT_FIGURES_FILE: Final = "report.json"

@@ -24,14 +24,14 @@ from packhorse.model.methods.attach import Start, attach
 from packhorse.model.units import layers_of
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
-from packhorse.recipe.methods import QloraMethod
+from packhorse.recipe.methods import Method, QloraMethod
 from packhorse.recipe.schema import ParallelSection
 from packhorse.run_folder.layout import ADAPTER_FOLDER, MODEL_FOLDER
 from packhorse.train.activation_offload import offload_layer_inputs
 from packhorse.train.compilation import compile_layers
 from packhorse.train.engine.precision import COMPUTE_DTYPES
 from packhorse.train.engine.sharding import placement_of
-from packhorse.train.loading import BeforeUnit, can_stream, place_streamed, place_whole
+from packhorse.train.loading import Attach, BeforeUnit, can_stream, place_streamed, place_whole
 from packhorse.train.objectives.token_loss import install_loss_head
 
 
@@ -110,16 +110,39 @@ def training_model(
             compile_layers([base.get_submodule(name) for name in layers_of(base)], Path(plan.run_folder).parent)
         return model  # type: ignore[no-any-return]
 
-    placement = placement_of(plan, device)
-    weights = open_model(request, len(tokenizer)) if can_stream(method) else None
-    if weights is not None:
-        model = place_streamed(weights, attached, placement, method, start.seed, device, before_unit)
-    else:
-        whole = load_model(placement.whole_first(request), len(tokenizer))
-        model = place_whole(whole, attached, placement, before_unit)
+    model = placed_model(plan, request, method, len(tokenizer), attached, before_unit)
     if not method.trains_base and checkpoint is not None:
         load_adapter(model, checkpoint / ADAPTER_FOLDER)
     return model.train()
+
+
+def placed_model(
+    plan: RunPlan,
+    request: ModelRequest,
+    method: Method,
+    num_tokens: int,
+    attached: Attach,
+    before_unit: BeforeUnit = lambda: None,
+) -> nn.Module:
+    """Load a model and place it as the engine needs it, one layer at a time where the method allows that.
+
+    Args:
+        plan: Plan with the engine.
+        request: The base's weights.
+        method: Method whose adapter `attached` adds.
+        num_tokens: Number of tokens of the tokenizer.
+        attached: Adds the method's adapter to the base.
+        before_unit: Called before each layer is loaded; an exception from it ends the loading.
+
+    Raises:
+        UserError: The model cannot be loaded, or does not fit the tokenizer or the method.
+    """
+    placement = placement_of(plan, request.device)
+    weights = open_model(request, num_tokens) if can_stream(method) else None
+    if weights is not None:
+        return place_streamed(weights, attached, placement, method, plan.recipe.seed, request.device, before_unit)
+    whole = load_model(placement.whole_first(request), num_tokens)
+    return place_whole(whole, attached, placement, before_unit)
 
 
 def apply_checkpointing(model: Any, parallel: ParallelSection) -> None:  # noqa: ANN401

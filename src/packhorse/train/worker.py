@@ -23,6 +23,7 @@ from packhorse.model.parameters import count_parameters, trained_kinds
 from packhorse.model.sequence import SequenceGroup, join_sequence_group
 from packhorse.plan.command import nvme_folder, with_local_nvme
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
+from packhorse.run_folder.base_weights import record_base
 from packhorse.run_folder.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
 from packhorse.train.checkpoint.checkpoints import Checkpoints
@@ -110,6 +111,8 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
         write_run_status(plan, "starting", state, attempt.number)
     tokenizer = tokenizer_of(plan.recipe, Path(_data(plan).tokenizer))
     model = training_model(plan, tokenizer, accelerator.device, checkpoint, attempt.still_loading)
+    if rank == 0:
+        record_base(plan)
     count = count_parameters(model)
     logging.info("trained: %s", "; ".join(str(kind) for kind in trained_kinds(model)))
     optimizer = make_optimizer(model, plan.recipe)

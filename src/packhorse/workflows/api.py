@@ -146,21 +146,22 @@ def open_run(path: str | Path) -> Run:
     return Run(folder.open_run(str(path)))
 
 
-def evaluate(run: Run | str | Path, *, test: bool = False, again: bool = False) -> Comparison:
+def evaluate(run: Run | str | Path, *, test: bool = False, again: bool = False, ranks: int | None = None) -> Comparison:
     """Compare the base and the tuned model of a finished run on held-out rows; also keep the result in the run folder.
 
     Args:
         run: Run, its folder or its name.
         test: Whether to measure the sealed test rows.
         again: Whether to open the test rows although they were opened before.
+        ranks: Number of processes that measure; None takes as many GPUs of this machine as the run trained on.
 
     Raises:
         UserError: The run has not finished, there are no such rows, or the test rows were opened before.
     """
     # Only here: it imports torch when it runs.
-    from packhorse.workflows.evaluate import evaluate_run
+    from packhorse.workflows.evaluate import EvaluationRequest, evaluate_run
 
-    return evaluate_run(folder.open_run(_folder(run)), test, again)
+    return evaluate_run(folder.open_run(_folder(run)), EvaluationRequest(test, again, ranks))
 
 
 def _recipe(recipe: Recipe | str) -> Recipe:

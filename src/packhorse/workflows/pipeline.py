@@ -7,6 +7,7 @@ from pathlib import Path
 
 from packhorse.launching.slurm.script import JobRequest, cpu_request, gpu_request
 from packhorse.launching.slurm.submit import PlannedJob, planned_job
+from packhorse.plan.evaluation import shards_weights
 from packhorse.run_folder.jobs import JobKind
 from packhorse.run_folder.layout import LOGS_FOLDER
 from packhorse.workflows.submit_run import Submission, planned_jobs
@@ -28,10 +29,12 @@ def pipeline_jobs(submission: Submission) -> list[PlannedJob]:
 
 
 def _evaluation(submission: Submission) -> JobRequest:
-    """Request one GPU if training uses GPUs: one process generates the answers."""
+    """Request one GPU if training uses GPUs, or those of a node where training shards the weights over them."""
+    topology = submission.plan.topology
     site, name = submission.site, submission.plan.recipe.name
     logs = Path(submission.plan.run_folder) / LOGS_FOLDER
     on_cpu = cpu_request(site, name, logs, "evaluate")
-    if submission.plan.topology.device == "cpu":
+    if topology.device == "cpu":
         return on_cpu
-    return replace(gpu_request(site, name, logs, "evaluate", 1), time=on_cpu.time)
+    gpus = topology.processes_per_node if shards_weights(topology.engine) else 1
+    return replace(gpu_request(site, name, logs, "evaluate", gpus), time=on_cpu.time)

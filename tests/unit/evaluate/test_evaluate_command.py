@@ -29,7 +29,8 @@ def make_run(tmp_path, tiny, tokenizer, request_of, monkeypatch):
             data=DataSection(sources=[Source(path="x")]),
             evaluation=EvaluationSection(group_by="language", max_answered_rows=2, max_new_tokens=4, **settings),
         )
-        plans[name] = SimpleNamespace(run_folder=str(folder), recipe=recipe, data=SimpleNamespace(folder=str(data)))
+        data = SimpleNamespace(folder=str(data))
+        plans[name] = SimpleNamespace(run_folder=str(folder), recipe=recipe, data=data, base_model=None)
         return folder
 
     subject = Subject(request_of(tmp_path / "weights"), tmp_path / "weights", len(tokenizer))

@@ -466,3 +466,7 @@ def test_a_pipeline_evaluates_on_one_gpu_and_verifies_on_none_each_after_the_one
     after = ["", *(f"--dependency=afterok:JOB_{kind} --kill-on-invalid-dep=yes " for kind, _ in SCRIPTS[:3])]
     assert commands.splitlines() == [f"sbatch --parsable {a}{words}" for a, words in zip(after, typed, strict=True)]
     assert not run.exists()
+    # A model whose weights training shards is measured on the GPUs of a node.
+    assert main(["pipeline", "tiny.yaml", "parallel.engine=fsdp2", "--nodes", "2", "--force", "--dry-run"]) == 0
+    sharded = capsys.readouterr().out.split(f"# {run}/evaluate.sbatch\n")[1].split("set -uo pipefail")[0]
+    assert "--gpus-per-node=4" in sharded

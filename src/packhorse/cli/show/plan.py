@@ -10,6 +10,7 @@ from rich.text import Text
 
 from packhorse.cli.show.text import plain_table
 from packhorse.durable import size
+from packhorse.estimate.evaluation import estimate_evaluation
 from packhorse.estimate.plan_estimate import MARGIN, PlanEstimate
 from packhorse.estimate.search.auto import LeastHardware
 from packhorse.estimate.search.candidates import Candidate, host_memory_text, rejection_reason
@@ -24,7 +25,7 @@ CHECKPOINTING = {False: "no", 4: "1 in 4", 3: "1 in 3", 2: "1 in 2", "selective"
 
 
 def verdict_lines(case: PlanEstimate, now: datetime) -> list[tuple[str, str]]:
-    """Return whether the plan fits, the time of the whole run, and its cost if the price is known.
+    """Return whether the plan fits, the time of run and evaluation, and the cost if the price is known.
 
     Args:
         case: Plan with its estimates.
@@ -34,7 +35,21 @@ def verdict_lines(case: PlanEstimate, now: datetime) -> list[tuple[str, str]]:
     lines = [("memory", verdict_words(case)), ("run time", _run(case, now))]
     if speed.price is not None:
         lines.append(("cost", f"{speed.price:,.2f} at {speed.price_per_gpu_hour:,.2f} per GPU hour"))
-    return lines
+    return [*lines, ("evaluation", evaluation_words(case))]
+
+
+def evaluation_words(case: PlanEstimate) -> str:
+    """Return on how many GPUs `packhorse evaluate` runs, in how much memory, and how long."""
+    found, card = estimate_evaluation(case), case.basis.gpu
+    gpus = "1 GPU" if found.ranks == 1 else f"{found.ranks} GPUs of one node, {found.engine}"
+    memory = f"{found.required_bytes / GIB:.1f} of {card.memory_bytes / GIB:.1f} GiB"
+    if not found.fits:
+        return f"does not fit {gpus}: {memory}; serve the model, and use packhorse evaluate --endpoint"
+    time = "known when the data is prepared"
+    if found.seconds is not None and found.tokens is not None:
+        work = f"{found.tokens:,} tokens and {found.answered_rows:,} answers of 2 models"
+        time = f"about {_seconds(found.seconds)} without loading, for {work}"
+    return f"{gpus}: {memory}; {time}"
 
 
 def verdict_words(case: PlanEstimate) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
+from packhorse.estimate.evaluation import estimate_evaluation
 from packhorse.estimate.plan_estimate import PlanEstimate
 from packhorse.estimate.search.auto import LeastHardware
 from packhorse.estimate.search.candidates import Candidate, rejection_reason
@@ -110,6 +112,7 @@ def _estimates(case: PlanEstimate, now: datetime) -> Value:
             "phases": {phase.name: _parts(phase.components) for phase in memory.phases},
             "outside": _parts(memory.outside),
         },
+        "evaluation": asdict(estimate_evaluation(case)),
         "host": _parts(storage.host),
         "host_bytes": case.basis.host_bytes,
         "disk": _parts(storage.disk),

@@ -43,7 +43,7 @@ def launch(plan: RunPlan, stop: StopSignals) -> Outcome:
     remove_abandoned_locks(extensions_folder())
     with (logs / STDERR_LOG).open("wb") as log:
         child = subprocess.Popen(  # noqa: S603
-            _local_argv(plan), env=_environment(plan, attempt), stderr=log, start_new_session=True
+            local_argv(plan), env=_environment(plan, attempt), stderr=log, start_new_session=True
         )
         watcher = RankWatcher(plan, logs)
         try:
@@ -100,16 +100,23 @@ def _collect_reports(child: subprocess.Popen[bytes], logs: Path, watcher: RankWa
 
 def _environment(plan: RunPlan, attempt: int) -> dict[str, str]:
     return {
-        **without_other_launchers(os.environ),
-        **launch_environment(plan.topology),
-        "PATH": path_with_programs(os.environ),
-        FOLDER_VARIABLE: str(extensions_folder()),
+        **launch_variables(plan),
         ATTEMPT_VARIABLE: str(attempt),
         LAUNCHER_VARIABLE: process_identity(os.getpid()),
     }
 
 
-def _local_argv(plan: RunPlan) -> list[str]:
+def launch_variables(plan: RunPlan) -> dict[str, str]:
+    """Return the environment of `accelerate launch`."""
+    return {
+        **without_other_launchers(os.environ),
+        **launch_environment(plan.topology),
+        "PATH": path_with_programs(os.environ),
+        FOLDER_VARIABLE: str(extensions_folder()),
+    }
+
+
+def local_argv(plan: RunPlan) -> list[str]:
     """Return the plan's argv with a free port, so that two runs can share a machine."""
     launcher, verb, *words = plan.argv
     with socket.socket() as probe:

@@ -256,3 +256,19 @@ def start_engine(accelerator: Accelerator, plan: RunPlan, model: nn.Module, opti
         clip_norm=plan.recipe.optimizer.clip_norm,
         control=control_group(),
     )
+
+
+def shard_for_evaluation(accelerator: Accelerator, plan: RunPlan, model: nn.Module) -> nn.Module:
+    """Shard a model as planned, without an optimizer, and prove it.
+
+    Returns:
+        The wrapped model, which must live as long as the model is used: DeepSpeed gathers the weights in it.
+
+    Raises:
+        UserError: ZeRO stage, offload, mesh or precision differ from the plan.
+    """
+    if plan.topology.engine == "ddp":
+        return model  # each process measures a whole model, and exchanges nothing
+    prepared: nn.Module = accelerator.prepare(model) if plan.deepspeed is not None else model
+    assert_sharded_as_planned(prepared, plan)
+    return prepared

@@ -1,0 +1,118 @@
+"""Files between the command and the processes that it launches: what is to be measured, and what was measured.
+
+Tokens, masks and prompts are one array each for all sets, end to end; other arrays hold their lengths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packhorse.evaluate.answer_cache import Answer
+from packhorse.evaluate.measure import Measured, Work
+from packhorse.evaluate.score import Loss
+from packhorse.run_folder.layout import MEASURED_FILE, REQUEST_FILE, WORK_FILE
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Tokenised rows in memory.
+
+    Attributes:
+        ids: Token ids of each row, [length].
+        supervised: 1 for a supervised token, of each row [length].
+    """
+
+    ids: Sequence[Array]
+    supervised: Sequence[Array]
+
+    @property
+    def num_documents(self) -> int:
+        """Return the number of rows."""
+        return len(self.ids)
+
+    def document(self, index: int) -> tuple[Array, Array]:
+        """Return ids [length] and supervised [length]."""
+        return self.ids[index], self.supervised[index]
+
+
+@dataclass(frozen=True)
+class MeasureRequest:
+    """What the processes measure.
+
+    Attributes:
+        models: `base`, `tuned`, or a folder of weights -> fingerprint of the weights, part of the key of answers.
+        tokenizer: Folder of the tokenizer; empty for that of the run.
+        answers: File of known answers.
+    """
+
+    models: dict[str, str]
+    tokenizer: str
+    answers: str
+
+
+def write_request(folder: Path, request: MeasureRequest, work: Sequence[Work]) -> None:
+    """Write what is to be measured."""
+    (folder / REQUEST_FILE).write_text(json.dumps(asdict(request)), encoding="utf-8")
+    documents = [each.documents.document(row) for each in work for row in range(each.documents.num_documents)]
+    prompts = [np.array(prompt, np.int64) for each in work for prompt in each.prompts]
+    np.savez(
+        folder / WORK_FILE,
+        sizes=np.array([[each.documents.num_documents, len(each.prompts)] for each in work], np.int64).reshape(-1, 2),
+        ids=_joined([ids for ids, _ in documents]),
+        supervised=_joined([mask for _, mask in documents]),
+        lengths=np.array([len(ids) for ids, _ in documents], np.int64),
+        prompts=_joined(prompts),
+        prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int64),
+        limits=np.array([limit for each in work for limit in each.limits], np.int64),
+    )
+
+
+def read_request(folder: Path) -> tuple[MeasureRequest, list[Work]]:
+    """Read what is to be measured."""
+    request = MeasureRequest(**json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8")))
+    with np.load(folder / WORK_FILE, allow_pickle=False) as stored:
+        ids, supervised = (_parts(stored[name], stored["lengths"]) for name in ("ids", "supervised"))
+        prompts, limits = _parts(stored["prompts"], stored["prompt_lengths"]), stored["limits"].tolist()
+        sizes = stored["sizes"].tolist()
+    work, row, prompt = [], 0, 0
+    for num_rows, num_prompts in sizes:
+        rows, asked = slice(row, row + num_rows), slice(prompt, prompt + num_prompts)
+        documents = TokenRows(ids[rows], supervised[rows])
+        work.append(Work(documents, [each.tolist() for each in prompts[asked]], limits[asked]))
+        row, prompt = rows.stop, asked.stop
+    return request, work
+
+
+def write_measured(folder: Path, measured: Mapping[str, Sequence[Measured]]) -> None:
+    """Write the results of each model, one per set."""
+    text = json.dumps({model: [asdict(each) for each in sets] for model, sets in measured.items()})
+    (folder / MEASURED_FILE).write_text(text, encoding="utf-8")
+
+
+def read_measured(folder: Path) -> dict[str, list[Measured]]:
+    """Read the results of each model, one per set."""
+    stored = json.loads((folder / MEASURED_FILE).read_text(encoding="utf-8"))
+    return {
+        model: [
+            Measured([Loss(**loss) for loss in each["losses"]], [Answer(**answer) for answer in each["answers"]])
+            for each in sets
+        ]
+        for model, sets in stored.items()
+    }
+
+
+def _joined(rows: Sequence[Array]) -> Array:
+    return np.concatenate([np.empty(0, np.int64), *rows]).astype(np.int64)
+
+
+def _parts(joined: Array, lengths: Array) -> list[Array]:
+    return np.split(joined, np.cumsum(lengths)[:-1]) if len(lengths) else []
