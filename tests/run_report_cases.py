@@ -157,6 +157,7 @@ def write_rows(run: Path, texts: list[str], count: int = 40) -> None:
         "tuned/loss": [1.0] * count,
         "key": [f"{row:064x}" for row in at],
         "prompt": [f"{row}: {shown[row % len(shown)]}" for row in at],
+        "messages": [json.dumps([{"role": "user", "content": f"{row}: {shown[row % len(shown)]}"}]) for row in at],
         "expected": [shown[(row + 1) % len(shown)] for row in at],
         "base/answer": [shown[(row + 2) % len(shown)] for row in at],
         "tuned/answer": [shown[(row + 3) % len(shown)] for row in at],

@@ -259,12 +259,15 @@ _TABLE = (
             ("packhorse evaluate RUN", ""),
             ("packhorse evaluate RUN --test", "measure the sealed test rows, once; every opening is recorded"),
             ("packhorse evaluate RUN --test --again", "open them again"),
+            ("packhorse evaluate RUN --judge [evaluation.judge.model=NAME …]", "a language model judges the answers"),
         ),
         words=(RUN,),
         flags=(
             Flag("test", "measure the sealed test rows", "switch"),
             Flag("again", "with --test: although they were opened before", "switch"),
+            Flag("judge", "let the model of `evaluation.judge` judge the answers; resumes and is capped", "switch"),
         ),
+        takes_overrides=True,
     ),
     Command(
         "runs",

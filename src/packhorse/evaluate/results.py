@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from packhorse.data.data_manifest import TestLook
 from packhorse.evaluate.metrics.metric import Unit
+from packhorse.evaluate.opinions import JudgeResult, PeopleResult
 from packhorse.track.meter import perplexity
 
 Verdict = Literal["better", "worse", "cannot tell", "too few", "not finite"]
@@ -187,6 +188,10 @@ class Comparison(_Frozen):
     gate: tuple[GateResult, ...] = ()
     """Conditions of `evaluation.gate`; for retain rows also that nothing was forgotten."""
     failures: tuple[MetricFailure, ...] = ()
+    judge: JudgeResult | None = None
+    """What a judge said about the answers, after `packhorse evaluate RUN --judge`."""
+    people: tuple[PeopleResult, ...] = ()
+    """Ratings by `packhorse rate RUN`."""
     test_looks: tuple[TestLook, ...] = ()
     """All openings of the sealed test rows so far, by any run on the same data."""
 

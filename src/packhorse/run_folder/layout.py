@@ -8,6 +8,8 @@ RUN/
     evaluation/
         rows.parquet  test-rows.parquet                             values and answers of each row
         answers.jsonl                                               answers that need not be generated again
+        judge.jsonl                                                 replies of a judge that need not be paid again
+        ratings.jsonl                                               ratings by people
     launcher.lock  STOP  CHECKPOINT  CANCEL                         who runs it, and requests to it
     jobs.jsonl  ended.jsonl  job.sbatch  KIND.sbatch                its Slurm jobs
     logs/
@@ -66,6 +68,8 @@ TEST_EVALUATION_FILE: Final = "evaluation-test.json"
 EVALUATION_FOLDER: Final = "evaluation"
 ROWS_FILE: Final = "rows.parquet"
 ANSWERS_FILE: Final = "answers.jsonl"
+JUDGE_FILE: Final = "judge.jsonl"
+RATINGS_FILE: Final = "ratings.jsonl"
 TEST_ROWS_FILE: Final = "test-rows.parquet"
 REPORT_FILE: Final = "report.html"
 REPORT_FIGURES_FILE: Final = "report.json"

@@ -9,10 +9,14 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from packhorse.durable import replace_file
+from packhorse.evaluate.ratings import with_ratings
+from packhorse.evaluate.stored import StoredEvaluation, read_stored
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.folder import relative
 from packhorse.run_folder.layout import (
     EVALUATION_FILE,
     EVALUATION_FOLDER,
+    RATINGS_FILE,
     ROWS_FILE,
     TEST_EVALUATION_FILE,
     TEST_ROWS_FILE,
@@ -39,25 +43,48 @@ def evaluate_run(plan: RunPlan, test: bool = False, again: bool = False) -> Comp
     from packhorse.evaluate.evaluate_run import compare_on_held_out, compare_on_test
 
     evaluation = compare_on_test(plan, again) if test else compare_on_held_out(plan)
-    text = evaluation.comparison.model_dump_json(indent=2) + "\n"
-    _write_rows(evaluation.rows, rows_file(Path(plan.run_folder), test))
-    replace_file(result_file(Path(plan.run_folder), test), text)
-    return evaluation.comparison
+    folder = Path(plan.run_folder)
+    stored = StoredEvaluation(evaluation.comparison, _table(evaluation.rows))
+    if not test:  # people rate the other rows
+        stored = with_ratings(stored, ratings_file(folder), plan.recipe.evaluation)
+    write_evaluation(stored, folder, test)
+    return stored.comparison
 
 
-def _write_rows(rows: list[dict[str, Any]], file: Path) -> None:
-    """Write one row per document; a column that some rows lack is null there."""
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Return one row per document; a column that some rows lack is null there."""
     columns = dict.fromkeys(name for row in rows for name in row)
-    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    return pa.table({name: [row.get(name) for row in rows] for name in columns})
+
+
+def write_evaluation(stored: StoredEvaluation, run_folder: Path, test: bool = False) -> None:
+    """Write an evaluation into its run folder, the rows first."""
+    file = rows_file(run_folder, test)
     file.parent.mkdir(exist_ok=True)
     beside = file.with_name(f".{file.name}")
-    parquet.write_table(table, beside)
+    parquet.write_table(stored.table, beside)
     beside.replace(file)
+    replace_file(result_file(run_folder, test), stored.comparison.model_dump_json(indent=2) + "\n")
+
+
+def read_evaluation(run_folder: Path, test: bool = False) -> StoredEvaluation:
+    """Return the evaluation of a run.
+
+    Raises:
+        UserError: There is none, a file is damaged, or no row was answered.
+    """
+    flags = ["--test"] if test else []
+    return read_stored(result_file(run_folder, test), rows_file(run_folder, test), relative(run_folder), flags)
 
 
 def rows_file(run_folder: Path, test: bool = False) -> Path:
     """Return the path of the values and answers by row."""
     return run_folder / EVALUATION_FOLDER / (TEST_ROWS_FILE if test else ROWS_FILE)
+
+
+def ratings_file(run_folder: Path) -> Path:
+    """Return the path of the ratings by people."""
+    return run_folder / EVALUATION_FOLDER / RATINGS_FILE
 
 
 def result_file(run_folder: Path, test: bool = False) -> Path:
