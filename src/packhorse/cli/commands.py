@@ -270,6 +270,23 @@ _TABLE = (
         takes_overrides=True,
     ),
     Command(
+        "rate",
+        "Compare base and tuned answers blind, as a person: which is better, or a score each. Can be continued.",
+        (
+            ("packhorse rate RUN [--rater NAME]", "in the terminal"),
+            ("packhorse rate RUN --web [--port 8765]", "on a page for a browser on this machine"),
+            ("packhorse rate RUN --show", "results of all raters, and their agreement"),
+        ),
+        words=(RUN,),
+        flags=(
+            Flag("rater", "name of the person; default: the name of the user", shows="NAME"),
+            Flag("scores", "give each answer 1 to 5, instead of the better one or a tie", "switch"),
+            Flag("web", "serve a page on the loopback address; its address holds a secret token", "switch"),
+            Flag("port", "with --web: port of the page; default: a free one", "count", "8765"),
+            Flag("show", "print the evaluation with the ratings so far", "switch"),
+        ),
+    ),
+    Command(
         "runs",
         "List the runs of a folder: state, step, losses, verdict of the evaluation, time. Sweeps are grouped.",
         (("packhorse runs [FOLDER]", "default: runs"),),

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from packhorse.data.data_manifest import TestLook
 from packhorse.evaluate.metrics.metric import Unit
-from packhorse.evaluate.opinions import JudgeResult, PeopleResult
+from packhorse.evaluate.opinions import JudgeResult, PeopleResult, judge_notes, people_notes
 from packhorse.track.meter import perplexity
 
 Verdict = Literal["better", "worse", "cannot tell", "too few", "not finite"]
@@ -211,6 +211,12 @@ class Comparison(_Frozen):
     def num_test_looks(self) -> int:
         """Return how often the test rows were opened."""
         return len(self.test_looks)
+
+
+def opinion_notes(comparison: Comparison) -> list[str]:
+    """Return what a reader of the figures of the judge and of people must know, in sentences."""
+    judge = judge_notes(comparison.judge) if comparison.judge is not None else ()
+    return [*judge, *(note for people in comparison.people for note in people_notes(people))]
 
 
 def shown_value(value: float | None, unit: str) -> str:

@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from packhorse.data.seal import describe_looks
-from packhorse.evaluate.opinions import judge_notes, people_notes
 from packhorse.evaluate.results import (
     Comparison,
     ComparisonLine,
     LabelResult,
     MetricResult,
     Sample,
+    opinion_notes,
     shown_change,
     shown_value,
 )
@@ -88,10 +88,7 @@ def _notes(comparison: Comparison) -> Iterator[str]:
     if any(result.verdict == "cannot tell" for result in results):
         points = 100 * comparison.smallest_effect
         yield f"  in brackets: rows that would show a change of {points:g} points, or of {points / 100:g} nats."
-    if comparison.judge is not None:
-        yield from (f"  {note}" for note in judge_notes(comparison.judge))
-    for people in comparison.people:
-        yield from (f"  {note}" for note in people_notes(people))
+    yield from (f"  {note}" for note in opinion_notes(comparison))
     for line in comparison.lines:
         if line.base_labels and line.tuned_labels:
             yield f"  labels of {line.set}: {_labels(line.base_labels)} → {_labels(line.tuned_labels)}."

@@ -49,9 +49,25 @@ class AnsweredRow:
     tuned: str
 
     @property
+    def turns(self) -> list[tuple[str, str]]:
+        """Return role and text of each turn before the answer; calls of tools as JSON."""
+        return [(str(message["role"]), _text(message)) for message in self.messages]
+
+    @property
+    def conversation(self) -> str:
+        """Return the turns as one text."""
+        return "\n\n".join(f"[{role}]\n{text}" for role, text in self.turns)
+
+    @property
     def fingerprint(self) -> str:
         """Return a hash of the row and both answers: an opinion on other answers does not count for these."""
         return hashlib.sha256(json.dumps([self.set, self.key, self.base, self.tuned]).encode()).hexdigest()[:32]
+
+
+def _text(message: dict[str, Any]) -> str:
+    calls = message.get("tool_calls")
+    parts = (message.get("content"), json.dumps(calls, ensure_ascii=False) if calls else None)
+    return "\n".join(str(part) for part in parts if part)
 
 
 @dataclass(frozen=True)

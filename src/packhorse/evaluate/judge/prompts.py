@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
@@ -100,17 +98,6 @@ class JudgePrompt:
             f"it is a Jinja template with the names conversation, expected, criteria, {names}.",
             "correct the file, or remove evaluation.judge.template for the built-in prompt.",
         )
-
-
-def conversation_text(messages: Sequence[dict[str, Any]]) -> str:
-    """Return the turns before the answer as text, each with its role."""
-    return "\n\n".join(f"[{message['role']}]\n{_content(message)}" for message in messages)
-
-
-def _content(message: dict[str, Any]) -> str:
-    calls = message.get("tool_calls")
-    text = str(message.get("content") or "")
-    return "\n".join([*([text] if text else []), *([json.dumps(calls, ensure_ascii=False)] if calls else [])])
 
 
 def read_verdict(reply: str) -> Side | None:

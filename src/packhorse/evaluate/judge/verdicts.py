@@ -11,7 +11,7 @@ from typing import Final
 from scipy.stats import binomtest
 
 from packhorse.evaluate.judge.ask import Judge, JudgeReply
-from packhorse.evaluate.judge.prompts import JudgePrompt, Side, conversation_text, read_score, read_verdict
+from packhorse.evaluate.judge.prompts import JudgePrompt, Side, read_score, read_verdict
 from packhorse.evaluate.metrics.metric import Metric
 from packhorse.evaluate.opinions import JUDGE_SCORE, JUDGE_WINS, JudgeResult
 from packhorse.evaluate.stored import AnsweredRow
@@ -52,7 +52,7 @@ def prompts_of(rows: Sequence[AnsweredRow], settings: JudgeSection) -> list[Judg
     chosen = [row for name in sets for row in [row for row in rows if row.set == name][: settings.max_rows]]
 
     def texts(row: AnsweredRow) -> tuple[str, ...]:
-        conversation = conversation_text(row.messages)
+        conversation = row.conversation
         if settings.mode == "rubric":
             return tuple(prompt.text(conversation, row.expected, answer=answer) for answer in (row.base, row.tuned))
         if row.base == row.tuned:
