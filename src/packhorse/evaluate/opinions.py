@@ -16,6 +16,7 @@ JUDGE_SCORE: Final = Metric("judge_score", "graded", "value", lambda *_: math.na
 PEOPLE_WINS: Final = Metric("people_wins", "graded", "%", lambda *_: math.nan)
 """Share of rows on which people prefer the model's answer; of a row that several people rated, their mean."""
 PEOPLE_SCORE: Final = Metric("people_score", "graded", "value", lambda *_: math.nan)
+OPINION_METRICS: Final = (JUDGE_WINS, JUDGE_SCORE, PEOPLE_WINS, PEOPLE_SCORE)
 
 
 class _Frozen(BaseModel):
