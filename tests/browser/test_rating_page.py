@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import time
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -71,15 +74,74 @@ def test_nothing_on_the_page_names_a_model(seen: dict[str, Any]) -> None:
         assert "tuned" not in body.replace("\n".join(HOSTILE).lower(), "")
 
 
-def test_the_browser_opens_the_served_page_under_its_policy(browser: str, tmp_path: Path) -> None:
-    with RatingServer(session_of(tmp_path, "choice")) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        done = subprocess.run(
-            [browser, *flags, "--dump-dom", server.url], capture_output=True, text=True, timeout=60, check=True
+class Tab:
+    """A tab of a headless browser, driven over a pipe (Chrome DevTools Protocol)."""
+
+    def __init__(self, browser: str, folder: Path, url: str) -> None:
+        (read, self._write), (self._read, write) = os.pipe(), os.pipe()
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        flags += [f"--user-data-dir={folder / 'profile'}", "--remote-debugging-pipe"]
+        shell = f'exec "$0" "$@" 3<&{read} 4>&{write}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", shell, browser, *flags], pass_fds=(read, write), stderr=subprocess.DEVNULL
         )
+        os.close(read)
+        os.close(write)
+        self._replies = os.fdopen(self._read, "rb")
+        self._number, self._session = 0, {}
+        target = self._call("Target.createTarget", url=url)["targetId"]
+        self._session = {"sessionId": self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters, **self._session}
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            found = json.loads(
+                b"".join(iter(lambda: self._replies.read(1) or pytest.fail("the browser has ended"), b"\0"))
+            )
+            if found.get("id") == self._number:
+                return found.get("result", {})
+
+    def run(self, script: str) -> Any:
+        """Value of an expression in the page; None while it loads."""
+        return self._call("Runtime.evaluate", expression=script).get("result", {}).get("value")
+
+    def wait_for(self, text: str) -> None:
+        """Wait until the page shows a text."""
+        deadline = time.monotonic() + 30
+        while text not in (self.run("document.body && document.body.innerText") or ""):
+            assert time.monotonic() < deadline, text
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """End the browser."""
+        self._call("Browser.close")
+        self._process.wait(30)
+        self._replies.close()
+        os.close(self._write)
+
+
+@pytest.mark.parametrize("kind", ["choice", "scores"])
+def test_a_rater_clicks_through_all_rows(browser: str, tmp_path: Path, kind: Kind) -> None:
+    with RatingServer(session_of(tmp_path, kind)) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        tab = Tab(browser, tmp_path, server.url)
+        tab.wait_for("0 of 3 rated")
+        tab.run("document.querySelector('[value=skip]').click()")
+        for number in (1, 2, 3):
+            if kind == "scores":
+                tab.run("for (const box of document.querySelectorAll('[value=\"4\"]')) box.checked = true")
+            tab.wait_for(f"{number - 1} of 3 rated")
+            tab.run(f"document.querySelector('[value={'first' if kind == 'choice' else 'scores'}]').click()")
+            tab.wait_for(f"{number} of 3 rated")
+        tab.wait_for("All rows are rated")
+        tab.close()
         server.shutdown()
         thread.join()
-    assert "0 of 3 rated" in done.stdout
-    assert "1 is better" in done.stdout
+    ratings = [json.loads(line) for line in (tmp_path / "ratings.jsonl").read_text().splitlines()]
+    assert len({rating["row"] for rating in ratings}) == 3
+    assert {(rating["base"], rating["tuned"]) for rating in ratings} <= (
+        {(1, 0), (0, 1)} if kind == "choice" else {(4, 4)}
+    )

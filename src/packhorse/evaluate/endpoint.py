@@ -51,10 +51,10 @@ class EndpointClient:
         model: str,
         api_key: str | None = None,
         timeout_seconds: float = 600.0,
-        key_setting: str = "--api-key-env NAME",
-        repeats_timeouts: bool = False,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], object] = time.sleep,
+        key_setting: str = "--api-key-env NAME",
+        repeats_timeouts: bool = False,
     ) -> None:
         """Open a client; nothing is sent yet.
 
@@ -63,10 +63,10 @@ class EndpointClient:
             model: Name of the model at the endpoint.
             api_key: Key that is sent as a bearer token; None for none.
             timeout_seconds: Longest wait for one answer.
-            key_setting: What the user writes to name the variable with the key.
-            repeats_timeouts: Whether a request is repeated that was not answered in time.
             transport: Replaces the network.
             sleep: Waits between attempts.
+            key_setting: What the user writes to name the variable with the key.
+            repeats_timeouts: Whether a request is repeated that was not answered in time.
 
         Raises:
             UserError: The address does not begin with http:// or https://.
@@ -163,8 +163,9 @@ class EndpointClient:
             if not isinstance(text, str | None) or not isinstance(calls, list | None):
                 raise TypeError("content is no text, or tool_calls no list")
             ended = choice.get("finish_reason") in ("stop", "tool_calls")
-            counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-            return ChatReply(text or "", ended, tuple(calls or ()), *counts)
+            counts = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+            known = (count if isinstance(count, int) else None for count in counts)
+            return ChatReply(text or "", ended, tuple(calls or ()), *known)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.url} answered {self._message(response) or 'an empty body'!r}.",

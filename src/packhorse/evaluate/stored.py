@@ -148,6 +148,23 @@ class StoredEvaluation:
         return replace(self, comparison=self.comparison.model_copy(update=notes))
 
 
+def require_writable(file: Path) -> None:
+    """Raise before an opinion is given, or paid for, that could not be kept.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise UserError(
+            f"{relative(file)} cannot be written: {error.strerror}.",
+            "opinions are kept there as they arrive.",
+            "free space there, or fix the permissions of that folder.",
+        ) from error
+
+
 def read_stored(result: Path, rows: Path, run: str, flags: Sequence[str] = ()) -> StoredEvaluation:
     """Return an evaluation from its files.
 

@@ -8,6 +8,7 @@ from typing import Final
 from packhorse.errors import UserError
 from packhorse.evaluate.ratings import Kind, RatingSession, with_ratings
 from packhorse.evaluate.results import Comparison
+from packhorse.evaluate.stored import require_writable
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.folder import relative
 from packhorse.workflows.evaluate import ratings_file, read_evaluation, write_evaluation
@@ -24,7 +25,8 @@ def rating_session(plan: RunPlan, rater: str, kind: Kind) -> RatingSession:
         kind: `choice` or `scores`.
 
     Raises:
-        UserError: There is no evaluation, no row has two different answers, or the name cannot be shown.
+        UserError: There is no evaluation, no row has two different answers, the name cannot be shown, or the ratings
+            cannot be written.
     """
     if not rater.strip() or not rater.isprintable() or len(rater) > LONGEST_NAME:
         raise UserError(
@@ -40,6 +42,7 @@ def rating_session(plan: RunPlan, rater: str, kind: Kind) -> RatingSession:
             "people compare two different answers.",
             f"look at the answers in {relative(folder)}/evaluation/rows.parquet; training may have changed nothing.",
         )
+    require_writable(ratings_file(folder))
     return session
 
 

@@ -316,6 +316,8 @@ def test_other_fields_of_a_request_are_sent_and_null_removes_one(tmp_path):
         ("**Verdict:** tie.", "tie"),
         ("Verdict: A\nOn second thought:\nVerdict: B", "B"),
         ("verdict: Answer A", "A"),
+        ("<think>\nVerdict: B\n</think>Verdict: A", "A"),
+        ("<think>\nVerdict: B\n</think>Well,", None),
         ("A", None),
         ("Verdict: A or B", None),
         ("Verdict: both", None),

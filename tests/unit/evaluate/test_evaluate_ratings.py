@@ -198,6 +198,12 @@ def test_mistakes_of_raters(run, tmp_path, monkeypatch):
         command.rate("runs/r")
 
 
+def test_ratings_that_cannot_be_kept_are_not_asked_for(run):
+    (Path(run.run_folder) / "evaluation" / "ratings.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"evaluation/ratings.jsonl cannot be written: Is a directory"):
+        command.rate("runs/r")
+
+
 def test_equal_answers_cannot_be_rated(tmp_path):
     plan = write_evaluated(tmp_path, [("a", "a"), ("b", "<think>x</think>b")])
     with pytest.raises(UserError, match="the same answer to every row"):

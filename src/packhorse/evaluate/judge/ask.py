@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from packhorse.durable import append_line, read_lines
 from packhorse.errors import Mistake, UserError
 from packhorse.evaluate.endpoint import EndpointClient
+from packhorse.evaluate.stored import require_writable
 from packhorse.recipe.evaluation import JudgeSection
 
 CountTokens = Callable[[str], int]
@@ -147,10 +148,12 @@ class Judge:
             show: Function that takes the number of replies so far.
 
         Raises:
-            UserError: The endpoint fails or refuses, or the replies have cost more than `max_cost`.
+            UserError: The file cannot be written, the endpoint fails or refuses, or the replies have cost more than
+                `max_cost`.
         """
         settings = self._settings
         missing = list(self._missing(prompts).items())
+        require_writable(self._file)
         client = EndpointClient(
             settings.url,
             settings.model,
@@ -190,7 +193,6 @@ class Judge:
             else chat.completion_tokens,
         )
         with self._lock:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             append_line(self._file, reply)
             self._replies[key] = reply
             spent = self.price([self._replies[key] for key in used if key in self._replies])

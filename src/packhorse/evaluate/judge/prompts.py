@@ -11,6 +11,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from packhorse.errors import UserError
+from packhorse.evaluate.metrics.metric import without_thinking
 from packhorse.recipe.evaluation import JudgeSection
 
 Side = Literal["A", "B", "tie"]
@@ -102,12 +103,12 @@ class JudgePrompt:
 
 def read_verdict(reply: str) -> Side | None:
     """Return the last verdict of a reply; None if it has none in the requested form."""
-    found = VERDICT.findall(reply)
+    found = VERDICT.findall(without_thinking(reply))
     sides: dict[str, Side] = {"a": "A", "b": "B", "tie": "tie"}
     return sides[found[-1].lower()] if found else None
 
 
 def read_score(reply: str) -> float:
     """Return the last score of a reply, 1 to 5; NaN if it has none in the requested form."""
-    found = SCORE.findall(reply)
+    found = SCORE.findall(without_thinking(reply))
     return float(found[-1]) if found else math.nan
