@@ -142,7 +142,7 @@ class RatingSession:
 def with_ratings(stored: StoredEvaluation, file: Path, settings: EvaluationSection) -> StoredEvaluation:
     """Return the evaluation with the ratings of people: one metric per kind, and the agreement of raters."""
     newest = {(each.rater, each.kind, each.row): each for each in read_lines(file, Rating)}
-    stored, results = stored.without("people_"), []
+    stored, results = stored.without(PEOPLE_WINS, PEOPLE_SCORE), []
     rows = {row.fingerprint: row for row in stored.rows()}
     for kind, metric in zip(KINDS, (PEOPLE_WINS, PEOPLE_SCORE), strict=True):
         given = [rating for rating in newest.values() if rating.kind == kind]

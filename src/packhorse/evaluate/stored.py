@@ -94,15 +94,16 @@ class StoredEvaluation:
             found.append(AnsweredRow(line, row["set"], key, tuple(json.loads(row["messages"])), *texts))
         return sorted(found, key=lambda row: row.key)
 
-    def without(self, prefix: str) -> StoredEvaluation:
-        """Return the evaluation without the metrics whose names begin with `prefix`."""
-        names = [name for name in self.table.column_names if name.partition("/")[2].startswith(prefix)]
+    def without(self, *metrics: Metric) -> StoredEvaluation:
+        """Return the evaluation without some metrics; `with_opinions` adjusts p of the others."""
+        names = {metric.name for metric in metrics}
         kept = [
-            line.model_copy(update={"metrics": tuple(r for r in line.metrics if not r.metric.startswith(prefix))})
+            line.model_copy(update={"metrics": tuple(r for r in line.metrics if r.metric not in names)})
             for line in self.comparison.lines
         ]
         comparison = self.comparison.model_copy(update={"lines": tuple(kept)})
-        return StoredEvaluation(comparison, self.table.drop_columns(names))
+        columns = [column for column in self.table.column_names if column.partition("/")[2] in names]
+        return StoredEvaluation(comparison, self.table.drop_columns(columns))
 
     def with_opinions(self, metric: Metric, opinions: Opinions, settings: EvaluationSection) -> StoredEvaluation:
         """Return the evaluation with one more metric, p adjusted for the larger number, and the gate decided again.

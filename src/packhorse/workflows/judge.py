@@ -10,6 +10,7 @@ from packhorse.errors import UserError
 from packhorse.evaluate.judge.ask import Judge, api_key
 from packhorse.evaluate.judge.prompts import JudgePrompt
 from packhorse.evaluate.judge.verdicts import judged, prompts_of
+from packhorse.evaluate.opinions import JUDGE_SCORE, JUDGE_WINS
 from packhorse.evaluate.results import Comparison
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.evaluation import JudgeSection
@@ -74,7 +75,7 @@ def judge_run(
         UserError: There is no evaluation, the requests are above a limit, or the endpoint fails.
     """
     folder = Path(plan.run_folder)
-    stored = read_evaluation(folder, test).without("judge_")
+    stored = read_evaluation(folder, test).without(JUDGE_WINS, JUDGE_SCORE)
     prompts = prompts_of(stored.rows(), settings)
     judge = Judge(settings, folder / EVALUATION_FOLDER / JUDGE_FILE, _token_counter(plan))
     texts = [text for each in prompts for text in each.texts]

@@ -160,6 +160,17 @@ def test_a_second_judgement_replaces_the_first_and_pays_nothing(tmp_path):
     assert (wins.num_pairs, wins.tuned) == (5, 1.0)
 
 
+def test_a_metric_of_the_user_with_a_similar_name_stays(tmp_path):
+    plan = write_evaluated(tmp_path, PAIRS)
+    file = Path(plan.run_folder) / "evaluation.json"
+    file.write_text(file.read_text().replace("exact_match", "judge_mine.py:score"))
+    with judge_server(prefers_good) as server:
+        judge(with_judge(plan, server.url))
+        judge(with_judge(plan, server.url, mode="rubric"))
+    metrics = [result.metric for result in read_result(plan).lines[0].metrics]
+    assert metrics == ["judge_mine.py:score", "judge_score"]
+
+
 def test_a_busy_or_failing_endpoint_is_asked_again(tmp_path, waits):
     first = [(429, {"Retry-After": "7"}, b"{}"), (500, {}, b"oops"), (503, {}, b"")]
 

@@ -31,11 +31,6 @@ class JudgePrompts:
     row: AnsweredRow
     texts: tuple[str, ...]
 
-    @property
-    def is_identical(self) -> bool:
-        """Whether both answers are equal."""
-        return self.row.base == self.row.tuned
-
 
 def prompts_of(rows: Sequence[AnsweredRow], settings: JudgeSection) -> list[JudgePrompts]:
     """Return the prompts of the rows that are judged; pairwise equal answers have none.
@@ -80,7 +75,7 @@ def judged(
         model=settings.model,
         mode=settings.mode,
         num_rows=len(prompts),
-        num_identical=sum(each.is_identical for each in prompts),
+        num_identical=sum(each.row.base == each.row.tuned for each in prompts),
         num_unparsed=0,
         num_replies=len(kept),
         prompt_tokens=sum(reply.prompt_tokens for reply in kept),
