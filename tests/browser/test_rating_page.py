@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -78,15 +80,17 @@ class Tab:
     """A tab of a headless browser, driven over a pipe (Chrome DevTools Protocol)."""
 
     def __init__(self, browser: str, folder: Path, url: str) -> None:
-        (read, self._write), (self._read, write) = os.pipe(), os.pipe()
+        (low_read, self._write), (self._read, low_write) = os.pipe(), os.pipe()
+        # The browser reads from 3 and writes to 4, which must not be one of these.
+        read, write = (fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (low_read, low_write))
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         flags += [f"--user-data-dir={folder / 'profile'}", "--remote-debugging-pipe"]
         shell = f'exec "$0" "$@" 3<&{read} 4>&{write}'
         self._process = subprocess.Popen(
             ["bash", "-c", shell, browser, *flags], pass_fds=(read, write), stderr=subprocess.DEVNULL
         )
-        os.close(read)
-        os.close(write)
+        for end in (low_read, low_write, read, write):
+            os.close(end)
         self._replies = os.fdopen(self._read, "rb")
         self._number, self._session = 0, {}
         target = self._call("Target.createTarget", url=url)["targetId"]
@@ -107,17 +111,21 @@ class Tab:
         """Value of an expression in the page; None while it loads."""
         return self._call("Runtime.evaluate", expression=script).get("result", {}).get("value")
 
+    def wait_until(self, script: str) -> None:
+        """Wait until an expression in the page is true."""
+        deadline = time.monotonic() + 60
+        while self.run(script) is not True:
+            assert time.monotonic() < deadline, script
+            time.sleep(0.02)
+
     def wait_for(self, text: str) -> None:
         """Wait until the page shows a text."""
-        deadline = time.monotonic() + 30
-        while text not in (self.run("document.body && document.body.innerText") or ""):
-            assert time.monotonic() < deadline, text
-            time.sleep(0.02)
+        self.wait_until(f"document.body.innerText.includes({json.dumps(text)})")
 
     def close(self) -> None:
         """End the browser."""
-        self._call("Browser.close")
-        self._process.wait(30)
+        self._process.kill()
+        self._process.wait()
         self._replies.close()
         os.close(self._write)
 
@@ -125,21 +133,20 @@ class Tab:
 @pytest.mark.parametrize("kind", ["choice", "scores"])
 def test_a_rater_clicks_through_all_rows(browser: str, tmp_path: Path, kind: Kind) -> None:
     with RatingServer(session_of(tmp_path, kind)) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        tab = Tab(browser, tmp_path, server.url)
-        tab.wait_for("0 of 3 rated")
-        tab.run("document.querySelector('[value=skip]').click()")
-        for number in (1, 2, 3):
-            if kind == "scores":
-                tab.run("for (const box of document.querySelectorAll('[value=\"4\"]')) box.checked = true")
-            tab.wait_for(f"{number - 1} of 3 rated")
-            tab.run(f"document.querySelector('[value={'first' if kind == 'choice' else 'scores'}]').click()")
-            tab.wait_for(f"{number} of 3 rated")
-        tab.wait_for("All rows are rated")
-        tab.close()
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        with closing(Tab(browser, tmp_path, server.url)) as tab:
+            tab.wait_for("0 of 3 rated")
+            row = tab.run("document.querySelector('[name=row]').value")
+            tab.run("document.querySelector('[value=skip]').click()")
+            tab.wait_until(f"document.querySelector('[name=row]').value !== {json.dumps(row)}")
+            for number in (1, 2, 3):
+                tab.wait_for(f"{number - 1} of 3 rated")
+                if kind == "scores":
+                    tab.run("for (const box of document.querySelectorAll('[value=\"4\"]')) box.checked = true")
+                tab.run(f"document.querySelector('[value={'first' if kind == 'choice' else 'scores'}]').click()")
+                tab.wait_for(f"{number} of 3 rated")
+            tab.wait_for("All rows are rated")
         server.shutdown()
-        thread.join()
     ratings = [json.loads(line) for line in (tmp_path / "ratings.jsonl").read_text().splitlines()]
     assert len({rating["row"] for rating in ratings}) == 3
     assert {(rating["base"], rating["tuned"]) for rating in ratings} <= (

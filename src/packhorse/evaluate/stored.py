@@ -85,7 +85,7 @@ class StoredEvaluation:
         seen: Counter[tuple[str, str]] = Counter()
         found = []
         for line, row in enumerate(self.table.select(names).to_pylist()):
-            if row["key"] is None:
+            if row["messages"] is None:  # not answered
                 continue
             number = seen[row["set"], row["key"]]
             seen[row["set"], row["key"]] += 1
