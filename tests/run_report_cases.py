@@ -14,6 +14,7 @@ from packhorse.data.data_manifest import DataManifest, SourceRecord, SplitCounts
 from packhorse.data.ledger import Entry, Ledger
 from packhorse.evaluate.metrics.metric import Metric
 from packhorse.evaluate.metrics.text import EXACT
+from packhorse.evaluate.opinions import JudgeResult, PeopleResult, RaterResult
 from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricFailure, Score
 from packhorse.evaluate.verdict import MetricValues, adjusted, gate_results, metric_result
 from packhorse.plan.make_plan import make_plan
@@ -129,6 +130,32 @@ def comparison(texts: list[str]) -> Comparison:
         samples=(),
         gate=gate_results(tested, EvaluationSection(gate=list(GATE))),
         failures=(failure,),
+        judge=JudgeResult(
+            model=group,
+            mode="pairwise",
+            num_rows=40,
+            num_identical=0,
+            num_unparsed=1,
+            wins=30,
+            losses=4,
+            ties=5,
+            num_both=39,
+            num_agreed=35,
+            num_named=70,
+            num_first=50,
+            position_p=0.0004,
+            num_replies=80,
+        ),
+        people=(
+            PeopleResult(
+                kind="choice",
+                raters=(RaterResult(rater=group, num_rated=9, num_first=5, num_named=8),),
+                num_rows=9,
+                num_shared=0,
+                num_outdated=0,
+                alpha=None,
+            ),
+        ),
         test_looks=(TestLook(run=group, at="2026-01-02T03:04:05+00:00"),),
     )
 
@@ -157,6 +184,7 @@ def write_rows(run: Path, texts: list[str], count: int = 40) -> None:
         "tuned/loss": [1.0] * count,
         "key": [f"{row:064x}" for row in at],
         "prompt": [f"{row}: {shown[row % len(shown)]}" for row in at],
+        "messages": [json.dumps([{"role": "user", "content": f"{row}: {shown[row % len(shown)]}"}]) for row in at],
         "expected": [shown[(row + 1) % len(shown)] for row in at],
         "base/answer": [shown[(row + 2) % len(shown)] for row in at],
         "tuned/answer": [shown[(row + 3) % len(shown)] for row in at],

@@ -262,6 +262,7 @@ _TABLE = (
             ("packhorse evaluate RUN --against RUN2", "another run's tuned model, or a model folder, for the base"),
             ("packhorse evaluate RUN --ranks 8", "shared by 8 GPUs, sharded as the run was"),
             ("packhorse evaluate RUN --endpoint http://localhost:8000/v1 --model NAME", "answers of a served model"),
+            ("packhorse evaluate RUN --judge [evaluation.judge.model=NAME …]", "a language model judges the answers"),
         ),
         words=(RUN,),
         flags=(
@@ -274,6 +275,25 @@ _TABLE = (
             Flag("base-endpoint", "endpoint that answers as the base; default: --endpoint", shows="URL"),
             Flag("base-model", "name of the base at its endpoint; default: the base answers here", shows="NAME"),
             Flag("api-key-env", "environment variable with the key of the endpoints", shows="NAME"),
+            Flag("judge", "let the model of `evaluation.judge` judge the answers; resumes and is capped", "switch"),
+        ),
+        takes_overrides=True,
+    ),
+    Command(
+        "rate",
+        "Compare base and tuned answers blind, as a person: which is better, or a score each. Can be continued.",
+        (
+            ("packhorse rate RUN [--rater NAME]", "in the terminal"),
+            ("packhorse rate RUN --web [--port 8765]", "on a page for a browser on this machine"),
+            ("packhorse rate RUN --show", "results of all raters, and their agreement"),
+        ),
+        words=(RUN,),
+        flags=(
+            Flag("rater", "name of the person; default: the name of the user", shows="NAME"),
+            Flag("scores", "give each answer 1 to 5, instead of the better one or a tie", "switch"),
+            Flag("web", "serve a page on the loopback address; its address holds a secret token", "switch"),
+            Flag("port", "with --web: port of the page; default: a free one", "count", "8765"),
+            Flag("show", "print the evaluation with the ratings so far", "switch"),
         ),
     ),
     Command(

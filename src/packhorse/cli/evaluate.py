@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from packhorse.cli.show.text import open_console
+from packhorse.cli.show.progress import row_progress
+from packhorse.cli.show.text import open_console, print_plain
 from packhorse.errors import EXIT_NO_GO, EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
 from packhorse.evaluate.chat import chat as run_chat
@@ -17,13 +19,16 @@ from packhorse.evaluate.models import load_tuned
 from packhorse.evaluate.show import render
 from packhorse.run_folder.folder import open_run
 from packhorse.workflows.evaluate import EvaluationRequest, evaluate_run, result_file
+from packhorse.workflows.judge import judge_run, judge_settings
 from packhorse.workflows.prepared_data import require_data
 
 
 def evaluate(
     run: str,
+    overrides: Sequence[str] = (),
     test: bool = False,
     again: bool = False,
+    judge: bool = False,
     ranks: int | None = None,
     endpoint: str = "",
     model: str = "",
@@ -34,12 +39,14 @@ def evaluate(
 ) -> int:
     """Compare base and tuned model on the run's held-out rows, and keep the result in the run folder.
 
+    A judge gets the answers of the evaluation that is there; without one the models are evaluated first.
+
     Returns:
         Exit code: 3 if a critical condition of `evaluation.gate` is not met.
 
     Raises:
         UserError: Flags contradict each other, the run has not finished, there are no such rows, the test rows were
-            opened before, or a model cannot be measured.
+            opened before, or a model or the judge cannot be asked.
     """
     if again and not test:
         raise UserError(
@@ -47,11 +54,28 @@ def evaluate(
             "only the test rows are sealed; the others may be measured any number of times.",
             "write --test --again, or remove --again.",
         )
+    if overrides and not judge:
+        raise UserError(
+            f"{overrides[0]} is given without --judge.",
+            "a run is evaluated by its recipe; only the judge may be another one.",
+            f"remove {overrides[0]}, or write --judge.",
+        )
     plan = open_run(run)
     console = open_console()
-    tuned, base = _endpoints(endpoint, model, base_endpoint, base_model, api_key_env)
-    request = EvaluationRequest(test, again, ranks, tuned, base, against)
-    comparison = evaluate_run(plan, request, partial(console.print, highlight=False, style="dim"))
+    settings = judge_settings(plan, overrides) if judge else None
+    if settings is not None and against not in ("", "base"):
+        raise UserError(
+            "--judge is given with --against.",
+            "a judge reads the answers of a run and its base that are stored.",
+            "leave out one of the two; `packhorse evaluate RUN --judge` judges run and base.",
+        )
+    if settings is None or again or not result_file(Path(plan.run_folder), test).is_file():
+        tuned, base = _endpoints(endpoint, model, base_endpoint, base_model, api_key_env)
+        request = EvaluationRequest(test, again, ranks, tuned, base, against)
+        comparison = evaluate_run(plan, request, partial(console.print, highlight=False, style="dim"))
+    if settings is not None:
+        with row_progress("replies of the judge") as show:
+            comparison = judge_run(plan, settings, test, lambda text: print_plain(text, console), show)
     console.print(render(comparison))
     reference = comparison.reference if against not in ("", "base") else ""
     saved = result_file(Path(plan.run_folder), test, reference)

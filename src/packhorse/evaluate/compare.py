@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from packhorse.evaluate.held_out import HeldOut, Question
 from packhorse.evaluate.measure import MeasureBoth, Measured, measure, work_on
 from packhorse.evaluate.metrics.choose import kinds_of, metrics_for
 from packhorse.evaluate.metrics.labels import classification, confusion_matrix, labels_of
-from packhorse.evaluate.metrics.metric import LOSS, Expected, Metric, Reply
+from packhorse.evaluate.metrics.metric import LOSS, Expected, Metric, Reply, without_thinking
 from packhorse.evaluate.metrics.text import EXACT
 from packhorse.evaluate.models import Model, Subject, measure_both
 from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricFailure, Sample, Score
@@ -26,7 +27,6 @@ from packhorse.evaluate.verdict import MetricValues, adjusted, gate_results, met
 from packhorse.recipe.evaluation import EvaluationSection
 
 NUM_SAMPLES: Final = 3
-END_OF_THINKING: Final = "</think>"
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,11 @@ def _with_written_calls(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase) -
 
 def _expected(question: Question) -> Expected:
     row = {"prompt": list(question.prompt), "answer": question.answer, "tools": list(question.tools)}
-    return Expected(_without_thinking(question.answer["content"]), bool(question.answer.get("tool_calls")), row)
+    return Expected(without_thinking(question.answer["content"]), bool(question.answer.get("tool_calls")), row)
 
 
 def _reply(answer: Answer) -> Reply:
-    return Reply(_without_thinking(answer.text), answer.ended)
-
-
-def _without_thinking(text: str) -> str:
-    """Return the text after the thinking, which may differ between two right answers."""
-    return text.rpartition(END_OF_THINKING)[2]
+    return Reply(without_thinking(answer.text), answer.ended)
 
 
 def _scored(held_out: HeldOut, metrics: Sequence[Metric], base: Measured, tuned: Measured) -> _Scored:
@@ -250,6 +245,7 @@ def _records(scored: _Scored) -> list[dict[str, Any]]:
         records[question.row] |= {
             "key": question.key,
             "prompt": question.prompt[-1]["content"],
+            "messages": json.dumps(question.prompt, ensure_ascii=False),
             "expected": question.answer["content"],
             "base/answer": base.text,
             "base/ended": base.ended,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, NoReturn
@@ -31,11 +31,15 @@ class ChatReply:
         text: Content of the answer, without thinking that the endpoint separates.
         ended: Whether the model ended it; otherwise it was cut at `max_tokens` or by a filter.
         tool_calls: Calls in OpenAI's form, with arguments as JSON text.
+        prompt_tokens: Tokens of the request as the endpoint counts them; None if it does not.
+        completion_tokens: Tokens of the answer, with its thinking.
     """
 
     text: str
     ended: bool
     tool_calls: tuple[dict[str, Any], ...] = ()
+    prompt_tokens: int | None = field(default=None, compare=False)
+    completion_tokens: int | None = field(default=None, compare=False)
 
 
 class EndpointClient:
@@ -49,6 +53,8 @@ class EndpointClient:
         timeout_seconds: float = 600.0,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], object] = time.sleep,
+        key_setting: str = "--api-key-env NAME",
+        repeats_timeouts: bool = False,
     ) -> None:
         """Open a client; nothing is sent yet.
 
@@ -59,11 +65,14 @@ class EndpointClient:
             timeout_seconds: Longest wait for one answer.
             transport: Replaces the network.
             sleep: Waits between attempts.
+            key_setting: What the user writes to name the variable with the key.
+            repeats_timeouts: Whether a request is repeated that was not answered in time.
 
         Raises:
             UserError: The address does not begin with http:// or https://.
         """
         self.url, self.model, self._api_key, self._sleep = url.rstrip("/"), model, api_key, sleep
+        self._key_setting, self._repeats_timeouts = key_setting, repeats_timeouts
         if not self.url.startswith(("http://", "https://")):
             raise UserError(
                 f"{url} is not the address of an endpoint.",
@@ -91,7 +100,7 @@ class EndpointClient:
             messages: Chat that ends before the answer, in OpenAI's form.
             max_tokens: Largest number of new tokens.
             tools: Tools that may be called, in OpenAI's form.
-            settings: Further fields of the request, such as `seed` or `response_format`.
+            settings: Further fields of the request, such as `seed` or `response_format`; None removes a field.
 
         Raises:
             UserError: The endpoint cannot be reached, refuses the request, is busy or fails in every attempt, or does
@@ -100,7 +109,7 @@ class EndpointClient:
         body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0} | settings
         if tools:
             body["tools"] = list(tools)
-        return self._reply(self._post(body))
+        return self._reply(self._post({name: value for name, value in body.items() if value is not None}))
 
     def _post(self, body: Mapping[str, Any]) -> httpx.Response:
         """Return the first successful response."""
@@ -111,7 +120,7 @@ class EndpointClient:
                 response = self._http.post(f"{self.url}/chat/completions", json=body)
             except httpx.TransportError as error:
                 failure = f"{type(error).__name__} {error}".rstrip()
-                if isinstance(error, httpx.ReadTimeout):
+                if isinstance(error, httpx.ReadTimeout) and not self._repeats_timeouts:
                     break  # the endpoint has taken the request, and would take as long again
             else:
                 if response.is_success:
@@ -136,7 +145,7 @@ class EndpointClient:
         if status in (401, 403):
             sent = "the key that was sent is not accepted" if self._api_key else "no key was sent"
             raise UserError(
-                fact, f"{sent}.", "put the key into an environment variable, and name it: --api-key-env NAME."
+                fact, f"{sent}.", f"put the key into an environment variable, and name it: {self._key_setting}."
             )
         raise UserError(
             fact,
@@ -147,13 +156,16 @@ class EndpointClient:
     def _reply(self, response: httpx.Response) -> ChatReply:
         """Return the first choice of a response."""
         try:
-            choice = response.json()["choices"][0]
+            body = response.json()
+            choice, usage = body["choices"][0], body.get("usage") or {}
             message = choice["message"]
             text, calls = message.get("content"), message.get("tool_calls")
             if not isinstance(text, str | None) or not isinstance(calls, list | None):
                 raise TypeError("content is no text, or tool_calls no list")
             ended = choice.get("finish_reason") in ("stop", "tool_calls")
-            return ChatReply(text or "", ended, tuple(calls or ()))
+            counts = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+            known = (count if isinstance(count, int) else None for count in counts)
+            return ChatReply(text or "", ended, tuple(calls or ()), *known)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.url} answered {self._message(response) or 'an empty body'!r}.",

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from packhorse.data.data_manifest import TestLook
 from packhorse.evaluate.metrics.metric import Unit
+from packhorse.evaluate.opinions import JudgeResult, PeopleResult, judge_notes, people_notes
 from packhorse.track.meter import perplexity
 
 Verdict = Literal["better", "worse", "cannot tell", "too few", "not finite"]
@@ -191,6 +192,10 @@ class Comparison(_Frozen):
     gate: tuple[GateResult, ...] = ()
     """Conditions of `evaluation.gate`; for retain rows also that nothing was forgotten."""
     failures: tuple[MetricFailure, ...] = ()
+    judge: JudgeResult | None = None
+    """What a judge said about the answers, after `packhorse evaluate RUN --judge`."""
+    people: tuple[PeopleResult, ...] = ()
+    """Ratings by `packhorse rate RUN`."""
     test_looks: tuple[TestLook, ...] = ()
     """All openings of the sealed test rows so far, by any run on the same data."""
 
@@ -210,6 +215,12 @@ class Comparison(_Frozen):
     def num_test_looks(self) -> int:
         """Return how often the test rows were opened."""
         return len(self.test_looks)
+
+
+def opinion_notes(comparison: Comparison) -> list[str]:
+    """Return what a reader of the figures of the judge and of people must know, in sentences."""
+    judge = judge_notes(comparison.judge) if comparison.judge is not None else ()
+    return [*judge, *(note for people in comparison.people for note in people_notes(people))]
 
 
 def shown_value(value: float | None, unit: str) -> str:

@@ -15,11 +15,13 @@ from pyarrow import ArrowException, Table, parquet
 from packhorse.errors import UserError
 from packhorse.evaluate.metrics.choose import METRICS
 from packhorse.evaluate.metrics.metric import LOSS, Metric
+from packhorse.evaluate.opinions import OPINION_METRICS
 from packhorse.evaluate.results import MetricResult
 from packhorse.evaluate.verdict import MetricValues, metric_result
 
 TUNED: Final = "tuned/"
-NO_METRICS: Final = ("loss", "answer", "ended")
+# An opinion compares a model with its own base, and not with another run.
+NO_METRICS: Final = ("loss", "answer", "ended", *(metric.name for metric in OPINION_METRICS))
 RowKey = tuple[str, str, int]
 """Set, hash of the content, and number of the earlier rows with the same content."""
 

@@ -17,6 +17,7 @@ from packhorse.evaluate.results import (
     LabelResult,
     MetricResult,
     Sample,
+    opinion_notes,
     shown_change,
     shown_value,
 )
@@ -89,6 +90,7 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         points = 100 * comparison.smallest_effect
         yield f"  in brackets: rows that would show a change of {points:g} points, or of {points / 100:g} nats."
     yield from (f"  {note}" for note in comparison.notes)
+    yield from (f"  {note}" for note in opinion_notes(comparison))
     for line in comparison.lines:
         if line.base_labels and line.tuned_labels:
             yield f"  labels of {line.set}: {_labels(line.base_labels)} → {_labels(line.tuned_labels)}."

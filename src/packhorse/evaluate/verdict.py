@@ -110,15 +110,23 @@ def adjusted_results(results: Sequence[MetricResult]) -> list[MetricResult]:
     """Return the results of one family with p adjusted for their number (Holm), and verdicts by it."""
     found = []
     for result, p in zip(results, holm([_testable(result) for result in results]), strict=True):
-        is_verdict = result.verdict in ("better", "worse")
-        verdict = "cannot tell" if is_verdict and not p < ALPHA else result.verdict
+        # Decided again from p: the results may have been adjusted before, for another number of them.
+        verdict = _direction(result) if p < ALPHA else "cannot tell" if _is_tested(result) else result.verdict
         found.append(result.model_copy(update={"p_adjusted": _known(p), "verdict": verdict}))
     return found
 
 
 def _testable(result: MetricResult) -> float:
     """Return p, or NaN for a line that gets no verdict and therefore does not count."""
-    return math.nan if result.p is None or result.verdict in ("too few", "not finite") else result.p
+    return result.p if result.p is not None and _is_tested(result) else math.nan
+
+
+def _is_tested(result: MetricResult) -> bool:
+    return result.verdict not in ("too few", "not finite")
+
+
+def _direction(result: MetricResult) -> Verdict:
+    return "better" if ((result.difference or 0.0) > 0) == result.higher_is_better else "worse"
 
 
 def gate_results(lines: Sequence[ComparisonLine], settings: EvaluationSection) -> tuple[GateResult, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
 from packhorse.yaml_source.schema import PositiveFloat, Section
+
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class GateCriterion(Section):
@@ -22,6 +24,45 @@ class GateCriterion(Section):
     """The tuned model must be better by more than this; 0.02 is 2 points of a share, or 0.02 nats of a loss."""
     max_drop: PositiveFloat | None = None
     """The tuned model may be worse by less than this (non-inferiority)."""
+
+
+class JudgeSection(Section):
+    """A language model that judges answers in `packhorse evaluate RUN --judge`."""
+
+    url: Annotated[
+        str, Field(pattern=r"^https?://\S+$", json_schema_extra={"takes": "an address, such as https://…/v1"})
+    ]
+    """OpenAI-compatible endpoint up to the version, e.g. `https://api.openai.com/v1` or `http://localhost:8000/v1`."""
+    model: str
+    """Name of the judge at the endpoint."""
+    api_key_env: str | None = None
+    """Environment variable with the API key, e.g. `OPENAI_API_KEY`; the key is never written."""
+    mode: Literal["pairwise", "rubric"] = "pairwise"
+    """`pairwise`: the better of both answers, in both orders; `rubric`: each answer alone, 1 to 5."""
+    criteria: str = "correct, complete, and clear"
+    """What makes an answer good, in the words of the prompt."""
+    template: str | None = None
+    """File with your own prompt (Jinja). Names: `conversation`, `expected`, `criteria`, `answer_a`, `answer_b`, under
+    rubric `answer`. The form of the verdict is added at its end."""
+    max_rows: PositiveInt | None = None
+    """Most rows per set that are judged; a hash of the row decides which. Default: all answered rows."""
+    max_requests: PositiveInt = 1000
+    """Most requests for one evaluation; above it none is sent."""
+    max_cost: PositiveFloat | None = None
+    """Most that the verdicts of one evaluation may cost, in the currency of the prices; needs both prices."""
+    input_price: Price | None = None
+    """Price of a million tokens of requests."""
+    output_price: Price | None = None
+    """Price of a million tokens of replies."""
+    max_reply_tokens: PositiveInt = 512
+    """Largest number of tokens in a reply of the judge."""
+    request: dict[str, Any] = {}
+    """Further fields of the request; null removes one, e.g. `{temperature: null, max_tokens: null,
+    max_completion_tokens: 2000}` for a model that thinks."""
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    """Requests at the same time."""
+    timeout_seconds: PositiveFloat = 120.0
+    """Longest wait for one reply, before the request is repeated."""
 
 
 class EvaluationSection(Section):
@@ -44,3 +85,5 @@ class EvaluationSection(Section):
     """Row field; rows with one value are not independent, e.g. questions on one document. Default: near copies."""
     gate: list[GateCriterion] = []
     """Conditions on the tuned model; `packhorse evaluate` ends with exit code 3 if a critical one is not met."""
+    judge: JudgeSection | None = None
+    """Language model that judges the answers in `packhorse evaluate RUN --judge`."""

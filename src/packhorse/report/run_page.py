@@ -12,7 +12,7 @@ from packhorse.data.packs.store import SEALED_SPLIT
 from packhorse.data.seal import describe_looks
 from packhorse.durable import replace_file
 from packhorse.errors import UserError
-from packhorse.evaluate.results import Comparison
+from packhorse.evaluate.results import Comparison, opinion_notes
 from packhorse.report.curves import HEIGHT, MOST_POINTS, WIDTH, plot_of, shown_tick
 from packhorse.report.data_page import Tile, environment_of_pages
 from packhorse.report.effects import SetView, set_views
@@ -85,6 +85,7 @@ def render_run_page(report: RunReport, shown_folder: str) -> str:
         elapsed=describe_duration(elapsed) if elapsed is not None else "",
         parts=list(_parts(report, bool(sets), bool(plots))),
         sets=sets,
+        opinions=[note for each in both for note in opinion_notes(each)],
         failures=[failure for each in both for failure in each.failures],
         gate=[result for each in both for result in each.gate],
         looks=_looks(report),

@@ -11,6 +11,8 @@ RUN/
         answers.jsonl                                               answers that need not be generated again
         ranks/                                                      a launch of processes that measure
             plan.json  request.json  work.npz  measured.json  failure-R.json  stderr.log
+        judge.jsonl                                                 replies of a judge that need not be paid again
+        ratings.jsonl                                               ratings by people
     launcher.lock  STOP  CHECKPOINT  CANCEL                         who runs it, and requests to it
     jobs.jsonl  ended.jsonl  job.sbatch  KIND.sbatch                its Slurm jobs
     logs/
@@ -80,6 +82,8 @@ REQUEST_FILE: Final = "request.json"
 WORK_FILE: Final = "work.npz"
 MEASURED_FILE: Final = "measured.json"
 FAILURES: Final = "failure-*.json"
+JUDGE_FILE: Final = "judge.jsonl"
+RATINGS_FILE: Final = "ratings.jsonl"
 TEST_ROWS_FILE: Final = "test-rows.parquet"
 REPORT_FILE: Final = "report.html"
 REPORT_FIGURES_FILE: Final = "report.json"

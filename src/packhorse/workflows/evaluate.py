@@ -12,17 +12,20 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from packhorse.durable import replace_file
+from packhorse.evaluate.ratings import with_ratings
+from packhorse.evaluate.stored import StoredEvaluation, read_stored
 from packhorse.launching.local.evaluation import launch_evaluation
 from packhorse.plan.evaluation import evaluation_plan, evaluation_ranks
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import detect_hardware
 from packhorse.run_folder.base_weights import require_base
-from packhorse.run_folder.folder import named_folder, open_run
+from packhorse.run_folder.folder import named_folder, open_run, relative
 from packhorse.run_folder.layout import (
     EVALUATION_FILE,
     EVALUATION_FOLDER,
     PLAN_FILE,
     RANKS_FOLDER,
+    RATINGS_FILE,
     ROWS_FILE,
     TEST_EVALUATION_FILE,
     TEST_ROWS_FILE,
@@ -78,11 +81,12 @@ def evaluate_run(
     launcher = partial(launcher_of, request=request, report=report)
     means = Means(launcher, request.endpoint, request.base_endpoint, against)
     evaluation = compare_on_test(plan, request.again, means) if request.test else compare_on_held_out(plan, means)
-    text = evaluation.comparison.model_dump_json(indent=2) + "\n"
     folder, reference = Path(plan.run_folder), evaluation.comparison.reference if against is not None else ""
-    _write_rows(evaluation.rows, rows_file(folder, request.test, reference))
-    replace_file(result_file(folder, request.test, reference), text)
-    return evaluation.comparison
+    stored = StoredEvaluation(evaluation.comparison, _table(evaluation.rows))
+    if not request.test and not reference:  # people rate the other rows, beside the base
+        stored = with_ratings(stored, ratings_file(folder), plan.recipe.evaluation)
+    write_evaluation(stored, folder, request.test, reference)
+    return stored.comparison
 
 
 def _require_inputs(plan: RunPlan) -> None:
@@ -129,14 +133,30 @@ def launcher_of(plan: RunPlan, request: EvaluationRequest, report: Callable[[str
     return Launcher(launched, launch_evaluation, answers_file(plan))
 
 
-def _write_rows(rows: list[dict[str, Any]], file: Path) -> None:
-    """Write one row per document; a column that some rows lack is null there."""
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Return one row per document; a column that some rows lack is null there."""
     columns = dict.fromkeys(name for row in rows for name in row)
-    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    return pa.table({name: [row.get(name) for row in rows] for name in columns})
+
+
+def write_evaluation(stored: StoredEvaluation, run_folder: Path, test: bool = False, reference: str = "") -> None:
+    """Write an evaluation into its run folder, the rows first."""
+    file = rows_file(run_folder, test, reference)
     file.parent.mkdir(exist_ok=True)
     beside = file.with_name(f".{file.name}")
-    parquet.write_table(table, beside)
+    parquet.write_table(stored.table, beside)
     beside.replace(file)
+    replace_file(result_file(run_folder, test, reference), stored.comparison.model_dump_json(indent=2) + "\n")
+
+
+def read_evaluation(run_folder: Path, test: bool = False) -> StoredEvaluation:
+    """Return the evaluation of a run.
+
+    Raises:
+        UserError: There is none, a file is damaged, or no row was answered.
+    """
+    flags = ["--test"] if test else []
+    return read_stored(result_file(run_folder, test), rows_file(run_folder, test), relative(run_folder), flags)
 
 
 def rows_file(run_folder: Path, test: bool = False, reference: str = "") -> Path:
@@ -145,6 +165,11 @@ def rows_file(run_folder: Path, test: bool = False, reference: str = "") -> Path
     if reference:
         return folder / f"{_against_name(test, reference)}.parquet"
     return folder / (TEST_ROWS_FILE if test else ROWS_FILE)
+
+
+def ratings_file(run_folder: Path) -> Path:
+    """Return the path of the ratings by people."""
+    return run_folder / EVALUATION_FOLDER / RATINGS_FILE
 
 
 def result_file(run_folder: Path, test: bool = False, reference: str = "") -> Path:

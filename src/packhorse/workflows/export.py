@@ -144,15 +144,23 @@ def _tokenizer(plan: RunPlan, folder: Path) -> Any:  # noqa: ANN401
 
 def _held_out_rows(plan: RunPlan, tokenizer: Any) -> tuple[list[HeldOutRow], list[str]]:  # noqa: ANN401
     """Return validation and retain rows: ids with their supervised positions, and some as the template writes them."""
-    from packhorse.evaluate.held_out import read_sets, trained_form
+    from packhorse.data.packs.store import open_store
+    from packhorse.evaluate.held_out import SETS, trained_form
     from packhorse.export.reference import HeldOutRow
 
     assert plan.data is not None
-    form = trained_form(tokenizer, plan.recipe.data)
-    sets = read_sets(Path(plan.data.folder), plan.recipe.evaluation, form)
-    documents = [held_out.documents.document(at) for held_out in sets for at in range(held_out.documents.num_documents)]
+    folder = Path(plan.data.folder)
+    stores = [open_store(folder, name) for name in SETS if (folder / name).is_dir()]
+    documents = [store.document(at) for store in stores for at in range(store.num_documents)]
+    if not documents:
+        raise UserError(
+            f"{folder} has 0 validation rows and 0 retain rows.",
+            "an export is proven on rows that the model was not trained on.",
+            "raise data.split.validation, or name rows in data.validation, and train again.",
+        )
     rows = [HeldOutRow(tuple(ids.tolist()), tuple((np.flatnonzero(mask[1:]) + 1).tolist())) for ids, mask in documents]
-    stored = islice((row for held_out in sets for row in held_out.documents.rows()), MOST_TEXTS)
+    form = trained_form(tokenizer, plan.recipe.data)
+    stored = islice((row for store in stores for row in store.rows()), MOST_TEXTS)
     return rows, [_text(tokenizer, form, row) for row in stored]
 
 

@@ -5,15 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 from evaluate_cases import ROWS
+from opinion_cases import judge_server, said
 from pyarrow import parquet
 
 from packhorse.cli import evaluate as command
+from packhorse.durable import append_line
 from packhorse.errors import UserError
 from packhorse.evaluate import evaluate_run
 from packhorse.evaluate.models import Subject
-from packhorse.recipe.evaluation import EvaluationSection, GateCriterion
+from packhorse.evaluate.ratings import Rating
+from packhorse.evaluate.stored import read_stored
+from packhorse.recipe.evaluation import EvaluationSection, GateCriterion, JudgeSection
 from packhorse.recipe.schema import DataSection, Source
 from packhorse.workflows import evaluate as workflow
+from packhorse.workflows import judge as judge_workflow
 
 
 @pytest.fixture
@@ -29,8 +34,8 @@ def make_run(tmp_path, tiny, tokenizer, request_of, monkeypatch):
             data=DataSection(sources=[Source(path="x")]),
             evaluation=EvaluationSection(group_by="language", max_answered_rows=2, max_new_tokens=4, **settings),
         )
-        data = SimpleNamespace(folder=str(data))
-        plans[name] = SimpleNamespace(run_folder=str(folder), recipe=recipe, data=data, base_model=None)
+        found = SimpleNamespace(folder=str(data))
+        plans[name] = SimpleNamespace(run_folder=str(folder), recipe=recipe, data=found, base_model=None)
         return folder
 
     subject = Subject(request_of(tmp_path / "weights"), tmp_path / "weights", len(tokenizer))
@@ -92,6 +97,45 @@ def test_answers_and_values_are_kept_by_row(make_run, write_data):
     assert {row["set"] for row in parquet.read_table(folder / "evaluation" / "test-rows.parquet").to_pylist()} == {
         "test"
     }
+
+
+def test_a_judge_gets_answers_that_are_generated_once_and_opinions_are_added_to_the_table(
+    make_run, write_data, monkeypatch
+):
+    monkeypatch.setattr(judge_workflow, "_token_counter", lambda plan: len)
+    with judge_server(lambda prompt, _: said("Score: 5" if "say lime" in prompt else "Score: 4")) as server:
+        judge = JudgeSection(url=server.url, model="m", mode="rubric")
+        folder = make_run("first", write_data(validation=ROWS, retain=ROWS[5:6]), judge=judge)
+        command.evaluate("first", judge=True)
+        assert (folder / "evaluation" / "answers.jsonl").is_file()
+        # Two rows per set at most, and base and tuned model are the same: one request per row.
+        assert len(server.prompts) == 3
+        monkeypatch.setattr(command, "evaluate_run", None)  # from here on no model is loaded
+        command.evaluate("first", judge=True)
+        monkeypatch.undo()
+        assert len(server.prompts) == 3
+    found = {line["set"]: line["metrics"][-1] for line in kept(folder, "evaluation.json")["lines"] if not line["group"]}
+    assert [(name, found[name]["metric"]) for name in found] == [
+        ("validation", "judge_score"),
+        ("retain", "judge_score"),
+    ]
+    assert found["retain"]["tuned"] == 5
+
+
+def test_a_later_evaluation_keeps_the_ratings_of_people(make_run, write_data, monkeypatch):
+    folder = make_run("first", write_data(validation=ROWS))
+    command.evaluate("first")
+    rows = folder / "evaluation" / "rows.parquet"
+    (row, *_) = read_stored(folder / "evaluation.json", rows, "first").rows()
+    rating = Rating(
+        rater="ana", kind="scores", row=row.fingerprint, set=row.set, key=row.key, first="base", base=2, tuned=4, at=""
+    )
+    append_line(folder / "evaluation" / "ratings.jsonl", rating)
+    command.evaluate("first")
+    (people,) = kept(folder, "evaluation.json")["people"]
+    assert (people["kind"], people["num_rows"]) == ("scores", 1)
+    (line, *_) = kept(folder, "evaluation.json")["lines"]
+    assert [line["metrics"][-1][name] for name in ("metric", "base", "tuned")] == ["people_score", 2, 4]
 
 
 def test_a_gate_that_is_not_met_ends_with_code_3(make_run, write_data, capsys):

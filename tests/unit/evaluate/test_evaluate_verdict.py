@@ -107,3 +107,11 @@ def test_retain_rows_are_always_tested_for_forgetting():
         ("advisory", "not met", "drop below 3.0")
     ]
     assert found.decision is None
+
+
+def test_a_metric_more_or_less_changes_what_the_others_have_to_show():
+    # Exact p of 10 to 2 discordant rows: 0.039; twice that is above 5 %.
+    pair = adjusted([line_of(exact(10, 2, 20), exact(2, 10, 20))])
+    assert verdicts(*pair) == ["cannot tell", "cannot tell"]
+    for alone, verdict in zip(pair[0].metrics, ("better", "worse"), strict=True):
+        assert verdicts(pair[0].model_copy(update={"metrics": (alone,)})) == [verdict]

@@ -60,13 +60,20 @@ def test_the_verdict_is_one_sentence_with_what_it_rests_on(page: str) -> None:
     [
         ["2,000 tokens per second", "25.0 % of the GPU", "the plan expected 0.5 s"],
         ["3.00 GiB", "the plan expected 4.00 of 8 GiB"],
+        [
+            "tuned better on 30, base on 4, tie on 5 of 40 rows",
+            "35 of 39 rows",
+            "71 % of 70 verdicts",
+            "a position bias",
+        ],
+        ["People, choices: 9 rows (by rater: What is 2 + 2? 9)", "62 % of 8 preferences"],
         ["waiting for data 10.0 %", "compute 80.0 %", "evaluation and checkpoints 10.0 %"],
         ["200 of 2,200 steps (9.1 %) were lost or repeated", "1,000 to 2,000", "16 min 40 s", "killed"],
         ["dropped: duplicate of a row that is kept", "10 10.00 % 100 10.00 %", "100 100.00 % 1,000 100.00 %"],
         ["better on 14 and worse on 2", "The test set was opened once", "accuracy 87.5 %", "0123456789abcdef"],
         ["train: last 2, lowest 2", "validation: last 1.5", "NaN or Inf at 1 step (dotted)", "last 3"],
     ],
-    ids=["speed", "memory", "time", "attempts", "ledger", "rows", "curves"],
+    ids=["speed", "memory", "judge", "people", "time", "attempts", "ledger", "rows", "curves"],
 )
 def test_figures_are_those_of_the_run(page: str, figures: list[str]) -> None:
     words = words_of(page)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # scipy takes a second to import, and a stored result is read
     from packhorse.evaluate.statistics.paired import Kind
 
 Unit = Literal["%", "points", "nats", "value"]
+END_OF_THINKING: Final = "</think>"
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,8 @@ class Metric:
 
 LOSS: Final = Metric("loss", "graded", "nats", lambda *_: math.nan, higher_is_better=False)
 """Loss by document, weighted by supervised tokens; it is measured, and not computed from an answer."""
+
+
+def without_thinking(text: str) -> str:
+    """Return the text after the thinking, which may differ between two right answers."""
+    return text.rpartition(END_OF_THINKING)[2]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from packhorse.recipe.evaluation import EvaluationSection
+from packhorse.recipe.evaluation import EvaluationSection, JudgeSection
 from packhorse.yaml_source.findings import Finding
 from packhorse.yaml_source.schema import join_words
 
@@ -28,6 +28,8 @@ METRICS: Final = (
 )
 """Metrics of answers; `packhorse.evaluate.metrics.choose` has them."""
 LOSS: Final = "loss"
+ADDED: Final = ("judge_wins", "judge_score", "people_wins", "people_score")
+"""Verdicts of a judge and of people, which `packhorse.evaluate.opinions` adds to an evaluation."""
 
 
 def evaluation_rules(evaluation: EvaluationSection) -> Iterator[Finding]:
@@ -39,6 +41,8 @@ def evaluation_rules(evaluation: EvaluationSection) -> Iterator[Finding]:
         elif name not in METRICS:
             path = ("evaluation", "metrics", index)
             yield Finding((path,), f"evaluation.metrics has `{name}`.", _known(), _nearest(name, METRICS))
+    if evaluation.judge is not None:
+        yield from _judge_rules(evaluation.judge)
     for index, criterion in enumerate(evaluation.gate):
         path = ("evaluation", "gate", index)
         if (criterion.min_gain is None) == (criterion.max_drop is None):
@@ -49,9 +53,29 @@ def evaluation_rules(evaluation: EvaluationSection) -> Iterator[Finding]:
                 "a condition asks either for a gain, or for no more than a loss of quality.",
                 "write one of them, e.g. min_gain: 0 or max_drop: 0.02",
             )
-        if criterion.metric not in (LOSS, *METRICS) and criterion.metric not in chosen:
+        known = (LOSS, *METRICS, *ADDED)
+        if criterion.metric not in known and criterion.metric not in chosen:
             fact = f"evaluation.gate[{index}].metric is `{criterion.metric}`."
-            yield Finding(((*path, "metric"),), fact, _known(), _nearest(criterion.metric, (LOSS, *METRICS)))
+            yield Finding(((*path, "metric"),), fact, _known(), _nearest(criterion.metric, known))
+
+
+def _judge_rules(judge: JudgeSection) -> Iterator[Finding]:
+    path = ("evaluation", "judge")
+    if judge.max_cost is not None and (judge.input_price is None or judge.output_price is None):
+        yield Finding(
+            ((*path, "max_cost"),),
+            f"evaluation.judge.max_cost is {judge.max_cost:g}, and a price is missing.",
+            "the cost is estimated from tokens and prices before the first request.",
+            "set evaluation.judge.input_price and evaluation.judge.output_price, per million tokens",
+        )
+    for name in sorted({"messages", "model", "stream", "tools"} & set(judge.request)):
+        fact = f"evaluation.judge.request has `{name}`."
+        why = "the prompt and the model are given by the other fields, and the reply is read whole."
+        yield Finding(((*path, "request"),), fact, why, f"remove `{name}` from evaluation.judge.request")
+    if judge.template is not None and not Path(judge.template).is_file():
+        fact = f"evaluation.judge.template is {judge.template}, and there is no such file."
+        why = "the prompt is read from the file, relative to the current folder."
+        yield Finding(((*path, "template"),), fact, why, "correct the path, or remove evaluation.judge.template")
 
 
 def _own_metric(index: int, name: str) -> Iterator[Finding]:
