@@ -259,11 +259,13 @@ _TABLE = (
             ("packhorse evaluate RUN", ""),
             ("packhorse evaluate RUN --test", "measure the sealed test rows, once; every opening is recorded"),
             ("packhorse evaluate RUN --test --again", "open them again"),
+            ("packhorse evaluate RUN --tasks FOLDER", "also benchmark tasks of yours, in lm-eval's form"),
         ),
         words=(RUN,),
         flags=(
             Flag("test", "measure the sealed test rows", "switch"),
             Flag("again", "with --test: although they were opened before", "switch"),
+            Flag("tasks", "also measure the tasks of a YAML file or a folder (packhorse[tasks])", shows="PATH"),
         ),
     ),
     Command(

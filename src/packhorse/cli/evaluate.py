@@ -17,14 +17,21 @@ from packhorse.workflows.evaluate import evaluate_run, result_file
 from packhorse.workflows.prepared_data import require_data
 
 
-def evaluate(run: str, test: bool = False, again: bool = False) -> int:
+def evaluate(run: str, test: bool = False, again: bool = False, tasks: str = "") -> int:
     """Compare base and tuned model on the run's held-out rows, and keep the result in the run folder.
+
+    Args:
+        run: Folder or name of the run.
+        test: Whether to measure the sealed test rows.
+        again: Whether to open them although they were opened before.
+        tasks: Task file of lm-eval, or folder of them, to measure too; empty for none.
 
     Returns:
         Exit code: 3 if a critical condition of `evaluation.gate` is not met.
 
     Raises:
-        UserError: The run has not finished, there are no such rows, or the test rows were opened before.
+        UserError: The run has not finished, there are no such rows, the test rows were opened before, or a task file
+            has a mistake.
     """
     if again and not test:
         raise UserError(
@@ -34,7 +41,7 @@ def evaluate(run: str, test: bool = False, again: bool = False) -> int:
         )
     plan = open_run(run)
     console = open_console()
-    comparison = evaluate_run(plan, test, again)
+    comparison = evaluate_run(plan, test, again, Path(tasks) if tasks else None)
     console.print(render(comparison))
     console.print(f"saved as {result_file(Path(plan.run_folder), test)}", soft_wrap=True, highlight=False, style="dim")
     return EXIT_NO_GO if comparison.decision == "NO-GO" else EXIT_OK

@@ -146,21 +146,25 @@ def open_run(path: str | Path) -> Run:
     return Run(folder.open_run(str(path)))
 
 
-def evaluate(run: Run | str | Path, *, test: bool = False, again: bool = False) -> Comparison:
+def evaluate(
+    run: Run | str | Path, *, test: bool = False, again: bool = False, tasks: str | Path | None = None
+) -> Comparison:
     """Compare the base and the tuned model of a finished run on held-out rows; also keep the result in the run folder.
 
     Args:
         run: Run, its folder or its name.
         test: Whether to measure the sealed test rows.
         again: Whether to open the test rows although they were opened before.
+        tasks: Task file of lm-eval, or folder of them, to measure too.
 
     Raises:
-        UserError: The run has not finished, there are no such rows, or the test rows were opened before.
+        UserError: The run has not finished, there are no such rows, the test rows were opened before, or a task file
+            has a mistake.
     """
     # Only here: it imports torch when it runs.
     from packhorse.workflows.evaluate import evaluate_run
 
-    return evaluate_run(folder.open_run(_folder(run)), test, again)
+    return evaluate_run(folder.open_run(_folder(run)), test, again, None if tasks is None else Path(tasks))
 
 
 def _recipe(recipe: Recipe | str) -> Recipe:
