@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,12 +14,27 @@ from transformers import PreTrainedTokenizerBase
 from packhorse.evaluate.answer_cache import Answer, AnswerCache
 from packhorse.evaluate.generate import answers, template_answer
 from packhorse.evaluate.held_out import HeldOut, Question
-from packhorse.evaluate.metrics.choose import kinds_of, metrics_for
-from packhorse.evaluate.metrics.labels import classification, confusion_matrix, labels_of
+from packhorse.evaluate.label_rows import (
+    LabelDocuments,
+    LabelRows,
+    label_documents,
+    label_metrics,
+    label_result,
+    label_rows,
+)
+from packhorse.evaluate.metrics.choose import metrics_for
 from packhorse.evaluate.metrics.metric import LOSS, Expected, Metric, Reply
 from packhorse.evaluate.metrics.text import EXACT
 from packhorse.evaluate.models import Model, Subject, measure_both
-from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricFailure, Sample, Score
+from packhorse.evaluate.results import (
+    Comparison,
+    ComparisonLine,
+    LabelResult,
+    MetricFailure,
+    MetricResult,
+    Sample,
+    Score,
+)
 from packhorse.evaluate.score import Loss, document_losses, total_loss
 from packhorse.evaluate.verdict import MetricValues, adjusted, gate_results, metric_result
 from packhorse.recipe.evaluation import EvaluationSection
@@ -48,6 +63,8 @@ class _Measured:
 
     losses: list[Loss]
     answers: list[Answer]
+    labels: list[Loss] | None = None
+    """Losses of `label_documents`, if the answers are labels."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +103,17 @@ def compare(
     chosen = None if settings.metrics == "auto" else settings.metrics
     # Before the models are loaded: a metric that cannot be imported is found at once.
     metrics = [metrics_for([_expected(question) for question in held_out.questions], chosen) for held_out in sets]
+    labels = [_label_documents(held_out, tokenizer) if chosen is None else None for held_out in sets]
 
     def measure(model: Model, weights: str) -> list[_Measured]:
         found = []
-        for held_out in sets:
+        for held_out, of_labels in zip(sets, labels):
             prompts = [question.prompt for question in held_out.questions]
             tools = [question.tools for question in held_out.questions]
             limits = [_limit(tokenizer, question, settings.max_new_tokens) for question in held_out.questions]
             answered = answers(model, tokenizer, prompts, limits, batch_size, tools, cache, weights)
-            found.append(_Measured(document_losses(model, held_out.documents), answered))
+            label_losses = None if of_labels is None else document_losses(model, of_labels)
+            found.append(_Measured(document_losses(model, held_out.documents), answered, label_losses))
         return found
 
     base, tuned = measure_both(subject, measure)
@@ -122,6 +141,11 @@ def _with_written_calls(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase) -
         if text is not None:
             questions.append(replace(question, answer={**question.answer, "content": text}))
     return replace(held_out, questions=tuple(questions))
+
+
+def _label_documents(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase) -> LabelDocuments | None:
+    rows = label_rows([_expected(question) for question in held_out.questions])
+    return None if rows is None else label_documents(tokenizer, rows, held_out.questions)
 
 
 def _limit(tokenizer: PreTrainedTokenizerBase, question: Question, max_new_tokens: int) -> int:
@@ -195,6 +219,7 @@ def _lines(scored: _Scored, settings: EvaluationSection) -> list[ComparisonLine]
     held_out = scored.held_out
     names = np.array(held_out.groups, dtype=object)
     groups: list[str | None] = [None, *sorted(set(held_out.groups))] if settings.group_by else [None]
+    rows = label_rows([_expected(question) for question in held_out.questions])
     lines = []
     for group in groups:
         documents = np.ones(len(names), bool) if group is None else names == group
@@ -204,6 +229,8 @@ def _lines(scored: _Scored, settings: EvaluationSection) -> list[ComparisonLine]
             metric_result(of_metric, of_metric.tested(held_out.clusters, documents), settings.smallest_effect)
             for of_metric in values
         ]
+        if group is None and rows is not None and settings.metrics == "auto":
+            results += _label_metrics(scored, rows, settings.smallest_effect)
         lines.append(
             ComparisonLine(
                 set=held_out.name,
@@ -212,7 +239,7 @@ def _lines(scored: _Scored, settings: EvaluationSection) -> list[ComparisonLine]
                 base=_score(scored, scored.base, documents),
                 tuned=_score(scored, scored.tuned, documents),
                 metrics=tuple(results),
-                **(_labels(scored) if group is None else {}),
+                **(_label_results(scored, rows) if group is None and rows is not None else {}),
             )
         )
     return lines
@@ -233,19 +260,18 @@ def _score(scored: _Scored, measured: _Measured, documents: NDArray[np.bool_]) -
     )
 
 
-def _labels(scored: _Scored) -> dict[str, LabelResult]:
-    expected = [_expected(question) for question in scored.held_out.questions]
-    texts = [answer.text for answer in expected]
-    labels = labels_of(texts) if expected and kinds_of(expected) == ["label"] else None
-    if labels is None:
-        return {}
-
+def _label_results(scored: _Scored, rows: LabelRows) -> dict[str, LabelResult]:
     def of(measured: _Measured) -> LabelResult:
-        matrix = confusion_matrix(labels, texts, [_reply(answer) for answer in measured.answers])
-        confusion = tuple(tuple(line) for line in matrix.tolist())
-        return LabelResult(labels=labels, confusion=confusion, **asdict(classification(matrix)))
+        return label_result(rows, [_reply(answer) for answer in measured.answers], measured.labels)
 
     return {"base_labels": of(scored.base), "tuned_labels": of(scored.tuned)}
+
+
+def _label_metrics(scored: _Scored, rows: LabelRows, smallest_effect: float) -> list[MetricResult]:
+    base, tuned = ([_reply(answer) for answer in measured.answers] for measured in (scored.base, scored.tuned))
+    clusters = [scored.held_out.clusters[question.row] for question in scored.held_out.questions]
+    losses = (scored.base.labels, scored.tuned.labels)
+    return label_metrics(rows, (base, tuned), losses, clusters, smallest_effect)
 
 
 def _records(scored: _Scored) -> list[dict[str, Any]]:

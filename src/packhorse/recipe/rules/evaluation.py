@@ -27,7 +27,8 @@ METRICS: Final = (
     "tool_names",
 )
 """Metrics of answers; `packhorse.evaluate.metrics.choose` has them."""
-LOSS: Final = "loss"
+GATE_ONLY: Final = ("loss", "macro_f1", "weighted_f1", "ece")
+"""Metrics that are measured automatically."""
 
 
 def evaluation_rules(evaluation: EvaluationSection) -> Iterator[Finding]:
@@ -49,9 +50,9 @@ def evaluation_rules(evaluation: EvaluationSection) -> Iterator[Finding]:
                 "a condition asks either for a gain, or for no more than a loss of quality.",
                 "write one of them, e.g. min_gain: 0 or max_drop: 0.02",
             )
-        if criterion.metric not in (LOSS, *METRICS) and criterion.metric not in chosen:
+        if criterion.metric not in (*GATE_ONLY, *METRICS) and criterion.metric not in chosen:
             fact = f"evaluation.gate[{index}].metric is `{criterion.metric}`."
-            yield Finding(((*path, "metric"),), fact, _known(), _nearest(criterion.metric, (LOSS, *METRICS)))
+            yield Finding(((*path, "metric"),), fact, _known(), _nearest(criterion.metric, (*GATE_ONLY, *METRICS)))
 
 
 def _own_metric(index: int, name: str) -> Iterator[Finding]:
