@@ -19,7 +19,7 @@ import lab_log
 from packhorse.evaluate.metrics.labels import f1_sums, macro_f1, weighted_f1
 from packhorse.evaluate.statistics.calibration import calibration_error, calibration_sums
 from packhorse.evaluate.statistics.paired import Kind, Pairs, paired_test
-from packhorse.evaluate.statistics.whole_set import compare_figure
+from packhorse.evaluate.statistics.whole_set import compare_figures
 
 NUM_ROWS, NUM_LABELS, LIMIT_SECONDS = 10_000, 77, 5.0
 
@@ -44,9 +44,8 @@ def main() -> int:
     cases: dict[str, tuple[Callable[[], object], int]] = {
         "0 or 1, exact McNemar": (by_row(right, "binary"), 3),
         "graded, sign-flip and BCa": (by_row(graded, "graded"), 1),
-        "macro F1": (lambda: compare_figure(*sums, range(num_rows), 1, macro_f1), 1),
-        "weighted F1": (lambda: compare_figure(*sums, range(num_rows), 1, weighted_f1), 1),
-        "calibration error": (lambda: compare_figure(*bins, range(num_rows), 1, calibration_error), 1),
+        "macro and weighted F1": (lambda: compare_figures(*sums, range(num_rows), 1, [macro_f1, weighted_f1]), 1),
+        "calibration error": (lambda: compare_figures(*bins, range(num_rows), 1, [calibration_error]), 1),
     }
     seconds = {}
     for name, (compare, _) in cases.items():

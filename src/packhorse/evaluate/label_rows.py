@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -34,7 +34,7 @@ from packhorse.evaluate.results import CalibrationResult, LabelResult, MetricRes
 from packhorse.evaluate.score import Loss
 from packhorse.evaluate.statistics.calibration import calibration_bins, calibration_error, calibration_sums
 from packhorse.evaluate.statistics.paired import Float, Int
-from packhorse.evaluate.statistics.whole_set import Figure, compare_figure
+from packhorse.evaluate.statistics.whole_set import compare_figures
 from packhorse.evaluate.verdict import result_of
 
 
@@ -138,20 +138,18 @@ def label_metrics(
         smallest_effect: `evaluation.smallest_effect`.
     """
 
-    def compared(metric: Metric, base: Float, tuned: Float, num_differing: int, figure: Figure) -> MetricResult:
-        return result_of(metric, compare_figure(base, tuned, clusters, num_differing, figure), smallest_effect)
-
     answered = [answered_labels(rows.labels, of_model) for of_model in replies]
-    sums = [f1_sums(rows.expected, each, len(rows.labels)) for each in answered]
+    base, tuned = (f1_sums(rows.expected, each, len(rows.labels)) for each in answered)
     num_differing = int((answered[0] != answered[1]).sum())
-    figures: list[tuple[Metric, Callable[[Float], Float]]] = [(MACRO_F1, macro_f1), (WEIGHTED_F1, weighted_f1)]
-    results = [compared(metric, sums[0], sums[1], num_differing, figure) for metric, figure in figures]
+    tested = compare_figures(base, tuned, clusters, num_differing, [macro_f1, weighted_f1])
+    metrics = [MACRO_F1, WEIGHTED_F1]
     if losses[0] is not None and losses[1] is not None:
-        base, tuned = (_confidence(rows, of_model) for of_model in (losses[0], losses[1]))
-        num_differing = int((base[0] != tuned[0]).sum())
-        scores = (calibration_sums(*base), calibration_sums(*tuned))
-        results.append(compared(ECE, *scores, num_differing, calibration_error))
-    return results
+        confidence = [_confidence(rows, of_model) for of_model in (losses[0], losses[1])]
+        base, tuned = (calibration_sums(*of_model) for of_model in confidence)
+        num_differing = int((confidence[0][0] != confidence[1][0]).sum())
+        tested += compare_figures(base, tuned, clusters, num_differing, [calibration_error])
+        metrics.append(ECE)
+    return [result_of(metric, result, smallest_effect) for metric, result in zip(metrics, tested, strict=True)]
 
 
 def _confidence(rows: LabelRows, losses: Sequence[Loss]) -> tuple[Float, Float]:

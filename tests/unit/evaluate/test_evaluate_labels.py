@@ -20,7 +20,7 @@ from packhorse.evaluate.results import Comparison
 from packhorse.evaluate.show import render
 from packhorse.evaluate.statistics.calibration import calibration_bins, calibration_error, calibration_sums
 from packhorse.evaluate.statistics.paired import Pairs, paired_test
-from packhorse.evaluate.statistics.whole_set import compare_figure
+from packhorse.evaluate.statistics.whole_set import compare_figures
 from packhorse.recipe.evaluation import EvaluationSection
 
 LABELS = 4
@@ -39,7 +39,7 @@ def answers(num_rows, right_shares, seed=0):
 
 def macro_f1_compared(expected, base, tuned, clusters):
     sums = [f1_sums(expected, model, LABELS) for model in (base, tuned)]
-    return compare_figure(*sums, clusters, int((base != tuned).sum()), macro_f1)
+    return compare_figures(*sums, clusters, int((base != tuned).sum()), [macro_f1])[0]
 
 
 def test_macro_f1_has_the_interval_and_the_p_of_scipy():
@@ -78,7 +78,7 @@ def test_a_mean_over_rows_has_the_p_of_the_tests_by_row():
     clusters = np.repeat(np.arange(100), 3)
     by_row = paired_test(Pairs.of(base, tuned, clusters=clusters), "graded")
     sums = [np.stack([model, np.ones(300)], 1) for model in (base, tuned)]
-    found = compare_figure(*sums, clusters, 1, lambda total: total[..., 0] / total[..., 1])
+    (found,) = compare_figures(*sums, clusters, 1, [lambda total: total[..., 0] / total[..., 1]])
     assert (found.num_clusters, found.test) == (100, "exchange of answers of clusters")
     assert found.p == pytest.approx(by_row.p, abs=0.02)
     assert (found.low, found.high) == pytest.approx((by_row.low, by_row.high), abs=0.005)
