@@ -9,7 +9,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_WORDS) -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_WORDS) -c constraints.txt -e '.[dev,tasks]'
 	touch $@
 
 quickstart: install
@@ -32,6 +32,7 @@ bench: install
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/checkpoint_scale.py
+	$(BIN)/python benchmarks/verdicts.py
 
 # Every method under every engine, 20 steps each, written to docs/lab-log.md. The curves of the hand-written loop are
 # computed again and compared with the committed ones. Then the cells of other tests that `make test` does not run.

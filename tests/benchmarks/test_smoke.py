@@ -29,6 +29,7 @@ TABLES = {
     "saving": "fsdp2 × 2",
     "start_up": "cold",
     "step_loop": "bare loop, the model's own loss",
+    "verdicts": "calibration error",
 }
 
 

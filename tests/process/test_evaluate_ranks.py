@@ -76,7 +76,7 @@ def test_a_whole_model_under_fsdp2(tmp_path: Path) -> None:
     settings = plan.recipe.evaluation
     assert plan.data is not None
     sets = read_sets(Path(plan.data.folder), settings, trained_form(tokenizer, plan.recipe.data))
-    work = [work_on(held_out, tokenizer, settings.max_new_tokens) for held_out in sets]
+    work = [work_on(held_out, tokenizer, settings) for held_out in sets]
     launcher = launcher_of(plan, EvaluationRequest(ranks=2), lambda _: None)
     assert launcher is not None
     (shared,) = launcher.measure({TUNED: "tuned"}, work)

@@ -143,3 +143,17 @@ def test_a_run_that_is_cancelled_saves_ends_and_goes_on(here: Path, cluster: Clu
     assert json.loads(cluster.ask("squeue", "-h", "-j", again, "-o", "1").strip() or "0") == 0, "queued again"
     assert main(["cancel", "long"]) == 2
     assert "nothing of runs/long runs or waits." in capsys.readouterr().err
+
+
+def test_a_gate_that_is_not_met_stops_what_follows(here: Path, cluster: Cluster, capsys) -> None:
+    gate = "evaluation.gate=[{metric: loss, min_gain: 100}]"
+    assert main(["pipeline", "tiny.yaml", "name=gated", gate]) == 0
+    jobs = read_jobs(here / "runs" / "gated")
+    evaluate, verify = jobs[-2], jobs[-1]
+    assert (evaluate.kind, verify.kind) == ("evaluate", "verify")
+    assert ended(cluster, jobs)[-2:] == ["FAILED", "CANCELLED"], cluster.told(evaluate.job_id)
+    found = json.loads((here / "runs" / "gated" / "evaluation.json").read_text())
+    assert found["decision"] == "NO-GO"
+    text = told(capsys, "status", "gated")
+    assert f"job {evaluate.job_id} evaluate: did not end well: gate: NO-GO" in text
+    assert f"job {verify.job_id} verify: does not run: job {evaluate.job_id} (evaluate) did not succeed" in text

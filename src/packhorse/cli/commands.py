@@ -263,11 +263,13 @@ _TABLE = (
             ("packhorse evaluate RUN --ranks 8", "shared by 8 GPUs, sharded as the run was"),
             ("packhorse evaluate RUN --endpoint http://localhost:8000/v1 --model NAME", "answers of a served model"),
             ("packhorse evaluate RUN --judge [evaluation.judge.model=NAME …]", "a language model judges the answers"),
+            ("packhorse evaluate RUN --tasks FOLDER", "also benchmark tasks of yours, in lm-eval's form"),
         ),
         words=(RUN,),
         flags=(
             Flag("test", "measure the sealed test rows", "switch"),
             Flag("again", "with --test: although they were opened before", "switch"),
+            Flag("tasks", "also measure the tasks of a YAML file or a folder (packhorse[tasks])", shows="PATH"),
             Flag("against", "run or model folder that the tuned model is compared with", shows="RUN|FOLDER|base"),
             Flag("ranks", "processes that measure; default: the run's number of GPUs, if they are here", "count", "8"),
             Flag("endpoint", "OpenAI-compatible endpoint that answers as the tuned model", shows="URL"),

@@ -36,6 +36,7 @@ def evaluate(
     base_model: str = "",
     api_key_env: str = "",
     against: str = "",
+    tasks: str = "",
 ) -> int:
     """Compare base and tuned model on the run's held-out rows, and keep the result in the run folder.
 
@@ -46,7 +47,7 @@ def evaluate(
 
     Raises:
         UserError: Flags contradict each other, the run has not finished, there are no such rows, the test rows were
-            opened before, or a model or the judge cannot be asked.
+            opened before, a task file has a mistake, or a model or the judge cannot be asked.
     """
     if again and not test:
         raise UserError(
@@ -69,9 +70,15 @@ def evaluate(
             "a judge reads the answers of a run and its base that are stored.",
             "leave out one of the two; `packhorse evaluate RUN --judge` judges run and base.",
         )
-    if settings is None or again or not result_file(Path(plan.run_folder), test).is_file():
+    if tasks and against not in ("", "base"):
+        raise UserError(
+            "--tasks is given with --against.",
+            "tasks are measured on a run and its base.",
+            "leave out one of the two.",
+        )
+    if settings is None or again or tasks or not result_file(Path(plan.run_folder), test).is_file():
         tuned, base = _endpoints(endpoint, model, base_endpoint, base_model, api_key_env)
-        request = EvaluationRequest(test, again, ranks, tuned, base, against)
+        request = EvaluationRequest(test, again, ranks, tuned, base, against, Path(tasks) if tasks else None)
         comparison = evaluate_run(plan, request, partial(console.print, highlight=False, style="dim"))
     if settings is not None:
         with row_progress("replies of the judge") as show:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -38,6 +40,7 @@ from packhorse.recipe.describe import summary
 from packhorse.recipe.load import load_recipe
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.folder import open_run, relative
+from packhorse.workflows.evaluation_power import power_of
 from packhorse.workflows.model_shape import Unknown
 from packhorse.workflows.plan_basis import GpuTerms, room_on_disk
 from packhorse.workflows.plan_request import (
@@ -93,10 +96,10 @@ def plan(
     elif diff:
         _diff(console, open_run(diff), result.plan, json)
     elif json:
-        print_json(plan_value(result, _now()))
+        print_json(plan_value(result, _now()) | _evaluation_value(request))
     else:
         _show_verdict(console, result, gpus)
-        _show(console, result.plan, request.vocab_size)
+        _show(console, result.plan, request)
         if result.case is not None:
             _show_estimates(console, result.case)
     return EXIT_OK
@@ -201,8 +204,8 @@ def _diff(console: Console, before: RunPlan, after: RunPlan, as_json: bool) -> N
     console.print(table if changes else "the plans are the same")
 
 
-def _show(console: Console, plan: RunPlan, vocab_size: int | None) -> None:
-    topology, batch = plan.topology, plan.batch
+def _show(console: Console, plan: RunPlan, request: PlanRequest) -> None:
+    topology, batch, vocab_size = plan.topology, plan.batch, request.vocab_size
     tokens, num_null = batch.packs_per_step * batch.length_tokens, batch.num_null_packs(topology.data_ranks)
     lines = [*summary(plan.recipe), *parameter_lines(plan.recipe, vocab_size)]
     lines += [
@@ -218,6 +221,8 @@ def _show(console: Console, plan: RunPlan, vocab_size: int | None) -> None:
         facts = plan.data
         lines.append(("prepared", f"{facts.num_rows:,} rows in {facts.num_packs:,} packs, {facts.fill:.2%} full"))
     lines += [(decision.name, f"{decision.value}: {decision.reason}") for decision in plan.decisions]
+    if request.manifest is not None:
+        lines.append(("evaluation", power_of(plan.recipe, request.manifest.splits).words))
     env = " ".join(f"{name}={value}" for name, value in plan.env.items())
     files = ", ".join(relative(file) for file in launch_files(plan)) + DEEPSPEED * (plan.deepspeed is not None)
     lines += [
@@ -232,6 +237,13 @@ def _show(console: Console, plan: RunPlan, vocab_size: int | None) -> None:
         lines.append(("job", f"{shown(job)}, after --write"))
     console.print(pairs(lines))
     show_parameters(console, plan.recipe, vocab_size)
+
+
+def _evaluation_value(request: PlanRequest) -> dict[str, Any]:
+    """Return what an evaluation can show; nothing before the data is prepared."""
+    if request.manifest is None:
+        return {}
+    return {"evaluation": asdict(power_of(request.wanted.recipe, request.manifest.splits))}
 
 
 def _show_verdict(console: Console, result: PlanResult, gpus: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -15,13 +15,21 @@ from transformers import PreTrainedTokenizerBase
 from packhorse.evaluate.answer_cache import Answer, AnswerCache
 from packhorse.evaluate.generate import template_answer
 from packhorse.evaluate.held_out import HeldOut, Question
-from packhorse.evaluate.measure import MeasureBoth, Measured, measure, work_on
-from packhorse.evaluate.metrics.choose import kinds_of, metrics_for
-from packhorse.evaluate.metrics.labels import classification, confusion_matrix, labels_of
+from packhorse.evaluate.label_rows import LabelRows, label_metrics, label_result, label_rows
+from packhorse.evaluate.measure import MeasureBoth, Measured, expected_of, measure, work_on
+from packhorse.evaluate.metrics.choose import metrics_for
 from packhorse.evaluate.metrics.metric import LOSS, Expected, Metric, Reply, without_thinking
 from packhorse.evaluate.metrics.text import EXACT
 from packhorse.evaluate.models import Model, Subject, measure_both
-from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricFailure, Sample, Score
+from packhorse.evaluate.results import (
+    Comparison,
+    ComparisonLine,
+    LabelResult,
+    MetricFailure,
+    MetricResult,
+    Sample,
+    Score,
+)
 from packhorse.evaluate.score import total_loss
 from packhorse.evaluate.verdict import MetricValues, adjusted, gate_results, metric_result
 from packhorse.recipe.evaluation import EvaluationSection
@@ -80,10 +88,10 @@ def compare(
     sets = [_with_written_calls(held_out, tokenizer) for held_out in sets]
     chosen = None if settings.metrics == "auto" else settings.metrics
     # Before the models are loaded: a metric that cannot be imported is found at once.
-    metrics = [metrics_for([_expected(question) for question in held_out.questions], chosen) for held_out in sets]
+    metrics = [metrics_for([expected_of(question) for question in held_out.questions], chosen) for held_out in sets]
 
     def measure_here(model: Model, weights: str) -> list[Measured]:
-        work = [work_on(held_out, tokenizer, settings.max_new_tokens) for held_out in sets]
+        work = [work_on(held_out, tokenizer, settings) for held_out in sets]
         return measure(model, tokenizer, work, batch_size, cache, weights)
 
     base, tuned = measure_both(subject, measure_here) if elsewhere is None else elsewhere(sets)
@@ -113,17 +121,12 @@ def _with_written_calls(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase) -
     return replace(held_out, questions=tuple(questions))
 
 
-def _expected(question: Question) -> Expected:
-    row = {"prompt": list(question.prompt), "answer": question.answer, "tools": list(question.tools)}
-    return Expected(without_thinking(question.answer["content"]), bool(question.answer.get("tool_calls")), row)
-
-
 def _reply(answer: Answer) -> Reply:
     return Reply(without_thinking(answer.text), answer.ended)
 
 
 def _scored(held_out: HeldOut, metrics: Sequence[Metric], base: Measured, tuned: Measured) -> _Scored:
-    expected = [_expected(question) for question in held_out.questions]
+    expected = [expected_of(question) for question in held_out.questions]
     at = np.array([question.row for question in held_out.questions], np.int64)
     tokens = np.array([loss.num_supervised_tokens for loss in base.losses], np.float64)
     measured = np.flatnonzero(tokens)
@@ -172,6 +175,7 @@ def _lines(scored: _Scored, settings: EvaluationSection) -> list[ComparisonLine]
     held_out = scored.held_out
     names = np.array(held_out.groups, dtype=object)
     groups: list[str | None] = [None, *sorted(set(held_out.groups))] if settings.group_by else [None]
+    rows = label_rows([expected_of(question) for question in held_out.questions])
     lines = []
     for group in groups:
         documents = np.ones(len(names), bool) if group is None else names == group
@@ -181,6 +185,8 @@ def _lines(scored: _Scored, settings: EvaluationSection) -> list[ComparisonLine]
             metric_result(of_metric, of_metric.tested(held_out.clusters, documents), settings.smallest_effect)
             for of_metric in values
         ]
+        if group is None and rows is not None and settings.metrics == "auto":
+            results += _label_metrics(scored, rows, settings.smallest_effect)
         lines.append(
             ComparisonLine(
                 set=held_out.name,
@@ -189,7 +195,7 @@ def _lines(scored: _Scored, settings: EvaluationSection) -> list[ComparisonLine]
                 base=_score(scored, scored.base, documents),
                 tuned=_score(scored, scored.tuned, documents),
                 metrics=tuple(results),
-                **(_labels(scored) if group is None else {}),
+                **(_label_results(scored, rows) if group is None and rows is not None else {}),
             )
         )
     return lines
@@ -198,7 +204,7 @@ def _lines(scored: _Scored, settings: EvaluationSection) -> list[ComparisonLine]
 def _score(scored: _Scored, measured: Measured, documents: NDArray[np.bool_]) -> Score:
     loss = total_loss(loss for inside, loss in zip(documents, measured.losses) if inside)
     judged = [
-        EXACT.score(_expected(question), _reply(answer))
+        EXACT.score(expected_of(question), _reply(answer))
         for question, answer in zip(scored.held_out.questions, measured.answers)
         if documents[question.row]
     ]
@@ -210,19 +216,18 @@ def _score(scored: _Scored, measured: Measured, documents: NDArray[np.bool_]) ->
     )
 
 
-def _labels(scored: _Scored) -> dict[str, LabelResult]:
-    expected = [_expected(question) for question in scored.held_out.questions]
-    texts = [answer.text for answer in expected]
-    labels = labels_of(texts) if expected and kinds_of(expected) == ["label"] else None
-    if labels is None:
-        return {}
-
+def _label_results(scored: _Scored, rows: LabelRows) -> dict[str, LabelResult]:
     def of(measured: Measured) -> LabelResult:
-        matrix = confusion_matrix(labels, texts, [_reply(answer) for answer in measured.answers])
-        confusion = tuple(tuple(line) for line in matrix.tolist())
-        return LabelResult(labels=labels, confusion=confusion, **asdict(classification(matrix)))
+        return label_result(rows, [_reply(answer) for answer in measured.answers], measured.labels)
 
     return {"base_labels": of(scored.base), "tuned_labels": of(scored.tuned)}
+
+
+def _label_metrics(scored: _Scored, rows: LabelRows, smallest_effect: float) -> list[MetricResult]:
+    base, tuned = ([_reply(answer) for answer in measured.answers] for measured in (scored.base, scored.tuned))
+    clusters = [scored.held_out.clusters[question.row] for question in scored.held_out.questions]
+    losses = (scored.base.labels, scored.tuned.labels)
+    return label_metrics(rows, (base, tuned), losses, clusters, smallest_effect)
 
 
 def _records(scored: _Scored) -> list[dict[str, Any]]:

@@ -103,14 +103,28 @@ def template_answer(
         Text without special tokens, up to the stop token; None if the template writes nothing for the answer, or
         writes the prompt differently before it.
     """
+    ids = answer_ids(tokenizer, prompt, answer, tools)
+    if ids is None:
+        return None
+    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+    text: str = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return text if text.strip() else None
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: Message, tools: Tools = ()
+) -> list[int] | None:
+    """Return the token ids of an answer behind its prompt, up to and including the stop token.
+
+    Returns:
+        Token ids; None if the template writes the prompt differently before the answer.
+    """
     before = _rendered(tokenizer, prompt, tools, add_generation_prompt=True)
     whole = _rendered(tokenizer, [*prompt, answer], tools, add_generation_prompt=False)
     if not whole.startswith(before):
         return None
     ids = _ids(tokenizer, whole[len(before) :])
-    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
-    text: str = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    return text if text.strip() else None
+    return ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
 
 
 def _rendered(

@@ -26,7 +26,7 @@ from packhorse.data.render.turns import template_tools, template_turns
 from packhorse.errors import UserError
 from packhorse.evaluate.generate import Message, Tools
 from packhorse.evaluate.score import Documents
-from packhorse.evaluate.statistics.sample_size import rows_for_shares
+from packhorse.evaluate.statistics.sample_size import num_answered
 from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.recipe.schema import DataSection, TrainOnSection
 
@@ -154,11 +154,6 @@ def choose(questions: Sequence[Question], groups: Sequence[str], limit: int) -> 
         waiting[groups[question.row]].append(question)
     turns = [(turn, group) for group, questions in waiting.items() for turn in range(len(questions))]
     return tuple(waiting[group][turn] for turn, group in sorted(turns)[:limit])
-
-
-def num_answered(settings: EvaluationSection) -> int:
-    """Return how many rows of a set are answered: those that the smallest effect needs, within the budget."""
-    return min(settings.max_answered_rows, rows_for_shares(settings.smallest_effect))
 
 
 def _clusters(stored: Sequence[Mapping[str, Any]], rows: Sequence[int], cluster_by: str | None) -> tuple[int, ...]:

@@ -10,9 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from packhorse.evaluate.answer_cache import Answer, AnswerCache
 from packhorse.evaluate.generate import answers_to, prompt_ids
 from packhorse.evaluate.held_out import HeldOut, Question
+from packhorse.evaluate.label_rows import LabelDocuments, label_documents, label_rows
+from packhorse.evaluate.metrics.metric import Expected, without_thinking
 from packhorse.evaluate.models import Model
 from packhorse.evaluate.ranks import ALONE, Ranks
 from packhorse.evaluate.score import Documents, Loss, document_losses
+from packhorse.recipe.evaluation import EvaluationSection
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class Work:
         documents: Documents whose loss is measured.
         prompts: Token ids of each chat, up to the start of the answer.
         limits: Largest number of new tokens, per prompt.
+        labels: Each prompt with each label as its answer, if the answers are labels (`LabelDocuments`).
     """
 
     documents: Documents
     prompts: Sequence[list[int]]
     limits: Sequence[int]
+    labels: Documents | None = None
 
 
 @dataclass(frozen=True)
@@ -36,20 +41,34 @@ class Measured:
 
     losses: list[Loss]
     answers: list[Answer]
+    labels: list[Loss] | None = None
+    """Losses of the labels, if the answers are labels."""
 
 
 MeasureBoth = Callable[[Sequence[HeldOut]], tuple[Sequence[Measured], Sequence[Measured]]]
 """Function from the sets to the results of base and tuned model, one per set."""
 
 
-def work_on(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Work:
+def work_on(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSection) -> Work:
     """Return what a model with this tokenizer is measured on."""
     questions = held_out.questions
     return Work(
         documents=held_out.documents,
         prompts=[prompt_ids(tokenizer, question.prompt, question.tools) for question in questions],
-        limits=[answer_limit(tokenizer, question, max_new_tokens) for question in questions],
+        limits=[answer_limit(tokenizer, question, settings.max_new_tokens) for question in questions],
+        labels=_label_documents(held_out, tokenizer) if settings.metrics == "auto" else None,
     )
+
+
+def expected_of(question: Question) -> Expected:
+    """Return the answer that a metric expects."""
+    row = {"prompt": list(question.prompt), "answer": question.answer, "tools": list(question.tools)}
+    return Expected(without_thinking(question.answer["content"]), bool(question.answer.get("tool_calls")), row)
+
+
+def _label_documents(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase) -> LabelDocuments | None:
+    rows = label_rows([expected_of(question) for question in held_out.questions])
+    return None if rows is None else label_documents(tokenizer, rows, held_out.questions)
 
 
 def answer_limit(tokenizer: PreTrainedTokenizerBase, question: Question, max_new_tokens: int) -> int:
@@ -83,6 +102,7 @@ def measure(
         Measured(
             answers=answers_to(model, tokenizer, each.prompts, each.limits, batch_size, cache, weights, ranks),
             losses=document_losses(model, each.documents, ranks),
+            labels=None if each.labels is None else document_losses(model, each.labels, ranks),
         )
         for each in work
     ]

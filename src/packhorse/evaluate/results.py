@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from packhorse.data.data_manifest import TestLook
 from packhorse.evaluate.metrics.metric import Unit
 from packhorse.evaluate.opinions import JudgeResult, PeopleResult, judge_notes, people_notes
+from packhorse.evaluate.statistics.calibration import CalibrationBin
 from packhorse.track.meter import perplexity
 
 Verdict = Literal["better", "worse", "cannot tell", "too few", "not finite"]
@@ -91,6 +92,17 @@ class MetricResult(_Frozen):
         return None if self.tuned is None or self.base is None else self.tuned - self.base
 
 
+class CalibrationResult(_Frozen):
+    """How well the probabilities of one model's labels agree with how often they are right."""
+
+    error: float
+    """Expected calibration error, 0 to 1: |accuracy - probability| of the bins, weighted by their rows."""
+    accuracy: float
+    """Share of rows whose likeliest label is right."""
+    bins: tuple[CalibrationBin, ...]
+    """Ten bins of equal width by the probability of the likeliest label, normalised over all labels."""
+
+
 class LabelResult(_Frozen):
     """Answers of one model to rows whose answers are labels."""
 
@@ -105,6 +117,8 @@ class LabelResult(_Frozen):
     """Mean of the F1 of each label, weighted by its rows."""
     macro_precision: float
     macro_recall: float
+    calibration: CalibrationResult | None = None
+    """From the probabilities of all labels; None if they were not measured."""
 
 
 class ComparisonLine(_Frozen):

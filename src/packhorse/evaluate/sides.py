@@ -10,7 +10,7 @@ from typing import Final
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.evaluate.answer_cache import AnswerCache
-from packhorse.evaluate.distributed.exchange import TokenRows
+from packhorse.evaluate.distributed.exchange import NO_ROWS
 from packhorse.evaluate.distributed.over_ranks import Launcher
 from packhorse.evaluate.endpoint import EndpointClient
 from packhorse.evaluate.endpoint_answers import endpoint_answers
@@ -20,7 +20,6 @@ from packhorse.evaluate.models import TUNED, Subject, fingerprints, load_base, l
 from packhorse.evaluate.score import Loss
 from packhorse.recipe.evaluation import EvaluationSection
 
-NO_ROWS: Final = TokenRows((), ())
 NO_LOSS: Final = Loss(0.0, 0)
 
 
@@ -66,7 +65,7 @@ def measure_sides(base: Side, tuned: Side, settings: EvaluationSection) -> Measu
     def measured(sets: Sequence[HeldOut]) -> tuple[Sequence[Measured], Sequence[Measured]]:
         is_one_load = base.subject is tuned.subject and tuned.subject.is_adapter
         if is_one_load and tuned.launcher is not None and not (base.endpoint or tuned.endpoint):
-            work = [work_on(held_out, tuned.tokenizer, settings.max_new_tokens) for held_out in sets]
+            work = [work_on(held_out, tuned.tokenizer, settings) for held_out in sets]
             both = {side.name: side.fingerprint for side in (base, tuned)}
             of_base, of_tuned = tuned.launcher.measure(both, work)
             return of_base, of_tuned
@@ -93,9 +92,11 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
 def _measure_side(
     side: Side, sets: Sequence[HeldOut], settings: EvaluationSection, with_losses: bool
 ) -> list[Measured]:
-    work = [work_on(held_out, side.tokenizer, settings.max_new_tokens) for held_out in sets]
+    work = [work_on(held_out, side.tokenizer, settings) for held_out in sets]
     asked = [each if side.endpoint is None else replace(each, prompts=[], limits=[]) for each in work]
-    measured = _measure_weights(side, [each if with_losses else replace(each, documents=NO_ROWS) for each in asked])
+    measured = _measure_weights(
+        side, [each if with_losses else replace(each, documents=NO_ROWS, labels=None) for each in asked]
+    )
     results = []
     for held_out, each, found in zip(sets, work, measured, strict=True):
         losses, answers = found.losses, found.answers
@@ -103,7 +104,7 @@ def _measure_side(
             losses = [NO_LOSS] * held_out.documents.num_documents
         if side.endpoint is not None:
             answers = endpoint_answers(side.endpoint, side.tokenizer, held_out.questions, each.limits, side.cache)
-        results.append(Measured(losses, answers))
+        results.append(Measured(losses, answers, found.labels))
     return results
 
 

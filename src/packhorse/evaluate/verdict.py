@@ -51,8 +51,12 @@ class MetricValues:
 
 
 def metric_result(values: MetricValues, tested: PairedResult, smallest_effect: float) -> MetricResult:
+    """Return the result of a metric by row before the adjustment for the number of lines; see `adjusted`."""
+    return result_of(values.metric, tested, smallest_effect)
+
+
+def result_of(metric: Metric, tested: PairedResult, smallest_effect: float) -> MetricResult:
     """Return the result of a metric before the adjustment for the number of lines; see `adjusted`."""
-    metric = values.metric
     effect = 100 * smallest_effect if metric.unit == "points" else smallest_effect
     return MetricResult(
         metric=metric.name,

@@ -146,7 +146,14 @@ def open_run(path: str | Path) -> Run:
     return Run(folder.open_run(str(path)))
 
 
-def evaluate(run: Run | str | Path, *, test: bool = False, again: bool = False, ranks: int | None = None) -> Comparison:
+def evaluate(
+    run: Run | str | Path,
+    *,
+    test: bool = False,
+    again: bool = False,
+    ranks: int | None = None,
+    tasks: str | Path | None = None,
+) -> Comparison:
     """Compare the base and the tuned model of a finished run on held-out rows; also keep the result in the run folder.
 
     Args:
@@ -154,14 +161,17 @@ def evaluate(run: Run | str | Path, *, test: bool = False, again: bool = False, 
         test: Whether to measure the sealed test rows.
         again: Whether to open the test rows although they were opened before.
         ranks: Number of processes that measure; None takes as many GPUs of this machine as the run trained on.
+        tasks: Task file of lm-eval, or folder of them, to measure too.
 
     Raises:
-        UserError: The run has not finished, there are no such rows, or the test rows were opened before.
+        UserError: The run has not finished, there are no such rows, the test rows were opened before, or a task file
+            has a mistake.
     """
     # Only here: it imports torch when it runs.
     from packhorse.workflows.evaluate import EvaluationRequest, evaluate_run
 
-    return evaluate_run(folder.open_run(_folder(run)), EvaluationRequest(test, again, ranks))
+    request = EvaluationRequest(test, again, ranks, tasks=None if tasks is None else Path(tasks))
+    return evaluate_run(folder.open_run(_folder(run)), request)
 
 
 def _recipe(recipe: Recipe | str) -> Recipe:

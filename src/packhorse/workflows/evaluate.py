@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from packhorse.durable import replace_file
+from packhorse.errors import UserError
 from packhorse.evaluate.ratings import with_ratings
 from packhorse.evaluate.stored import StoredEvaluation, read_stored
 from packhorse.launching.local.evaluation import launch_evaluation
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from packhorse.evaluate.distributed.over_ranks import Launcher
     from packhorse.evaluate.endpoint import EndpointClient
     from packhorse.evaluate.results import Comparison
+    from packhorse.evaluate.tasks.compare_tasks import MeasuredTasks
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class EvaluationRequest:
         endpoint: Answers in place of the tuned model's weights.
         base_endpoint: Answers in place of the base's weights.
         against: Run or folder of a model that the tuned model is compared with; empty or `base` for its base.
+        tasks: Task file of lm-eval, or folder of them, to measure too.
     """
 
     test: bool = False
@@ -57,6 +61,7 @@ class EvaluationRequest:
     endpoint: EndpointClient | None = None
     base_endpoint: EndpointClient | None = None
     against: str = ""
+    tasks: Path | None = None
 
 
 def evaluate_run(
@@ -70,10 +75,12 @@ def evaluate_run(
         report: Takes a line about the processes that measure.
 
     Raises:
-        UserError: The run has not finished, there are no such rows, the test rows were opened before, or a model cannot
-            be measured.
+        UserError: The run has not finished, there are no such rows, the test rows were opened before, a model cannot be
+            measured, or a task file has a mistake.
     """
     _require_inputs(plan)
+    # First what can fail: a mistake in a task file opens no test rows.
+    of_tasks = None if request.tasks is None else _measure_tasks(plan, request.tasks)
     against = _against(request)
     # Only here: reading a result needs no torch.
     from packhorse.evaluate.evaluate_run import Means, compare_on_held_out, compare_on_test
@@ -81,6 +88,10 @@ def evaluate_run(
     launcher = partial(launcher_of, request=request, report=report)
     means = Means(launcher, request.endpoint, request.base_endpoint, against)
     evaluation = compare_on_test(plan, request.again, means) if request.test else compare_on_held_out(plan, means)
+    if of_tasks is not None:
+        from packhorse.evaluate.tasks.compare_tasks import with_tasks
+
+        evaluation = with_tasks(evaluation, of_tasks, plan.recipe.evaluation)
     folder, reference = Path(plan.run_folder), evaluation.comparison.reference if against is not None else ""
     stored = StoredEvaluation(evaluation.comparison, _table(evaluation.rows))
     if not request.test and not reference:  # people rate the other rows, beside the base
@@ -131,6 +142,21 @@ def launcher_of(plan: RunPlan, request: EvaluationRequest, report: Callable[[str
     launched = evaluation_plan(plan, ranks, machine, folder)
     report(f"measured by {ranks} processes under {launched.topology.engine}: {reason}")
     return Launcher(launched, launch_evaluation, answers_file(plan))
+
+
+def _measure_tasks(plan: RunPlan, path: Path) -> MeasuredTasks:
+    if find_spec("lm_eval") is None:
+        raise UserError(
+            f"--tasks is {path}, and the package lm-eval is not installed.",
+            "benchmark tasks are scored by lm-eval, an extra of packhorse.",
+            "run `pip install 'packhorse[tasks]'`.",
+        )
+    from packhorse.evaluate.evaluate_run import subject_of
+    from packhorse.evaluate.tasks.compare_tasks import measure_tasks
+    from packhorse.evaluate.tasks.task_files import load_tasks
+
+    subject, tokenizer = subject_of(plan)
+    return measure_tasks(load_tasks(path), subject, tokenizer)
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:

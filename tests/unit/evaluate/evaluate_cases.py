@@ -1,6 +1,7 @@
 """Rows that a tiny model can learn by heart, in two languages."""
 
-from packhorse.evaluate.compare import _expected, _reply
+from packhorse.evaluate.compare import _reply
+from packhorse.evaluate.measure import expected_of
 from packhorse.evaluate.metrics.text import EXACT
 
 FRUITS = ("apple", "pear", "plum", "fig", "kiwi", "lime", "date", "melon")
@@ -19,4 +20,4 @@ ROWS = [
 
 def is_right(question, answer):
     """Whether a comparison counts the answer as an exact match."""
-    return EXACT.score(_expected(question), _reply(answer)) == 1
+    return EXACT.score(expected_of(question), _reply(answer)) == 1

@@ -11,7 +11,15 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from packhorse.errors import UserError
 from packhorse.evaluate.metrics.choose import METRICS, kinds_of, metrics_for, own_metric
-from packhorse.evaluate.metrics.labels import classification, confusion_matrix, labels_of
+from packhorse.evaluate.metrics.labels import (
+    answered_labels,
+    classification,
+    confusion_matrix,
+    f1_sums,
+    labels_of,
+    macro_f1,
+    weighted_f1,
+)
 from packhorse.evaluate.metrics.metric import Expected, Reply
 from packhorse.evaluate.metrics.number import final_number
 from packhorse.evaluate.metrics.structure import tool_calls
@@ -122,7 +130,10 @@ def test_classification_is_that_of_scikit_learn():
     labels = ("spam", "ham", "news")
     truth = generator.choices(labels, (6, 3, 1), k=300)
     given = [text if generator.random() < 0.7 else generator.choice([*labels, "what?"]) for text in truth]
-    found = classification(confusion_matrix(labels, truth, [Reply(text.upper(), True) for text in given]))
+    expected, replies = np.array([labels.index(text) for text in truth]), [Reply(text.upper(), True) for text in given]
+    found = classification(confusion_matrix(labels, expected, replies))
+    sums = f1_sums(expected, answered_labels(labels, replies), len(labels)).sum(0)
+    assert (macro_f1(sums), weighted_f1(sums)) == pytest.approx((found.macro_f1, found.weighted_f1))
     for average in ("macro", "weighted"):
         precision, recall, f1, _ = precision_recall_fscore_support(
             truth, given, labels=labels, average=average, zero_division=0
@@ -132,7 +143,7 @@ def test_classification_is_that_of_scikit_learn():
             assert (found.macro_precision, found.macro_recall) == pytest.approx((precision, recall))
     assert found.accuracy == pytest.approx(np.mean([a == b for a, b in zip(truth, given)]))
     # An answer that does not end is no label.
-    assert confusion_matrix(labels, ["spam"], [Reply("spam", False)])[0].tolist() == [0, 0, 0, 1]
+    assert confusion_matrix(labels, [0], [Reply("spam", False)])[0].tolist() == [0, 0, 0, 1]
 
 
 def test_metrics_are_chosen_by_the_kind_of_answers():

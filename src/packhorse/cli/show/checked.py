@@ -16,6 +16,7 @@ from packhorse.report.readable import readable
 from packhorse.report.terminal import figure_lines, finding_lines, ledger_table, row_text, split_table
 from packhorse.run_folder.folder import relative
 from packhorse.workflows.check import check_recipe
+from packhorse.workflows.evaluation_power import power_of
 from packhorse.workflows.prepared_data import manifest_if_prepared
 
 SHOWN_ROWS: Final = 2  # the page shows more
@@ -35,7 +36,7 @@ def show_check(recipe: Recipe, typed: str) -> None:
     show_parameters(console, recipe, vocab_size)
     with row_progress("checking") as update:
         checked = check_recipe(recipe, update)
-    _show(console, checked.report)
+    _show(console, checked.report, recipe)
     marks = "green" if _in_colour(console) else "between ⟦ and ⟧"
     bad_rows = f"\nBad rows that were dropped: {relative(checked.bad_rows)}" if checked.bad_rows else ""
     print_plain(
@@ -45,8 +46,8 @@ def show_check(recipe: Recipe, typed: str) -> None:
     )
 
 
-def _show(console: Console, report: AuditReport) -> None:
-    console.print(pairs(figure_lines(report)))
+def _show(console: Console, report: AuditReport, recipe: Recipe) -> None:
+    console.print(pairs([*figure_lines(report), ("evaluation", power_of(recipe, report.splits).words)]))
     for table in (ledger_table(report.ledger), split_table(report.splits), finding_lines(report)):
         if table.row_count:
             console.print()

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ class TokenRows:
         return self.ids[index], self.supervised[index]
 
 
+NO_ROWS: Final = TokenRows((), ())
+
+
 @dataclass(frozen=True)
 class MeasureRequest:
     """What the processes measure.
@@ -62,11 +65,12 @@ class MeasureRequest:
 def write_request(folder: Path, request: MeasureRequest, work: Sequence[Work]) -> None:
     """Write what is to be measured."""
     (folder / REQUEST_FILE).write_text(json.dumps(asdict(request)), encoding="utf-8")
-    documents = [each.documents.document(row) for each in work for row in range(each.documents.num_documents)]
+    rows = [rows for each in work for rows in (each.documents, each.labels or NO_ROWS)]
+    documents = [each.document(row) for each in rows for row in range(each.num_documents)]
     prompts = [np.array(prompt, np.int64) for each in work for prompt in each.prompts]
     np.savez(
         folder / WORK_FILE,
-        sizes=np.array([[each.documents.num_documents, len(each.prompts)] for each in work], np.int64).reshape(-1, 2),
+        sizes=np.array([_sizes(each) for each in work], np.int64).reshape(-1, 3),
         ids=_joined([ids for ids, _ in documents]),
         supervised=_joined([mask for _, mask in documents]),
         lengths=np.array([len(ids) for ids, _ in documents], np.int64),
@@ -74,6 +78,10 @@ def write_request(folder: Path, request: MeasureRequest, work: Sequence[Work]) -
         prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int64),
         limits=np.array([limit for each in work for limit in each.limits], np.int64),
     )
+
+
+def _sizes(work: Work) -> list[int]:
+    return [work.documents.num_documents, (work.labels or NO_ROWS).num_documents, len(work.prompts)]
 
 
 def read_request(folder: Path) -> tuple[MeasureRequest, list[Work]]:
@@ -84,11 +92,13 @@ def read_request(folder: Path) -> tuple[MeasureRequest, list[Work]]:
         prompts, limits = _parts(stored["prompts"], stored["prompt_lengths"]), stored["limits"].tolist()
         sizes = stored["sizes"].tolist()
     work, row, prompt = [], 0, 0
-    for num_rows, num_prompts in sizes:
+    for num_rows, num_labels, num_prompts in sizes:
         rows, asked = slice(row, row + num_rows), slice(prompt, prompt + num_prompts)
+        scored = slice(rows.stop, rows.stop + num_labels)
+        labels = TokenRows(ids[scored], supervised[scored]) if num_labels else None
         documents = TokenRows(ids[rows], supervised[rows])
-        work.append(Work(documents, [each.tolist() for each in prompts[asked]], limits[asked]))
-        row, prompt = rows.stop, asked.stop
+        work.append(Work(documents, [each.tolist() for each in prompts[asked]], limits[asked], labels))
+        row, prompt = scored.stop, asked.stop
     return request, work
 
 
@@ -103,7 +113,11 @@ def read_measured(folder: Path) -> dict[str, list[Measured]]:
     stored = json.loads((folder / MEASURED_FILE).read_text(encoding="utf-8"))
     return {
         model: [
-            Measured([Loss(**loss) for loss in each["losses"]], [Answer(**answer) for answer in each["answers"]])
+            Measured(
+                [Loss(**loss) for loss in each["losses"]],
+                [Answer(**answer) for answer in each["answers"]],
+                None if each["labels"] is None else [Loss(**loss) for loss in each["labels"]],
+            )
             for each in sets
         ]
         for model, sets in stored.items()

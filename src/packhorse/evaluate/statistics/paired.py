@@ -218,7 +218,7 @@ def sign_flip(sums: Float) -> float:
         return float((np.abs((2.0 * patterns - 1) @ moved) >= observed).mean())
     generator = np.random.default_rng(SEED)
     num_extreme = 0
-    for size in _blocks(NUM_FLIPS):
+    for size in blocks(NUM_FLIPS):
         packed = generator.integers(0, 256, (size, -(-len(moved) // 8)), np.uint8)
         signs = np.unpackbits(packed, axis=1, count=len(moved)).astype(np.float32)
         flipped = 2 * (signs @ moved.astype(np.float32)).astype(np.float64) - moved.sum()
@@ -243,15 +243,26 @@ def bca_interval(sums: Float, weights: Float) -> tuple[float, float]:
     generator = np.random.default_rng(SEED)
     drawn = np.empty(NUM_RESAMPLES)
     at = 0
-    for size in _blocks(NUM_RESAMPLES):
+    for size in blocks(NUM_RESAMPLES):
         rows = generator.integers(0, count, (size, count))
         drawn[at : at + size] = sums[rows].sum(1) / weights[rows].sum(1)
         at += size
+    left_out = (sums.sum() - sums) / (weights.sum() - weights)  # [C], jackknife
+    return bca_ends(drawn, float(observed), left_out)
+
+
+def bca_ends(drawn: Float, observed: float, left_out: Float) -> tuple[float, float]:
+    """Return the ends of the 95 % BCa interval (Efron 1987).
+
+    Args:
+        drawn: Value of each resample, float64 [R].
+        observed: Value of all clusters.
+        left_out: Value without one cluster (jackknife), float64 [C].
+    """
     below = ((drawn < observed).mean() + (drawn <= observed).mean()) / 2
     if not 0 < below < 1:  # every resample is on one side, or all are equal: nothing to correct
         return float(drawn.min()), float(drawn.max())
     shift = norm.ppf(below)
-    left_out = (sums.sum() - sums) / (weights.sum() - weights)  # [C], jackknife
     deviations = left_out.mean() - left_out
     spread = float((deviations**2).sum())
     acceleration = float((deviations**3).sum()) / (6 * spread**1.5) if spread else 0.0
@@ -261,7 +272,7 @@ def bca_interval(sums: Float, weights: Float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _blocks(count: int) -> list[int]:
+def blocks(count: int) -> list[int]:
     """Return the sizes of blocks of resamples, which bound memory."""
     whole, rest = divmod(count, BLOCK)
     return [BLOCK] * whole + [rest] * bool(rest)

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import binom, norm
 
 from packhorse.evaluate.statistics.paired import PairedResult
+from packhorse.recipe.evaluation import EvaluationSection
 
 ALPHA: Final = 0.05
 POWER: Final = 0.8
@@ -56,6 +57,31 @@ def rows_for_shares(effect: float, discordance: float = EXPECTED_DISCORDANCE) ->
         middle = (low + high) // 2
         low, high = (low, middle) if mcnemar_power(middle, effect, discordance) >= POWER else (middle, high)
     return high
+
+
+def smallest_difference(num_rows: int, discordance: float = EXPECTED_DISCORDANCE) -> float | None:
+    """Return the smallest difference of two shares that exact McNemar finds with 80 % power.
+
+    Args:
+        num_rows: Rows answered by both models.
+        discordance: Share of rows on which exactly one model is right; at least the difference.
+
+    Returns:
+        Difference, 0 to 1; None if these rows show none.
+    """
+    low, high = 0.0, 1.0
+    if mcnemar_power(num_rows, high, high) < POWER:
+        return None
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        is_found = mcnemar_power(num_rows, middle, max(discordance, middle)) >= POWER
+        low, high = (low, middle) if is_found else (middle, high)
+    return high
+
+
+def num_answered(settings: EvaluationSection) -> int:
+    """Return how many rows of a set are answered: those that the smallest effect needs, within the budget."""
+    return min(settings.max_answered_rows, rows_for_shares(settings.smallest_effect))
 
 
 def rows_needed(result: PairedResult, effect: float) -> int | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from packhorse.durable import read_lines
+from packhorse.errors import EXIT_NO_GO
 from packhorse.launching.slurm.client import JobState, SlurmClient
 from packhorse.plan.run_plan import PlanPart
 from packhorse.run_folder.jobs import JobKind, JobRecord, read_jobs
@@ -157,7 +158,7 @@ def _report(
         return JobReport(record, state, "done")
     if end is not None:
         condition: Condition = "failed" if end.exit_code else "done"
-        return JobReport(record, state, condition, f"exit code {end.exit_code}" if end.exit_code else "")
+        return JobReport(record, state, condition, _end_reason(end))
     broken = next((report for report in depends_on if report.condition in ("failed", "not run", "replaced")), None)
     if broken is not None:
         verb = "did not run" if broken.condition == "not run" else "did not succeed"
@@ -190,6 +191,13 @@ def describe_reason(reason: str) -> str:
     if code.startswith(LIMIT_REASONS):
         return f"a limit of the account, user or QOS is reached ({reason})"
     return reason
+
+
+def _end_reason(end: JobEnd) -> str:
+    """Return the reason for the end of a job that does not train; empty for success."""
+    if end.kind == "evaluate" and end.exit_code == EXIT_NO_GO:
+        return "gate: NO-GO"
+    return f"exit code {end.exit_code}" if end.exit_code else ""
 
 
 def _failure_reason(state: JobState | None, run_status: Status | None) -> str:

@@ -27,7 +27,8 @@ METRICS: Final = (
     "tool_names",
 )
 """Metrics of answers; `packhorse.evaluate.metrics.choose` has them."""
-LOSS: Final = "loss"
+GATE_ONLY: Final = ("loss", "macro_f1", "weighted_f1", "ece")
+"""Metrics that are measured automatically."""
 ADDED: Final = ("judge_wins", "judge_score", "people_wins", "people_score")
 """Verdicts of a judge and of people, which `packhorse.evaluate.opinions` adds to an evaluation."""
 
@@ -53,7 +54,7 @@ def evaluation_rules(evaluation: EvaluationSection) -> Iterator[Finding]:
                 "a condition asks either for a gain, or for no more than a loss of quality.",
                 "write one of them, e.g. min_gain: 0 or max_drop: 0.02",
             )
-        known = (LOSS, *METRICS, *ADDED)
+        known = (*GATE_ONLY, *METRICS, *ADDED)
         if criterion.metric not in known and criterion.metric not in chosen:
             fact = f"evaluation.gate[{index}].metric is `{criterion.metric}`."
             yield Finding(((*path, "metric"),), fact, _known(), _nearest(criterion.metric, known))
