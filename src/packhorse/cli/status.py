@@ -17,6 +17,7 @@ from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.heartbeat import Heartbeat
 from packhorse.run_folder.layout import METRICS_FILE
 from packhorse.run_folder.metrics import read_metrics
+from packhorse.run_folder.result import read_result
 from packhorse.run_folder.status import Status, read_status
 from packhorse.run_folder.sweep import find_sweep
 from packhorse.track.meter import Figures
@@ -57,6 +58,9 @@ def _lines(folder: Path) -> list[tuple[str, str]]:
         lines += failure_lines(folder, attempts)
     checkpoint = newest_step(folder)
     lines += [("checkpoint", f"step {checkpoint:,} is the newest complete one" if checkpoint else "none yet")]
+    result = read_result(folder)
+    if result is not None:
+        lines.append(("result", result.words))
     if attempts:
         finished = now is not None and now.state == "finished"
         reached = max((beat.step for beat in beats), default=0) if runs or finished else checkpoint

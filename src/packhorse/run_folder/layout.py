@@ -26,6 +26,7 @@ RUN/
     profile/                                                        traces of `track.profile`
         steps-A-B-rank-R.json.gz  steps-A-B-rank-R.memory.pickle
     model/ or adapter/                                              the trained weights
+        result.json                                                 the step that they are of
 RUNS/.compiled/                                                     code that torch.compile made, for all runs
 RUNS/NAME/                                                          a sweep; its runs are RUNS/NAME-1, RUNS/NAME-2 ...
     sweep.json  logs/
@@ -73,6 +74,8 @@ REPORT_FIGURES_FILE: Final = "report.json"
 WANDB_ID_FILE: Final = "wandb_id.txt"
 MODEL_FOLDER: Final = "model"
 ADAPTER_FOLDER: Final = "adapter"
+RESULT_FILE: Final = "result.json"
+"""In the folder of the trained weights: their step."""
 
 # Who runs it, and requests to it: the ranks look for STOP and CHECKPOINT between two steps
 LOCK_FILE: Final = "launcher.lock"
