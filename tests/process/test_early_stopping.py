@@ -90,6 +90,7 @@ def test_killed_and_stopped_it_ends_where_an_unbroken_run_does(
     shown = capsys.readouterr().out
     assert f"step {best} of {last}: the checkpoint with the lowest validation loss" in shown
     assert "finished: stopped early" in shown
+    assert f"since step {best} (epoch " in shown, "it overfits"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from packhorse.run_folder.metrics import read_metrics
 from packhorse.run_folder.result import Result, read_result
 from packhorse.run_folder.skipped_steps import read_skipped_steps
 from packhorse.run_folder.status import Status, read_status
+from packhorse.track.overfitting import overfitting
 
 GIB: Final = 2**30
 
@@ -102,6 +103,8 @@ class RunReport(BaseModel):
     step: int
     num_steps: int
     message: str
+    overfitting: str
+    """Since when the run overfits, and the losses; empty if it does not."""
     evaluation: Comparison | None
     test_evaluation: Comparison | None
     curves: tuple[Curve, ...]
@@ -160,6 +163,8 @@ def read_report(plan: RunPlan) -> RunReport:
         step=step,
         num_steps=plan.num_steps or 0,
         message=status.message if status is not None else "",
+        overfitting=reader.read(METRICS_FILE, lambda path: overfitting(read_metrics(path), plan.recipe.evaluation))
+        or "",
         evaluation=_without_samples(evaluation),
         test_evaluation=_without_samples(test_evaluation),
         curves=tuple(_curves(points)),

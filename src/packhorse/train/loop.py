@@ -200,7 +200,10 @@ def _evaluate(run: TrainingRun, state: TrainState, figures: Figures) -> TrainSta
     # Only a planned checkpoint can be the best one: a requested one would make the result depend on interruptions.
     if _is_save_due(run.plan, state) or state.stops_early(run.plan):
         state = state.saved_with(validation)
-    run.reporter.step(state, figures | evaluation_figures(validation))
+    figures |= evaluation_figures(validation, figures.get("train/loss"))
+    if stopping is not None:
+        figures |= {"evaluation/without_improvement": state.num_without_improvement}
+    run.reporter.step(state, figures)
     return state
 
 
