@@ -326,7 +326,7 @@ def test_the_newest_and_the_best_stay_whatever_the_schedule(keep_best: bool, tmp
                 state = replace(state, step=state.step + draw.randint(1, 3))
                 saves = draw.random() < 0.7
                 if draw.random() < 0.6 and saves:  # only what is saved can be the best
-                    state = state.evaluated(draw.random())
+                    state = state.saved_with(draw.random())
                 if not saves:
                     continue
                 newest = folder / step_folder_name(state.step)

@@ -12,14 +12,17 @@ from packhorse.cli.show.text import open_console, pairs
 from packhorse.errors import EXIT_OK
 from packhorse.launching.local.outcome import describe_phase, newest_step
 from packhorse.launching.slurm.job_reports import JobReport
+from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.attempts import AttemptRecord, has_ended, lost_steps, made_steps, read_attempts
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.heartbeat import Heartbeat
 from packhorse.run_folder.layout import METRICS_FILE
 from packhorse.run_folder.metrics import read_metrics
+from packhorse.run_folder.result import read_result
 from packhorse.run_folder.status import Status, read_status
 from packhorse.run_folder.sweep import find_sweep
 from packhorse.track.meter import Figures
+from packhorse.track.overfitting import overfitting
 from packhorse.workflows.run_state import is_held, newest_heartbeats, ranks_live, read_stages
 
 ELAPSED = "time/elapsed_seconds"
@@ -36,11 +39,12 @@ def status(run: str) -> int:
     if sweep is not None:
         show_sweep(sweep, console)
     else:
-        console.print(pairs(_lines(Path(open_run(run).run_folder))))
+        console.print(pairs(_lines(open_run(run))))
     return EXIT_OK
 
 
-def _lines(folder: Path) -> list[tuple[str, str]]:
+def _lines(plan: RunPlan) -> list[tuple[str, str]]:
+    folder = Path(plan.run_folder)
     now = read_status(folder)
     stages, silent = read_stages(folder)
     attempts = read_attempts(folder)
@@ -57,6 +61,11 @@ def _lines(folder: Path) -> list[tuple[str, str]]:
         lines += failure_lines(folder, attempts)
     checkpoint = newest_step(folder)
     lines += [("checkpoint", f"step {checkpoint:,} is the newest complete one" if checkpoint else "none yet")]
+    result = read_result(folder)
+    if result is not None:
+        lines.append(("result", result.words))
+    if signal := overfitting(metrics, plan.recipe.evaluation):
+        lines.append(("overfitting", signal))
     if attempts:
         finished = now is not None and now.state == "finished"
         reached = max((beat.step for beat in beats), default=0) if runs or finished else checkpoint

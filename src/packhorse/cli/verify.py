@@ -13,6 +13,7 @@ from packhorse.run_folder.checkpoints.manifest import checkpoint_faults
 from packhorse.run_folder.folder import open_run, relative
 from packhorse.run_folder.jobs import require_prepared_data
 from packhorse.run_folder.layout import CHECKPOINTS_FOLDER
+from packhorse.run_folder.result import read_result
 from packhorse.run_folder.status import read_status
 
 
@@ -43,7 +44,8 @@ def _verify_checkpoints(folder: Path) -> bool:
     status = read_status(folder.parent)
     next_step = f"; `packhorse resume {relative(folder.parent)}` resumes from {valid[-1]}" if valid else ""
     if status is not None and status.state == "finished":
-        next_step = "; the run is finished"
+        result = read_result(folder.parent)
+        next_step = "; the run is finished" + (f", and its result is {result.words}" if result is not None else "")
     print_plain(f"{len(valid)} of {len(faults)} are sound{next_step}.")
     return len(valid) == len(faults)
 

@@ -65,11 +65,22 @@ class JudgeSection(Section):
     """Longest wait for one reply, before the request is repeated."""
 
 
+class EarlyStoppingSection(Section):
+    """End of training once the validation loss no longer improves."""
+
+    patience: PositiveInt
+    """Number of evaluations in a row without an improvement after which training ends."""
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Only a validation loss that is lower by more than this, in nats per token, is an improvement."""
+
+
 class EvaluationSection(Section):
     """Measurements on held-out rows."""
 
     every_steps: PositiveInt | None = None
     """Measure the validation loss every N steps; it is always measured before the first and after the last step."""
+    early_stopping: EarlyStoppingSection | None = None
+    """End training early, e.g. `{patience: 3}`; null: train all steps."""
     smallest_effect: Annotated[float, Field(gt=0, lt=1)] = 0.03
     """Smallest difference that matters: 0.03 is 3 points of a share, and 0.03 nats of a loss. As many rows are answered
     as show it with 80 % power, within `max_answered_rows`."""

@@ -277,6 +277,8 @@ class CheckpointSection(Section):
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
+    publish: Literal["last", "best"] = "last"
+    """Weights that become the result: those of the last step, or of the checkpoint with the lowest validation loss."""
     asynchronous: bool = True
     """Write in the background; the step loop waits only for the copy to host memory."""
     on_full: Literal["stop", "continue"] = "stop"

@@ -28,14 +28,17 @@ from packhorse.run_folder.layout import (
     METRICS_FILE,
     PLAN_FILE,
     RECIPE_FILE,
+    RESULT_FILE,
     ROWS_FILE,
     SKIPPED_STEPS_FILE,
     STATUS_FILE,
     TEST_EVALUATION_FILE,
 )
 from packhorse.run_folder.metrics import read_metrics
+from packhorse.run_folder.result import Result, read_result
 from packhorse.run_folder.skipped_steps import read_skipped_steps
 from packhorse.run_folder.status import Status, read_status
+from packhorse.track.overfitting import overfitting
 
 GIB: Final = 2**30
 
@@ -100,6 +103,8 @@ class RunReport(BaseModel):
     step: int
     num_steps: int
     message: str
+    overfitting: str
+    """Since when the run overfits, and the losses; empty if it does not."""
     evaluation: Comparison | None
     test_evaluation: Comparison | None
     curves: tuple[Curve, ...]
@@ -158,6 +163,8 @@ def read_report(plan: RunPlan) -> RunReport:
         step=step,
         num_steps=plan.num_steps or 0,
         message=status.message if status is not None else "",
+        overfitting=reader.read(METRICS_FILE, lambda path: overfitting(read_metrics(path), plan.recipe.evaluation))
+        or "",
         evaluation=_without_samples(evaluation),
         test_evaluation=_without_samples(test_evaluation),
         curves=tuple(_curves(points)),
@@ -169,7 +176,7 @@ def read_report(plan: RunPlan) -> RunReport:
         skipped_steps=reader.read(SKIPPED_STEPS_FILE, lambda _: read_skipped_steps(folder)) or {},
         data=data,
         changes=reader.read(f"{EVALUATION_FOLDER}/{ROWS_FILE}", lambda path: _changes(path, evaluation)),
-        environment=_environment(plan, status),
+        environment=_environment(plan, status, reader.read(RESULT_FILE, lambda _: read_result(folder))),
         hashes=_hashes(folder, data),
         notes=tuple(reader.notes),
     )
@@ -256,7 +263,7 @@ def _changes(path: Path, evaluation: Comparison | None) -> RowChanges | None:
     return read_row_changes(path, line.set, result.metric, result.unit, result.higher_is_better)
 
 
-def _environment(plan: RunPlan, status: Status | None) -> dict[str, str]:
+def _environment(plan: RunPlan, status: Status | None, result: Result | None) -> dict[str, str]:
     topology, batch, recipe = plan.topology, plan.batch, plan.recipe
     processes = f"{topology.world_size} on {topology.num_nodes} node" + "s" * (topology.num_nodes > 1)
     found = {
@@ -272,6 +279,8 @@ def _environment(plan: RunPlan, status: Status | None) -> dict[str, str]:
         f"{batch.micro_packs} per pass, {batch.accumulation_steps} passes",
         "Seed": str(recipe.seed),
     }
+    if result is not None:
+        found["Result"] = result.words
     return found | ({"Host": status.host} if status is not None and status.host else {})
 
 

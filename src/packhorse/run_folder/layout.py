@@ -31,6 +31,7 @@ RUN/
     profile/                                                        traces of `track.profile`
         steps-A-B-rank-R.json.gz  steps-A-B-rank-R.memory.pickle
     model/ or adapter/                                              the trained weights
+        result.json                                                 the step that they are of
     export/                                                         the model in other forms
         merged/                                                     adapter and base as one model, with merge.json
         gguf/ NAME-TYPE.gguf  gguf.json  Modelfile
@@ -94,6 +95,8 @@ ADAPTER_FOLDER: Final = "adapter"
 EXPORT_FOLDER: Final = "export"
 MERGE_FILE: Final = "merge.json"
 """Hashes and proof of a merged model, in its folder."""
+RESULT_FILE: Final = "result.json"
+"""In the folder of the trained weights: their step."""
 
 # Who runs it, and requests to it: the ranks look for STOP and CHECKPOINT between two steps
 LOCK_FILE: Final = "launcher.lock"

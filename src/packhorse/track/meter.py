@@ -131,13 +131,15 @@ class Meter:
         self._num_steps = self._num_tokens = self._num_supervised_tokens = self._num_slots = 0
 
 
-def evaluation_figures(loss: float) -> Figures:
+def evaluation_figures(loss: float, train_loss: float | None = None) -> Figures:
     """Return the figures of an evaluation; perplexity is exp(loss), infinite where that overflows.
 
     Args:
         loss: Nats per supervised token of the validation rows.
+        train_loss: Training loss that is reported at the same step; None if there is none.
     """
-    return {"evaluation/loss": loss, "evaluation/perplexity": perplexity(loss)}
+    figures = {"evaluation/loss": loss, "evaluation/perplexity": perplexity(loss)}
+    return figures if train_loss is None else figures | {"evaluation/gap": loss - train_loss}
 
 
 def perplexity(loss: float) -> float:

@@ -55,7 +55,7 @@ class TrainingRun:
 
 
 def train(run: TrainingRun, state: TrainState) -> TrainState:
-    """Train until the plan's last step or a stop request that all ranks agree on.
+    """Train until the plan's last step, the end by early stopping, or a stop request that all ranks agree on.
 
     Returns:
         The last state; its checkpoint is on disk, or being written (`Checkpoints.finish`).
@@ -69,7 +69,7 @@ def train(run: TrainingRun, state: TrainState) -> TrainState:
     noise = NoiseScale(engine, plan.batch.packs_per_step) if recipe.track.noise_scale else None
     state = _finish_evaluation(run, state)
     stop = state.held_back is not None
-    while state.step < plan.num_steps and not stop:
+    while not state.is_trained(plan) and not stop:
         learning_rate = learning_rate_at(state.step, plan.num_steps, recipe.optimizer.learning_rate, recipe.schedule)
         if state.step + 1 in run.guard.skipped_steps:
             state, agreed, decision = _skip_step(run, state)
@@ -100,7 +100,7 @@ def train(run: TrainingRun, state: TrainState) -> TrainState:
             figures = decision.figures | (_read(run, state, window, learning_rate) if window else {})
             figures |= (noise.figures() if noise else {}) | run.checkpoints.take_figures()
             state = _report(run, state, figures, decision, due)
-        if due.save or state.held_back is not None:
+        if due.save or state.held_back is not None or state.stops_early(plan):
             _save(run, state)
         stop = agreed.stop or state.held_back is not None
     return state
@@ -176,14 +176,14 @@ def _is_due(step: int, every: int | None, is_last: bool) -> bool:
 def _report(run: TrainingRun, state: TrainState, figures: Figures, decision: StepDecision, due: _Due) -> TrainState:
     """Report a step, with the validation loss where it is due; raises what the decision ends the run with."""
     if decision.ends is None and due.evaluate:
-        return _evaluate(run, state, figures, due.save)
+        return _evaluate(run, state, figures)
     run.reporter.step(state, figures)
     if decision.ends is not None:
         raise decision.ends
     return state
 
 
-def _evaluate(run: TrainingRun, state: TrainState, figures: Figures, saving: bool) -> TrainState:
+def _evaluate(run: TrainingRun, state: TrainState, figures: Figures) -> TrainState:
     """Measure the validation loss and report it with the step's figures.
 
     A stop request interrupts it: the figures are then held back in the state, and the resumed run starts here.
@@ -195,9 +195,15 @@ def _evaluate(run: TrainingRun, state: TrainState, figures: Figures, saving: boo
             validation = run.evaluate()
     except Stopped:
         return replace(state, held_back=figures)
-    if saving:  # only a step with a checkpoint can be the best one
-        state = state.evaluated(validation)
-    run.reporter.step(state, figures | evaluation_figures(validation))
+    stopping = run.plan.recipe.evaluation.early_stopping
+    state = state.evaluated(validation, stopping.min_delta if stopping is not None else 0.0)
+    # Only a planned checkpoint can be the best one: a requested one would make the result depend on interruptions.
+    if _is_save_due(run.plan, state) or state.stops_early(run.plan):
+        state = state.saved_with(validation)
+    figures |= evaluation_figures(validation, figures.get("train/loss"))
+    if stopping is not None:
+        figures |= {"evaluation/without_improvement": state.num_without_improvement}
+    run.reporter.step(state, figures)
     return state
 
 
@@ -205,7 +211,7 @@ def _finish_evaluation(run: TrainingRun, state: TrainState) -> TrainState:
     """Do the evaluation that a stop request interrupted in the attempt before."""
     if state.held_back is None:
         return state
-    return _evaluate(run, replace(state, held_back=None), state.held_back, saving=_is_save_due(run.plan, state))
+    return _evaluate(run, replace(state, held_back=None), state.held_back)
 
 
 def _save(run: TrainingRun, state: TrainState) -> None:

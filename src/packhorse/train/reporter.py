@@ -52,10 +52,10 @@ class Reporter:
         if self._is_main:
             self._metrics.sync()
 
-    def write_status(self, run_state: State, state: TrainState) -> None:
+    def write_status(self, run_state: State, state: TrainState, message: str = "") -> None:
         """Write the status file."""
         if self._is_main:
-            write_run_status(self._plan, run_state, state, self._attempt)
+            write_run_status(self._plan, run_state, state, self._attempt, message)
 
     def close(self) -> None:
         """Close terminal output and files."""

@@ -13,6 +13,7 @@ from packhorse.data.packs.loader import make_micro_batch
 from packhorse.data.packs.store import PackStore
 from packhorse.model.sequence import SequenceGroup
 from packhorse.train.engine.engine import Engine
+from packhorse.train.engine.sharding import shard_again
 from packhorse.train.objectives.forward import micro_batch_loss
 
 
@@ -60,3 +61,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train()
+        shard_again(model)

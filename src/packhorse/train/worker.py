@@ -26,9 +26,9 @@ from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
 from packhorse.run_folder.base_weights import record_base
 from packhorse.run_folder.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
+from packhorse.train.checkpoint.best import publish
 from packhorse.train.checkpoint.checkpoints import Checkpoints
 from packhorse.train.checkpoint.resume_point import checkpoint_to_resume, newest_state
-from packhorse.train.checkpoint.weights import publish_result
 from packhorse.train.compilation import watch_compilation
 from packhorse.train.engine.engine import Engine, start_accelerator, start_engine
 from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
@@ -208,10 +208,10 @@ def _end(run: TrainingRun, state: TrainState, tokenizer: PreTrainedTokenizerBase
     run.checkpoints.finish()
     for name, value in run.checkpoints.take_figures().items():
         logging.info("%s %.3f", name, value)  # no report follows that could contain them
-    finished = state.step == run.plan.num_steps and state.held_back is None
+    finished = state.is_trained(run.plan)
     if finished and not run.plan.is_trial:
-        publish_result(run.plan, run.engine, tokenizer, is_main=run.rank == 0)
-    run.reporter.write_status("finished" if finished else "stopped", state)
+        publish(run.plan, run.engine, state, tokenizer, is_main=run.rank == 0)
+    run.reporter.write_status("finished" if finished else "stopped", state, state.early_stop_words(run.plan))
     return EXIT_OK if finished else EXIT_STOPPED
 
 

@@ -95,7 +95,7 @@ class RunEnd:
     Attributes:
         plan: Plan of the run; None if it was stopped before there was one.
         exit_code: One of `packhorse.errors`.
-        message: What happened; empty if the run finished.
+        message: What happened; empty if the run made all its steps.
     """
 
     plan: RunPlan | None

@@ -159,8 +159,9 @@ def refuse_finished(plan: RunPlan) -> Status | None:
     if status is None or status.state != "finished":
         return status
     name = relative(plan.run_folder)
+    ended = f"; it {status.message}" if status.message else ""
     raise UserError(
-        f"{name} is finished: {status.step} of {status.num_steps} steps are done.",
+        f"{name} is finished: {status.step} of {status.num_steps} steps are done{ended}.",
         "there is nothing left to train.",
         f"see `packhorse evaluate {name}`, or train longer under another name.",
     )

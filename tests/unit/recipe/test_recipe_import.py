@@ -544,6 +544,32 @@ def test_comments(text: str, comment: str) -> None:
     assert [line for line in lines if line.startswith(comment)]
 
 
+BEST = "load_best_model_at_end: true\nearly_stopping_patience: 3\nearly_stopping_threshold: 0.01\n"
+MEASURED = "eval_strategy: steps\neval_steps: 100\nsave_steps: 50\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_kept"),
+    [
+        (MEASURED + "val_set_size: 0.1\n", (True, True)),
+        ("val_set_size: 0.1\n", (False, False)),
+        (MEASURED + "val_set_size: 0\n", (False, False)),
+        (MEASURED.replace("50", "200") + "val_set_size: 0.1\n", (True, False)),
+    ],
+    ids=["measured", "no steps", "no rows", "fewer checkpoints"],
+)
+def test_early_stopping_and_the_best_checkpoint_need_a_validation_loss(lines: str, is_kept: tuple[bool, bool]) -> None:
+    base = "base_model: org/m\ndatasets: [{path: org/d, type: alpaca}]\nadapter: lora\nlearning_rate: 1e-4\n"
+    text = imported(base + BEST + lines, "axolotl")
+    Path("my.yaml").write_text(text)
+    recipe = load_recipe("my.yaml")
+    stopping = recipe.evaluation.early_stopping
+    assert (stopping and (stopping.patience, stopping.min_delta)) == ((3, 0.01) if is_kept[0] else None)
+    assert recipe.checkpoint.publish == ("best" if is_kept[1] else "last")
+    assert text.count("# early_stopping_") == (0 if is_kept[0] else 2)
+    assert ("# load_best_model_at_end" in text) == (not is_kept[1])
+
+
 def test_the_batch_counts_all_gpus() -> None:
     """Rows of a step = per device x accumulation x devices, as in the documentation of transformers."""
     Path("file.yaml").write_text(AXOLOTL_QLORA)

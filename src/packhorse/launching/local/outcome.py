@@ -36,7 +36,7 @@ class Outcome:
 
     Attributes:
         exit_code: One of those in `errors`.
-        message: Text to show; empty after success.
+        message: Text to show; after success, why the run ended before its last step, else empty.
         headline: Summary of the message in one line.
         again: Why the ranks request another attempt: `rewind`, `shrink`; None if they do not.
     """
@@ -103,8 +103,8 @@ def _outcome_without_failure(plan: RunPlan, logs: Path, attempt: int, ended_with
     folder = Path(plan.run_folder)
     status = read_status(folder)
     state = status.state if status is not None and status.attempt == attempt else None
-    if state == "finished":
-        return Outcome(EXIT_OK)
+    if status is not None and state == "finished":
+        return Outcome(EXIT_OK, status.message, status.message)
     if status is not None and state == "stopped":
         return Outcome(EXIT_STOPPED, f"stopped; {_resume_hint(folder, status.step, status.num_steps)}", "stopped")
     killed = ProcessFailure(None, ended_with) if ended_with is not None and ended_with < 0 else None

@@ -157,8 +157,8 @@ def record_successor(run: str, job_id: str, environment: Mapping[str, str]) -> N
 def _outcome(plan: RunPlan, logs: Path, attempt: int, exit_code: int, signals: SlurmSignals) -> Outcome:
     status = read_status(Path(plan.run_folder))
     state = status.state if status is not None and status.attempt == attempt else None
-    if state == "finished":
-        return Outcome(EXIT_OK)
+    if status is not None and state == "finished":
+        return Outcome(EXIT_OK, status.message, status.message)
     if signals.time_nearly_over and not read_heartbeats(logs):
         return stopped_outcome(plan, attempt, "stopped before the ranks had started")
     records = read_rank_records(logs)

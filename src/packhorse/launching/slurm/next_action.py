@@ -67,7 +67,7 @@ def decide(outcome: Outcome, signals: SlurmSignals, history: RunHistory) -> Next
     code, cause = outcome.exit_code, outcome.message or outcome.headline
     stopped = code == EXIT_STOPPED and outcome.again is None
     if code == EXIT_OK:
-        return NextAction("finished", EXIT_OK, "the run is finished")
+        return NextAction("finished", EXIT_OK, "the run is finished" + (f": {cause}" if cause else ""))
     if signals.job_is_ending and not history.cancelled:
         return NextAction("ended", code, f"{cause}\nSlurm ends this job and decides whether to requeue it")
     stopped_by_user = stopped and not (signals.time_nearly_over or history.signalled)

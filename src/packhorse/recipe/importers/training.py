@@ -21,6 +21,7 @@ def translate_training(draft: Draft) -> None:
     _length_of_training(draft)
     _precision(draft)
     _every_steps(draft)
+    _best(draft)
     _names(draft)
 
 
@@ -179,6 +180,28 @@ def _every_steps(draft: Draft) -> None:
         elif count is not None:
             draft.omit(f"{prefix}_steps", count, f"{path} is a whole number of steps")
     draft.take("do_eval")
+
+
+def _best(draft: Draft) -> None:
+    """Translate early stopping and the choice of the best checkpoint, where the recipe measures a validation loss."""
+    every, saves, train = map(
+        draft.values.get, ("evaluation.every_steps", "checkpoint.every_steps", "data.split.train")
+    )
+    is_measured = every is not None and not (train is not None and train.value == 1)
+    stopping = {name: draft.take_field(f"evaluation.early_stopping.{name}") for name in ("patience", "min_delta")}
+    for name, node in stopping.items():
+        if node is not None and is_measured and stopping["patience"] is not None:
+            draft.set(f"evaluation.early_stopping.{name}", node)
+        elif node is not None:
+            typed = draft.typed[f"evaluation.early_stopping.{name}"]
+            draft.omit(typed, node, "it needs a patience, validation rows and evaluation.every_steps")
+    best = draft.take("load_best_model_at_end")
+    if best is not None and best.value is True:
+        if is_measured and every is not None and saves is not None and every.value % saves.value == 0:
+            draft.set("checkpoint.publish", "best", best)
+        else:
+            why = "checkpoint.publish: best needs validation rows and a checkpoint at each evaluated step"
+            draft.omit("load_best_model_at_end", best, why)
 
 
 def _names(draft: Draft) -> None:

@@ -10,6 +10,7 @@ from packhorse.recipe.rules.data import data_rules, name_rules
 from packhorse.recipe.rules.evaluation import evaluation_rules
 from packhorse.recipe.rules.model import model_rules, parallel_rules
 from packhorse.recipe.rules.sweep import sweep_rules
+from packhorse.recipe.rules.validation_loss import validation_loss_rules
 from packhorse.recipe.schema import BatchSection, OptimizerSection, Recipe
 from packhorse.yaml_source.findings import Finding
 from packhorse.yaml_source.nodes import KeyPath
@@ -65,6 +66,7 @@ def rule_findings(recipe: Recipe) -> list[Finding]:
         *recovery_rules(recipe),
         *sweep_rules(recipe),
         *evaluation_rules(recipe.evaluation),
+        *validation_loss_rules(recipe),
     ]
 
 

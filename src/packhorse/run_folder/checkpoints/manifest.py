@@ -110,8 +110,8 @@ def read_manifest(folder: Path) -> CheckpointManifest | None:
     return manifest if manifest == manifest.sealed() else None
 
 
-def checkpoint_faults(folder: Path) -> Iterator[str]:
-    """Yield one sentence per damaged file of a checkpoint; nothing if it is as it was written.
+def checkpoint_faults(folder: Path, part: str = "") -> Iterator[str]:
+    """Yield one sentence per damaged file of a checkpoint, or of its folder `part`; nothing if all are as written.
 
     Names and sizes come first, so that truncated and missing files are reported before gigabytes are read.
     """
@@ -119,9 +119,11 @@ def checkpoint_faults(folder: Path) -> Iterator[str]:
     if manifest is None:
         yield f"{folder.name} has no {MANIFEST_FILE} that can be read: it is incomplete."
         return
-    present = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
+    present = {path.relative_to(folder).as_posix(): path for path in files_below(folder / part)}
     same_size = []
     for name, record in manifest.files.items():
+        if not name.startswith(part):
+            continue
         path = present.pop(name, None)
         if path is None:
             yield f"{folder.name}/{name} is missing."

@@ -1,12 +1,12 @@
-"""Loads the float32 master weights that DeepSpeed steps under bf16 and fp16 from a checkpoint.
+"""Loads weights from a checkpoint into a model under its engine, and DeepSpeed's float32 master weights.
 
-DeepSpeed makes them from the model's 16-bit weights at the start, so a resumed run would begin from rounded ones.
-Checkpoints store the master weights as the weights themselves.
+Under bf16 and fp16 DeepSpeed makes master weights from the model's 16-bit weights at the start, so a resumed run would
+begin from rounded ones. Checkpoints store the master weights as the weights themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -16,23 +16,44 @@ from torch import Tensor, nn
 from packhorse.model.load import ModelRequest, load_model, open_model
 from packhorse.model.methods.adapter_files import stored_adapter
 from packhorse.model.methods.attach import is_adapted
-from packhorse.model.sharded import is_partitioned
+from packhorse.model.sharded import assign, is_partitioned
 from packhorse.train.checkpoint.zero_state import has_master_weight, own_part, set_master_weight
 
 
 def load_master_weights(model: nn.Module, folder: Path, trust_remote_code: bool) -> None:
-    """Set the master weights of a model whose 16-bit weights were loaded from the same folder."""
-    missing = {name: parameter for name, parameter in model.named_parameters() if has_master_weight(parameter)}
-    if not missing:
+    """Set the master weights of a model from a checkpoint's folder; its 16-bit weights are not changed."""
+    masters = {name: parameter for name, parameter in model.named_parameters() if has_master_weight(parameter)}
+    for parameter, value in _stored_weights(model, folder, trust_remote_code, masters):
+        set_master_weight(parameter, value)
+
+
+def load_saved_weights(model: nn.Module, folder: Path, trust_remote_code: bool) -> None:
+    """Set the weights that a checkpoint would save, of a model that has trained under any engine; a collective.
+
+    The 16-bit copies of master weights are not changed: the model is then saved, not used.
+    """
+    load_master_weights(model, folder, trust_remote_code)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    plain = {name: parameter for name, parameter in trained.items() if not has_master_weight(parameter)}
+    for parameter, value in _stored_weights(model, folder, trust_remote_code, plain):
+        assign(parameter, value)
+
+
+def _stored_weights(
+    model: nn.Module, folder: Path, trust_remote_code: bool, wanted: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield each wanted parameter with its stored value, in the same order on every rank."""
+    if not wanted:
         return
     if is_adapted(model):
-        pairs: Iterable[tuple[nn.Parameter, Tensor]] = stored_adapter(model, folder)
-    else:
-        stored = _stored_model(folder, trust_remote_code, missing)
-        pairs = ((missing.pop(name), value) for name, value in stored if name in missing)
-    for parameter, value in pairs:
-        set_master_weight(parameter, value)
-    assert is_adapted(model) or not missing, "the model was loaded from the same folder"
+        ids = {id(parameter) for parameter in wanted.values()}
+        yield from ((parameter, value) for parameter, value in stored_adapter(model, folder) if id(parameter) in ids)
+        return
+    missing = dict(wanted)
+    for name, value in _stored_model(folder, trust_remote_code, wanted):
+        if name in missing:
+            yield missing.pop(name), value
+    assert not missing, "the folder holds this model"
 
 
 def _stored_model(
@@ -68,8 +89,8 @@ def _stored_model(
 
 
 def _rows_of(parameter: nn.Parameter, shape: Sequence[int]) -> slice:
-    """Return the rows that hold this rank's part of a weight; all of them under stages 1 and 2."""
-    if not is_partitioned(parameter):
+    """Return the rows that hold this rank's part of a master weight under stage 3; all rows of any other weight."""
+    if not (is_partitioned(parameter) and has_master_weight(parameter)):
         return slice(0, shape[0])
     begin, end = own_part(parameter)
     width = prod(shape[1:])

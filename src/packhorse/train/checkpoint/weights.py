@@ -21,6 +21,7 @@ from packhorse.model.sharded import gathered, true_shape
 from packhorse.model_spec.stored_weights import INDEX_FILE
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.layout import ADAPTER_FOLDER, MODEL_FOLDER
+from packhorse.run_folder.result import Result, write_result
 from packhorse.train.checkpoint.model_files import index_of, model_files
 from packhorse.train.checkpoint.saved_tensor import SavedTensor, copy_to_host, deal_files, gather_files, held_whole
 from packhorse.train.checkpoint.verify_weights import verify_weights
@@ -133,8 +134,8 @@ def adapter_files_writer(
     return write
 
 
-def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool) -> None:  # noqa: ANN401
-    """Write RUN/model or RUN/adapter with its tokenizer, in the dtype that training computed in; a collective.
+def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, result: Result, is_main: bool) -> None:  # noqa: ANN401
+    """Write RUN/model or RUN/adapter, in the dtype that training computed in, its tokenizer and `result`; a collective.
 
     Raises:
         UserError: The disk refuses on some rank, or the written files are damaged.
@@ -150,6 +151,7 @@ def publish_result(plan: RunPlan, engine: Engine, tokenizer: Any, is_main: bool)
     if is_main and failure is None:
         try:
             tokenizer.save_pretrained(temporary)
+            write_result(temporary, result)
             publish_folder(temporary, target)
         except OSError as error:
             failure = disk_error(target, error)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from packhorse.model.load import ModelRequest
 from packhorse.model.sharded import chunk_of, is_partitioned
@@ -134,6 +134,16 @@ def placement_of(plan: RunPlan, device: torch.device) -> Placement:
         assert plan.deepspeed is not None
         return Zero3(dict(plan.deepspeed), plan.recipe.precision, device)
     return Placement()
+
+
+def shard_again(model: nn.Module) -> None:
+    """Shard what FSDP2 keeps whole for a backward pass that does not come; nothing under other engines.
+
+    Whole parameters are other objects than the sharded ones that the optimizer steps and keeps states of.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def make_mesh(topology: Topology, device: torch.device) -> DeviceMesh:
