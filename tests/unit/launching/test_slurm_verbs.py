@@ -25,7 +25,7 @@ from packhorse.run_folder.folder import check_free
 from packhorse.run_folder.jobs import JobKind, JobRecord, append_job, read_jobs
 from packhorse.run_folder.layout import LOCK_FILE
 from packhorse.run_folder.status import Status, write_status
-from packhorse.run_folder.sweep import create_sweep, member_folder
+from packhorse.run_folder.sweep import create_sweep
 from packhorse.workflows import cancel_run, resume_run, run_state, submit_run
 from packhorse.workflows.new_run import RunEnd
 from tiny import write_tiny
@@ -95,14 +95,14 @@ def test_of_a_sweep_only_the_runs_that_train_are_asked_to_save(
     """The third run waits in its array; the second one was resumed and has a job of its own beside it."""
     folder = sweep_of_three(tmp_path)
     for number in (1, 2, 3):
-        append_job(member_folder(folder, number), job(f"7_{number}", "train"))
-    append_job(member_folder(folder, 2), job("9", "train"))
+        append_job(tmp_path / f"s-{number}", job(f"7_{number}", "train"))
+    append_job(tmp_path / "s-2", job("9", "train"))
     states = {"7_1": "COMPLETING", "7_2": "FAILED", "7_[3]": "PENDING", "9": "RUNNING"}
     asked: list[str] = []
     slurm_knows(monkeypatch, asked, states)
     assert main(["cancel", str(folder)]) == 0
     assert asked == ["7", "9"], "Slurm is asked once for an array"
-    assert [(member_folder(folder, each) / "STOP").exists() for each in (1, 2, 3)] == [False, True, False]
+    assert [(tmp_path / f"s-{each}" / "STOP").exists() for each in (1, 2, 3)] == [False, True, False]
     assert ended == ["7_3", "7_1"]
     assert main(["resume", str(folder)]) == 0
     assert slurm == []
