@@ -28,7 +28,7 @@ RUN/
     model/ or adapter/                                              the trained weights
 RUNS/.compiled/                                                     code that torch.compile made, for all runs
 RUNS/NAME/                                                          a sweep; its runs are RUNS/NAME-1, RUNS/NAME-2 ...
-    sweep.json  logs/
+    sweep.json  recipe.yaml  sweep-evaluation.json  logs/
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ SITE_RECORD: Final = "site.json"
 """Site profile with which the run was submitted."""
 SWEEP_FILE: Final = "sweep.json"
 """Replaces plan.json in the folder of a sweep."""
+SWEEP_EVALUATION_FILE: Final = "sweep-evaluation.json"
+"""Result of `packhorse evaluate` on a sweep, in its folder."""
 
 # What was done
 STATUS_FILE: Final = "status.json"

@@ -66,7 +66,7 @@ class RunSummary:
 
 
 def list_runs(folder: Path) -> list[RunSummary]:
-    """Return the folders of a folder, hidden ones excepted: runs of a sweep after each other, others by name.
+    """Return the folders of a folder, hidden ones excepted, or the runs of a sweep; in a folder, sweeps stay together.
 
     Raises:
         UserError: The folder does not exist.
@@ -77,6 +77,8 @@ def list_runs(folder: Path) -> list[RunSummary]:
             "runs are folders inside the folder that `runs_folder` of a recipe names.",
             "name that folder, for example `packhorse runs runs`.",
         )
+    if (folder / SWEEP_FILE).is_file():
+        return list(_runs_of_sweep(folder.absolute()))
     folders = sorted(
         (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=_natural_order
     )

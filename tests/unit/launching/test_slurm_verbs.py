@@ -435,7 +435,7 @@ def test_status_of_a_sweep_is_a_table_over_its_runs(tmp_path: Path, monkeypatch,
     assert lines[-1] == f"lowest evaluation/loss: {tmp_path}/s-1, 3.5"
 
 
-@pytest.mark.parametrize("words", [["logs"], ["verify"], ["evaluate"], ["chat"], ["submit"], ["train", "--resume"]])
+@pytest.mark.parametrize("words", [["logs"], ["verify"], ["chat"], ["submit"], ["train", "--resume"]])
 def test_what_takes_one_run_says_that_a_sweep_is_many(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
