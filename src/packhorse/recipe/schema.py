@@ -333,6 +333,8 @@ class TrackSection(Section):
     """W&B project of the run."""
     tensorboard: bool = False
     """Write TensorBoard event files in the run folder."""
+    mlflow: bool = False
+    """Log to MLflow, to the server of MLFLOW_TRACKING_URI or to files in `runs_folder`; needs the extra `mlflow`."""
 
 
 class Recipe(Section):

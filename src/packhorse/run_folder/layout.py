@@ -3,7 +3,7 @@
 RUN/
     recipe.yaml  plan.json  plan-N.json  data.json  site.json       what is to be done
     status.json  metrics.jsonl  attempts.jsonl  skipped_steps.json  what was done
-    evaluation.json  evaluation-test.json  wandb_id.txt
+    evaluation.json  evaluation-test.json  wandb_id.txt  mlflow_id.txt
     report.html  report.json
     evaluation/
         rows.parquet  test-rows.parquet                             values and answers of each row
@@ -27,6 +27,7 @@ RUN/
         steps-A-B-rank-R.json.gz  steps-A-B-rank-R.memory.pickle
     model/ or adapter/                                              the trained weights
 RUNS/.compiled/                                                     code that torch.compile made, for all runs
+RUNS/.mlflow/                                                       figures of all runs with `track.mlflow`
 RUNS/NAME/                                                          a sweep; its runs are RUNS/NAME-1, RUNS/NAME-2 ...
     sweep.json  recipe.yaml  sweep-evaluation.json  logs/
 """
@@ -73,6 +74,9 @@ REPORT_FILE: Final = "report.html"
 REPORT_FIGURES_FILE: Final = "report.json"
 """Figures of the report."""
 WANDB_ID_FILE: Final = "wandb_id.txt"
+MLFLOW_ID_FILE: Final = "mlflow_id.txt"
+MLFLOW_FOLDER: Final = ".mlflow"
+"""MLflow's files for all runs, in the folder of the runs."""
 MODEL_FOLDER: Final = "model"
 ADAPTER_FOLDER: Final = "adapter"
 

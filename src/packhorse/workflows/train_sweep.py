@@ -100,7 +100,6 @@ def train_sweep(
 
 def _open_sweep(folder: Path, name: str, recipe: Recipe, runs: Sequence[SweepRun], prepare: Prepare) -> None:
     """Create the folder of a new sweep once every run has its data; refuse the folder of another sweep."""
-    text = dump_recipe(recipe)
     if (folder / SWEEP_FILE).is_file():
         file = folder / RECIPE_FILE
         if not file.is_file():
@@ -109,7 +108,7 @@ def _open_sweep(folder: Path, name: str, recipe: Recipe, runs: Sequence[SweepRun
                 "its runs belong to the jobs of that sweep.",
                 f"use `packhorse resume {relative(folder)}`, or choose another name, for example name={folder.name}-b.",
             )
-        if file.read_text(encoding="utf-8") != text:
+        if load_recipe(str(file)) != recipe:
             raise UserError(
                 f"{relative(folder)} is a sweep of another recipe or of other overrides.",
                 "the runs of one sweep differ in the fields of the sweep alone.",
@@ -123,4 +122,4 @@ def _open_sweep(folder: Path, name: str, recipe: Recipe, runs: Sequence[SweepRun
         check_start(run.recipe)
         if find_prepared(run.recipe) is None:
             prepare(run.recipe)
-    create_sweep(folder, name, runs, {RECIPE_FILE: text})
+    create_sweep(folder, name, runs, {RECIPE_FILE: dump_recipe(recipe)})
