@@ -354,6 +354,16 @@ def test_a_sweep_becomes_one_array_whose_tasks_each_have_a_run_of_their_own(
     assert "runs/tiny holds files already" in capsys.readouterr().err
 
 
+def test_folds_become_one_array_over_their_names(here: Path, slurm: list[list[str]]) -> None:
+    assert main(["submit", "tiny.yaml", "sweep.folds=2"]) == 0
+    runs = here / "runs"
+    output, script, run = slurm[-1][-3:]
+    assert (output, script) == (f"--output={runs}/tiny-fold-%a/logs/job-%A_%a.out", f"{runs}/tiny/job.sbatch")
+    # slurm/job.sbatch adds -1 and -2.
+    assert [read_plan(Path(f"{run}-{n}")).recipe.data.split.fold for n in (1, 2)] == [(1, 2), (2, 2)]
+    assert [record.job_id for record in read_jobs(runs / "tiny-fold-2")] == ["101", "102_2"]
+
+
 def test_so_many_runs_of_a_sweep_run_at_once(here: Path, slurm: list[list[str]], capsys) -> None:
     for words, said in (
         (["--at-once", "2"], "--at-once is 2, and tiny.yaml is one run."),
