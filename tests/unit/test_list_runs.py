@@ -29,7 +29,11 @@ def folder(tmp_path: Path) -> Path:
     write_finished(tmp_path, "done")
     recipe = write_run(tmp_path, "run-10", "training").recipe
     write_run(tmp_path, "run-9", "stopped")
-    create_sweep(tmp_path / "s", "r.yaml", [SweepRun(n, (f"seed={n}",), recipe) for n in (1, 2)])
+    create_sweep(
+        tmp_path / "s",
+        "r.yaml",
+        [SweepRun(n, (f"seed={n}",), recipe.model_copy(update={"name": f"s-{n}"})) for n in (1, 2)],
+    )
     write_run(tmp_path, "s-1", "finished")
     write_run(tmp_path, "torn")
     (tmp_path / "torn" / "status.json").write_text('{"state": "trai')

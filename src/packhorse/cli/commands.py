@@ -97,7 +97,7 @@ _TABLE = (
     ),
     Command(
         "train",
-        "Train a recipe on this machine.",
+        "Train a recipe on this machine; of a recipe with a sweep, all runs, one after the other.",
         (
             ("packhorse train RECIPE [--gpus 2] [--restarts 3] [--force] [key=value …]", ""),
             ("packhorse train RUN --resume", "resume on this machine, also a run of a cluster"),
@@ -199,7 +199,7 @@ _TABLE = (
     ),
     Command(
         "resume",
-        "Resume a run where it ran before: on this machine, or by submitting its failed jobs again.",
+        "Resume a run or a sweep where it ran before: on this machine, or by submitting its failed jobs again.",
         (
             ("packhorse resume RUN", ""),
             ("packhorse resume RUN [--gpus 2] [--restarts 3] [--force] [parallel.engine=zero3 …]", ""),
@@ -257,6 +257,7 @@ _TABLE = (
         "Compare base and tuned model on held-out rows: loss, perplexity, exact match.",
         (
             ("packhorse evaluate RUN", ""),
+            ("packhorse evaluate SWEEP", "each finished run; best first, paired tests against the best, folds pooled"),
             ("packhorse evaluate RUN --test", "measure the sealed test rows, once; every opening is recorded"),
             ("packhorse evaluate RUN --test --again", "open them again"),
             ("packhorse evaluate RUN --against RUN2", "another run's tuned model, or a model folder, for the base"),
@@ -301,7 +302,7 @@ _TABLE = (
     Command(
         "runs",
         "List the runs of a folder: state, step, losses, verdict of the evaluation, time. Sweeps are grouped.",
-        (("packhorse runs [FOLDER]", "default: runs"),),
+        (("packhorse runs [FOLDER]", "default: runs; or the folder of a sweep"),),
         words=(("folder", "runs"),),
         flags=(Flag("json", "print one JSON value", "switch"),),
     ),

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from packhorse.cli.show.progress import row_progress
+from packhorse.cli.show.sweep_evaluation import show_sweep_evaluation
 from packhorse.cli.show.text import open_console, print_plain
 from packhorse.errors import EXIT_NO_GO, EXIT_OK, UserError
 from packhorse.evaluate.chat import ChatSession
@@ -17,8 +18,10 @@ from packhorse.evaluate.endpoint import EndpointClient
 from packhorse.evaluate.evaluate_run import subject_of
 from packhorse.evaluate.models import load_tuned
 from packhorse.evaluate.show import render
-from packhorse.run_folder.folder import open_run
+from packhorse.run_folder.folder import open_run, relative
+from packhorse.run_folder.sweep import find_sweep
 from packhorse.workflows.evaluate import EvaluationRequest, evaluate_run, result_file
+from packhorse.workflows.evaluate_sweep import evaluate_sweep
 from packhorse.workflows.judge import judge_run, judge_settings
 from packhorse.workflows.prepared_data import require_data
 
@@ -38,7 +41,7 @@ def evaluate(
     against: str = "",
     tasks: str = "",
 ) -> int:
-    """Compare base and tuned model on the run's held-out rows, and keep the result in the run folder.
+    """Compare base and tuned model on the held-out rows of a run, or of each run of a sweep, and keep the result.
 
     A judge gets the answers of the evaluation that is there; without one the models are evaluated first.
 
@@ -61,6 +64,17 @@ def evaluate(
             "a run is evaluated by its recipe; only the judge may be another one.",
             f"remove {overrides[0]}, or write --judge.",
         )
+    sweep = find_sweep(run)
+    if sweep is not None:
+        asked = {
+            "--judge": judge,
+            "--ranks": ranks,
+            "--endpoint": endpoint,
+            "--base-model": base_model,
+            "--against": against,
+            "--tasks": tasks,
+        }
+        return _evaluate_sweep(sweep, test, [name for name, value in asked.items() if value])
     plan = open_run(run)
     console = open_console()
     settings = judge_settings(plan, overrides) if judge else None
@@ -119,6 +133,24 @@ def _endpoints(
     key = os.environ.get(key_variable) if key_variable else None
     tuned = EndpointClient(url, model, key) if url else None
     return tuned, EndpointClient(base_url or url, base_model, key) if base_model else None
+
+
+def _evaluate_sweep(sweep: Path, test: bool, flags: Sequence[str]) -> int:
+    if flags:
+        raise UserError(
+            f"{flags[0]} is given with the sweep {relative(sweep)}.",
+            "a sweep is evaluated run by run, each beside its base, and then the runs beside the best.",
+            f"remove {flags[0]}, or evaluate one run of it: {relative(sweep)}-1.",
+        )
+    if test:
+        raise UserError(
+            f"--test is given with the sweep {relative(sweep)}.",
+            "a run that was chosen by its test rows has no rows left that measure it.",
+            f"choose by `packhorse evaluate {relative(sweep)}`, then evaluate that run alone with --test.",
+        )
+    console = open_console()
+    show_sweep_evaluation(evaluate_sweep(sweep, lambda line: print_plain(line, console)), console)
+    return EXIT_OK
 
 
 def chat(run: str) -> int:

@@ -17,7 +17,7 @@ from packhorse.recipe.schema import Recipe
 from packhorse.report.readable import readable
 from packhorse.report.terminal import ledger_table, split_table
 from packhorse.run_folder.layout import PLAN_FILE
-from packhorse.run_folder.sweep import find_sweep, member_folder, read_sweep
+from packhorse.run_folder.sweep import find_sweep, member_folders
 from packhorse.workflows.prepare import prepare_data, prepare_run
 
 
@@ -43,7 +43,7 @@ def prepare(recipe: str, overrides: Sequence[str]) -> int:
 def _runs_of(name: str) -> list[str]:
     sweep = find_sweep(name)
     if sweep is not None:
-        return [str(member_folder(sweep, member.number)) for member in read_sweep(sweep).runs]
+        return [str(folder) for folder in member_folders(sweep)]
     return [name] if (Path(name) / PLAN_FILE).is_file() else []
 
 

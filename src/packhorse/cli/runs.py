@@ -11,10 +11,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from packhorse.cli.show.sweep_evaluation import sweep_words
 from packhorse.cli.show.text import open_console, plain_table, print_json, print_plain
 from packhorse.errors import EXIT_OK
+from packhorse.evaluate.sweep_results import read_sweep_evaluation
 from packhorse.report.evaluation_words import change_words, verdict_words
 from packhorse.report.readable import readable
+from packhorse.run_folder.layout import SWEEP_FILE
 from packhorse.track.progress import describe_duration
 from packhorse.workflows.runs import EvaluationSummary, RunSummary, list_runs
 
@@ -34,7 +37,7 @@ def runs(folder: str, json: bool) -> int:
         return EXIT_OK
     console = open_console()
     if found:
-        console.print(_table(found))
+        console.print(_table(found, Path(folder)))
         for summary in found:
             if summary.problem:
                 print_plain(readable(f"{summary.name}: {summary.problem}"), console)
@@ -43,15 +46,26 @@ def runs(folder: str, json: bool) -> int:
     return EXIT_OK
 
 
-def _table(found: Sequence[RunSummary]) -> Table:
+def _table(found: Sequence[RunSummary], folder: Path) -> Table:
     right = ("step", "train loss", "validation loss", "time")
     table = plain_table("run", "state", *right[:3], "evaluation", "time", right=right)
     for sweep, members in groupby(found, key=lambda summary: summary.sweep):
         if sweep:
-            table.add_row(Text(readable(f"sweep {sweep}"), style="bold"))
+            evaluation = readable(_of_sweep(folder, sweep))
+            table.add_row(Text(readable(f"sweep {sweep}"), style="bold"), *[""] * 4, Text(evaluation))
         for summary in members:
             table.add_row(*map(Text, _cells(summary)), style=STYLES.get(summary.kind))
     return table
+
+
+def _of_sweep(folder: Path, sweep: str) -> str:
+    """Return the result of `packhorse evaluate` on a sweep in words; empty without one."""
+    path = folder if (folder / SWEEP_FILE).is_file() else folder / sweep
+    try:
+        evaluation = read_sweep_evaluation(path)
+    except ValueError:
+        return "its evaluation cannot be read"
+    return "" if evaluation is None else sweep_words(evaluation)
 
 
 def _cells(summary: RunSummary) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ def content_key(recipe: Recipe) -> str:
         "tokenizer": {file.name: file_hash(file, data_root(recipe)) for file in tokenizer},
         "template": file_hash(template, data_root(recipe)) if template else None,
         "length": recipe.batch.length,
-        "settings": recipe.data.model_dump(exclude={*SOURCE_LISTS, "decontaminate", "template"}),
+        "settings": _settings_part(recipe),
         "decontaminate": _decontaminate_part(recipe),
     }
     if recipe.model.new_tokens:
@@ -77,6 +77,13 @@ def file_hash(path: Path, root: Path) -> str:
 def _source_part(source: Source, recipe: Recipe) -> dict[str, Any]:
     read_as = source.model_dump(exclude={"path", "id", "revision", "subset", "split"})
     return {"sha256": source_hash(source, recipe), **read_as}
+
+
+def _settings_part(recipe: Recipe) -> dict[str, Any]:
+    settings = recipe.data.model_dump(exclude={*SOURCE_LISTS, "decontaminate", "template"})
+    if recipe.data.split.fold is None:  # the keys of data without folds are older than folds
+        del settings["split"]["fold"]
+    return settings
 
 
 def _decontaminate_part(recipe: Recipe) -> dict[str, Any] | None:

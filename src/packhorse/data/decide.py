@@ -19,14 +19,14 @@ from packhorse.data.gather.source_pass import SourceUse
 from packhorse.data.given_splits import leak_mistakes, leaks_of, section_of
 from packhorse.data.ledger import LOSSES, SIDES
 from packhorse.data.split.draw import draw
-from packhorse.data.split.shares import given_splits, resolve_shares
+from packhorse.data.split.folds import fold_shares, held_out_fold
+from packhorse.data.split.shares import Shares, given_splits, resolve_shares
 from packhorse.data.split.split import assign, replayed, too_small
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe, RetainSource
 
 Int8 = NDArray[np.int8]
 Int64 = NDArray[np.int64]
-Shares = tuple[float, float, float]
 
 KEPT: Final = -1
 REASONS: Final = tuple(LOSSES)
@@ -178,6 +178,10 @@ class _Pending:
             sides = assign(columns.keys[rows], self._groups[rows], columns.stratum[rows], shares, split.seed)
             _check_sides(sides, use, shares)
             if use == "train":
+                if split.fold is not None:
+                    together, strata = self._groups[rows], columns.stratum[rows]
+                    held_out_fold(columns.keys[rows], together, strata, sides, split.fold, split.seed)
+                    shares, reason = fold_shares(shares, split.fold)
                 self._shares, self._shares_reason = shares, reason
                 self._notes += too_small(self._gathered.strata, columns.stratum[rows], sides, shares)
                 self._sides[rows] = sides

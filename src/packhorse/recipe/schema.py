@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt
 from packhorse.recipe.aliases import fix_for_key, fix_for_value
 from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.recipe.methods import LoraMethod, Method
+from packhorse.recipe.sweep_section import SweepSection
 from packhorse.yaml_source.schema import Fraction, Name, PositiveFloat, SchemaView, Section
 
 Engine = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "fsdp2", "hsdp"]
@@ -113,6 +114,8 @@ class SplitSection(Section):
     """Row fields whose values keep equal shares in each split; `language` and `source` are detected automatically."""
     group_by: str | None = None
     """Row field; rows with equal values stay in one split, e.g. `conversation_id`."""
+    fold: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] | None = None
+    """`[2, 5]`: validate on fold 2 of 5 of the rows outside test, train on the rest; `sweep.folds` sets it."""
     seed: int = 42
     """Another seed gives another split."""
 
@@ -332,15 +335,8 @@ class TrackSection(Section):
     """W&B project of the run."""
     tensorboard: bool = False
     """Write TensorBoard event files in the run folder."""
-
-
-class SweepSection(Section):
-    """Several runs of one recipe, submitted as one job array by `packhorse submit`. One of `grid` and `runs`."""
-
-    grid: dict[str, Any] = {}
-    """Lists of values for dotted fields, e.g. `optimizer.learning_rate: [1e-4, 3e-4]`; one run per combination."""
-    runs: list[dict[str, Any]] = []
-    """The changed fields of each run, e.g. `{optimizer.learning_rate: 1e-4, seed: 1}`."""
+    mlflow: bool = False
+    """Log to MLflow, to the server of MLFLOW_TRACKING_URI or to files in `runs_folder`; needs the extra `mlflow`."""
 
 
 class Recipe(Section):

@@ -7,14 +7,17 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Final
 
 from packhorse.errors import Mistake, UserError
 from packhorse.recipe.load import override_recipe
 from packhorse.recipe.rules.sweep import dotted_fields
-from packhorse.recipe.schema import Recipe, SweepSection
+from packhorse.recipe.schema import Recipe
+from packhorse.recipe.sweep_section import SweepSection, drawn_fields
 from packhorse.yaml_source.nodes import parse_scalar
 from packhorse.yaml_source.overrides import FLOW_STARTS
+
+FOLD: Final = "data.split.fold"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class SweepRun:
     Attributes:
         number: Number of the run from 1, in the order of the recipe; the last field of a grid changes fastest.
         overrides: Overrides of this run, as typed on the command line.
-        recipe: Complete recipe of this run, with the name NAME-NUMBER.
+        recipe: Complete recipe of this run, with the name NAME-NUMBER, or NAME-fold-NUMBER if only folds differ.
     """
 
     number: int
@@ -34,7 +37,8 @@ class SweepRun:
 
 def is_sweep(recipe: Recipe) -> bool:
     """Return whether the recipe has a sweep."""
-    return bool(recipe.sweep.grid or recipe.sweep.runs)
+    sweep = recipe.sweep
+    return bool(sweep.grid or sweep.runs or sweep.random or sweep.folds)
 
 
 def num_runs(sweep: SweepSection) -> int:
@@ -53,7 +57,7 @@ def expand(recipe: Recipe) -> list[SweepRun]:
     for number, choice in enumerate(_choices(recipe.sweep), 1):
         overrides = tuple(f"{key}={as_typed(value)}" for key, value in choice.items())
         try:
-            run_recipe = override_recipe(recipe, ["sweep={}", f"name={recipe.name}-{number}", *overrides])
+            run_recipe = override_recipe(recipe, ["sweep={}", f"name={run_prefix(recipe)}-{number}", *overrides])
         except UserError as error:
             mistakes.extend(error.mistakes)
         else:
@@ -62,6 +66,12 @@ def expand(recipe: Recipe) -> list[SweepRun]:
         # A wrong value that several runs share is reported once.
         raise UserError.of(dict.fromkeys(mistakes))
     return runs
+
+
+def run_prefix(recipe: Recipe) -> str:
+    """Return the name of the runs of a sweep without their number."""
+    sweep = recipe.sweep
+    return recipe.name if sweep.grid or sweep.runs or sweep.random else f"{recipe.name}-fold"
 
 
 def check_single(recipe: Recipe, file: str) -> None:
@@ -81,7 +91,7 @@ def check_single(recipe: Recipe, file: str) -> None:
     raise UserError(
         f"{recipe.name} has a sweep of {num_runs(recipe.sweep)} runs, and this command trains one run.",
         "each run of a sweep has its own run folder and job.",
-        f"start all of them with `packhorse submit {file}`, or one with `{alone}`.",
+        f"start all of them with `packhorse train {file}` or `packhorse submit {file}`, or one with `{alone}`.",
     )
 
 
@@ -93,7 +103,17 @@ def as_typed(value: Any) -> str:  # noqa: ANN401
 
 
 def _choices(sweep: SweepSection) -> list[Mapping[str, Any]]:
+    """Return the changed fields of each run; the fold changes fastest."""
+    if sweep.folds is None:
+        return _points(sweep)
+    numbers = range(1, sweep.folds + 1)
+    return [{**point, FOLD: [number, sweep.folds]} for point in _points(sweep) for number in numbers]
+
+
+def _points(sweep: SweepSection) -> list[Mapping[str, Any]]:
     if sweep.runs:
         return [dotted_fields(run) for run in sweep.runs]
+    if sweep.random is not None:
+        return drawn_fields(sweep.random)
     fields = dotted_fields(sweep.grid)
     return [dict(zip(fields, values, strict=True)) for values in product(*fields.values())]

@@ -135,7 +135,7 @@ def open_run(name: str) -> RunPlan:
     if (folder / SWEEP_FILE).is_file():
         raise UserError(
             f"{relative(folder)} is a sweep, not a run.",
-            "each run of a sweep has its own folder; only status, cancel and resume take the whole sweep.",
+            "each run of a sweep has its own folder; only status, evaluate, cancel and resume take the whole sweep.",
             f"name one of them, such as {relative(folder)}-1.",
         )
     plan = read_plan(folder)

@@ -4,7 +4,7 @@ RUN/
     recipe.yaml  plan.json  plan-N.json  data.json  base.json
     site.json                                                       what is to be done
     status.json  metrics.jsonl  attempts.jsonl  skipped_steps.json  what was done
-    evaluation.json  evaluation-test.json  wandb_id.txt
+    evaluation.json  evaluation-test.json  wandb_id.txt  mlflow_id.txt
     report.html  report.json
     evaluation/
         rows.parquet  test-rows.parquet                             values and answers of each row
@@ -36,8 +36,9 @@ RUN/
         merged/                                                     adapter and base as one model, with merge.json
         gguf/ NAME-TYPE.gguf  gguf.json  Modelfile
 RUNS/.compiled/                                                     code that torch.compile made, for all runs
+RUNS/.mlflow/                                                       figures of all runs with `track.mlflow`
 RUNS/NAME/                                                          a sweep; its runs are RUNS/NAME-1, RUNS/NAME-2 ...
-    sweep.json  logs/
+    sweep.json  recipe.yaml  sweep-evaluation.json  logs/
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ SITE_RECORD: Final = "site.json"
 """Site profile with which the run was submitted."""
 SWEEP_FILE: Final = "sweep.json"
 """Replaces plan.json in the folder of a sweep."""
+SWEEP_EVALUATION_FILE: Final = "sweep-evaluation.json"
+"""Result of `packhorse evaluate` on a sweep, in its folder."""
 
 # What was done
 STATUS_FILE: Final = "status.json"
@@ -90,6 +93,9 @@ REPORT_FILE: Final = "report.html"
 REPORT_FIGURES_FILE: Final = "report.json"
 """Figures of the report."""
 WANDB_ID_FILE: Final = "wandb_id.txt"
+MLFLOW_ID_FILE: Final = "mlflow_id.txt"
+MLFLOW_FOLDER: Final = ".mlflow"
+"""MLflow's files for all runs, in the folder of the runs."""
 MODEL_FOLDER: Final = "model"
 ADAPTER_FOLDER: Final = "adapter"
 EXPORT_FOLDER: Final = "export"

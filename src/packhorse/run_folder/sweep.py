@@ -1,8 +1,8 @@
-"""RUNS/NAME/sweep.json: the runs of a sweep. Each is an ordinary run folder, RUNS/NAME-1 and so on."""
+"""RUNS/NAME/sweep.json: the runs of a sweep. Each is an ordinary run folder beside it, RUNS/NAME-1 and so on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,12 +14,14 @@ from packhorse.recipe.sweep import SweepRun
 from packhorse.run_folder.folder import create_folder, named_folder, relative
 from packhorse.run_folder.layout import LOGS_FOLDER, SWEEP_FILE
 
-SWEEP_VERSION: Final = 1
+SWEEP_VERSION: Final = 2
 
 
 class SweepMember(PlanPart):
     """One run of a sweep."""
 
+    name: str
+    """Name of the run."""
     number: int
     """Number of the run and of its task in the job array, counted from 1."""
     overrides: tuple[str, ...]
@@ -27,7 +29,7 @@ class SweepMember(PlanPart):
 
 
 class SweepRecord(PlanPart):
-    """A sweep as it was submitted."""
+    """A sweep as it was started."""
 
     version: int = SWEEP_VERSION
     recipe: str
@@ -35,23 +37,28 @@ class SweepRecord(PlanPart):
     runs: tuple[SweepMember, ...]
 
 
-def member_folder(sweep_folder: Path, number: int) -> Path:
-    """Return the run folder of one run of a sweep; the job script derives the same path from its task's number."""
-    return sweep_folder.with_name(f"{sweep_folder.name}-{number}")
+def member_folders(sweep_folder: Path) -> list[Path]:
+    """Return the run folder of each run of a sweep, in the order of their numbers.
+
+    Raises:
+        UserError: The record of the sweep is damaged.
+    """
+    return [sweep_folder.with_name(member.name) for member in read_sweep(sweep_folder).runs]
 
 
-def create_sweep(folder: Path, recipe: str, runs: Sequence[SweepRun]) -> SweepRecord:
-    """Create the folder with sweep.json and an empty logs folder.
+def create_sweep(folder: Path, recipe: str, runs: Sequence[SweepRun], files: Mapping[str, str] = {}) -> SweepRecord:
+    """Create the folder with sweep.json, an empty logs folder and the given files.
 
     Raises:
         UserError: The folder exists already, or cannot be written.
     """
-    members = tuple(SweepMember(number=run.number, overrides=run.overrides) for run in runs)
+    members = tuple(SweepMember(name=run.recipe.name, number=run.number, overrides=run.overrides) for run in runs)
     record = SweepRecord(recipe=recipe, runs=members)
 
     def write(draft: Path) -> None:
         (draft / LOGS_FOLDER).mkdir()
-        (draft / SWEEP_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for name, text in {SWEEP_FILE: record.model_dump_json(indent=2) + "\n", **files}.items():
+            (draft / name).write_text(text, encoding="utf-8")
 
     create_folder(folder, write, "the folder of a sweep lists its runs.")
     return record

@@ -1,7 +1,7 @@
-"""W&B and TensorBoard, through accelerate's trackers.
+"""W&B, TensorBoard and MLflow, through accelerate's trackers.
 
 Only the worker imports this module: accelerate imports torch, which would slow `packhorse status` down. accelerate
-imports wandb and tensorboard inside `start`, so neither is loaded unless a recipe enables it.
+imports wandb, tensorboard and mlflow inside `start`, so none is loaded unless a recipe enables it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from accelerate.state import is_initialized
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
 from packhorse.recipe.schema import Recipe
-from packhorse.run_folder.layout import WANDB_ID_FILE
+from packhorse.run_folder.layout import MLFLOW_FOLDER, MLFLOW_ID_FILE, WANDB_ID_FILE
 from packhorse.track.meter import Figures
 
 WANDB_HOSTS: Final = ("api.wandb.ai", "api.forge.coreweave.com")
@@ -65,7 +65,8 @@ def open_trackers(
 
     Args:
         recipe: Recipe with its `track` section; all of it, with `${env:NAME}` unexpanded, becomes W&B's config.
-        run_folder: RUN; W&B writes to RUN/wandb and RUN/wandb_id.txt, TensorBoard to RUN/tensorboard.
+        run_folder: RUN; W&B writes to RUN/wandb and RUN/wandb_id.txt, TensorBoard to RUN/tensorboard, MLflow to
+            RUN/mlflow_id.txt and, without a server, to `.mlflow` beside RUN.
         first_step: First step that this attempt will log.
         facts: Further entries of W&B's config, such as the data's ledger.
     """
@@ -78,6 +79,8 @@ def open_trackers(
         trackers.append(open_wandb(recipe, run_folder, mode, facts))
     if recipe.track.tensorboard:
         trackers.append(open_tensorboard(run_folder, first_step))
+    if recipe.track.mlflow:
+        trackers.append(open_mlflow(recipe, run_folder))
     return [tracker for tracker in trackers if tracker.alive]
 
 
@@ -150,6 +153,33 @@ def open_tensorboard(run_folder: Path, first_step: int) -> GuardedTracker:
     # accelerate names the wrong main process on some DeepSpeed launches; the caller is rank 0.
     tracker.main_process_only = False
     return GuardedTracker("TensorBoard", tracker)
+
+
+def open_mlflow(recipe: Recipe, run_folder: Path) -> GuardedTracker:
+    """Start or resume the MLflow run of a run folder: its experiment is the W&B project, its parameters the recipe."""
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        os.environ["MLFLOW_TRACKING_URI"] = (run_folder.parent / MLFLOW_FOLDER).absolute().as_uri()
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3 refuses its own file format without it
+    file = run_folder / MLFLOW_ID_FILE
+    known = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    tracker = MLflowTracker(recipe.track.wandb_project, run_id=known, run_name=recipe.name)
+    # accelerate names the wrong main process on some DeepSpeed launches; the caller is rank 0.
+    tracker.main_process_only = False
+    guarded = GuardedTracker("MLflow", tracker)
+    if guarded.alive and known is None:
+        file.write_text(tracker.tracker.info.run_id + "\n", encoding="utf-8")
+        # MLflow refuses to change a parameter, and a resumed run may have other devices.
+        tracker.store_init_configuration(dict(_parameters(recipe.model_dump(mode="json"))))
+    return guarded
+
+
+def _parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value that is not a section, with its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _parameters(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _netrc_has_key(file: Path, base_url: str | None) -> bool:

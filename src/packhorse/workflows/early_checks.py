@@ -5,6 +5,7 @@ docs/errors.md lists every proof, where it is made, and why those of the worker 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from packhorse.data.resolve import vocabulary_size
@@ -34,6 +35,7 @@ def check_start(recipe: Recipe) -> None:
         UserError: The worker would end with the same message.
     """
     check_model(recipe)
+    _check_trackers(recipe)
     configuration = find_configuration(recipe)
     if configuration is None:
         return
@@ -45,6 +47,15 @@ def check_start(recipe: Recipe) -> None:
         known_shape(recipe, None)  # attaches the method to the model, without memory
     else:
         _check_names(recipe, shape)
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    if recipe.track.mlflow and find_spec("mlflow") is None:
+        raise UserError(
+            "track.mlflow is true, and mlflow is not installed.",
+            "figures are logged through its Python package.",
+            "run `pip install 'packhorse[mlflow]'`, or set track.mlflow to false.",
+        )
 
 
 def _check_vocabulary(recipe: Recipe, configuration: Configuration) -> None:

@@ -14,13 +14,14 @@ from packhorse.plan.run_plan import read_plan
 from packhorse.report.evaluation_words import headline_line
 from packhorse.run_folder.attempts import read_attempts
 from packhorse.run_folder.folder import relative
-from packhorse.run_folder.layout import EVALUATION_FILE, JOBS_FILE, METRICS_FILE, PLAN_FILE, SWEEP_FILE
+from packhorse.run_folder.layout import EVALUATION_FILE, JOBS_FILE, METRICS_FILE, PLAN_FILE, RECIPE_FILE, SWEEP_FILE
 from packhorse.run_folder.metrics import read_last
 from packhorse.run_folder.status import Status, read_status
-from packhorse.run_folder.sweep import member_folder, read_sweep
+from packhorse.run_folder.sweep import read_sweep
 from packhorse.workflows.run_state import is_held, newest_heartbeats, ranks_live
 
 TRAIN, VALIDATION, ELAPSED = "train/loss", "evaluation/loss", "time/elapsed_seconds"
+NOT_STARTED: Final = "it is not started yet"
 MISSING: Final = "its folder is missing"
 
 
@@ -65,7 +66,7 @@ class RunSummary:
 
 
 def list_runs(folder: Path) -> list[RunSummary]:
-    """Return the folders of a folder, hidden ones excepted: runs of a sweep after each other, others by name.
+    """Return the folders of a folder, hidden ones excepted, or the runs of a sweep; in a folder, sweeps stay together.
 
     Raises:
         UserError: The folder does not exist.
@@ -76,6 +77,8 @@ def list_runs(folder: Path) -> list[RunSummary]:
             "runs are folders inside the folder that `runs_folder` of a recipe names.",
             "name that folder, for example `packhorse runs runs`.",
         )
+    if (folder / SWEEP_FILE).is_file():
+        return list(_runs_of_sweep(folder.absolute()))
     folders = sorted(
         (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=_natural_order
     )
@@ -105,7 +108,11 @@ def _runs_of_sweep(path: Path) -> Iterator[RunSummary]:
         yield RunSummary(path.name, "broken", _first_line(error))
         return
     for member in record.runs:
-        yield summarise(member_folder(path, member.number), path.name, member.overrides)
+        run = path.with_name(member.name)
+        if not run.exists() and (path / RECIPE_FILE).is_file():  # a sweep of this machine, whose runs begin in turn
+            yield RunSummary(run.name, "other", NOT_STARTED, path.name, member.overrides)
+        else:
+            yield summarise(run, path.name, member.overrides)
 
 
 def summarise(path: Path, sweep: str = "", overrides: tuple[str, ...] = ()) -> RunSummary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packhorse.errors import UserError
@@ -14,11 +14,11 @@ from packhorse.launching.slurm.refusals import explain_refusal
 from packhorse.launching.slurm.submit import PlannedJob, sbatch_arguments
 from packhorse.plan.make_plan import run_folder_of
 from packhorse.recipe.load import load_recipe
-from packhorse.recipe.sweep import SweepRun, expand
+from packhorse.recipe.sweep import SweepRun, expand, run_prefix
 from packhorse.run_folder.folder import check_free
 from packhorse.run_folder.jobs import JobRecord, append_job
 from packhorse.run_folder.layout import ARRAY_JOB_LOG, LOGS_FOLDER, job_log_name
-from packhorse.run_folder.sweep import create_sweep, member_folder
+from packhorse.run_folder.sweep import create_sweep
 from packhorse.workflows.submit_run import (
     Submission,
     SubmitRequest,
@@ -37,6 +37,7 @@ class Sweep:
     Attributes:
         recipe: Name or path of the recipe, as typed.
         folder: Folder of the sweep, next to those of its runs.
+        prefix: Path of the run folders without their number, from which the job script makes the path of a task's run.
         runs: Runs of the sweep.
         submissions: Each run as it would be submitted alone.
         jobs: Jobs of the whole sweep: preparation if data is not prepared yet, and the array.
@@ -45,6 +46,7 @@ class Sweep:
 
     recipe: str
     folder: Path
+    prefix: Path
     runs: Sequence[SweepRun]
     submissions: Sequence[Submission]
     jobs: Sequence[PlannedJob]
@@ -55,7 +57,7 @@ class Sweep:
         if job.kind != "train":
             return []
         limit = f"%{self.at_once}" if self.at_once is not None else ""
-        return [f"--array=1-{len(self.runs)}{limit}", f"--output={self.folder}-%a/{LOGS_FOLDER}/{ARRAY_JOB_LOG}"]
+        return [f"--array=1-{len(self.runs)}{limit}", f"--output={self.prefix}-%a/{LOGS_FOLDER}/{ARRAY_JOB_LOG}"]
 
 
 def plan_sweep(recipe: str, overrides: Sequence[str], request: SubmitRequest) -> Sweep:
@@ -71,7 +73,8 @@ def plan_sweep(recipe: str, overrides: Sequence[str], request: SubmitRequest) ->
     submissions = [
         submission(recipe, [*overrides, "sweep={}", f"name={run.recipe.name}", *run.overrides], request) for run in runs
     ]
-    return Sweep(recipe, folder, runs, submissions, _jobs(folder, submissions), request.at_once)
+    prefix = folder.with_name(run_prefix(loaded))
+    return Sweep(recipe, folder, prefix, runs, submissions, _jobs(folder, prefix, submissions), request.at_once)
 
 
 def send_sweep(sweep: Sweep, expected: Sequence[StartEstimate]) -> list[JobRecord]:
@@ -88,12 +91,12 @@ def send_sweep(sweep: Sweep, expected: Sequence[StartEstimate]) -> list[JobRecor
         return _send(sweep, expected)
     except UserError:
         # No job has run: the names are free again.
-        for folder in (sweep.folder, *(member_folder(sweep.folder, run.number) for run in sweep.runs)):
+        for folder in (sweep.folder, *(sweep.folder.with_name(run.recipe.name) for run in sweep.runs)):
             shutil.rmtree(folder)
         raise
 
 
-def _jobs(folder: Path, submissions: Sequence[Submission]) -> list[PlannedJob]:
+def _jobs(folder: Path, prefix: Path, submissions: Sequence[Submission]) -> list[PlannedJob]:
     """Return the jobs of the run that needs the most time to save, for all runs of the sweep."""
     sizes = {(run.plan.topology.num_nodes, run.plan.topology.processes_per_node): run for run in submissions}
     if len(sizes) > 1:
@@ -108,7 +111,7 @@ def _jobs(folder: Path, submissions: Sequence[Submission]) -> list[PlannedJob]:
     latest = max(submissions, key=lambda run: run.lead.seconds)
     waits = any(run.plan.data is None for run in submissions)
     prepare = [prepare_job(latest.site, folder.name, folder)] if waits else []
-    return [*prepare, train_job(latest, folder.name, folder)]
+    return [*prepare, replace(train_job(latest, folder.name, folder), words=(str(prefix),))]
 
 
 def _send(sweep: Sweep, expected: Sequence[StartEstimate]) -> list[JobRecord]:
@@ -128,15 +131,15 @@ def _send(sweep: Sweep, expected: Sequence[StartEstimate]) -> list[JobRecord]:
             raise explain_refusal(error, sweep.submissions[0].site, job.request) from error
         append_job(folder, record)
         for run in sweep.runs:
-            append_job(member_folder(folder, run.number), _of_one_run(record, sweep, job, run.number))
+            append_job(folder.with_name(run.recipe.name), _of_one_run(record, sweep, job, run))
         records.append(record)
     return records
 
 
-def _of_one_run(record: JobRecord, sweep: Sweep, job: PlannedJob, number: int) -> JobRecord:
+def _of_one_run(record: JobRecord, sweep: Sweep, job: PlannedJob, of: SweepRun) -> JobRecord:
     """Return the record of a sweep's job for one run, with the command that submits it for that run alone."""
-    run = member_folder(sweep.folder, number)
-    job_id = f"{record.job_id}_{number}" if record.kind == "train" else record.job_id
+    run = sweep.folder.with_name(of.recipe.name)
+    job_id = f"{record.job_id}_{of.number}" if record.kind == "train" else record.job_id
     name = "job" if record.kind == "train" else record.kind
     words = [
         f"--output={run / LOGS_FOLDER / job_log_name(name)}",

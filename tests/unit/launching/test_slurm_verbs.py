@@ -25,7 +25,7 @@ from packhorse.run_folder.folder import check_free
 from packhorse.run_folder.jobs import JobKind, JobRecord, append_job, read_jobs
 from packhorse.run_folder.layout import LOCK_FILE
 from packhorse.run_folder.status import Status, write_status
-from packhorse.run_folder.sweep import create_sweep, member_folder
+from packhorse.run_folder.sweep import create_sweep
 from packhorse.workflows import cancel_run, resume_run, run_state, submit_run
 from packhorse.workflows.new_run import RunEnd
 from tiny import write_tiny
@@ -95,14 +95,14 @@ def test_of_a_sweep_only_the_runs_that_train_are_asked_to_save(
     """The third run waits in its array; the second one was resumed and has a job of its own beside it."""
     folder = sweep_of_three(tmp_path)
     for number in (1, 2, 3):
-        append_job(member_folder(folder, number), job(f"7_{number}", "train"))
-    append_job(member_folder(folder, 2), job("9", "train"))
+        append_job(tmp_path / f"s-{number}", job(f"7_{number}", "train"))
+    append_job(tmp_path / "s-2", job("9", "train"))
     states = {"7_1": "COMPLETING", "7_2": "FAILED", "7_[3]": "PENDING", "9": "RUNNING"}
     asked: list[str] = []
     slurm_knows(monkeypatch, asked, states)
     assert main(["cancel", str(folder)]) == 0
     assert asked == ["7", "9"], "Slurm is asked once for an array"
-    assert [(member_folder(folder, each) / "STOP").exists() for each in (1, 2, 3)] == [False, True, False]
+    assert [(tmp_path / f"s-{each}" / "STOP").exists() for each in (1, 2, 3)] == [False, True, False]
     assert ended == ["7_3", "7_1"]
     assert main(["resume", str(folder)]) == 0
     assert slurm == []
@@ -354,6 +354,16 @@ def test_a_sweep_becomes_one_array_whose_tasks_each_have_a_run_of_their_own(
     assert "runs/tiny holds files already" in capsys.readouterr().err
 
 
+def test_folds_become_one_array_over_their_names(here: Path, slurm: list[list[str]]) -> None:
+    assert main(["submit", "tiny.yaml", "sweep.folds=2"]) == 0
+    runs = here / "runs"
+    output, script, run = slurm[-1][-3:]
+    assert (output, script) == (f"--output={runs}/tiny-fold-%a/logs/job-%A_%a.out", f"{runs}/tiny/job.sbatch")
+    # slurm/job.sbatch adds -1 and -2.
+    assert [read_plan(Path(f"{run}-{n}")).recipe.data.split.fold for n in (1, 2)] == [(1, 2), (2, 2)]
+    assert [record.job_id for record in read_jobs(runs / "tiny-fold-2")] == ["101", "102_2"]
+
+
 def test_so_many_runs_of_a_sweep_run_at_once(here: Path, slurm: list[list[str]], capsys) -> None:
     for words, said in (
         (["--at-once", "2"], "--at-once is 2, and tiny.yaml is one run."),
@@ -435,7 +445,7 @@ def test_status_of_a_sweep_is_a_table_over_its_runs(tmp_path: Path, monkeypatch,
     assert lines[-1] == f"lowest evaluation/loss: {tmp_path}/s-1, 3.5"
 
 
-@pytest.mark.parametrize("words", [["logs"], ["verify"], ["evaluate"], ["chat"], ["submit"], ["train", "--resume"]])
+@pytest.mark.parametrize("words", [["logs"], ["verify"], ["chat"], ["submit"], ["train", "--resume"]])
 def test_what_takes_one_run_says_that_a_sweep_is_many(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

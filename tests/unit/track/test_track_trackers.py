@@ -5,8 +5,10 @@ import pytest
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
 from packhorse.track.trackers import GuardedTracker, open_tensorboard, open_trackers, wandb_id, wandb_mode
+from packhorse.workflows.early_checks import check_start
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +120,7 @@ OPEN_ONLINE = """
 import json, logging, sys
 from pathlib import Path
 from accelerate import Accelerator
+from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
 from packhorse.track.trackers import open_wandb
 logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stdout)
@@ -172,3 +175,33 @@ def test_wandb_is_not_imported_until_it_is_used():
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         == "False False\n"
     )
+
+
+def test_mlflow_keeps_one_run_with_its_parameters_over_a_resume(tmp_path, monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    run_folder = tmp_path / "runs" / "tracked"
+    run_folder.mkdir(parents=True)
+    for step, loss in ((1, 1.5), (2, float("nan"))):
+        recipe = make_recipe(wandb="off", mlflow=True, every_steps=step)
+        (tracker,) = open_trackers(recipe, run_folder, first_step=step)
+        tracker.log(step, {"train/loss": loss})
+        tracker.close()
+        assert tracker.alive
+    from mlflow import MlflowClient
+
+    client = MlflowClient((tmp_path / "runs" / ".mlflow").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("project").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(each.step, str(each.value)) for each in history] == [(1, "1.5"), (2, "nan")]
+    assert run.info.run_name == "tracked"
+    assert (run.data.params["optimizer.learning_rate"], run.data.params["track.every_steps"]) == ("0.001", "1")
+    assert run.data.params["data.sources"].startswith("[{'path': '${env:SECRET_PLACE}/rows.jsonl'")
+
+
+def test_mlflow_without_its_package_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr("packhorse.workflows.early_checks.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"track.mlflow is true, and mlflow is not installed"):
+        check_start(make_recipe(mlflow=True))
+    check_start(make_recipe())

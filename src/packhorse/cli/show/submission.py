@@ -14,7 +14,6 @@ from packhorse.launching.slurm.client import StartEstimate
 from packhorse.launching.slurm.submit import PlannedJob, sbatch_arguments
 from packhorse.run_folder.folder import relative
 from packhorse.run_folder.jobs import JobRecord
-from packhorse.run_folder.sweep import member_folder
 from packhorse.workflows.submit_run import Submission
 from packhorse.workflows.submit_sweep import Sweep
 
@@ -29,7 +28,7 @@ def show_jobs(console: Console, folder: Path, jobs: Sequence[PlannedJob], sweep:
         sweep: The sweep, if the jobs are those of a sweep.
     """
     for run in sweep.runs if sweep is not None else ():
-        print_plain(f"# {member_folder(folder, run.number)}: {' '.join(run.overrides)}", console)
+        print_plain(f"# {folder.with_name(run.recipe.name)}: {' '.join(run.overrides)}", console)
     for job in jobs:
         print_plain(f"# {folder / job.script_name}\n{job.script}", console)
     print_plain("# commands", console)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +21,10 @@ from packhorse.run_folder.jobs import read_jobs
 from packhorse.run_folder.layout import METRICS_FILE
 from packhorse.run_folder.metrics import read_metrics
 from packhorse.run_folder.status import read_status
-from packhorse.run_folder.sweep import SweepMember, member_folder, read_sweep
+from packhorse.run_folder.sweep import SweepMember, member_folders, read_sweep
 from packhorse.workflows.run_state import stages_of_run
 
+NOT_STARTED: Final = "not started"
 LOSS, HELD_OUT = "train/loss", "evaluation/loss"
 
 
@@ -53,16 +55,16 @@ def show_sweep(folder: Path, console: Console) -> None:
         jobs = jobs_of_runs(folder)
     except (NoSlurmError, SlurmError) as error:
         silent = error.mistakes[0].fact
-        runs = [member_folder(folder, member.number) for member in members]
+        runs = member_folders(folder)
         jobs = {run: [(record, None) for record in read_jobs(run)] for run in runs}
     lines = [line_of(folder, member, jobs, asked=not silent) for member in members]
     print_plain(f"sweep {relative(folder)}, {len(lines)} runs", console)
-    console.print(sweep_table(folder.name, lines))
+    console.print(sweep_table(lines))
     if silent:
         print_plain(f"the state of its jobs is not known: {silent}", console)
     best = best_of(lines)
     if best is not None:
-        name = relative(member_folder(folder, best.member.number))
+        name = relative(folder.with_name(best.member.name))
         print_plain(f"lowest {HELD_OUT}: {name}, {best.held_out:.4g}", console)
 
 
@@ -75,7 +77,7 @@ def line_of(folder: Path, member: SweepMember, jobs: Mapping[Path, JobsWithState
         jobs: Jobs of all runs of the sweep.
         asked: Whether Slurm has answered.
     """
-    run = member_folder(folder, member.number)
+    run = folder.with_name(member.name)
     status = read_status(run)
     stages = stages_of_run(run, jobs[run], asked)
     metrics = list(read_metrics(run / METRICS_FILE))
@@ -84,20 +86,20 @@ def line_of(folder: Path, member: SweepMember, jobs: Mapping[Path, JobsWithState
     has_begun = status is not None and status.attempt > 0
     return RunLine(
         member=member,
-        state=_state(status.state if status is not None else "its folder is missing", stages),
+        state=_state(status.state if status is not None else NOT_STARTED, stages),
         progress=f"step {status.step:,} of {status.num_steps:,}" if status is not None and has_begun else "",
         loss=losses[-1] if losses else math.nan,
         held_out=min(held_out, default=math.nan),
     )
 
 
-def sweep_table(name: str, lines: Sequence[RunLine]) -> Table:
+def sweep_table(lines: Sequence[RunLine]) -> Table:
     """Return a table with one row per run; a star marks the lowest loss on validation rows."""
     table = plain_table("run", "overrides", "state", "progress", LOSS, f"lowest {HELD_OUT}")
     best = best_of(lines)
     for line in lines:
         cells = (
-            f"{name}-{line.member.number}",
+            line.member.name,
             " ".join(line.member.overrides),
             line.state,
             line.progress,

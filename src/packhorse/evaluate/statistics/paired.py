@@ -287,6 +287,11 @@ def standard_error(sums: Float, weights: Float) -> float:
     return float(math.sqrt(((sums - mean * weights) ** 2).sum() * count / (count - 1)) / weights.sum())
 
 
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the standard deviation (n - 1 in the denominator) of two values or more."""
+    return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p values adjusted for their number, so that one wrong finding in all has a probability of at most 5 %.
 

@@ -19,7 +19,7 @@ from packhorse.plan.run_plan import PlanPart
 from packhorse.run_folder.jobs import JobKind, JobRecord, read_jobs
 from packhorse.run_folder.layout import ENDED_FILE
 from packhorse.run_folder.status import Status
-from packhorse.run_folder.sweep import member_folder, read_sweep
+from packhorse.run_folder.sweep import member_folders
 
 Condition = Literal["done", "failed", "not run", "waits", "runs", "replaced", "unknown"]
 JobsWithStates = list[tuple[JobRecord, JobState | None]]
@@ -221,8 +221,7 @@ def jobs_of_runs(sweep_folder: Path) -> dict[Path, JobsWithStates]:
         NoSlurmError: There is no Slurm here, and there are jobs.
         SlurmError: Slurm does not answer.
     """
-    runs = [member_folder(sweep_folder, member.number) for member in read_sweep(sweep_folder).runs]
-    records = {run: read_jobs(run) for run in runs}
+    records = {run: read_jobs(run) for run in member_folders(sweep_folder)}
     ids = dict.fromkeys(job.job_id.partition("_")[0] for jobs in records.values() for job in jobs)
     states = SlurmClient().job_states(list(ids)) if ids else {}
     return {run: [(job, find_state(job.job_id, states)) for job in jobs] for run, jobs in records.items()}
