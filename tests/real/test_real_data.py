@@ -208,3 +208,17 @@ def test_plain_text_and_its_one_over_long_row(tmp_path: Path) -> None:
 def test_an_answer_of_eight_thousand_tokens(tmp_path: Path) -> None:
     message = refusal(recipe_of(tmp_path / "runs", shared("data/openai_toy_chat_fine_tuning.jsonl"), QWEN))
     assert "1 of 5 rows are longer than batch.length, which is 2048; the longest has 80" in message
+
+
+@pytest.mark.parametrize(("name", "objective"), [("lf_dpo_en_demo.json", "dpo"), ("lf_kto_en_demo.json", "kto")])
+def test_real_preferences_are_two_documents_with_one_prompt(tmp_path: Path, name: str, objective: str) -> None:
+    recipe = recipe_of(tmp_path / "runs", shared(f"data/{name}"), QWEN, length=8192, control_tokens="escape")
+    prepared = prepare(Recipe.model_validate({**recipe.model_dump(exclude={"method"}), "objective": objective}))
+    assert prepared.manifest.ledger.rows_kept == 300
+    store = open_store(prepared.folder, "train")
+    for at in range(0, store.num_documents, 2):
+        (ids, mask), (others, other_mask) = store.document(at), store.document(at + 1)
+        start = int(mask.argmax())
+        assert start == int(other_mask.argmax()) > 0
+        assert ids[:start].tolist() == others[:start].tolist()
+        assert ids.tolist() != others.tolist()

@@ -1,7 +1,10 @@
 """Rules on the objective, and what changes with it."""
 
+from pathlib import Path
+
 import pytest
 
+from packhorse.recipe.importers.importer import import_recipe
 from packhorse.recipe.load import load_recipe
 
 REFUSED = {
@@ -40,3 +43,30 @@ def test_a_word_is_an_objective(good, objective):
     recipe = load_recipe(good, [f"objective={objective}", "method=lora"])
     assert recipe.objective.kind == objective
     assert recipe.method.dropout == (0.05 if objective == "sft" else 0)
+
+
+LLAMA_FACTORY = """\
+model_name_or_path: org/model
+stage: dpo
+finetuning_type: lora
+pref_beta: 0.2
+pref_loss: {loss}
+dataset: pairs.jsonl
+cutoff_len: 2048
+learning_rate: 5.0e-6
+"""
+
+
+@pytest.mark.parametrize(
+    ("loss", "objective"),
+    [
+        pytest.param("sigmoid", {"kind": "dpo", "beta": 0.2, "loss": "sigmoid"}, id="dpo"),
+        pytest.param("orpo", {"kind": "orpo", "weight": 0.2}, id="orpo"),
+        pytest.param("ipo", {"kind": "ipo", "tau": 0.2}, id="ipo"),
+    ],
+)
+def test_an_imported_objective(write, loss, objective):
+    text = import_recipe(Path(write(LLAMA_FACTORY.format(loss=loss)))).text
+    recipe = load_recipe(write(text, "imported.yaml"))
+    assert recipe.objective.model_dump().items() >= objective.items()
+    assert (recipe.method.dropout, recipe.data.over_long) == (0, "drop")
