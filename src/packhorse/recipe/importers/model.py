@@ -43,7 +43,8 @@ def _objective(draft: Draft) -> None:
         raise UserError(
             f"{'rl' if rl else 'stage'} is {show(given)}.",
             "Packhorse has no such objective, and the imported recipe would train something else.",
-            f"keep {draft.title} for this run, or import a file with one of {', '.join(sorted(set(OBJECTIVES)))}.",
+            f"keep {draft.title} for this run, or import a file with one of {', '.join(OBJECTIVES)}.",
+            given.where,
         )
     draft.set("objective.kind", kind, given)
     if loss is not None and kind == "dpo":
