@@ -184,13 +184,13 @@ def test_csv_lines_are_exact() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        pytest.param("lf_dpo_en_demo.json", "has 300 rows of preference pairs, all of them valid", id="dpo"),
-        pytest.param("lf_kto_en_demo.json", "has 300 rows of answers with a verdict (KTO)", id="kto"),
+        pytest.param("lf_dpo_en_demo.json", "has preference pairs (format preference)", id="dpo"),
+        pytest.param("lf_kto_en_demo.json", "has answers with a verdict (format kto)", id="kto"),
         pytest.param("mt_bench_question.jsonl", "question_id, category, turns", id="prompts"),
         pytest.param("mgsm_es.tsv", "which looks like a value of a row", id="tsv"),
     ],
 )  # fmt: skip
-def test_rows_that_arrive_later_are_refused_in_words(tmp_path: Path, name: str, told: str) -> None:
+def test_rows_that_sft_cannot_train_on_are_refused_in_words(tmp_path: Path, name: str, told: str) -> None:
     assert told in refusal(recipe_of(tmp_path / "runs", shared(f"data/{name}"), QWEN))
 
 
@@ -208,3 +208,17 @@ def test_plain_text_and_its_one_over_long_row(tmp_path: Path) -> None:
 def test_an_answer_of_eight_thousand_tokens(tmp_path: Path) -> None:
     message = refusal(recipe_of(tmp_path / "runs", shared("data/openai_toy_chat_fine_tuning.jsonl"), QWEN))
     assert "1 of 5 rows are longer than batch.length, which is 2048; the longest has 80" in message
+
+
+@pytest.mark.parametrize(("name", "objective"), [("lf_dpo_en_demo.json", "dpo"), ("lf_kto_en_demo.json", "kto")])
+def test_real_preferences_are_two_documents_with_one_prompt(tmp_path: Path, name: str, objective: str) -> None:
+    recipe = recipe_of(tmp_path / "runs", shared(f"data/{name}"), QWEN, length=8192, control_tokens="escape")
+    prepared = prepare(Recipe.model_validate({**recipe.model_dump(exclude={"method"}), "objective": objective}))
+    assert prepared.manifest.ledger.rows_kept == 300
+    store = open_store(prepared.folder, "train")
+    for at in range(0, store.num_documents, 2):
+        (ids, mask), (others, other_mask) = store.document(at), store.document(at + 1)
+        start = int(mask.argmax())
+        assert start == int(other_mask.argmax()) > 0
+        assert ids[:start].tolist() == others[:start].tolist()
+        assert ids.tolist() != others.tolist()

@@ -36,6 +36,8 @@ def content_key(recipe: Recipe) -> str:
         "settings": _settings_part(recipe),
         "decontaminate": _decontaminate_part(recipe),
     }
+    if recipe.objective.takes != "answers":
+        parts["takes"] = recipe.objective.takes
     if recipe.model.new_tokens:
         parts["new_tokens"] = recipe.model.new_tokens
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -75,7 +77,8 @@ def file_hash(path: Path, root: Path) -> str:
 
 
 def _source_part(source: Source, recipe: Recipe) -> dict[str, Any]:
-    read_as = source.model_dump(exclude={"path", "id", "revision", "subset", "split"})
+    unset = {"good_rating"} if source.good_rating is None else set()
+    read_as = source.model_dump(exclude={"path", "id", "revision", "subset", "split", *unset})
     return {"sha256": source_hash(source, recipe), **read_as}
 
 

@@ -642,7 +642,7 @@ def test_deepspeed(value: str, engine: str) -> None:
         ("base_model: org/m\ndatasets: []\n", "file.yaml names no data set"),
         ("base_model: org/m\ndatasets: [{type: alpaca}]\n", "names no rows"),
         ("datasets: [{path: a, type: alpaca}]\nsequence_len: 5\n", "file.yaml names no model"),
-        ("base_model: m\ndatasets: [{path: a}]\nrl: dpo\n", "file.yaml:3: rl is dpo"),
+        ("base_model: m\ndatasets: [{path: a}]\nrl: grpo\n", "file.yaml:3: rl is grpo"),
         ("base_model: m\ndatasets: [{path: a}]\n", "optimizer.learning_rate is missing"),
         ("base_model: m\ndatasets: [{path: a}]\nlearning_rate: fast\n", "file.yaml:3: optimizer.learning_rate is fast"),
         ("base_model: m\ndatasets: [{path: a}]\nlearning_rate: 3\n", "file.yaml:3: optimizer.learning_rate is 3"),

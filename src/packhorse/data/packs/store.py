@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from mmap import ACCESS_READ, MADV_WILLNEED, PAGESIZE, mmap
 from pathlib import Path
@@ -32,6 +32,7 @@ PACKS_FILE: Final = "packs.npy"
 PACK_OFFSETS_FILE: Final = "pack_offsets.npy"
 PACK_FIGURES_FILE: Final = "pack_figures.npy"
 ROWS_FILE: Final = "rows.jsonl"
+VALUES_FOLDER: Final = "values"
 SEALED_SPLIT: Final = "test"
 BUFFER_BYTES: Final = 1 << 20
 
@@ -52,6 +53,8 @@ def write_split(
     vocab_size: int,
     length_tokens: int,
     packing: Packing,
+    documents_per_row: int = 1,
+    values: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> SplitCounts:
     """Write a split into a new folder; all of it is on disk when this returns. Memory grows with D, not with N.
 
@@ -65,6 +68,8 @@ def write_split(
         vocab_size: Highest id + 1.
         length_tokens: Tokens in a pack (T).
         packing: Packing of these lengths.
+        documents_per_row: Documents of a row, which follow each other in a pack.
+        values: float64 [D] by name: numbers of each document beside its tokens.
 
     Raises:
         ValueError: The number of ids or masks differs from the sum of the lengths.
@@ -87,11 +92,14 @@ def write_split(
         DOCUMENTS_FILE: np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         PACKS_FILE: packing.order,
         PACK_OFFSETS_FILE: packing.offsets,
-        PACK_FIGURES_FILE: _figures(packing, lengths, labels),
+        PACK_FIGURES_FILE: figures_of(packing, lengths, labels),
     }
-    files |= {name: _save(folder / name, values) for name, values in arrays.items()}
+    arrays |= {f"{VALUES_FOLDER}/{name}.npy": column for name, column in (values or {}).items()}
+    if values:
+        (folder / VALUES_FOLDER).mkdir()
+    files |= {name: _save(folder / name, array) for name, array in arrays.items()}
     return SplitCounts(
-        num_rows=len(lengths),
+        num_rows=len(lengths) // documents_per_row,
         num_tokens=num_tokens,
         num_supervised_tokens=int(labels.sum()),
         num_packs=packing.num_packs,
@@ -113,6 +121,8 @@ class PackStore:
         pack_figures: int64 [3, P]: tokens, labels that are not -100, sum of squared document lengths.
         length_tokens: T.
         in_order: Whether packs are trained on in their order, for a curriculum.
+        documents_per_row: Documents of a row, which follow each other in a pack.
+        values: float64 [D] by name: numbers of each document beside its tokens, such as `verdict`.
         pages: Mappings behind `tokens` and `supervised`.
     """
 
@@ -125,7 +135,9 @@ class PackStore:
     pack_figures: Int64 = field(repr=False)
     length_tokens: int
     in_order: bool
+    documents_per_row: int
     pages: tuple[mmap, mmap] = field(repr=False)
+    values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
 
     @property
     def num_packs(self) -> int:
@@ -152,6 +164,18 @@ class PackStore:
         """int64 [P], cost of attention: sum of squared document lengths."""
         return np.asarray(self.pack_figures[2])
 
+    @property
+    def pack_units(self) -> Int64:
+        """int64 [P], units of each pack: rows where they have two documents, else labels that are not -100."""
+        if self.documents_per_row == 1:
+            return self.pack_labels
+        return np.diff(self.pack_offsets) // self.documents_per_row
+
+    @property
+    def num_units(self) -> int:
+        """Units of the split."""
+        return int(self.pack_units.sum())
+
     def documents_of(self, pack: int) -> Int64:
         """Return the indices of the documents in a pack."""
         return self.packs[self.pack_offsets[pack] : self.pack_offsets[pack + 1]]
@@ -174,7 +198,7 @@ class PackStore:
                 pages.madvise(MADV_WILLNEED, start, size)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the row of each document (messages or text, fields, where) in order; train stores none."""
+        """Yield the rows (messages or text, fields, where) in order of their documents; train stores none."""
         with (self.folder / ROWS_FILE).open("rb") as file:
             yield from map(json.loads, file)
 
@@ -209,6 +233,8 @@ def open_store(folder: Path, split: str, unsealed: bool = False) -> PackStore:
         pack_figures=_mapped(here / PACK_FIGURES_FILE),
         length_tokens=manifest.length_tokens,
         in_order=split == "train" and manifest.packing == "in_order",
+        documents_per_row=manifest.documents_per_row,
+        values={file.stem: np.asarray(_mapped(file), np.float64) for file in sorted((here / VALUES_FOLDER).glob("*"))},
         pages=(tokens, supervised),
     )
 
@@ -263,14 +289,15 @@ def write_pieces(file: Path, pieces: Iterable[NDArray[Any] | bytes]) -> FileReco
         return out.finish()
 
 
-def _save(file: Path, values: Int64) -> FileRecord:
+def _save(file: Path, values: NDArray[Any]) -> FileRecord:
     with file.open("wb") as opened:
         out = _Hashing(opened)
         np.save(out, values)
         return out.finish()
 
 
-def _figures(packing: Packing, lengths: Int64, labels: Int64) -> Int64:
+def figures_of(packing: Packing, lengths: Int64, labels: Int64) -> Int64:
+    """Return int64 [3, P]: tokens, labels and sum of squared document lengths of each pack."""
     figures = np.zeros((3, packing.num_packs), np.int64)
     if packing.num_packs:
         for figure, of_document in zip(figures, (lengths, labels, lengths * lengths), strict=True):

@@ -12,6 +12,8 @@ from packhorse.recipe.importers.draft import Draft, field_of
 from packhorse.recipe.rules.data import HUB_NAME
 from packhorse.yaml_source.nodes import Node, parse_yaml, plain, show
 
+OBJECTIVES = {"rm": "reward"} | {kind: kind for kind in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "reward")}
+BETA_OF = {"ipo": "tau", "orpo": "weight"}
 ALL_LINEAR = {"all", "all-linear", "all_linear"}
 TORCHTUNE_MODULES = {"output_proj": "o_proj"}
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -22,7 +24,7 @@ def translate_model(draft: Draft) -> None:
     """Translate the model, the method that trains it, and the engine.
 
     Raises:
-        UserError: The file names no model, or trains with another objective than supervised fine-tuning.
+        UserError: The file names no model, or an objective that Packhorse does not have.
     """
     _objective(draft)
     _model(draft)
@@ -32,14 +34,25 @@ def translate_model(draft: Draft) -> None:
 
 def _objective(draft: Draft) -> None:
     stage, rl = draft.take("stage"), draft.take("rl")
-    other = rl if rl else stage if stage and stage.value not in ("sft", "pt") else None
-    if other is not None:
+    given = rl if rl else stage if stage and stage.value not in ("sft", "pt") else None
+    if given is None:
+        return
+    loss, beta = draft.take("pref_loss"), draft.take("pref_beta", "rl_beta", "beta", "dpo_beta")
+    kind = OBJECTIVES.get(str(loss.value) if loss else "", OBJECTIVES.get(str(given.value).lower()))
+    if kind is None:
         raise UserError(
-            f"{'rl' if rl else 'stage'} is {show(other)}.",
-            "Packhorse trains supervised fine-tuning (sft), and the imported recipe would train something else.",
-            f"keep {draft.title} for this run, or import a file for supervised fine-tuning.",
-            other.where,
+            f"{'rl' if rl else 'stage'} is {show(given)}.",
+            "Packhorse has no such objective, and the imported recipe would train something else.",
+            f"keep {draft.title} for this run, or import a file with one of {', '.join(OBJECTIVES)}.",
+            given.where,
         )
+    draft.set("objective.kind", kind, given)
+    if loss is not None and kind == "dpo":
+        draft.set("objective.loss", loss)
+    if beta is not None and kind != "reward":
+        draft.set(f"objective.{BETA_OF.get(kind, 'beta')}", beta)
+    draft.take("lora_dropout")
+    draft.note("objective.kind", "without dropout, so that both answers are scored by the same weights")
 
 
 def _model(draft: Draft) -> None:

@@ -55,6 +55,8 @@ def _batch(draft: Draft) -> None:
     given = draft.take("excess_length_strategy")
     if given is not None and given.value in ("drop", "truncate", "raise"):
         over_long = given.value
+    if over_long == "truncate" and "objective.kind" in draft.values:
+        over_long = "drop"  # half an answer may be worse than the whole
     draft.set("data.over_long", over_long, given)
     if over_long != "raise":
         draft.note("data.over_long", f"{over_long} is what {draft.title} does; raise stops and names the rows")
