@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from packhorse.data.packs.batches import NULL_PACK, BatchPlan
-from packhorse.data.packs.store import Ids, Mask, PackStore
+from packhorse.data.packs.store import Ids, Int64, Mask, PackStore
 
 IGNORED_LABEL: Final = -100
 PAD_TOKEN: Final = 0
@@ -36,6 +36,9 @@ class MicroBatch:
         cu_seq_lens: int32 [D + 1], start of each document and end of the last.
         max_length: Length of the longest document.
         document_lengths: D lengths on the host, so that attention on the CPU reads no tensor.
+        document_of: int64 [S], which of the documents each target belongs to.
+        documents: int64 [D], indices in the store; without documents that only fill a row.
+        values: float64 [D, m], numbers of each document, in columns with the names of `value_names`; None without such.
         num_parts: Number of ranks that share the documents; each holds an equal part of the tokens.
     """
 
@@ -46,6 +49,10 @@ class MicroBatch:
     cu_seq_lens: torch.Tensor
     max_length: int
     document_lengths: tuple[int, ...]
+    document_of: torch.Tensor
+    documents: torch.Tensor
+    values: torch.Tensor | None = None
+    value_names: tuple[str, ...] = ()
     num_parts: int = 1
 
     @property
@@ -62,7 +69,7 @@ class MicroBatch:
 
     def pinned(self) -> MicroBatch:
         """Return the micro-batch in pinned memory, from which a GPU copies without waiting."""
-        names = ("input_ids", "position_ids", "predicting", "targets", "cu_seq_lens")
+        names = ("input_ids", "position_ids", "predicting", "targets", "cu_seq_lens", "document_of")
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
@@ -75,12 +82,17 @@ class StepBatch:
         num_supervised_tokens: Labels of the whole step that are not -100, over all ranks.
         num_tokens: Tokens of the whole step, over all ranks.
         num_slots: Capacity of the step's packs in tokens: packs × T, without null packs.
+        num_units: Units of the whole step: supervised tokens, or rows where they have two documents.
+        divisor: Divisor of the sum of unit losses: supervised tokens of the step, or the epoch's mean rows per step, so
+            that each pair weighs the same.
     """
 
     micro_batches: list[MicroBatch]
     num_supervised_tokens: int
     num_tokens: int
     num_slots: int
+    num_units: int
+    divisor: float
 
 
 class PackLoader:
@@ -108,6 +120,7 @@ class PackLoader:
         self._accumulation_steps = accumulation_steps
         self._device_pin = device_pin
         self._part, self._num_parts = part, num_parts
+        self._mean_units = store.num_units / batch_plan.num_steps_per_epoch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-loader")
         self._ahead: dict[int, Future[StepBatch]] = {}
 
@@ -139,12 +152,15 @@ class PackLoader:
         shares = self._batch_plan.share(k, self._world_size, self._accumulation_steps)
         packs = shares[shares != NULL_PACK]
         mine = shares[self._rank]
+        num_units = int(self._store.pack_units[packs].sum())
         self._store.fetch(mine[mine != NULL_PACK])
         return StepBatch(
             micro_batches=[self._micro_batch(packs_of) for packs_of in mine],
             num_supervised_tokens=int(self._store.pack_labels[packs].sum()),
             num_tokens=int(self._store.pack_tokens[packs].sum()),
             num_slots=len(packs) * self._store.length_tokens,
+            num_units=num_units,
+            divisor=num_units if self._store.documents_per_row == 1 else self._mean_units,
         )
 
     def _micro_batch(self, packs: NDArray[np.int64]) -> MicroBatch:
@@ -157,10 +173,23 @@ class PackLoader:
 
 def make_micro_batch(store: PackStore, packs: NDArray[np.int64], pinned: bool = False) -> MicroBatch:
     """Lay the documents of these packs end to end; without packs, two tokens that train nothing."""
-    documents = [store.document(index) for pack in packs.tolist() for index in store.documents_of(pack).tolist()]
+    indices = np.concatenate([store.packs[:0], *(store.documents_of(pack) for pack in packs.tolist())])
+    return lay_out_documents(store, indices, pinned)
+
+
+def lay_out_documents(store: PackStore, indices: Int64, pinned: bool = False) -> MicroBatch:
+    """Lay documents of a store end to end, with their values; without documents, two tokens that train nothing."""
+    documents = [store.document(index) for index in indices.tolist()]
     if not documents:
         documents = [(np.full(PAD_LENGTH, PAD_TOKEN, np.uint16), np.zeros(PAD_LENGTH, np.uint8))]
-    return lay_out([ids for ids, _ in documents], [mask for _, mask in documents], pinned)
+    batch = lay_out([ids for ids, _ in documents], [mask for _, mask in documents], pinned)
+    values = np.stack([values[indices] for values in store.values.values()], axis=1) if store.values else None
+    return replace(
+        batch,
+        documents=torch.from_numpy(indices.copy()),
+        values=torch.from_numpy(values) if values is not None else None,
+        value_names=tuple(store.values),
+    )
 
 
 def lay_out(ids: Sequence[Ids], supervised: Sequence[Mask], pinned: bool = False) -> MicroBatch:
@@ -180,13 +209,14 @@ def lay_out(ids: Sequence[Ids], supervised: Sequence[Mask], pinned: bool = False
     trained[starts] = 0
     chosen = np.flatnonzero(trained)
     # One buffer for everything that goes to the device, filled in place: the only copy between file and device.
-    buffer = torch.empty(2 * (len(trained) + len(chosen)), dtype=torch.int64, pin_memory=pinned)
-    parts = torch.split(buffer, [len(trained), len(trained), len(chosen), len(chosen)])
-    input_ids, position_ids, predicting, targets = (part.numpy() for part in parts)
+    buffer = torch.empty(2 * len(trained) + 3 * len(chosen), dtype=torch.int64, pin_memory=pinned)
+    parts = torch.split(buffer, [len(trained), len(trained), len(chosen), len(chosen), len(chosen)])
+    input_ids, position_ids, predicting, targets, document_of = (part.numpy() for part in parts)
     np.concatenate(ids, out=input_ids)
     np.subtract(np.arange(len(trained)), np.repeat(starts, lengths), out=position_ids)
     np.subtract(chosen, 1, out=predicting)
     np.take(input_ids, chosen, out=targets, mode="clip")
+    np.subtract(np.searchsorted(cu_seq_lens.numpy(), chosen, "right"), 1, out=document_of)
     return MicroBatch(
         input_ids=parts[0][None],
         position_ids=parts[1][None],
@@ -195,6 +225,8 @@ def lay_out(ids: Sequence[Ids], supervised: Sequence[Mask], pinned: bool = False
         cu_seq_lens=cu_seq_lens,
         max_length=int(lengths.max()),
         document_lengths=tuple(lengths.tolist()),
+        document_of=parts[4],
+        documents=torch.arange(len(ids)),
     )
 
 
@@ -214,6 +246,7 @@ def part_of_row(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         position_ids=row.position_ids[:, first:end],
         predicting=row.predicting[low:high] - first,
         targets=row.targets[low:high],
+        document_of=row.document_of[low:high],
         num_parts=size,
     )
 
