@@ -33,13 +33,13 @@ class Loaded:
         engine: The engine with the model that trains.
         count: Its parameters.
         stores: Packs by split: train, and validation where the run has and reads it.
-        has_start_reference: The reference is the model before step 1.
+        reference: Values of the reference model, where the objective needs them.
     """
 
     engine: Engine
     count: ParameterCount
     stores: dict[str, PackStore]
-    has_start_reference: bool
+    reference: Reference | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Start:
         stores = open_stores(self.plan)
         reference = reference_of(self.plan, self.tokenizer, tuple(stores))
         if reference is None:
-            return Loaded(*self._engine(self.plan, checkpoint), stores, has_start_reference=False)
+            return Loaded(*self._engine(self.plan, checkpoint), stores, None)
         if not reference.is_finished and not (reference.is_start and checkpoint is None):
             # Loaded first and freed again, so that there is never a second model in memory.
             engine, _ = self._engine(reference.plan, None)
@@ -87,7 +87,7 @@ class Start:
         if not reference.is_finished:
             self._compute(reference, engine, stores)
         stores = {split: reference.with_values(store, split) for split, store in stores.items()}
-        return Loaded(engine, count, stores, reference.is_start)
+        return Loaded(engine, count, stores, reference)
 
     def passes(self, engine: Engine, store: PackStore) -> StorePasses:
         """Return this rank's passes over a store; a stop request ends them."""
