@@ -8,12 +8,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from packhorse.recipe.aliases import fix_for_key, fix_for_value
 from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.recipe.methods import LoraMethod, Method
-from packhorse.recipe.objectives import Objective, SftObjective
+from packhorse.recipe.objectives import Objective, PairedObjective, SftObjective
 from packhorse.yaml_source.schema import Fraction, Name, PositiveFloat, SchemaView, Section
 
 Engine = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "fsdp2", "hsdp"]
@@ -376,6 +376,14 @@ class Recipe(Section):
     recovery: RecoverySection = RecoverySection()
     track: TrackSection = TrackSection()
     sweep: SweepSection = SweepSection()
+
+    @model_validator(mode="after")
+    def _no_dropout_by_default(self) -> Recipe:
+        """Preference objectives compare log-probabilities, of which the noise of dropout would become a part."""
+        is_default = isinstance(self.method, LoraMethod) and "dropout" not in self.method.model_fields_set
+        return (
+            self.changed("method", dropout=0.0) if is_default and isinstance(self.objective, PairedObjective) else self
+        )
 
     def changed(self, section: str, **fields: Any) -> Recipe:  # noqa: ANN401
         """Return the recipe with these fields of a section, without any check of types or rules."""
