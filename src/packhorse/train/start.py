@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -15,6 +14,7 @@ from packhorse.data.packs.store import PackStore, open_store
 from packhorse.model.parameters import ParameterCount, count_parameters, trained_kinds
 from packhorse.model.sequence import SequenceGroup
 from packhorse.plan.run_plan import RunPlan
+from packhorse.run_folder.heartbeat import Phase
 from packhorse.train.engine.engine import Engine, start_engine
 from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
 from packhorse.train.engine.optimizer import make_optimizer
@@ -89,10 +89,14 @@ class Start:
         stores = {split: reference.with_values(store, split) for split, store in stores.items()}
         return Loaded(engine, count, stores, reference)
 
-    def passes(self, engine: Engine, store: PackStore) -> StorePasses:
-        """Return this rank's passes over a store; a stop request ends them."""
+    def passes(self, engine: Engine, store: PackStore, phase: Phase) -> StorePasses:
+        """Return this rank's passes over a store; a stop request ends them, and each renews the phase."""
+
+        def before_pass() -> None:
+            self.attempt.pulse.phase(phase)
+            self.agreement.raise_if_stopped(engine)
+
         size = self.plan.topology.sequence
-        before_pass = partial(self.agreement.raise_if_stopped, engine)
         micro, ranks = self.plan.batch.micro_packs, self.plan.topology.data_ranks
         return StorePasses(store, micro, self.rank // size, ranks, before_pass)
 
@@ -108,10 +112,9 @@ class Start:
         return engine, count
 
     def _compute(self, reference: Reference, engine: Engine, stores: dict[str, PackStore]) -> None:
-        self.attempt.pulse.phase("prior")
         for split, store in stores.items():
             logging.info("log-probabilities under the reference model: %s, %d packs", split, store.num_packs)
-            reference_pass(reference.folders[split], engine, self.passes(engine, store), self.sequence)
+            reference_pass(reference.folders[split], engine, self.passes(engine, store, "prior"), self.sequence)
 
 
 def open_stores(plan: RunPlan) -> dict[str, PackStore]:

@@ -147,7 +147,7 @@ def _assemble(start: Start, loaded: Loaded, state: TrainState, reporter: Reporte
     objective = make_objective(plan.recipe.objective)
     evaluate = None
     if "validation" in loaded.stores:
-        passes = start.passes(engine, loaded.stores["validation"])
+        passes = start.passes(engine, loaded.stores["validation"], "evaluate")
         evaluate = partial(validate, engine, objective, passes, start.sequence)
     return TrainingRun(
         plan=plan,
@@ -180,7 +180,7 @@ def _measure_before(run: TrainingRun, loaded: Loaded, start: Start, state: Train
     report = probe(run.engine, store, run.objective, plan.recipe.precision, run.sequence, plan.compiles_layers)
     figures = sizes | report.figures()
     if state.step == 0 and loaded.reference is not None and loaded.reference.is_start:
-        passes = start.passes(run.engine, store)
+        passes = start.passes(run.engine, store, "prior")
         figures |= prove_reference(loaded.reference, run.engine, run.objective, passes, run.sequence)
     if state.step == 0 and run.evaluate:
         run.pulse.phase("evaluate", 0)
