@@ -21,6 +21,7 @@ from packhorse.evaluate.metrics.choose import metrics_for
 from packhorse.evaluate.metrics.metric import LOSS, Expected, Metric, Reply, without_thinking
 from packhorse.evaluate.metrics.text import EXACT
 from packhorse.evaluate.models import Model, Subject, measure_both
+from packhorse.evaluate.preference import preferences
 from packhorse.evaluate.results import (
     Comparison,
     ComparisonLine,
@@ -134,6 +135,8 @@ def _scored(held_out: HeldOut, metrics: Sequence[Metric], base: Measured, tuned:
         np.array([of_model.losses[document].nats_per_token for document in measured]) for of_model in (base, tuned)
     ]
     values = [MetricValues(LOSS, measured, losses[0], losses[1], tokens[measured])]
+    if base.rejected is not None and tuned.rejected is not None:
+        values.append(preferences((base.losses, tuned.losses), (base.rejected, tuned.rejected)))
     failures: list[MetricFailure] = []
     for metric in metrics:
         sides = []

@@ -27,12 +27,14 @@ class Work:
         prompts: Token ids of each chat, up to the start of the answer.
         limits: Largest number of new tokens, per prompt.
         labels: Each prompt with each label as its answer, if the answers are labels (`LabelDocuments`).
+        rejected: Rejected answers of preference pairs.
     """
 
     documents: Documents
     prompts: Sequence[list[int]]
     limits: Sequence[int]
     labels: Documents | None = None
+    rejected: Documents | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Measured:
     answers: list[Answer]
     labels: list[Loss] | None = None
     """Losses of the labels, if the answers are labels."""
+    rejected: list[Loss] | None = None
+    """Losses of the rejected answers of preference pairs."""
 
 
 MeasureBoth = Callable[[Sequence[HeldOut]], tuple[Sequence[Measured], Sequence[Measured]]]
@@ -57,6 +61,7 @@ def work_on(held_out: HeldOut, tokenizer: PreTrainedTokenizerBase, settings: Eva
         prompts=[prompt_ids(tokenizer, question.prompt, question.tools) for question in questions],
         limits=[answer_limit(tokenizer, question, settings.max_new_tokens) for question in questions],
         labels=_label_documents(held_out, tokenizer) if settings.metrics == "auto" else None,
+        rejected=held_out.rejected,
     )
 
 
@@ -103,6 +108,7 @@ def measure(
             answers=answers_to(model, tokenizer, each.prompts, each.limits, batch_size, cache, weights, ranks),
             losses=document_losses(model, each.documents, ranks),
             labels=None if each.labels is None else document_losses(model, each.labels, ranks),
+            rejected=None if each.rejected is None else document_losses(model, each.rejected, ranks),
         )
         for each in work
     ]

@@ -95,7 +95,7 @@ def _measure_side(
     work = [work_on(held_out, side.tokenizer, settings) for held_out in sets]
     asked = [each if side.endpoint is None else replace(each, prompts=[], limits=[]) for each in work]
     measured = _measure_weights(
-        side, [each if with_losses else replace(each, documents=NO_ROWS, labels=None) for each in asked]
+        side, [each if with_losses else replace(each, documents=NO_ROWS, labels=None, rejected=None) for each in asked]
     )
     results = []
     for held_out, each, found in zip(sets, work, measured, strict=True):
@@ -104,7 +104,7 @@ def _measure_side(
             losses = [NO_LOSS] * held_out.documents.num_documents
         if side.endpoint is not None:
             answers = endpoint_answers(side.endpoint, side.tokenizer, held_out.questions, each.limits, side.cache)
-        results.append(Measured(losses, answers, found.labels))
+        results.append(Measured(losses, answers, found.labels, found.rejected))
     return results
 
 

@@ -131,15 +131,9 @@ class Meter:
         self._num_steps = self._num_tokens = self._num_supervised_tokens = self._num_slots = 0
 
 
-def evaluation_figures(loss: float, train_loss: float | None = None) -> Figures:
-    """Return the figures of an evaluation; perplexity is exp(loss), infinite where that overflows.
-
-    Args:
-        loss: Nats per supervised token of the validation rows.
-        train_loss: Training loss that is reported at the same step; None if there is none.
-    """
-    figures = {"evaluation/loss": loss, "evaluation/perplexity": perplexity(loss)}
-    return figures if train_loss is None else figures | {"evaluation/gap": loss - train_loss}
+def evaluation_figures(loss: float) -> Figures:
+    """Return the figures of an evaluation by a loss in nats per supervised token; perplexity is exp(loss)."""
+    return {"evaluation/loss": loss, "evaluation/perplexity": perplexity(loss)}
 
 
 def perplexity(loss: float) -> float:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from packhorse.evaluate.answer_cache import Answer
 from packhorse.evaluate.measure import Measured, Work
-from packhorse.evaluate.score import Loss
+from packhorse.evaluate.score import Documents, Loss
 from packhorse.run_folder.layout import MEASURED_FILE, REQUEST_FILE, WORK_FILE
 
 Array = NDArray[Any]
@@ -65,12 +65,12 @@ class MeasureRequest:
 def write_request(folder: Path, request: MeasureRequest, work: Sequence[Work]) -> None:
     """Write what is to be measured."""
     (folder / REQUEST_FILE).write_text(json.dumps(asdict(request)), encoding="utf-8")
-    rows = [rows for each in work for rows in (each.documents, each.labels or NO_ROWS)]
+    rows = [rows for each in work for rows in _scored(each)]
     documents = [each.document(row) for each in rows for row in range(each.num_documents)]
     prompts = [np.array(prompt, np.int64) for each in work for prompt in each.prompts]
     np.savez(
         folder / WORK_FILE,
-        sizes=np.array([_sizes(each) for each in work], np.int64).reshape(-1, 3),
+        sizes=np.array([_sizes(each) for each in work], np.int64).reshape(-1, 4),
         ids=_joined([ids for ids, _ in documents]),
         supervised=_joined([mask for _, mask in documents]),
         lengths=np.array([len(ids) for ids, _ in documents], np.int64),
@@ -80,8 +80,13 @@ def write_request(folder: Path, request: MeasureRequest, work: Sequence[Work]) -
     )
 
 
+def _scored(work: Work) -> tuple[Documents, ...]:
+    """Return what has losses, in the order of the files."""
+    return work.documents, work.labels or NO_ROWS, work.rejected or NO_ROWS
+
+
 def _sizes(work: Work) -> list[int]:
-    return [work.documents.num_documents, (work.labels or NO_ROWS).num_documents, len(work.prompts)]
+    return [*(rows.num_documents for rows in _scored(work)), len(work.prompts)]
 
 
 def read_request(folder: Path) -> tuple[MeasureRequest, list[Work]]:
@@ -92,13 +97,16 @@ def read_request(folder: Path) -> tuple[MeasureRequest, list[Work]]:
         prompts, limits = _parts(stored["prompts"], stored["prompt_lengths"]), stored["limits"].tolist()
         sizes = stored["sizes"].tolist()
     work, row, prompt = [], 0, 0
-    for num_rows, num_labels, num_prompts in sizes:
-        rows, asked = slice(row, row + num_rows), slice(prompt, prompt + num_prompts)
-        scored = slice(rows.stop, rows.stop + num_labels)
-        labels = TokenRows(ids[scored], supervised[scored]) if num_labels else None
-        documents = TokenRows(ids[rows], supervised[rows])
-        work.append(Work(documents, [each.tolist() for each in prompts[asked]], limits[asked], labels))
-        row, prompt = scored.stop, asked.stop
+    for *counts, num_prompts in sizes:
+        scored, asked = [], slice(prompt, prompt + num_prompts)
+        for count in counts:
+            scored.append(TokenRows(ids[row : row + count], supervised[row : row + count]))
+            row += count
+        documents, labels, rejected = scored
+        chats = [each.tolist() for each in prompts[asked]]
+        found = [each if each.num_documents else None for each in (labels, rejected)]
+        work.append(Work(documents, chats, limits[asked], *found))
+        prompt = asked.stop
     return request, work
 
 
@@ -116,12 +124,16 @@ def read_measured(folder: Path) -> dict[str, list[Measured]]:
             Measured(
                 [Loss(**loss) for loss in each["losses"]],
                 [Answer(**answer) for answer in each["answers"]],
-                None if each["labels"] is None else [Loss(**loss) for loss in each["labels"]],
+                *(_losses(each[name]) for name in ("labels", "rejected")),
             )
             for each in sets
         ]
         for model, sets in stored.items()
     }
+
+
+def _losses(stored: list[dict[str, Any]] | None) -> list[Loss] | None:
+    return None if stored is None else [Loss(**loss) for loss in stored]
 
 
 def _joined(rows: Sequence[Array]) -> Array:
