@@ -41,7 +41,7 @@ def validation_loss(
     """
     per_pass = data_ranks * micro_packs
     total = 0.0
-    with torch.no_grad(), _evaluating(engine.model):
+    with torch.no_grad(), evaluating(engine.model):
         for first in range(0, store.num_packs, per_pass):
             before_pass()
             own = np.arange(first + data_rank * micro_packs, first + (data_rank + 1) * micro_packs)
@@ -54,7 +54,8 @@ def validation_loss(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while."""
     model.eval()
     try:
         yield

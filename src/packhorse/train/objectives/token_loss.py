@@ -10,9 +10,10 @@ therefore multiplied by exactly these numbers. The divisor is known from the bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import MethodType
 from typing import Any, Final
 
@@ -21,13 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 
+from packhorse.errors import UserError
+
 # Rows of logits in memory at once. Measured: 256 to 1,024 are equally fast, and 512 x 151,936 in fp32 is 311 MB.
 CHUNK_TOKENS: Final = 512
 # CUDA adds up a trained head's 16-bit gradient chunk by chunk, with an error that grows with the root of their number:
 # 2,048 halves that of 512 (docs/lab-log.md), for 1.2 GB with a vocabulary of 128,256. A CPU adds up in fp32.
 TRAINED_CHUNK_TOKENS: Final = 2048
 
-_targets: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("targets", default=None)
+HeadLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Function of hidden states [S, H] and the head's weight [V, H] and bias [V] that takes the place of logits."""
+
+_request: ContextVar[tuple[Tensor, HeadLoss] | None] = ContextVar("request", default=None)
 
 
 def token_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -43,9 +49,23 @@ def token_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
         Scalar in fp32. Without supervised tokens, a zero with a gradient to every parameter: a null pack must take
         part in the backward pass of every rank.
     """
+    # torch returns the sum in the dtype of its inputs: 8 bits in bf16, and infinite from 65,504 on in fp16. Losses by
+    # token cost a second pass over the logits in the backward pass (measured: 1.3 times the loss's own time).
+    if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+        return token_losses(hidden, weight, bias, labels).sum()
+    return _cross_entropy(hidden, weight, bias, labels, "sum")
+
+
+def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each supervised token, fp32 [S]; arguments as of `token_loss_sum`."""
+    return _cross_entropy(hidden, weight, bias, labels, "none")
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reduction: str) -> Tensor:
     if labels.numel() == 0:
         reached = [hidden, weight] if bias is None else [hidden, weight, bias]
-        return torch.stack([tensor.sum().float() for tensor in reached]).sum() * 0.0
+        zero = torch.stack([tensor.sum().float() for tensor in reached]).sum() * 0.0
+        return zero if reduction == "sum" else zero.expand(0)
     # Autocast does not know this operator and would leave it in fp32, while the plain head's matmul runs in 16 bit.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -54,11 +74,8 @@ def token_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
     options = LinearCrossEntropyOptions(batch_chunk_size=rows)
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
-    # torch returns the sum in the dtype of its inputs: 8 bits in bf16, and infinite from 65,504 on in fp16. Losses by
-    # token cost a second pass over the logits in the backward pass (measured: 1.3 times the loss's own time).
-    reduction = "sum" if hidden.dtype == torch.float32 else "none"
     losses = F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction=reduction, options=options)
-    return losses.float().sum()
+    return losses.float()
 
 
 def chunk_tokens(device: str, dtype: torch.dtype, is_trained: bool) -> int:
@@ -67,7 +84,7 @@ def chunk_tokens(device: str, dtype: torch.dtype, is_trained: bool) -> int:
 
 
 def install_loss_head(model: nn.Module) -> None:
-    """Make the model's output head return the loss sum instead of logits while targets are set.
+    """Make the model's output head return a loss instead of logits while one is requested.
 
     The head's own forward is replaced, not the model's: ZeRO-3 and FSDP2 gather the head's weight only while the
     head itself runs. An adapter may wrap the head: the copy that is trained whole gets the loss too, and so does the
@@ -80,57 +97,92 @@ def install_loss_head(model: nn.Module) -> None:
     if hasattr(head, "token_adapter"):
         head.token_adapter.forward = MethodType(_merged_forward, head.token_adapter)
         return
+    forward = _head_forward
+    if head is None:
+        head, forward = model.get_submodule(score_name(model)), _score_forward
     copies = head.modules_to_save.values() if hasattr(head, "modules_to_save") else ()
     for module in (getattr(head, "original_module", head), *copies):
-        module.forward = MethodType(_head_forward, module)
+        module.forward = MethodType(forward, module)
+
+
+def score_name(model: nn.Module) -> str:
+    """Return the name of the head of a reward model, which maps hidden states to one number."""
+    names = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] == "score"]
+    if not names:
+        raise UserError(
+            f"{type(model).__name__} has no output head, neither for tokens nor for scores.",
+            "the loss is computed in the head, where its weights are whole.",
+            "choose a decoder-only language model (Llama, Qwen, Mistral, Phi).",
+        )
+    return names[0]
 
 
 def _head_forward(self: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401
-    """Map hidden [1, T, H] to logits [1, T, V], or to the loss sum of the targets."""
-    targets = _targets.get()
-    if targets is None:
+    """Map hidden [1, T, H] to logits [1, T, V], or to the requested loss."""
+    request = _request.get()
+    if request is None:
         return type(self).forward(self, hidden)  # type: ignore[no-any-return]
-    return _head_loss(hidden, self.weight, getattr(self, "bias", None), targets)
+    return _head_loss(hidden, self.weight, getattr(self, "bias", None), request)
+
+
+def _score_forward(self: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401
+    """Map hidden [1, T, H] to scores [1, T, 1], or to n requested values as [1, T, n].
+
+    transformers' classification models return one token's values of what their head returns: here all n.
+    """
+    request = _request.get()
+    if request is None:
+        return type(self).forward(self, hidden)  # type: ignore[no-any-return]
+    found = _head_loss(hidden, self.weight, getattr(self, "bias", None), request)
+    return found.expand(1, hidden.shape[1], -1)
 
 
 def _merged_forward(self: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401
     """Do what `_head_forward` does, for a head with some trained rows (peft's `TrainableTokensLayer`)."""
-    targets = _targets.get()
-    if targets is None:
+    request = _request.get()
+    if request is None:
         return type(self).forward(self, hidden)  # type: ignore[no-any-return]
     weight = self.get_merged_weights(self.active_adapters)
-    return _head_loss(hidden, weight, getattr(self.base_layer, "bias", None), targets)
+    return _head_loss(hidden, weight, getattr(self.base_layer, "bias", None), request)
 
 
-def _head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: tuple[Tensor, Tensor]) -> Tensor:
-    positions, labels = targets
-    chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
-    return token_loss_sum(chosen, weight, bias, labels)
+def _head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, request: tuple[Tensor, HeadLoss]) -> Tensor:
+    positions, loss = request
+    return loss(hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), weight, bias)
 
 
 @contextmanager
-def _targeting(positions: Tensor, labels: Tensor) -> Iterator[None]:
-    token = _targets.set((positions, labels))
+def _requesting(positions: Tensor, loss: HeadLoss) -> Iterator[None]:
+    token = _request.set((positions, loss))
     try:
         yield
     finally:
-        _targets.reset(token)
+        _request.reset(token)
+
+
+def head_loss(model: nn.Module, inputs: dict[str, Any], positions: Tensor, loss: HeadLoss) -> Tensor:
+    """Return what the loss makes of the hidden states at some positions of one micro-batch.
+
+    Args:
+        model: The (wrapped) model with its loss head installed.
+        inputs: Keywords of its forward: `input_ids` [1, T], `position_ids` [1, T], `documents`.
+        positions: [S] positions of the flattened row.
+        loss: Runs inside the head, where its weight is whole.
+    """
+    with _requesting(positions, loss):
+        # With a cache, transformers ignores restarting positions, and documents see each other.
+        result = model(**inputs, use_cache=False).logits
+    assert isinstance(result, torch.Tensor)
+    return result
 
 
 def loss_sum(model: nn.Module, inputs: dict[str, Any], positions: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of token losses of one micro-batch.
+    """Return the sum of token losses of one micro-batch, scalar, fp32.
 
     Args:
         model: The (wrapped) model with its loss head installed.
         inputs: Keywords of its forward: `input_ids` [1, T], `position_ids` [1, T], `documents`.
         positions: [S] positions of the flattened row whose next token is supervised.
         labels: [S] next tokens at these positions.
-
-    Returns:
-        Scalar, fp32.
     """
-    with _targeting(positions, labels):
-        # With a cache, transformers ignores restarting positions, and documents see each other.
-        total = model(**inputs, use_cache=False).logits
-    assert isinstance(total, torch.Tensor)
-    return total
+    return head_loss(model, inputs, positions, partial(token_loss_sum, labels=labels))
