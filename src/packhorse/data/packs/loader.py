@@ -1,6 +1,6 @@
 """Load packs as tensors: the micro-batches of one optimizer step for one rank; a thread prepares the next steps.
 
-Shapes: N tokens of a micro-batch, D its documents, S its supervised tokens.
+Shapes: N tokens of a micro-batch, D its documents, S its supervised tokens, k tokens that are kept of a teacher.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from packhorse.data.packs.batches import NULL_PACK, BatchPlan
 from packhorse.data.packs.store import Ids, Mask, PackStore
+from packhorse.data.packs.top_tokens import TopTokens
 
 IGNORED_LABEL: Final = -100
 PAD_TOKEN: Final = 0
@@ -37,6 +38,8 @@ class MicroBatch:
         max_length: Length of the longest document.
         document_lengths: D lengths on the host, so that attention on the CPU reads no tensor.
         num_parts: Number of ranks that share the documents; each holds an equal part of the tokens.
+        teacher_ids: int64 [S, k], the teacher's most probable next tokens; None without a stored teacher.
+        teacher_logps: fp16 [S, k], their log-probabilities.
     """
 
     input_ids: torch.Tensor
@@ -47,6 +50,8 @@ class MicroBatch:
     max_length: int
     document_lengths: tuple[int, ...]
     num_parts: int = 1
+    teacher_ids: torch.Tensor | None = None
+    teacher_logps: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -62,7 +67,9 @@ class MicroBatch:
 
     def pinned(self) -> MicroBatch:
         """Return the micro-batch in pinned memory, from which a GPU copies without waiting."""
-        names = ("input_ids", "position_ids", "predicting", "targets", "cu_seq_lens")
+        names = ["input_ids", "position_ids", "predicting", "targets", "cu_seq_lens"]
+        if self.teacher_ids is not None:
+            names += ["teacher_ids", "teacher_logps"]
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
@@ -100,8 +107,10 @@ class PackLoader:
         device_pin: bool,
         part: int = 0,
         num_parts: int = 1,
+        teacher: TopTokens | None = None,
     ) -> None:
         self._store = store
+        self._teacher = teacher
         self._batch_plan = batch_plan
         self._rank = rank
         self._world_size = world_size
@@ -148,10 +157,14 @@ class PackLoader:
         )
 
     def _micro_batch(self, packs: NDArray[np.int64]) -> MicroBatch:
-        whole = make_micro_batch(self._store, packs[packs != NULL_PACK], self._device_pin)
-        if self._num_parts == 1:
+        own = packs[packs != NULL_PACK]
+        whole = make_micro_batch(self._store, own, self._device_pin and self._teacher is None)
+        if self._teacher is not None:
+            ids, log_probabilities = (torch.from_numpy(array) for array in self._teacher.read(own))
+            whole = replace(whole, teacher_ids=ids, teacher_logps=log_probabilities)
+        elif self._num_parts == 1:
             return whole
-        part = part_of_row(whole, self._part, self._num_parts)
+        part = part_of_row(whole, self._part, self._num_parts) if self._num_parts > 1 else whole
         return part.pinned() if self._device_pin else part
 
 
@@ -214,6 +227,8 @@ def part_of_row(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         position_ids=row.position_ids[:, first:end],
         predicting=row.predicting[low:high] - first,
         targets=row.targets[low:high],
+        teacher_ids=None if row.teacher_ids is None else row.teacher_ids[low:high],
+        teacher_logps=None if row.teacher_logps is None else row.teacher_logps[low:high],
         num_parts=size,
     )
 
