@@ -92,6 +92,7 @@ class SpeedEstimate:
         uncertainty_reason: Source of the uncertainty.
         factor: Measured divided by predicted time, where a measured run has corrected the estimate.
         price_per_gpu_hour: Price that the user gave.
+        before_seconds: Seconds of a pass over the data before the first step.
     """
 
     parts: tuple[TimePart, ...]
@@ -108,6 +109,7 @@ class SpeedEstimate:
     uncertainty_reason: str
     factor: float = 1.0
     price_per_gpu_hour: float | None = None
+    before_seconds: float = 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -140,8 +142,10 @@ class SpeedEstimate:
 
     @property
     def hours(self) -> float | None:
-        """Hours of all steps."""
-        return None if self.num_steps is None else self.num_steps * self.step_seconds / 3600
+        """Hours of all steps, and of a pass before them."""
+        if self.num_steps is None:
+            return None
+        return (self.num_steps * self.step_seconds + self.before_seconds) / 3600
 
     @property
     def energy_kwh(self) -> float | None:
@@ -213,6 +217,7 @@ def scaled(estimate: SpeedEstimate, factor: float, source: str) -> SpeedEstimate
         estimate,
         parts=tuple(replace(part, seconds=part.seconds * factor) for part in estimate.parts),
         forward_seconds=estimate.forward_seconds * factor,
+        before_seconds=estimate.before_seconds * factor,
         factor=estimate.factor * factor,
         uncertainty=CALIBRATED,
         uncertainty_reason=f"scaled by {factor:.2f} to {source}",

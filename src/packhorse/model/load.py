@@ -204,7 +204,7 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
     if request.quantization is not None:
         quantized = {"quantization_config": _bits_and_bytes(request), "device_map": {"": request.device}}
     with _reading(request):
-        _weight_files(request)
+        weight_files(request)
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             request.source,
             revision=request.revision,
@@ -268,7 +268,7 @@ def _open(request: ModelRequest) -> StreamedWeights | None:
         )
         if quantizer is not None:
             quantizer.preprocess_model(model=model, dtype=request.dtype, device_map=device_map)
-    files = _weight_files(request)
+    files = weight_files(request)
     loading = LoadStateDictConfig(
         pretrained_model_name_or_path=request.source,
         device_map=device_map,
@@ -286,7 +286,7 @@ def _open(request: ModelRequest) -> StreamedWeights | None:
     return weights
 
 
-def _weight_files(request: ModelRequest) -> list[str]:
+def weight_files(request: ModelRequest) -> list[str]:
     """Return the files with the weights; a pickle, which runs code when it is read, is refused."""
     revision = {"revision": request.revision}
     files, _ = _get_resolved_checkpoint_files(

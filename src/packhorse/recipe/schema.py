@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt
 from packhorse.recipe.aliases import fix_for_key, fix_for_value
 from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.recipe.methods import LoraMethod, Method
+from packhorse.recipe.objectives import Objective, SftObjective
 from packhorse.yaml_source.schema import Fraction, Name, PositiveFloat, SchemaView, Section
 
 Engine = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "fsdp2", "hsdp"]
@@ -353,6 +354,8 @@ class Recipe(Section):
     model: ModelSection
     method: Method = LoraMethod()
     """Training method: `full`, `partial`, `lora`, `qlora`, `ia3`, `prompt_tuning`, `prefix_tuning`, and its fields."""
+    objective: Objective = SftObjective()
+    """What is minimised."""
     data: DataSection
     batch: BatchSection = BatchSection()
     optimizer: OptimizerSection

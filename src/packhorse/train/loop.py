@@ -20,7 +20,7 @@ from packhorse.train.engine.optimizer import learning_rate_at, set_learning_rate
 from packhorse.train.gradient_noise import NoiseScale
 from packhorse.train.guard.memory_error import note_micro_batch
 from packhorse.train.guard.step_guard import StepDecision, StepGuard, StepResult, scaled_loss
-from packhorse.train.objectives.forward import micro_batch_loss
+from packhorse.train.objectives.objective import Objective, Tally
 from packhorse.train.ranks.agreement import Agreed, Agreement
 from packhorse.train.ranks.signals import Stopped
 from packhorse.train.reporter import Reporter
@@ -32,6 +32,7 @@ class TrainingRun:
     """Everything that the step loop works with.
 
     Attributes:
+        objective: Computes the loss of a micro-batch.
         sequence: Ranks that share each pack with this one, None where packs are not cut.
         agreement: Exchanges requests and results between ranks after each step.
         guard: Decides about each step's loss and gradient.
@@ -43,6 +44,7 @@ class TrainingRun:
     plan: RunPlan
     engine: Engine
     loader: PackLoader
+    objective: Objective
     sequence: SequenceGroup | None
     meter: Meter
     checkpoints: Checkpoints
@@ -65,7 +67,7 @@ def train(run: TrainingRun, state: TrainState) -> TrainState:
     """
     plan, engine, recipe = run.plan, run.engine, run.plan.recipe
     assert plan.num_steps is not None
-    window = _Window()
+    window, tally = _Window(), Tally()
     noise = NoiseScale(engine, plan.batch.packs_per_step) if recipe.track.noise_scale else None
     state = _finish_evaluation(run, state)
     stop = state.held_back is not None
@@ -80,7 +82,7 @@ def train(run: TrainingRun, state: TrainState) -> TrainState:
             # --- one optimizer step --------------------------------------------------------------
             seed_step(recipe.seed, state.step, run.rank)
             set_learning_rate(engine.optimizer, learning_rate)  # before: ZeRO steps inside the last backward
-            losses = _forward_backward(run, batch, noise)
+            losses = _forward_backward(run, batch, tally, noise)
             run.pulse.phase("optimizer")
             engine.step()
             # --- what all ranks know of it -------------------------------------------------------
@@ -97,7 +99,9 @@ def train(run: TrainingRun, state: TrainState) -> TrainState:
         state = replace(state, elapsed_seconds=run.meter.elapsed_seconds)
         due = _what_is_due(run, state, agreed)
         if due.report or decision.is_reported:
-            figures = decision.figures | (_read(run, state, window, learning_rate) if window else {})
+            figures = (
+                decision.figures | (_read(run, state, window, learning_rate) if window else {}) | tally.take(engine)
+            )
             figures |= (noise.figures() if noise else {}) | run.checkpoints.take_figures()
             state = _report(run, state, figures, decision, due)
         if due.save or state.held_back is not None:
@@ -114,20 +118,22 @@ def _skip_step(run: TrainingRun, state: TrainState) -> tuple[TrainState, Agreed,
     return state.advanced(0), agreed, decision
 
 
-def _forward_backward(run: TrainingRun, batch: StepBatch, noise: NoiseScale | None) -> list[Tensor]:
+def _forward_backward(run: TrainingRun, batch: StepBatch, tally: Tally, noise: NoiseScale | None) -> list[Tensor]:
     """Run every micro-batch of a step forward and backward; under ZeRO the last one also steps.
 
     Returns:
-        Sum of token losses of each micro-batch, on the device.
+        Sum of unit losses of each micro-batch, on the device.
     """
     engine = run.engine
-    factor = engine.gradient_factor / batch.num_supervised_tokens
+    objective = run.objective.for_step(engine, batch.micro_batches, run.sequence)
+    factor = engine.gradient_factor / batch.divisor
     count = len(batch.micro_batches)
     losses = []
     for index, micro_batch in enumerate(batch.micro_batches, start=1):
         with engine.micro_step(is_last=index == count), note_micro_batch(micro_batch, index, count):
             run.pulse.phase("forward")
-            loss_sum = micro_batch_loss(engine.model, micro_batch, engine.device, run.sequence)
+            loss_sum, figures = objective(engine.model, micro_batch, engine.device, run.sequence)
+            tally.add(figures)
             run.pulse.phase("backward")
             if engine.steps_in_backward and not math.isfinite(*engine.sum_over_ranks([float(loss_sum)])):
                 engine.refuse()
@@ -220,21 +226,21 @@ class _Window:
     """The computed steps since the last reading; false while there are none."""
 
     def __init__(self) -> None:
-        self._loss_sum, self._num_tokens = 0.0, 0
+        self._loss_sum, self._num_units = 0.0, 0
         self.grad_norm = math.nan
 
     def __bool__(self) -> bool:
-        return self._num_tokens > 0
+        return self._num_units > 0
 
     def add(self, step: StepResult) -> None:
         self._loss_sum += step.loss_sum
-        self._num_tokens += step.batch.num_supervised_tokens
+        self._num_units += step.batch.num_units
         self.grad_norm = step.grad_norm
 
     def take_loss(self) -> float:
-        """Return nats per supervised token over all ranks, and start again; not finite where one step's loss is not."""
-        loss = self._loss_sum / self._num_tokens
-        self._loss_sum, self._num_tokens = 0.0, 0
+        """Return the loss per unit over all ranks, and start again; not finite where one step's loss is not."""
+        loss = self._loss_sum / self._num_units
+        self._loss_sum, self._num_units = 0.0, 0
         return loss
 
 

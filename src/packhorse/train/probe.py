@@ -50,29 +50,42 @@ class ProbeReport:
 def probe(
     engine: Engine, store: PackStore, precision: str, sequence: SequenceGroup | None, is_compiled: bool = False
 ) -> ProbeReport:
-    """Run the probe, on every rank alike.
+    """Run the probe on the model that trains, on every rank alike.
 
     Raises:
         UserError: Documents see each other, or packing, sharing a row or the chunked loss changes a loss.
     """
-    model = engine.model
+    try:
+        return probe_model(engine.model, engine.device, store, precision, sequence, is_compiled)
+    finally:
+        engine.model.train()
+
+
+def probe_model(
+    model: nn.Module,
+    device: torch.device,
+    store: PackStore,
+    precision: str,
+    sequence: SequenceGroup | None = None,
+    is_compiled: bool = False,
+) -> ProbeReport:
+    """Run the probe on any model with its loss head installed; the model is in evaluation mode afterwards."""
     documents = [store.document(index)[0][:PROBE_TOKENS] for index in range(min(NUM_DOCUMENTS, store.num_documents))]
     model.eval()
     with torch.no_grad():
-        report = _measure(engine, model, documents, sequence, is_compiled)
-    model.train()
+        report = _measure(model, device, documents, sequence, is_compiled)
     _refuse_differences(report, precision)
     return report
 
 
 def _measure(
-    engine: Engine, model: nn.Module, documents: list[Ids], sequence: SequenceGroup | None, is_compiled: bool
+    model: nn.Module, device: torch.device, documents: list[Ids], sequence: SequenceGroup | None, is_compiled: bool
 ) -> ProbeReport:
     def whole_loss(pack: list[Ids]) -> float:
-        return float(micro_batch_loss(model, _pack(pack, 0), engine.device))
+        return float(micro_batch_loss(model, _pack(pack, 0), device))
 
     def loss(pack: list[Ids], first_counted: int = 0) -> float:
-        part = micro_batch_loss(model, _pack(pack, first_counted), engine.device, sequence)
+        part = micro_batch_loss(model, _pack(pack, first_counted), device, sequence)
         return sequence.sum(part) if sequence else float(part)
 
     together, eager = loss(documents), None
@@ -82,7 +95,7 @@ def _measure(
     alone = sum(loss([document]) for document in documents)
     changed = [np.roll(documents[0], 1)[::-1].copy(), *documents[1:]]
     rest, rest_changed = (loss(pack, 1) for pack in (documents, changed))
-    plain = float(_plain_loss(model, _pack(documents[:1], 0), engine))
+    plain = float(_plain_loss(model, _pack(documents[:1], 0), device))
     return ProbeReport(
         isolation=_relative(rest, rest_changed),
         packing=_relative(together, alone),
@@ -92,10 +105,10 @@ def _measure(
     )
 
 
-def _plain_loss(model: nn.Module, micro_batch: MicroBatch, engine: Engine) -> Tensor:
+def _plain_loss(model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> Tensor:
     """Return the loss from the model's own logits, one document."""
-    logits = model(**model_inputs(micro_batch, engine.device), use_cache=False).logits
-    labels = micro_batch.labels[0].to(engine.device)
+    logits = model(**model_inputs(micro_batch, device), use_cache=False).logits
+    labels = micro_batch.labels[0].to(device)
     return F.cross_entropy(logits[0].float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
 from packhorse.data.packs.store import open_store
+from packhorse.data.packs.top_tokens import TopTokens
 from packhorse.data.render.tokenizer import pieces_before
 from packhorse.model.attention import register_attention
 from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model, open_model
@@ -35,7 +36,7 @@ from packhorse.train.loading import BeforeUnit, can_stream, place_streamed, plac
 from packhorse.train.objectives.token_loss import install_loss_head
 
 
-def step_loader(plan: RunPlan, rank: int, pinned: bool) -> PackLoader:
+def step_loader(plan: RunPlan, rank: int, pinned: bool, teacher: TopTokens | None = None) -> PackLoader:
     """Return the loader of a rank's share of every step; `pinned` memory lets a GPU copy asynchronously."""
     assert plan.data is not None, "a plan is only run once its data is prepared"
     store = open_store(Path(plan.data.folder), "train")
@@ -48,6 +49,7 @@ def step_loader(plan: RunPlan, rank: int, pinned: bool) -> PackLoader:
         device_pin=pinned,
         part=rank % plan.topology.sequence,
         num_parts=plan.topology.sequence,
+        teacher=teacher,
     )
 
 

@@ -17,12 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from packhorse.data.packs.store import open_store
+from packhorse.data.packs.top_tokens import TopTokens
 from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED, UserError
 from packhorse.model.parameters import count_parameters, trained_kinds
 from packhorse.model.sequence import SequenceGroup, join_sequence_group
 from packhorse.plan.command import nvme_folder, with_local_nvme
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
+from packhorse.recipe.objectives import DistilObjective as DistilSection
 from packhorse.run_folder.status import State
 from packhorse.track.meter import Figures, Meter, evaluation_figures
 from packhorse.train.checkpoint.checkpoints import Checkpoints
@@ -37,6 +39,8 @@ from packhorse.train.engine.process_group import GROUP_TIMEOUT, own_rank
 from packhorse.train.guard.memory_error import is_out_of_memory, memory_error
 from packhorse.train.guard.step_guard import StepGuard
 from packhorse.train.loop import TrainingRun, train
+from packhorse.train.objectives.distil import DistilObjective
+from packhorse.train.objectives.objective import Objective, TokenObjective
 from packhorse.train.probe import probe
 from packhorse.train.profiling import step_profiler
 from packhorse.train.ranks.agreement import Agreement, remove_stop_request
@@ -45,6 +49,7 @@ from packhorse.train.ranks.signals import Stopped, StopRequest
 from packhorse.train.reporter import Reporter, write_run_status
 from packhorse.train.setup import step_loader, training_model
 from packhorse.train.state import TrainState
+from packhorse.train.teacher import Teacher, ready_teacher
 from packhorse.train.validation import validation_loss
 
 
@@ -109,6 +114,7 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
     if rank == 0:
         write_run_status(plan, "starting", state, attempt.number)
     tokenizer = tokenizer_of(plan.recipe, Path(_data(plan).tokenizer))
+    teacher = ready_teacher(plan, tokenizer, accelerator.device, attempt.still_with_teacher)
     model = training_model(plan, tokenizer, accelerator.device, checkpoint, attempt.still_loading)
     count = count_parameters(model)
     logging.info("trained: %s", "; ".join(str(kind) for kind in trained_kinds(model)))
@@ -122,7 +128,7 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
         lifetimes.callback(reporter.close)
         if plan.compiles_layers:
             lifetimes.callback(watch_compilation(attempt.pulse))
-        run = _assemble(plan, engine, state, attempt, reporter, rank)
+        run = _assemble(plan, engine, teacher, state, attempt, reporter, rank)
         lifetimes.callback(run.loader.close)
         profiler = step_profiler(plan, rank, engine.device)
         if profiler is not None:
@@ -145,21 +151,30 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
 
 
 def _assemble(
-    plan: RunPlan, engine: Engine, state: TrainState, attempt: Attempt, reporter: Reporter, rank: int
+    plan: RunPlan,
+    engine: Engine,
+    teacher: Teacher | None,
+    state: TrainState,
+    attempt: Attempt,
+    reporter: Reporter,
+    rank: int,
 ) -> TrainingRun:
     agreement = Agreement(attempt.signals, Path(plan.run_folder), is_main=rank == 0)
     sequence = join_sequence_group(plan.topology.sequence, GROUP_TIMEOUT)
-    loader = step_loader(plan, rank, pinned=engine.device.type == "cuda")
+    stored = teacher if isinstance(teacher, TopTokens) else None
+    loader = step_loader(plan, rank, pinned=engine.device.type == "cuda", teacher=stored)
+    objective = _objective(plan, teacher)
     checkpoints = Checkpoints(plan, engine, rank == 0, partial(attempt.pulse.phase, "save"))
     return TrainingRun(
         plan=plan,
         engine=engine,
         loader=loader,
+        objective=objective,
         sequence=sequence,
         meter=Meter(state.num_supervised_tokens, state.elapsed_seconds, utilisation=partial(_utilisation, plan)),
         checkpoints=checkpoints,
         agreement=agreement,
-        guard=StepGuard(plan, engine, loader, sequence, rank == 0, checkpoints.finish),
+        guard=StepGuard(plan, engine, loader, objective, sequence, rank == 0, checkpoints.finish),
         pulse=attempt.pulse,
         evaluate=None
         if plan.is_trial
@@ -167,6 +182,13 @@ def _assemble(
         reporter=reporter,
         rank=rank,
     )
+
+
+def _objective(plan: RunPlan, teacher: Teacher | None) -> Objective:
+    section = plan.recipe.objective
+    if isinstance(section, DistilSection):
+        return DistilObjective(section, None if isinstance(teacher, TopTokens) else teacher)
+    return TokenObjective()
 
 
 def _utilisation(plan: RunPlan, tokens_per_second: float) -> Figures:

@@ -88,6 +88,8 @@ class StepBatch:
     num_supervised_tokens: int
     num_tokens: int
     num_slots: int
+    num_units: int = 0
+    divisor: float = 0.0
 
 
 class PackLoader:
@@ -154,6 +156,8 @@ class PackLoader:
             num_supervised_tokens=int(self._store.pack_labels[packs].sum()),
             num_tokens=int(self._store.pack_tokens[packs].sum()),
             num_slots=len(packs) * self._store.length_tokens,
+            num_units=int(self._store.pack_labels[packs].sum()),
+            divisor=int(self._store.pack_labels[packs].sum()),
         )
 
     def _micro_batch(self, packs: NDArray[np.int64]) -> MicroBatch:

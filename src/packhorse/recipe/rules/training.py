@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from packhorse.recipe.methods import LoraMethod
 from packhorse.recipe.rules.data import data_rules, name_rules
+from packhorse.recipe.rules.distil import distil_rules
 from packhorse.recipe.rules.evaluation import evaluation_rules
 from packhorse.recipe.rules.model import model_rules, parallel_rules
 from packhorse.recipe.rules.sweep import sweep_rules
@@ -65,6 +66,7 @@ def rule_findings(recipe: Recipe) -> list[Finding]:
         *recovery_rules(recipe),
         *sweep_rules(recipe),
         *evaluation_rules(recipe.evaluation),
+        *distil_rules(recipe),
     ]
 
 

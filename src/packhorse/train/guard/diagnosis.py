@@ -19,7 +19,7 @@ from packhorse.model.sequence import SequenceGroup
 from packhorse.model.sharded import is_partitioned
 from packhorse.train.checkpoint.weights import unwrapped
 from packhorse.train.engine.engine import Engine
-from packhorse.train.objectives.forward import micro_batch_loss
+from packhorse.train.objectives.objective import Objective
 from packhorse.train.ranks.agreement import texts_of_ranks
 
 MAX_SHOWN = 8
@@ -48,6 +48,7 @@ class Cause:
 def find_cause(
     engine: Engine,
     loader: PackLoader,
+    objective: Objective,
     sequence: SequenceGroup | None,
     step: int,
     batch: StepBatch,
@@ -59,10 +60,11 @@ def find_cause(
     Args:
         engine: Engine that trained the step.
         loader: Source of the step's batch.
+        objective: Computes the loss of a micro-batch.
         sequence: Ranks that share each pack.
         step: Step number, counted from 1.
         batch: Batch of that step.
-        losses: Sum of token losses of each of its micro-batches on this rank.
+        losses: Sum of unit losses of each of its micro-batches on this rank.
         compute_again: Where weights and losses are finite, compute the gradient of each micro-batch once more. After
             that the engine must not train any further.
     """
@@ -80,7 +82,10 @@ def find_cause(
             return Cause((UNDER_ZERO if engine.is_deepspeed else IN_GRADIENT,), in_weights=False)
         if not _any_rank(engine, findings):
             pairs = zip(labels, batch.micro_batches, strict=True)
-            findings = [line for label, micro in pairs for line in _bad_gradients(engine, sequence, label, micro)]
+            objective = objective.for_step(engine, batch.micro_batches, sequence)
+            findings = [
+                line for label, micro in pairs for line in _bad_gradients(engine, objective, sequence, label, micro)
+            ]
             if not _any_rank(engine, findings):
                 return Cause((FINITE_AGAIN,), in_weights=False)
     by_rank = [text.split("\n") if text else [] for text in texts_of_ranks(engine, "\n".join(findings))]
@@ -117,7 +122,7 @@ def _few(numbers: list[int]) -> str:
 
 
 def _bad_gradients(
-    engine: Engine, sequence: SequenceGroup | None, label: str, micro_batch: MicroBatch
+    engine: Engine, objective: Objective, sequence: SequenceGroup | None, label: str, micro_batch: MicroBatch
 ) -> Iterator[str]:
     """Yield where this rank's gradient of a micro-batch, before ranks exchange it, stops being finite.
 
@@ -132,7 +137,7 @@ def _bad_gradients(
         if parameter.requires_grad and not isinstance(parameter, DTensor) and not is_partitioned(parameter)
     }
     with engine.micro_step(is_last=False), _outputs_of_layers(model) as outputs:
-        loss = micro_batch_loss(engine.model, micro_batch, engine.device, sequence)
+        loss = objective(engine.model, micro_batch, engine.device, sequence).total
         tensors = {f"the output of {name}": output for name, output in outputs.items()} | whole
         gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
     # NaN spreads on the way back to the embedding, so it began at the last bad tensor in the order of the model.

@@ -23,6 +23,7 @@ from packhorse.run_folder.skipped_steps import read_skipped_steps, write_skipped
 from packhorse.track.meter import Figures
 from packhorse.train.engine.engine import Engine
 from packhorse.train.guard.diagnosis import Cause, find_cause
+from packhorse.train.objectives.objective import Objective
 from packhorse.train.ranks.attempt import AnotherAttempt
 
 # A normal distribution's standard deviation is 1.4826 times its median absolute deviation; unlike a standard deviation,
@@ -52,8 +53,8 @@ class StepResult:
     Attributes:
         number: Step number, counted from 1.
         batch: Packs of the step on this rank.
-        losses: Sum of token losses of each micro-batch on this rank.
-        loss_sum: Sum of token losses of the whole step.
+        losses: Sum of unit losses of each micro-batch on this rank.
+        loss_sum: Sum of unit losses of the whole step.
         grad_norm: Norm of the whole gradient, before clipping.
         num_bad_ranks: Ranks whose gradient norm is not finite.
     """
@@ -67,8 +68,8 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Nats per supervised token."""
-        return self.loss_sum / self.batch.num_supervised_tokens
+        """Loss per unit; nats per supervised token for sft."""
+        return self.loss_sum / self.batch.num_units
 
     @property
     def is_finite(self) -> bool:
@@ -108,6 +109,7 @@ class StepGuard:
         plan: RunPlan,
         engine: Engine,
         loader: PackLoader,
+        objective: Objective,
         sequence: SequenceGroup | None,
         is_main: bool,
         finish_saving: Callable[[], None],
@@ -118,6 +120,7 @@ class StepGuard:
             plan: Plan of the run.
             engine: This rank's engine.
             loader: Source of each step's packs.
+            objective: Computes the loss of a micro-batch.
             sequence: Ranks that share each pack with this one.
             is_main: Whether this is rank 0.
             finish_saving: Waits for the checkpoint that is being written; a collective.
@@ -125,7 +128,8 @@ class StepGuard:
         Raises:
             UserError: The ranks read different steps.
         """
-        self._plan, self._engine, self._loader, self._sequence = plan, engine, loader, sequence
+        self._plan, self._engine, self._loader = plan, engine, loader
+        self._objective, self._sequence = objective, sequence
         self._recovery, self._is_main = plan.recipe.recovery, is_main
         self._folder = Path(plan.run_folder)
         self._checkpoints = self._folder / CHECKPOINTS_FOLDER
@@ -161,7 +165,14 @@ class StepGuard:
     def _not_finite(self, step: StepResult) -> StepDecision:
         stops = self._recovery.on_nonfinite == "stop" or self._engine.steps_in_backward
         cause = find_cause(
-            self._engine, self._loader, self._sequence, step.number, step.batch, step.losses, compute_again=stops
+            self._engine,
+            self._loader,
+            self._objective,
+            self._sequence,
+            step.number,
+            step.batch,
+            step.losses,
+            compute_again=stops,
         )
         partial_update = self._partial_update(step)
         if stops or partial_update or cause.in_weights:

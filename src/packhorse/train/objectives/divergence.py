@@ -191,16 +191,17 @@ class ChunkedDivergence(torch.autograd.Function):
             values, by_logits = _chunk(logits, labels[chunk], teacher, chunk, loss)
             sums += values.double().sum(-1)
             _add_gradients(gradients, by_logits, hidden[chunk], cast, chunk)
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = gradients
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         return sums
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """Scale what the forward pass computed by the gradient of the loss."""
+        """Scale what the forward pass computed by the gradient of the loss, in place: it runs once."""
+        saved, ctx.gradients = ctx.gradients, None
         scaled = (
-            None if saved is None else (saved * gradient[0].to(saved.dtype)).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if each is None else each.mul_(gradient[0].to(each.dtype)).to(dtype)
+            for each, dtype in zip(saved, ctx.dtypes, strict=True)
         )
         return (*scaled, None, None, None, None)
 

@@ -89,6 +89,15 @@ class Attempt:
         self.pulse.phase("load")
         self.signals.raise_if_requested()
 
+    def still_with_teacher(self) -> None:
+        """Renew the heartbeat while the teacher of a distillation is loaded, or runs before training.
+
+        Raises:
+            Stopped: This process was requested to stop.
+        """
+        self.pulse.phase("teacher")
+        self.signals.raise_if_requested()
+
     def watch_others(self, world_size: int, hang_seconds: float) -> None:
         """End this rank when the run hangs, unless Packhorse's launcher watches it from outside."""
         if os.environ.get(LAUNCHER_VARIABLE):

@@ -1,0 +1,95 @@
+"""Distillation end to end: teacher pass, resident teacher, engines, and whether it teaches."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cli import curve
+from packhorse.plan.run_plan import read_plan
+from ranks import planned, run_ranks, to_the_end, trained
+from tiny import TINY, write_tiny
+
+STUDENT = {**TINY["model"], "config": {**TINY["model"]["config"], "hidden_size": 24, "num_hidden_layers": 1}}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(write_tiny(tmp_path_factory.mktemp("teacher"), steps=40), "teacher")
+
+
+def recipe(folder: Path, teacher: Path, **objective: Any) -> Path:
+    section = {"kind": "distil", "teacher": {"path": str(teacher)}, **objective}
+    return write_tiny(folder, model=STUDENT, objective=section, track={"wandb": "off", "every_steps": 1})
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> dict[str, Path]:
+    """A run on one process for each place of the teacher."""
+    folder = tmp_path_factory.mktemp("single")
+    return {
+        "stored": trained(recipe(folder, teacher, top=8, sft_weight=0.5), "stored"),
+        "resident": trained(recipe(folder, teacher, top="all", divergence="jsd", temperature=2.0), "resident"),
+    }
+
+
+def tokens_of(run: Path) -> list[tuple[NDArray[np.uint16], NDArray[np.float16]]]:
+    """Ids and log-probabilities of each stored block."""
+    (folder,) = run.parent.glob(".data/*/teacher/*")
+    found = []
+    for file in sorted(folder.glob("*.bin")):
+        values = np.fromfile(file, np.uint16).reshape(2, -1, 8)
+        found.append((values[0], values[1].view(np.float16)))
+    assert len(found) > 1, "a killed pass must have blocks to keep"
+    return found
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("place", ["stored", "resident"])
+def test_two_ranks_learn_as_one_does(
+    place: str, engine: str, single: dict[str, Path], tmp_path: Path, teacher: Path
+) -> None:
+    """In a folder of its own, so that two ranks store the teacher's tokens too."""
+    words = ("parallel.processes=2", f"parallel.engine={engine}")
+    objective = read_plan(single[place]).recipe.objective.model_dump(exclude={"kind", "teacher"})
+    run = trained(recipe(tmp_path, teacher, **objective), place, *words)
+    assert curve(run) == pytest.approx(curve(single[place]), rel=1e-5)
+    for figure in ("train/grad_norm", "distil/divergence", "distil/teacher_entropy", "distil/kept_mass"):
+        assert curve(run, figure) == pytest.approx(curve(single[place], figure), rel=1e-4), figure
+    if place == "stored":
+        for (ids, logps), (ids_of_one, logps_of_one) in zip(tokens_of(run), tokens_of(single[place]), strict=True):
+            assert (ids == ids_of_one).mean() > 0.999  # equal log-probabilities may change places
+            assert logps.astype(float) == pytest.approx(logps_of_one.astype(float), rel=2e-3)
+
+
+def test_a_pass_that_is_killed_continues_with_the_same_bits(
+    single: dict[str, Path], tmp_path: Path, teacher: Path
+) -> None:
+    run = planned(recipe(tmp_path, teacher, top=8, sft_weight=0.5), "stored")
+    assert run_ranks(run, before=die_after_a_block) == []
+    (folder,) = run.parent.glob(".data/*/teacher/*")
+    assert len([*folder.glob("*.json")]) == 2, "the facts and one block"
+    kept = next(folder.glob("*.bin")).stat().st_mtime_ns
+    to_the_end(run, attempt=2)
+    assert next(iter(sorted(folder.glob("*.bin")))).stat().st_mtime_ns == kept
+    for ours, theirs in zip(tokens_of(run), tokens_of(single["stored"]), strict=True):
+        assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert curve(run) == curve(single["stored"])
+
+
+def die_after_a_block(run: Path, rank: int) -> None:
+    from packhorse.data.packs.top_tokens import TopTokens
+
+    write = TopTokens.write
+
+    def write_and_die(self: TopTokens, *words: Any) -> None:
+        write(self, *words)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    TopTokens.write = write_and_die  # type: ignore[method-assign]
