@@ -1,4 +1,4 @@
-"""What the teacher of a distillation costs: memory in a phase of its own or beside the student, time, disk space."""
+"""What the teacher of a distillation costs: memory in a separate phase or beside the student, time, disk space."""
 
 from __future__ import annotations
 

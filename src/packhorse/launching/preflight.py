@@ -15,6 +15,7 @@ from pathlib import Path
 from packhorse.durable import nearest_existing, size
 from packhorse.errors import UserError
 from packhorse.estimate.checkpoint_size import CheckpointSpace
+from packhorse.estimate.teacher import stored_bytes
 from packhorse.plan.command import nvme_folder
 from packhorse.plan.compatibility import IN_8_BITS, NO_RESUME_FROM_NVME
 from packhorse.plan.run_plan import RunPlan
@@ -126,6 +127,30 @@ def disk_still_needed(plan: RunPlan, room: CheckpointSpace) -> CheckpointSpace:
     """
     existing = len(complete_checkpoints(Path(plan.run_folder) / CHECKPOINTS_FOLDER))
     return replace(room, count=max(1, room.count - existing))
+
+
+def check_teacher_disk(plan: RunPlan, room: CheckpointSpace | None) -> None:
+    """Refuse a disk that checkpoints and the teacher's stored tokens would fill together, for a run that begins.
+
+    Args:
+        plan: Plan of the run.
+        room: Disk space of its checkpoints; None if it is not known.
+
+    Raises:
+        UserError: Fewer bytes are free than both need.
+    """
+    stored = stored_bytes(plan)
+    checkpoints = 0 if room is None else disk_still_needed(plan, room).total_bytes
+    existing = nearest_existing(Path(plan.run_folder))
+    free = shutil.disk_usage(existing).free
+    if stored and free < stored + checkpoints:
+        raise UserError(
+            f"{size(free)} are free in {existing}, and the teacher's most probable tokens need {size(stored)}, the "
+            f"checkpoints {size(checkpoints)}.",
+            "objective.top tokens of the teacher are stored for each supervised token before training.",
+            f"free {size(stored + checkpoints - free)} there, set a smaller objective.top, or set runs_folder to a "
+            "larger disk.",
+        )
 
 
 def check_disk(plan: RunPlan, room: CheckpointSpace | None) -> None:

@@ -38,6 +38,7 @@ def check_teacher_tokenizer(recipe: Recipe, downloads: bool) -> None:
 
 
 def _vocabulary(recipe: Recipe, downloads: bool) -> dict[str, int] | None:
+    """Return the id of each token; None where the tokenizer has no fast form here."""
     if not downloads:
         tokenizer = fast_tokenizer(recipe)
         return None if tokenizer is None else dict(tokenizer.get_vocab())

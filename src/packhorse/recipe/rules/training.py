@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from packhorse.recipe.methods import LoraMethod
 from packhorse.recipe.rules.data import data_rules, name_rules
-from packhorse.recipe.rules.distil import distil_rules
 from packhorse.recipe.rules.evaluation import evaluation_rules
 from packhorse.recipe.rules.model import model_rules, parallel_rules
 from packhorse.recipe.rules.sweep import sweep_rules
 from packhorse.recipe.schema import BatchSection, OptimizerSection, Recipe
+from packhorse.recipe.teacher import distil_rules
 from packhorse.yaml_source.findings import Finding
 from packhorse.yaml_source.nodes import KeyPath
 from packhorse.yaml_source.schema import join_words
