@@ -53,6 +53,8 @@ def packed() -> MicroBatch:
         cu_seq_lens=torch.tensor([0, *ends], dtype=torch.int32),
         max_length=max(LENGTHS),
         document_lengths=LENGTHS,
+        document_of=torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[predicting],
+        documents=torch.arange(len(LENGTHS)),
     )
 
 

@@ -41,7 +41,7 @@ def single(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> dict[str,
 
 def tokens_of(run: Path) -> list[tuple[NDArray[np.uint16], NDArray[np.float16]]]:
     """Ids and log-probabilities of each stored block."""
-    (folder,) = run.parent.glob(".data/*/teacher/*")
+    (folder,) = run.parent.glob(".data/*/teacher/train-*")
     found = []
     for file in sorted(folder.glob("*.bin")):
         values = np.fromfile(file, np.uint16).reshape(2, -1, 8)
@@ -73,7 +73,7 @@ def test_a_pass_that_is_killed_continues_with_the_same_bits(
 ) -> None:
     run = planned(recipe(tmp_path, teacher, top=8, sft_weight=0.5), "stored")
     assert run_ranks(run, before=die_after_a_block) == []
-    (folder,) = run.parent.glob(".data/*/teacher/*")
+    (folder,) = run.parent.glob(".data/*/teacher/train-*")
     assert len([*folder.glob("*.json")]) == 2, "the facts and one block"
     kept = next(folder.glob("*.bin")).stat().st_mtime_ns
     to_the_end(run, attempt=2)

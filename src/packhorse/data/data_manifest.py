@@ -84,6 +84,8 @@ class DataManifest(_Frozen):
     """Token that ends an answer."""
     length_tokens: int
     """Tokens in a pack (T)."""
+    documents_per_row: int = 1
+    """Documents of a row, which follow each other in a pack: 2 for preference pairs."""
     packing: str = "mixed"
     """`data.packing`."""
     settings: dict[str, Any]

@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 
 from packhorse.data.data_manifest import read_data_manifest
-from packhorse.data.packs.top_tokens import num_bytes_of
+from packhorse.data.packs.top_tokens import BLOCK_PACKS, num_bytes_of
 from packhorse.estimate.gpus import GpuProfile
 from packhorse.estimate.memory import MemoryEstimate, Phase, estimate_memory
 from packhorse.estimate.packs import PackFigures
@@ -69,11 +69,14 @@ def estimate_teacher(
     phase = estimate_memory(alone, shape, weights, packs).phase("evaluation")
     speed = estimate_speed(alone, shape, weights, packs, gpu, network_gb)
     is_resident = section.top == "all"
-    per_pass = plan.topology.world_size * plan.batch.micro_packs
-    passes = None if packs.num_packs is None else ceil(packs.num_packs / per_pass)
-    return TeacherEstimate(
-        is_resident, replace(phase, name="teacher"), speed.forward_seconds, 0 if is_resident else passes
-    )
+    passes = None if packs.num_packs is None else 0 if is_resident else _num_passes(plan, packs.num_packs)
+    return TeacherEstimate(is_resident, replace(phase, name="teacher"), speed.forward_seconds, passes)
+
+
+def _num_passes(plan: RunPlan, num_packs: int) -> int:
+    """Return the forward passes of a rank before training: each rank takes whole blocks of packs."""
+    blocks = ceil(ceil(num_packs / BLOCK_PACKS) / plan.topology.world_size)
+    return blocks * ceil(BLOCK_PACKS / plan.batch.micro_packs)
 
 
 def _alone(plan: RunPlan) -> RunPlan:

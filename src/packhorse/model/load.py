@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
@@ -34,6 +36,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 from packhorse.errors import UserError
 from packhorse.model.sharded import gathered, true_shape
 from packhorse.model.streaming import StreamedWeights, open_weights
+from packhorse.model.units import draw_score, score_weight
 from packhorse.model_spec.stored_weights import refuse_incomplete, unreadable
 from packhorse.model_spec.supported import require_embeddings, untrusted_code
 
@@ -75,6 +78,7 @@ class ModelRequest:
         trust_remote_code: Run code that comes with the model.
         device: Device of the weights.
         new_tokens: Tokens whose embeddings start from those of their pieces.
+        is_scored: Load a reward model, with a head for one score instead of the output head.
     """
 
     source: str | None
@@ -87,6 +91,17 @@ class ModelRequest:
     trust_remote_code: bool
     device: torch.device
     new_tokens: Pieces = field(default_factory=dict)
+    is_scored: bool = False
+
+    @property
+    def auto_class(self) -> Any:  # noqa: ANN401
+        """transformers' class that chooses the architecture."""
+        return AutoModelForSequenceClassification if self.is_scored else AutoModelForCausalLM
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The configuration's number of labels, where the model has labels."""
+        return {"num_labels": 1} if self.is_scored else {}
 
 
 def load_model(request: ModelRequest, vocab_size: int) -> PreTrainedModel:
@@ -194,7 +209,9 @@ def _fresh(request: ModelRequest) -> PreTrainedModel:
     torch.manual_seed(request.seed)
     # The class itself, because under ZeRO-3 from_config draws the weights in another order, and the same recipe would
     # start from another model.
-    model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if request.is_scored else MODEL_FOR_CAUSAL_LM_MAPPING
+    config.update(request.labels)
+    model: PreTrainedModel = mapping[type(config)](config)
     return model.to(request.device, request.dtype)
 
 
@@ -205,7 +222,7 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
         quantized = {"quantization_config": _bits_and_bytes(request), "device_map": {"": request.device}}
     with _reading(request):
         weight_files(request)
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = request.auto_class.from_pretrained(
             request.source,
             revision=request.revision,
             dtype=request.dtype,
@@ -213,10 +230,14 @@ def _pretrained(request: ModelRequest) -> PreTrainedModel:
             trust_remote_code=request.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **request.labels,
             **quantized,
         )
     # transformers has already excluded keys that are tied, derived or known leftovers.
-    refuse_incomplete(request.source, loading_info["missing_keys"], loading_info["unexpected_keys"])
+    score = score_weight(model)
+    refuse_incomplete(request.source, loading_info["missing_keys"], loading_info["unexpected_keys"], score)
+    if score in loading_info["missing_keys"]:
+        draw_score(model, request.seed, request.device, request.dtype)
     if not quantized:
         return cast(PreTrainedModel, model.to(request.device))
     _prepare_quantized(model)
@@ -254,7 +275,7 @@ def _open(request: ModelRequest) -> StreamedWeights | None:
     """
     assert request.source is not None
     config = AutoConfig.from_pretrained(
-        request.source, revision=request.revision, trust_remote_code=request.trust_remote_code
+        request.source, revision=request.revision, trust_remote_code=request.trust_remote_code, **request.labels
     )
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None
@@ -263,9 +284,7 @@ def _open(request: ModelRequest) -> StreamedWeights | None:
     quantizer, config, _ = get_hf_quantizer(config, bits, device_map, weights_only=True, user_agent={})
     # `set_quantized_state` keeps transformers from partitioning an empty model under ZeRO-3.
     with torch.device("meta"), set_quantized_state(), local_torch_dtype(request.dtype):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=request.dtype, attn_implementation=request.attention
-        )
+        model: Any = request.auto_class.from_config(config, dtype=request.dtype, attn_implementation=request.attention)
         if quantizer is not None:
             quantizer.preprocess_model(model=model, dtype=request.dtype, device_map=device_map)
     files = weight_files(request)
@@ -277,17 +296,18 @@ def _open(request: ModelRequest) -> StreamedWeights | None:
         hf_quantizer=quantizer,
         weight_mapping=get_model_conversion_mapping(model, None, quantizer),
     )
-    weights = open_weights(model, request.source, files, loading)
+    weights = open_weights(model, request.source, files, loading, request.seed)
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
         _prepare_quantized(model)
-    model.generation_config = _generation_config(request)
+    if model.can_generate():
+        model.generation_config = _generation_config(request)
     return weights
 
 
 def weight_files(request: ModelRequest) -> list[str]:
-    """Return the files with the weights; a pickle, which runs code when it is read, is refused."""
+    """Return the local files with the weights; a pickle, which runs code when it is read, is refused."""
     revision = {"revision": request.revision}
     files, _ = _get_resolved_checkpoint_files(
         request.source, None, None, True, {}, is_remote_code=False, download_kwargs=revision

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
-from packhorse.model.units import Unit, copy_tree, select_branches, units_of
+from packhorse.model.units import SCORE, Unit, copy_tree, draw_score, score_weight, select_branches, units_of
 from packhorse.model_spec.stored_weights import misfit, refuse_incomplete
 
 KeptRows = Callable[[str, Sequence[int]], slice]
@@ -70,6 +70,7 @@ class StreamedWeights:
         units: Units to load one after another.
         files: Open files, until everything is read.
         kept_rows: Which rows of a plain weight are read; None reads all. Quantised weights are always read whole.
+        seed: Seed of a reward model's head that the checkpoint lacks.
     """
 
     model: PreTrainedModel
@@ -79,9 +80,11 @@ class StreamedWeights:
     units: list[Unit]
     files: ExitStack
     kept_rows: KeptRows | None = None
+    seed: int = 0
     _tree: PreTrainedModel = field(init=False)
     _keys: dict[Unit | None, list[str]] = field(init=False)
     _plain: dict[str, str] = field(init=False, default_factory=dict)
+    _draws_score: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._tree = cast(PreTrainedModel, copy_tree(self.model))
@@ -113,6 +116,8 @@ class StreamedWeights:
         if unit is not None and len(unit.names) > 1:
             self._tie(part, info)
         _make_buffers(part, self.config)
+        if self._draws_score and any(name == SCORE for name, _ in part.named_modules()):
+            draw_score(part, self.seed, _device_of(self.config), self.config.dtype)
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(trained[name] and parameter.is_floating_point())
 
@@ -175,7 +180,9 @@ class StreamedWeights:
         # A checkpoint holds only one of two tied weights.
         partner = {**tied, **{source: target for target, source in tied.items()}}
         missing = {name for name in info.missing_keys if partner.get(name, name) in info.missing_keys}
-        refuse_incomplete(self.source, missing, info.unexpected_keys)
+        score = score_weight(self.model)
+        self._draws_score = score in missing
+        refuse_incomplete(self.source, missing, info.unexpected_keys, score)
 
     def _refuse_misfits(self, info: LoadStateDictInfo) -> None:
         if info.mismatched_keys:
@@ -187,7 +194,7 @@ class StreamedWeights:
 
 
 def open_weights(
-    model: PreTrainedModel, source: str, files: Iterable[str], config: LoadStateDictConfig
+    model: PreTrainedModel, source: str, files: Iterable[str], config: LoadStateDictConfig, seed: int
 ) -> StreamedWeights:
     """Open a checkpoint for a model on the meta device; reads only names and shapes.
 
@@ -199,18 +206,22 @@ def open_weights(
     for file in files:
         stored = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
         tensors |= {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    return StreamedWeights(model, source, tensors, config, units_of(model), opened)
+    return StreamedWeights(model, source, tensors, config, units_of(model), opened, seed=seed)
 
 
 def _make_buffers(part: PreTrainedModel, config: LoadStateDictConfig) -> None:
     """Compute buffers that no checkpoint holds, such as the frequencies of rotary embeddings."""
-    device = (config.device_map or {"": "cpu"})[""]
+    device = _device_of(config)
     for module in part.modules():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
     part.initialize_weights()  # skips what was loaded
+
+
+def _device_of(config: LoadStateDictConfig) -> torch.device:
+    return torch.device((config.device_map or {"": "cpu"})[""])
 
 
 def _is_inside(name: str, module: str) -> bool:

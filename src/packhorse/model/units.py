@@ -5,9 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Final
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+SCORE: Final = "score"
+"""Head of a reward model: transformers' name in models for sequence classification."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ def units_of(model: PreTrainedModel) -> list[Unit]:
     A head that is tied to the embedding shares its unit, because one weight cannot be sharded twice.
     """
     names = {module: name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, score = model.get_input_embeddings(), score_name(model)
+    head = model.get_output_embeddings() if score is None else model.get_submodule(score)
     norm = _last_norm(model)
     tail = tuple(names[module] for module in (norm, head) if module is not None)
     layers = [Unit((name,)) for name in layers_of(model)]
@@ -84,3 +90,32 @@ def _container(module: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
     twin = copy.copy(module)
     twin.__dict__["_modules"] = parts
     return twin
+
+
+def score_name(model: nn.Module) -> str | None:
+    """Return the name of the score head; None for a language model."""
+    if model.get_output_embeddings() is not None:  # type: ignore[operator]
+        return None
+    return next((name for name, _ in model.named_modules() if name.rpartition(".")[2] == SCORE), None)
+
+
+def score_weight(model: nn.Module) -> str | None:
+    """Return the name of the score head's weight; None for a language model."""
+    name = score_name(model)
+    return f"{name}.weight" if name is not None else None
+
+
+def draw_score(model: Any, seed: int, device: torch.device, dtype: torch.dtype) -> None:  # noqa: ANN401
+    """Draw the score head of a transformers model as transformers draws a new linear layer.
+
+    Args:
+        model: The model, or a part of it that has the head.
+        seed: Seed of the recipe.
+        device: Device of the weight.
+        dtype: Type of the weight.
+    """
+    head = model.get_submodule(SCORE)
+    generator = torch.Generator().manual_seed(seed)
+    std = model.config.get_text_config().initializer_range
+    drawn = torch.empty(head.weight.shape).normal_(0.0, std, generator=generator)
+    head.weight = nn.Parameter(drawn.to(device, dtype), head.weight.requires_grad)

@@ -82,12 +82,21 @@ def misfit(source: str, name: str, stored: Iterable[int], expected: Iterable[int
     )
 
 
-def refuse_incomplete(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def refuse_incomplete(source: str, missing: Iterable[str], unexpected: Iterable[str], score: str | None = None) -> None:
     """Refuse a checkpoint for which transformers only warns.
+
+    Args:
+        source: Folder or hub name.
+        missing: Weights of the model that the checkpoint lacks.
+        unexpected: Weights of the checkpoint that the model lacks.
+        score: Name of a reward model's head, which a language model lacks; it has an output head instead.
 
     Raises:
         UserError: Weights are missing or unexpected.
     """
+    if score is not None:
+        missing = {name for name in missing if name != score}
+        unexpected = {name for name in unexpected if not name.startswith("lm_head.")}
     if missing:
         raise UserError(
             f"the checkpoint {source} lacks {_listed(missing)}.",

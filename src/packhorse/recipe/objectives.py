@@ -1,17 +1,34 @@
-"""The `objective` section: what a run minimises."""
+"""The `objective` section: what a run minimises, on which rows."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt
 
 from packhorse.yaml_source.schema import PositiveFloat, Section
 
+Unit = Literal["token", "pair", "answer"]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ReferenceSection(Section):
+    """Another model than the one before step 1 as the reference."""
+
+    path: str | None = None
+    """Folder of the reference model."""
+    id: str | None = None
+    """Hub name of the reference model."""
+    revision: str | None = None
+    """Commit, tag or branch of `id`."""
+
 
 class SftObjective(Section):
     """Cross-entropy of each supervised token."""
 
+    unit: ClassVar[Unit] = "token"
+    documents_per_row: ClassVar[int] = 1
+    needs_reference: ClassVar[bool] = False
     kind: Literal["sft"] = "sft"
 
 
@@ -29,6 +46,9 @@ class TeacherModel(Section):
 class DistilObjective(Section):
     """Divergence from a teacher at each supervised token (Hinton et al. 2015, arXiv 1503.02531)."""
 
+    unit: ClassVar[Unit] = "token"
+    documents_per_row: ClassVar[int] = 1
+    needs_reference: ClassVar[bool] = False
     kind: Literal["distil"] = "distil"
     teacher: TeacherModel
     """Model to learn from, with the same tokenizer."""
@@ -38,12 +58,112 @@ class DistilObjective(Section):
     """Divisor of both models' logits; the loss is multiplied by its square, so that gradients keep their size."""
     top: PositiveInt | Literal["all"] = 64
     """Most probable tokens of the teacher, stored before training; `all`: the teacher runs beside the student."""
-    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    sft_weight: Weight = 0.0
     """Weight of the cross-entropy that is added to the divergence."""
 
 
+class PairedObjective(Section):
+    """Base of the objectives over two documents per row."""
+
+    unit: ClassVar[Unit] = "pair"
+    documents_per_row: ClassVar[int] = 2
+    needs_reference: ClassVar[bool] = False
+
+
+class DpoObjective(PairedObjective):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    needs_reference: ClassVar[bool] = True
+    kind: Literal["dpo"] = "dpo"
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the reference model."""
+    loss: Literal["sigmoid", "hinge", "robust", "apo_zero"] = "sigmoid"
+    """Function of the margin."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs whose label is assumed wrong; with `sigmoid` and `robust`."""
+    sft_weight: Weight = 0.0
+    """Weight of the chosen answer's loss per token (RPO)."""
+    reference: Literal["start"] | ReferenceSection = "start"
+    """Reference model: the model before step 1, or another."""
+
+
+class IpoObjective(PairedObjective):
+    """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036)."""
+
+    needs_reference: ClassVar[bool] = True
+    kind: Literal["ipo"] = "ipo"
+    tau: PositiveFloat = 0.1
+    """Strength of the pull towards the reference model."""
+    reference: Literal["start"] | ReferenceSection = "start"
+    """Reference model: the model before step 1, or another."""
+
+
+class KtoObjective(PairedObjective):
+    """Answers with a verdict, good or bad (Ethayarajh et al. 2024, arXiv 2402.01306)."""
+
+    unit: ClassVar[Unit] = "answer"
+    needs_reference: ClassVar[bool] = True
+    kind: Literal["kto"] = "kto"
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the reference model."""
+    desirable_weight: Weight = 1.0
+    """Weight of good answers."""
+    undesirable_weight: Weight = 1.0
+    """Weight of bad answers."""
+    reference: Literal["start"] | ReferenceSection = "start"
+    """Reference model: the model before step 1, or another."""
+
+
+class OrpoObjective(PairedObjective):
+    """Odds ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691)."""
+
+    kind: Literal["orpo"] = "orpo"
+    weight: PositiveFloat = 0.1
+    """Weight of the odds ratio."""
+
+
+class SimpoObjective(PairedObjective):
+    """Simple preference optimisation (Meng et al. 2024, arXiv 2405.14734)."""
+
+    kind: Literal["simpo"] = "simpo"
+    beta: PositiveFloat = 2.0
+    """Scale of the log-probability per token."""
+    gamma: Weight = 0.5
+    """Target margin."""
+
+
+class CpoObjective(PairedObjective):
+    """Contrastive preference optimisation (Xu et al. 2024, arXiv 2401.08417)."""
+
+    kind: Literal["cpo"] = "cpo"
+    beta: PositiveFloat = 0.1
+    """Scale of the margin."""
+    sft_weight: Weight = 1.0
+    """Weight of the chosen answer's loss per token."""
+
+
+class RewardObjective(PairedObjective):
+    """A reward model: a score per answer."""
+
+    kind: Literal["reward"] = "reward"
+    centre: Weight = 0.01
+    """Weight of the square of both scores' sum, which keeps scores around 0."""
+
+
+def _kind_alone(value: object) -> object:
+    return {"kind": value} if isinstance(value, str) else value
+
+
 Objective = Annotated[
-    SftObjective | DistilObjective,
-    BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
+    SftObjective
+    | DpoObjective
+    | IpoObjective
+    | KtoObjective
+    | OrpoObjective
+    | SimpoObjective
+    | CpoObjective
+    | RewardObjective
+    | DistilObjective,
     Discriminator("kind"),
+    BeforeValidator(_kind_alone),
 ]

@@ -21,7 +21,7 @@ from typing import Final, Literal
 from packhorse.errors import EXIT_LOST
 from packhorse.run_folder.layout import HEARTBEATS, REPORT_REQUEST_FILE, numbered
 
-Phase = Literal["start", "load", "teacher", "data", "forward", "backward", "optimizer", "save", "evaluate", "end"]
+Phase = Literal["start", "load", "prior", "data", "forward", "backward", "optimizer", "save", "evaluate", "end"]
 RECORD_BYTES: Final = 512
 BEAT_SECONDS: Final = 1.0
 START_SECONDS: Final = 300.0

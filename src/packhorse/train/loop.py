@@ -13,7 +13,7 @@ from packhorse.data.packs.loader import PackLoader, StepBatch
 from packhorse.model.sequence import SequenceGroup
 from packhorse.plan.run_plan import RunPlan
 from packhorse.run_folder.heartbeat import HeartbeatWriter
-from packhorse.track.meter import Figures, Meter, evaluation_figures
+from packhorse.track.meter import Figures, Meter
 from packhorse.train.checkpoint.checkpoints import Checkpoints
 from packhorse.train.engine.engine import Engine
 from packhorse.train.engine.optimizer import learning_rate_at, set_learning_rate
@@ -37,7 +37,7 @@ class TrainingRun:
         agreement: Exchanges requests and results between ranks after each step.
         guard: Decides about each step's loss and gradient.
         pulse: Heartbeat that names the current phase.
-        evaluate: Measures the validation loss on all ranks, None where there are no validation rows.
+        evaluate: Measures the validation loss and its figures on all ranks, None where there are no validation rows.
             Raises Stopped where the ranks agree to stop.
     """
 
@@ -51,7 +51,7 @@ class TrainingRun:
     agreement: Agreement
     guard: StepGuard
     pulse: HeartbeatWriter
-    evaluate: Callable[[], float] | None
+    evaluate: Callable[[], Figures] | None
     reporter: Reporter
     rank: int
 
@@ -202,8 +202,8 @@ def _evaluate(run: TrainingRun, state: TrainState, figures: Figures, saving: boo
     except Stopped:
         return replace(state, held_back=figures)
     if saving:  # only a step with a checkpoint can be the best one
-        state = state.evaluated(validation)
-    run.reporter.step(state, figures | evaluation_figures(validation))
+        state = state.evaluated(validation["evaluation/loss"])
+    run.reporter.step(state, figures | validation)
     return state
 
 

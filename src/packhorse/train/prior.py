@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -82,14 +83,14 @@ class PriorFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.facts, indent=2, sort_keys=True) + "\n"
             replace_file(self.folder / FACTS_FILE, text, writer=f".{os.getpid()}")
-        _write(self.folder / f"block-{first:09d}-{end:09d}.npz", lambda file: np.savez(file, **arrays))
+        _write(self.folder / f"block-{first:09d}-{end:09d}.npz", partial(_save_block, arrays))
 
     def finish(self, arrays: Arrays) -> None:
         """Store all values and remove the blocks; the values of a run that was faster are kept."""
         if self.is_finished():
             return
         for name, values in arrays.items():
-            _write(self.folder / f"{name}.npy", lambda file, values=values: np.save(file, values))
+            _write(self.folder / f"{name}.npy", partial(np.save, arr=values))
         files = {f"{name}.npy": _record_of(self.folder / f"{name}.npy") for name in arrays}
         replace_file(self.folder / FINISHED_FILE, json.dumps(files) + "\n", writer=f".{os.getpid()}")
         for path in self.folder.glob(BLOCKS):
@@ -99,6 +100,10 @@ class PriorFolder:
 def packs_per_block(packs_per_pass: int) -> int:
     """Return the number of packs in a block: whole passes, so that a resumed pass runs the same micro-batches."""
     return -(-BLOCK_PACKS // packs_per_pass) * packs_per_pass
+
+
+def _save_block(arrays: Arrays, file: BinaryIO) -> None:
+    np.savez(file, allow_pickle=False, **arrays)
 
 
 def _write(file: Path, save: Callable[[BinaryIO], None]) -> None:

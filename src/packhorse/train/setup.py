@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from packhorse.data.packs.batches import BatchPlan
 from packhorse.data.packs.loader import PackLoader
-from packhorse.data.packs.store import open_store
-from packhorse.data.packs.top_tokens import TopTokens
+from packhorse.data.packs.store import PackStore, open_store
 from packhorse.data.render.tokenizer import pieces_before
 from packhorse.model.attention import register_attention
 from packhorse.model.load import DTYPES, ModelRequest, Quantization, load_model, open_model
@@ -26,6 +25,7 @@ from packhorse.model.units import layers_of
 from packhorse.plan.run_plan import RunPlan
 from packhorse.recipe.locate import expand
 from packhorse.recipe.methods import QloraMethod
+from packhorse.recipe.objectives import RewardObjective
 from packhorse.recipe.schema import ParallelSection
 from packhorse.run_folder.layout import ADAPTER_FOLDER, MODEL_FOLDER
 from packhorse.train.activation_offload import offload_layer_inputs
@@ -36,10 +36,17 @@ from packhorse.train.loading import BeforeUnit, can_stream, place_streamed, plac
 from packhorse.train.objectives.token_loss import install_loss_head
 
 
-def step_loader(plan: RunPlan, rank: int, pinned: bool, teacher: TopTokens | None = None) -> PackLoader:
-    """Return the loader of a rank's share of every step; `pinned` memory lets a GPU copy asynchronously."""
+def step_loader(plan: RunPlan, rank: int, pinned: bool, store: PackStore | None = None) -> PackLoader:
+    """Return the loader of a rank's share of every step.
+
+    Args:
+        plan: Plan of the run.
+        rank: This rank.
+        pinned: Whether to use pinned memory, from which a GPU copies asynchronously.
+        store: Training packs; None opens those of the plan.
+    """
     assert plan.data is not None, "a plan is only run once its data is prepared"
-    store = open_store(Path(plan.data.folder), "train")
+    store = store or open_store(Path(plan.data.folder), "train")
     return PackLoader(
         store=store,
         batch_plan=BatchPlan(store.pack_costs, plan.batch.packs_per_step, plan.recipe.seed, store.in_order),
@@ -49,7 +56,6 @@ def step_loader(plan: RunPlan, rank: int, pinned: bool, teacher: TopTokens | Non
         device_pin=pinned,
         part=rank % plan.topology.sequence,
         num_parts=plan.topology.sequence,
-        teacher=teacher,
     )
 
 
@@ -74,6 +80,7 @@ def base_request(
         trust_remote_code=model.trust_remote_code,
         device=device,
         new_tokens=_new_tokens(plan, tokenizer) if model.config is None else {},
+        is_scored=isinstance(plan.recipe.objective, RewardObjective),
     )
 
 
@@ -195,7 +202,12 @@ def _fresh_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _set_stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ANN401
-    """Make the saved model stop at the token that training teaches it."""
+    """Make the saved model stop at the token that training teaches it; a reward model must know the padding token."""
+    if not model.can_generate():
+        # The score is read at the last token that is no padding, which must not be the stop token.
+        has_own = tokenizer.pad_token_id != tokenizer.eos_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id if has_own else None
+        return
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from packhorse.data.content_key import file_hash
 from packhorse.data.data_manifest import read_data_manifest
-from packhorse.data.packs.store import PackStore, open_store
-from packhorse.data.packs.top_tokens import TopTokens, top_tokens_of
+from packhorse.data.packs.store import PackStore
+from packhorse.data.packs.top_tokens import top_tokens_of
 from packhorse.data.resolve import data_root
 from packhorse.model.attention import register_attention
 from packhorse.model.load import ModelRequest, load_model, open_model, weight_files
@@ -34,11 +34,11 @@ from packhorse.train.loading import place_streamed, place_whole
 from packhorse.train.objectives.token_loss import install_loss_head
 from packhorse.train.probe import probe_model
 from packhorse.train.setup import base_request
-from packhorse.train.teacher_pass import missing_blocks, teacher_pass
+from packhorse.train.teacher_pass import Passes, missing_blocks, teacher_pass
 
 
 def load_teacher(
-    plan: RunPlan, tokenizer: PreTrainedTokenizerBase, device: torch.device, pulse: Callable[[], None]
+    plan: RunPlan, tokenizer: PreTrainedTokenizerBase, device: torch.device, before_pass: Callable[[], None]
 ) -> nn.Module:
     """Load the teacher in the precision of the run, frozen, sharded over the ranks where the engine shards weights.
 
@@ -46,7 +46,7 @@ def load_teacher(
         plan: Plan of a run whose objective is distil.
         tokenizer: Tokenizer of the prepared data, which is the teacher's too.
         device: Device of this rank.
-        pulse: Called before each layer is loaded; an exception from it ends the loading.
+        before_pass: Called before each layer is loaded; an exception from it ends the loading.
 
     Raises:
         UserError: The teacher cannot be loaded, or its documents in a pack see each other.
@@ -56,13 +56,13 @@ def load_teacher(
     adapter = plan.teacher.adapter if plan.teacher is not None else None
     weights = open_model(request, len(tokenizer)) if adapter is None else None
     if weights is not None:
-        model = place_streamed(weights, _frozen, placement, FullMethod(), plan.recipe.seed, device, pulse)
+        model = place_streamed(weights, _frozen, placement, FullMethod(), plan.recipe.seed, device, before_pass)
     else:
         whole = load_model(placement.whole_first(request), len(tokenizer))
         if adapter is not None:
             merged: Any = with_adapter(whole, Path(expand(adapter)))
             whole = merged.merge_and_unload()
-        model = place_whole(whole, _frozen, placement, pulse)
+        model = place_whole(whole, _frozen, placement, before_pass)
     return model.requires_grad_(False).eval()
 
 
@@ -85,22 +85,23 @@ def _placement(plan: RunPlan, device: torch.device) -> Placement:
     return Fsdp2(make_mesh(plan.topology, device), plan.recipe.precision) if shards else Placement()
 
 
-Teacher = TopTokens | nn.Module
-"""What a distillation learns from: stored tokens, or a model that runs beside the student."""
-
-
-def ready_teacher(
-    plan: RunPlan, tokenizer: PreTrainedTokenizerBase, device: torch.device, pulse: Callable[[], None]
-) -> Teacher | None:
-    """Return the teacher of the run, before the student is loaded; None where the objective has none.
+def with_teacher(
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    stores: dict[str, PackStore],
+    before_pass: Callable[[], None],
+) -> tuple[dict[str, PackStore], nn.Module | None]:
+    """Return the stores with the teacher's stored tokens, or the teacher that runs beside the student; a collective.
 
     A teacher whose tokens are stored is loaded only where some are missing, and freed when a pass has stored them.
 
     Args:
-        plan: Plan of the run.
+        plan: Plan of the run; without a distillation, nothing is changed.
         tokenizer: Tokenizer of the prepared data.
         device: Device of this rank.
-        pulse: Called before each layer is loaded and before each forward pass.
+        stores: Packs by split.
+        before_pass: Called before each layer is loaded and before each forward pass.
 
     Raises:
         UserError: The teacher cannot be loaded, its documents in a pack see each other, or the disk refuses.
@@ -108,54 +109,54 @@ def ready_teacher(
     """
     section = plan.recipe.objective
     if not isinstance(section, DistilObjective):
-        return None
-    assert plan.data is not None
-    store = open_store(Path(plan.data.folder), "train")
+        return stores, None
     if section.top == "all":
-        return _proven(plan, tokenizer, device, store, pulse)
-    tokens, facts = _stored_tokens(plan, section, store, _request(plan, tokenizer, device))
+        return stores, _proven(plan, tokenizer, device, stores["train"], before_pass)
+    facts = _facts(plan, section, _request(plan, tokenizer, device))
+    manifest = read_data_manifest(stores["train"].folder.parent)
+    assert manifest is not None
     group = control_group()
-    missing = missing_blocks(tokens, group)
-    if missing:
-        teacher = _proven(plan, tokenizer, device, store, pulse)
-        if own_rank() == 0:
-            tokens.write_facts(facts)
-        micro_packs = plan.batch.micro_packs
-        teacher_pass(teacher, store, tokens, missing, section.temperature, micro_packs, device, pulse)
+    tokens = {split: top_tokens_of(store, facts, manifest.vocab_size) for split, store in stores.items()}
+    missing = {split: missing_blocks(each, group) for split, each in tokens.items()}
+    if any(missing.values()):
+        teacher = _proven(plan, tokenizer, device, stores["train"], before_pass)
+        for split, store in stores.items():
+            if own_rank() == 0:
+                tokens[split].write_facts()
+            passes = Passes(store, plan.batch.micro_packs, device, section.temperature, before_pass)
+            teacher_pass(teacher, tokens[split], missing[split], passes)
         if group is not None:
             dist.barrier(group)  # no rank reads before all have written
         del teacher
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return tokens
+    return {split: replace(store, teacher=tokens[split]) for split, store in stores.items()}, None
 
 
 def _proven(
-    plan: RunPlan, tokenizer: PreTrainedTokenizerBase, device: torch.device, store: PackStore, pulse: Callable[[], None]
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    store: PackStore,
+    before_pass: Callable[[], None],
 ) -> nn.Module:
-    teacher = load_teacher(plan, tokenizer, device, pulse)
+    """Load the teacher, and run the probe on it."""
+    teacher = load_teacher(plan, tokenizer, device, before_pass)
     probe_model(teacher, device, store, plan.recipe.precision)
     return teacher
 
 
-def _stored_tokens(
-    plan: RunPlan, section: DistilObjective, store: PackStore, request: ModelRequest
-) -> tuple[TopTokens, dict[str, Any]]:
-    """Return the stored tokens of the training packs, and what they depend on beside the packs."""
-    manifest = read_data_manifest(store.folder.parent)
-    assert manifest is not None
-    assert section.top != "all"
-    top = min(section.top, manifest.vocab_size)
-    facts = {
+def _facts(plan: RunPlan, section: DistilObjective, request: ModelRequest) -> dict[str, Any]:
+    """Return what the stored tokens depend on beside the packs; a collective."""
+    return {
         "teacher": request.source,
         "weights": _weights_hash(plan, request),
-        "top": top,
+        "top": section.top,
         "temperature": section.temperature,
         "precision": plan.recipe.precision,
         "attention": plan.chosen("model.attention"),
     }
-    return top_tokens_of(store, facts, top, manifest.vocab_size), facts
 
 
 def _weights_hash(plan: RunPlan, request: ModelRequest) -> str:

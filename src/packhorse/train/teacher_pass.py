@@ -6,7 +6,8 @@ Shapes: S supervised tokens of a micro-batch, G hidden width of the teacher, V v
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -41,30 +42,35 @@ def missing_blocks(tokens: TopTokens, group: dist.ProcessGroup | None) -> list[i
     return (found == 0).nonzero()[:, 0].tolist()
 
 
-def teacher_pass(
-    teacher: nn.Module,
-    store: PackStore,
-    tokens: TopTokens,
-    blocks: list[int],
-    temperature: float,
-    micro_packs: int,
-    device: torch.device,
-    before_pass: Callable[[], None],
-) -> None:
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes of a teacher over a split.
+
+    Attributes:
+        store: Packs of the split.
+        micro_packs: Packs in one forward pass.
+        device: Device of the teacher.
+        temperature: Temperature of the divergence.
+        before_pass: Called before each forward pass; an exception from it ends the passes.
+    """
+
+    store: PackStore
+    micro_packs: int
+    device: torch.device
+    temperature: float
+    before_pass: Callable[[], None]
+
+
+def teacher_pass(teacher: nn.Module, tokens: TopTokens, blocks: list[int], passes: Passes) -> None:
     """Store the teacher's most probable tokens in these blocks; each rank takes every n-th block.
 
-    Ranks without a block take empty micro-batches, because a sharded teacher needs all ranks in every forward pass. A
-    block has the same bits on any rank of any number of them.
+    Ranks without a block take empty micro-batches, because a sharded teacher needs all ranks in every forward pass.
 
     Args:
         teacher: Model with its loss head installed.
-        store: Packs of the split.
         tokens: Where they are stored.
-        blocks: Missing blocks, equal on every rank.
-        temperature: Temperature of the divergence.
-        micro_packs: Packs in one forward pass.
-        device: Device of the teacher.
-        before_pass: Called before each forward pass; an exception from it ends the pass, which a later call continues.
+        blocks: Missing blocks, equal on every rank; a later call continues what an exception has ended.
+        passes: How the teacher runs over the packs.
 
     Raises:
         UserError: The disk refuses a block.
@@ -73,9 +79,10 @@ def teacher_pass(
     for first in range(0, len(blocks), ranks):
         own = blocks[first + own_rank() : first + own_rank() + 1]
         packs = np.array(tokens.packs_of(own[0]) if own else (), np.int64)
+        # Equally many passes for every block.
         parts = [
-            _top_tokens(teacher, store, part, tokens, temperature, device)
-            for part in _passes(packs, micro_packs, before_pass)
+            _top_tokens(teacher, tokens, packs[at : at + passes.micro_packs], passes)
+            for at in range(0, BLOCK_PACKS, passes.micro_packs)
         ]
         if own:
             ids, log_probabilities = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -83,33 +90,23 @@ def teacher_pass(
                 tokens.write(own[0], ids, log_probabilities)
             except OSError as error:
                 raise disk_error(tokens.folder, error) from error
-        logging.info("teacher: %d of %d blocks", min(first + ranks, len(blocks)), len(blocks))
-
-
-def _passes(packs: Int64, micro_packs: int, before_pass: Callable[[], None]) -> Iterator[Int64]:
-    """Yield the packs of each forward pass, equally many passes for every block."""
-    for first in range(0, BLOCK_PACKS, micro_packs):
-        before_pass()
-        yield packs[first : first + micro_packs]
+        done = min(first + ranks, len(blocks))
+        logging.info("teacher, %s: %d of %d blocks of packs", passes.store.folder.name, done, len(blocks))
 
 
 def _top_tokens(
-    teacher: nn.Module,
-    store: PackStore,
-    packs: Int64,
-    tokens: TopTokens,
-    temperature: float,
-    device: torch.device,
+    teacher: nn.Module, tokens: TopTokens, packs: Int64, passes: Passes
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return ids and log-probabilities of the most probable tokens, [S, k] each."""
-    store.fetch(packs)
-    micro_batch = make_micro_batch(store, packs)
+    passes.before_pass()
+    passes.store.fetch(packs)
+    micro_batch = make_micro_batch(passes.store, packs)
     with torch.no_grad():
         top = head_loss(
             teacher,
-            model_inputs(micro_batch, device),
-            micro_batch.predicting.to(device),
-            partial(top_of_head, kept=tokens.top, vocab_size=tokens.vocab_size, temperature=temperature),
+            model_inputs(micro_batch, passes.device),
+            micro_batch.predicting.to(passes.device),
+            partial(top_of_head, kept=tokens.top, vocab_size=tokens.vocab_size, temperature=passes.temperature),
         )
     ids, log_probabilities = top.cpu().numpy()
     return ids.astype(np.int64), log_probabilities

@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -16,41 +15,36 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from packhorse.data.packs.store import open_store
-from packhorse.data.packs.top_tokens import TopTokens
 from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED, UserError
-from packhorse.model.parameters import count_parameters, trained_kinds
-from packhorse.model.sequence import SequenceGroup, join_sequence_group
+from packhorse.model.sequence import join_sequence_group
 from packhorse.plan.command import nvme_folder, with_local_nvme
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
 from packhorse.recipe.objectives import DistilObjective as DistilSection
 from packhorse.run_folder.status import State
-from packhorse.track.meter import Figures, Meter, evaluation_figures
+from packhorse.track.meter import Figures, Meter
 from packhorse.train.checkpoint.checkpoints import Checkpoints
 from packhorse.train.checkpoint.resume_point import checkpoint_to_resume, newest_state
 from packhorse.train.checkpoint.weights import publish_result
 from packhorse.train.compilation import watch_compilation
-from packhorse.train.engine.engine import Engine, start_accelerator, start_engine
-from packhorse.train.engine.joint_optimizer import InBackwardOptimizer
-from packhorse.train.engine.optimizer import make_optimizer
+from packhorse.train.engine.engine import start_accelerator
 from packhorse.train.engine.precision import set_matmul_precision, use_deterministic_kernels
 from packhorse.train.engine.process_group import GROUP_TIMEOUT, own_rank
 from packhorse.train.guard.memory_error import is_out_of_memory, memory_error
 from packhorse.train.guard.step_guard import StepGuard
 from packhorse.train.loop import TrainingRun, train
-from packhorse.train.objectives.distil import DistilObjective
-from packhorse.train.objectives.objective import Objective, TokenObjective
+from packhorse.train.objectives.distil import distil_objectives
+from packhorse.train.objectives.preference import make_objective
 from packhorse.train.probe import probe
 from packhorse.train.profiling import step_profiler
 from packhorse.train.ranks.agreement import Agreement, remove_stop_request
 from packhorse.train.ranks.attempt import AnotherAttempt, Attempt, open_attempt
 from packhorse.train.ranks.signals import Stopped, StopRequest
 from packhorse.train.reporter import Reporter, write_run_status
-from packhorse.train.setup import step_loader, training_model
+from packhorse.train.setup import step_loader
+from packhorse.train.start import Loaded, Start
 from packhorse.train.state import TrainState
-from packhorse.train.teacher import Teacher, ready_teacher
-from packhorse.train.validation import validation_loss
+from packhorse.train.validation import validate
 
 
 def run_worker(plan_file: Path, signals: StopRequest) -> int:
@@ -114,21 +108,18 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
     if rank == 0:
         write_run_status(plan, "starting", state, attempt.number)
     tokenizer = tokenizer_of(plan.recipe, Path(_data(plan).tokenizer))
-    teacher = ready_teacher(plan, tokenizer, accelerator.device, attempt.still_with_teacher)
-    model = training_model(plan, tokenizer, accelerator.device, checkpoint, attempt.still_loading)
-    count = count_parameters(model)
-    logging.info("trained: %s", "; ".join(str(kind) for kind in trained_kinds(model)))
-    optimizer = make_optimizer(model, plan.recipe)
-    engine = start_engine(accelerator, plan, model, optimizer)
-    if isinstance(optimizer, InBackwardOptimizer):
-        optimizer.step_in_backward()
+    agreement = Agreement(attempt.signals, Path(plan.run_folder), is_main=rank == 0)
+    sequence = join_sequence_group(plan.topology.sequence, GROUP_TIMEOUT)
+    start = Start(plan, attempt, accelerator, tokenizer, agreement, sequence, rank)
+    loaded = start.load(checkpoint)
+    engine, count = loaded.engine, loaded.count
     # --- training -----------------------------------------------------------------------------
     with ExitStack() as lifetimes:
         reporter = Reporter(plan, state, attempt.number, is_main=rank == 0)
         lifetimes.callback(reporter.close)
         if plan.compiles_layers:
             lifetimes.callback(watch_compilation(attempt.pulse))
-        run = _assemble(plan, engine, teacher, state, attempt, reporter, rank)
+        run = _assemble(start, loaded, state, reporter)
         lifetimes.callback(run.loader.close)
         profiler = step_profiler(plan, rank, engine.device)
         if profiler is not None:
@@ -136,7 +127,7 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
         if checkpoint:
             run.checkpoints.load_optimizer(checkpoint)
         sizes: Figures = {"model/num_parameters": count.total, "model/num_trainable": count.trainable}
-        _measure_before(run, state, sizes)
+        _measure_before(run, loaded, start, state, sizes)
         state = train(run, state)
         if profiler is not None:
             profiler.close()
@@ -150,45 +141,32 @@ def _work(plan: RunPlan, attempt: Attempt) -> int:
     return code
 
 
-def _assemble(
-    plan: RunPlan,
-    engine: Engine,
-    teacher: Teacher | None,
-    state: TrainState,
-    attempt: Attempt,
-    reporter: Reporter,
-    rank: int,
-) -> TrainingRun:
-    agreement = Agreement(attempt.signals, Path(plan.run_folder), is_main=rank == 0)
-    sequence = join_sequence_group(plan.topology.sequence, GROUP_TIMEOUT)
-    stored = teacher if isinstance(teacher, TopTokens) else None
-    loader = step_loader(plan, rank, pinned=engine.device.type == "cuda", teacher=stored)
-    objective = _objective(plan, teacher)
-    checkpoints = Checkpoints(plan, engine, rank == 0, partial(attempt.pulse.phase, "save"))
+def _assemble(start: Start, loaded: Loaded, state: TrainState, reporter: Reporter) -> TrainingRun:
+    plan, engine, rank, pulse = start.plan, loaded.engine, start.rank, start.attempt.pulse
+    loader = step_loader(plan, rank, pinned=engine.device.type == "cuda", store=loaded.stores["train"])
+    checkpoints = Checkpoints(plan, engine, rank == 0, partial(pulse.phase, "save"))
+    objective = evaluated = make_objective(plan.recipe.objective)
+    if isinstance(plan.recipe.objective, DistilSection):
+        objective, evaluated = distil_objectives(plan.recipe.objective, loaded.teacher)
+    evaluate = None
+    if "validation" in loaded.stores:
+        passes = start.passes(engine, loaded.stores["validation"])
+        evaluate = partial(validate, engine, evaluated, passes, start.sequence)
     return TrainingRun(
         plan=plan,
         engine=engine,
         loader=loader,
         objective=objective,
-        sequence=sequence,
+        sequence=start.sequence,
         meter=Meter(state.num_supervised_tokens, state.elapsed_seconds, utilisation=partial(_utilisation, plan)),
         checkpoints=checkpoints,
-        agreement=agreement,
-        guard=StepGuard(plan, engine, loader, objective, sequence, rank == 0, checkpoints.finish),
-        pulse=attempt.pulse,
-        evaluate=None
-        if plan.is_trial
-        else _evaluation(plan, engine, rank, sequence, partial(agreement.raise_if_stopped, engine)),
+        agreement=start.agreement,
+        guard=StepGuard(plan, engine, loader, objective, start.sequence, rank == 0, checkpoints.finish),
+        pulse=pulse,
+        evaluate=evaluate,
         reporter=reporter,
         rank=rank,
     )
-
-
-def _objective(plan: RunPlan, teacher: Teacher | None) -> Objective:
-    section = plan.recipe.objective
-    if isinstance(section, DistilSection):
-        return DistilObjective(section, None if isinstance(teacher, TopTokens) else teacher)
-    return TokenObjective()
 
 
 def _utilisation(plan: RunPlan, tokens_per_second: float) -> Figures:
@@ -197,28 +175,16 @@ def _utilisation(plan: RunPlan, tokens_per_second: float) -> Figures:
     return flops.utilisation(tokens_per_second / plan.topology.world_size) if flops is not None else {}
 
 
-def _evaluation(
-    plan: RunPlan, engine: Engine, rank: int, sequence: SequenceGroup | None, before_pass: Callable[[], None]
-) -> Callable[[], float] | None:
-    try:
-        store = open_store(Path(_data(plan).folder), "validation")
-    except FileNotFoundError:
-        return None
-    ranks, micro = plan.topology.data_ranks, plan.batch.micro_packs
-    data_rank = rank // plan.topology.sequence
-    return partial(validation_loss, engine, store, micro, data_rank, ranks, sequence, before_pass)
-
-
-def _measure_before(run: TrainingRun, state: TrainState, sizes: Figures) -> None:
+def _measure_before(run: TrainingRun, loaded: Loaded, start: Start, state: TrainState, sizes: Figures) -> None:
     """Prove that packing changes no loss, and measure the validation loss before the first step."""
-    store = open_store(Path(_data(run.plan).folder), "train")
+    store = loaded.stores["train"]
     run.agreement.raise_if_stopped(run.engine)
     plan = run.plan
     report = probe(run.engine, store, plan.recipe.precision, run.sequence, plan.compiles_layers)
     figures = sizes | report.figures()
     if state.step == 0 and run.evaluate:
         run.pulse.phase("evaluate", 0)
-        figures |= evaluation_figures(run.evaluate())
+        figures |= run.evaluate()
     run.reporter.begin(state, figures)
 
 

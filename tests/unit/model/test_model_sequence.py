@@ -25,9 +25,10 @@ from packhorse.errors import UserError
 from packhorse.model.attention import Documents, register_attention
 from packhorse.model.sequence import SequenceGroup, join_sequence_group, to_whole_documents
 from packhorse.train.objectives.forward import micro_batch_loss
+from packhorse.train.objectives.objective import TokenObjective
 from packhorse.train.objectives.token_loss import install_loss_head
 from packhorse.train.probe import ProbeReport, probe
-from packhorse.train.validation import validation_loss
+from packhorse.train.validation import StorePasses, validate
 from prepared import write_prepared
 
 RANKS = 2
@@ -137,7 +138,8 @@ def validated(folder: str, sequence: SequenceGroup) -> float:
         sum_over_ranks=lambda values: [sequence.sum(torch.tensor(value, dtype=torch.float64)) for value in values],
     )
     store = open_store(Path(folder) / "data", "train")
-    return validation_loss(engine, store, 1, 0, 1, sequence, lambda: None)
+    passes = StorePasses(store, 1, 0, 1, lambda: None)
+    return validate(engine, TokenObjective(), passes, sequence)["evaluation/loss"]
 
 
 def refusal(sequence: SequenceGroup) -> str:

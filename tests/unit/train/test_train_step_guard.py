@@ -28,6 +28,7 @@ from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.skipped_steps import read_skipped_steps, write_skipped_steps
 from packhorse.train.engine.engine import Engine
 from packhorse.train.guard.step_guard import StepDecision, StepGuard, StepResult, scaled_loss, spike_score
+from packhorse.train.objectives.objective import TokenObjective
 from packhorse.train.ranks.attempt import AnotherAttempt
 from prepared import write_prepared
 from tiny import TINY
@@ -68,7 +69,7 @@ def planned(folder: Path, **recovery: Any) -> RunPlan:
 
 
 def watch(folder: Path, engine: Engine, loader: PackLoader, **recovery: Any) -> StepGuard:
-    return StepGuard(planned(folder, **recovery), engine, loader, None, True, lambda: None)
+    return StepGuard(planned(folder, **recovery), engine, loader, TokenObjective(), None, True, lambda: None)
 
 
 def step(loader: PackLoader, number: int, loss: float, norm: float = 1.0, bad_ranks: int = 0) -> StepResult:
@@ -166,7 +167,7 @@ def test_ranks_that_do_not_agree_on_a_gradient_end_the_run(tmp_path: Path, engin
     engine.step_was_refused = True
     plan = planned(tmp_path, on_nonfinite="skip")
     two = plan.topology.model_copy(update={"processes_per_node": 2})
-    guard = StepGuard(plan, engine, loader, None, True, lambda: None)
+    guard = StepGuard(plan, engine, loader, TokenObjective(), None, True, lambda: None)
     guard._plan = plan.model_copy(update={"topology": two})
     decision = guard.judge(step(loader, 3, 2.0, math.nan, bad_ranks=1), [])
     assert "1 of 2 ranks have skipped it, the others have stepped" in str(decision.ends)

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from packhorse.data.packs.batches import NULL_PACK, BatchPlan
-from packhorse.data.packs.store import Ids, Mask, PackStore
-from packhorse.data.packs.top_tokens import TopTokens
+from packhorse.data.packs.store import Ids, Int64, Mask, PackStore
 
 IGNORED_LABEL: Final = -100
 PAD_TOKEN: Final = 0
@@ -37,6 +36,9 @@ class MicroBatch:
         cu_seq_lens: int32 [D + 1], start of each document and end of the last.
         max_length: Length of the longest document.
         document_lengths: D lengths on the host, so that attention on the CPU reads no tensor.
+        document_of: int64 [S], which of the documents each target belongs to.
+        documents: int64 [D], indices in the store; without documents that only fill a row.
+        values: float64 [D, m], numbers of each document, in columns with the names of `value_names`; None without such.
         num_parts: Number of ranks that share the documents; each holds an equal part of the tokens.
         teacher_ids: int64 [S, k], the teacher's most probable next tokens; None without a stored teacher.
         teacher_logps: fp16 [S, k], their log-probabilities.
@@ -49,6 +51,10 @@ class MicroBatch:
     cu_seq_lens: torch.Tensor
     max_length: int
     document_lengths: tuple[int, ...]
+    document_of: torch.Tensor
+    documents: torch.Tensor
+    values: torch.Tensor | None = None
+    value_names: tuple[str, ...] = ()
     num_parts: int = 1
     teacher_ids: torch.Tensor | None = None
     teacher_logps: torch.Tensor | None = None
@@ -67,7 +73,7 @@ class MicroBatch:
 
     def pinned(self) -> MicroBatch:
         """Return the micro-batch in pinned memory, from which a GPU copies without waiting."""
-        names = ["input_ids", "position_ids", "predicting", "targets", "cu_seq_lens"]
+        names = ["input_ids", "position_ids", "predicting", "targets", "cu_seq_lens", "document_of"]
         if self.teacher_ids is not None:
             names += ["teacher_ids", "teacher_logps"]
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
@@ -82,14 +88,17 @@ class StepBatch:
         num_supervised_tokens: Labels of the whole step that are not -100, over all ranks.
         num_tokens: Tokens of the whole step, over all ranks.
         num_slots: Capacity of the step's packs in tokens: packs × T, without null packs.
+        num_units: Units of the whole step: supervised tokens, or rows where they have two documents.
+        divisor: Divisor of the sum of unit losses: supervised tokens of the step, or the epoch's mean rows per step, so
+            that each pair weighs the same.
     """
 
     micro_batches: list[MicroBatch]
     num_supervised_tokens: int
     num_tokens: int
     num_slots: int
-    num_units: int = 0
-    divisor: float = 0.0
+    num_units: int
+    divisor: float
 
 
 class PackLoader:
@@ -109,16 +118,15 @@ class PackLoader:
         device_pin: bool,
         part: int = 0,
         num_parts: int = 1,
-        teacher: TopTokens | None = None,
     ) -> None:
         self._store = store
-        self._teacher = teacher
         self._batch_plan = batch_plan
         self._rank = rank
         self._world_size = world_size
         self._accumulation_steps = accumulation_steps
         self._device_pin = device_pin
         self._part, self._num_parts = part, num_parts
+        self._mean_units = store.num_units / batch_plan.num_steps_per_epoch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-loader")
         self._ahead: dict[int, Future[StepBatch]] = {}
 
@@ -150,34 +158,49 @@ class PackLoader:
         shares = self._batch_plan.share(k, self._world_size, self._accumulation_steps)
         packs = shares[shares != NULL_PACK]
         mine = shares[self._rank]
+        num_units = int(self._store.pack_units[packs].sum())
         self._store.fetch(mine[mine != NULL_PACK])
         return StepBatch(
             micro_batches=[self._micro_batch(packs_of) for packs_of in mine],
             num_supervised_tokens=int(self._store.pack_labels[packs].sum()),
             num_tokens=int(self._store.pack_tokens[packs].sum()),
             num_slots=len(packs) * self._store.length_tokens,
-            num_units=int(self._store.pack_labels[packs].sum()),
-            divisor=int(self._store.pack_labels[packs].sum()),
+            num_units=num_units,
+            divisor=num_units if self._store.documents_per_row == 1 else self._mean_units,
         )
 
     def _micro_batch(self, packs: NDArray[np.int64]) -> MicroBatch:
-        own = packs[packs != NULL_PACK]
-        whole = make_micro_batch(self._store, own, self._device_pin and self._teacher is None)
-        if self._teacher is not None:
-            ids, log_probabilities = (torch.from_numpy(array) for array in self._teacher.read(own))
-            whole = replace(whole, teacher_ids=ids, teacher_logps=log_probabilities)
-        elif self._num_parts == 1:
+        whole = make_micro_batch(self._store, packs[packs != NULL_PACK], self._device_pin)
+        if self._num_parts == 1:
             return whole
-        part = part_of_row(whole, self._part, self._num_parts) if self._num_parts > 1 else whole
+        part = part_of_row(whole, self._part, self._num_parts)
         return part.pinned() if self._device_pin else part
 
 
 def make_micro_batch(store: PackStore, packs: NDArray[np.int64], pinned: bool = False) -> MicroBatch:
     """Lay the documents of these packs end to end; without packs, two tokens that train nothing."""
-    documents = [store.document(index) for pack in packs.tolist() for index in store.documents_of(pack).tolist()]
+    indices = np.concatenate([store.packs[:0], *(store.documents_of(pack) for pack in packs.tolist())])
+    batch = lay_out_documents(store, indices, pinned)
+    if store.teacher is None:
+        return batch
+    tokens = [torch.from_numpy(values) for values in store.teacher.read(packs)]
+    ids, log_probabilities = (values.pin_memory() if pinned else values for values in tokens)
+    return replace(batch, teacher_ids=ids, teacher_logps=log_probabilities)
+
+
+def lay_out_documents(store: PackStore, indices: Int64, pinned: bool = False) -> MicroBatch:
+    """Lay documents of a store end to end, with their values; without documents, two tokens that train nothing."""
+    documents = [store.document(index) for index in indices.tolist()]
     if not documents:
         documents = [(np.full(PAD_LENGTH, PAD_TOKEN, np.uint16), np.zeros(PAD_LENGTH, np.uint8))]
-    return lay_out([ids for ids, _ in documents], [mask for _, mask in documents], pinned)
+    batch = lay_out([ids for ids, _ in documents], [mask for _, mask in documents], pinned)
+    values = np.stack([values[indices] for values in store.values.values()], axis=1) if store.values else None
+    return replace(
+        batch,
+        documents=torch.from_numpy(indices.copy()),
+        values=torch.from_numpy(values) if values is not None else None,
+        value_names=tuple(store.values),
+    )
 
 
 def lay_out(ids: Sequence[Ids], supervised: Sequence[Mask], pinned: bool = False) -> MicroBatch:
@@ -197,13 +220,14 @@ def lay_out(ids: Sequence[Ids], supervised: Sequence[Mask], pinned: bool = False
     trained[starts] = 0
     chosen = np.flatnonzero(trained)
     # One buffer for everything that goes to the device, filled in place: the only copy between file and device.
-    buffer = torch.empty(2 * (len(trained) + len(chosen)), dtype=torch.int64, pin_memory=pinned)
-    parts = torch.split(buffer, [len(trained), len(trained), len(chosen), len(chosen)])
-    input_ids, position_ids, predicting, targets = (part.numpy() for part in parts)
+    buffer = torch.empty(2 * len(trained) + 3 * len(chosen), dtype=torch.int64, pin_memory=pinned)
+    parts = torch.split(buffer, [len(trained), len(trained), len(chosen), len(chosen), len(chosen)])
+    input_ids, position_ids, predicting, targets, document_of = (part.numpy() for part in parts)
     np.concatenate(ids, out=input_ids)
     np.subtract(np.arange(len(trained)), np.repeat(starts, lengths), out=position_ids)
     np.subtract(chosen, 1, out=predicting)
     np.take(input_ids, chosen, out=targets, mode="clip")
+    np.subtract(np.searchsorted(cu_seq_lens.numpy(), chosen, "right"), 1, out=document_of)
     return MicroBatch(
         input_ids=parts[0][None],
         position_ids=parts[1][None],
@@ -212,6 +236,8 @@ def lay_out(ids: Sequence[Ids], supervised: Sequence[Mask], pinned: bool = False
         cu_seq_lens=cu_seq_lens,
         max_length=int(lengths.max()),
         document_lengths=tuple(lengths.tolist()),
+        document_of=parts[4],
+        documents=torch.arange(len(ids)),
     )
 
 
@@ -231,6 +257,7 @@ def part_of_row(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         position_ids=row.position_ids[:, first:end],
         predicting=row.predicting[low:high] - first,
         targets=row.targets[low:high],
+        document_of=row.document_of[low:high],
         teacher_ids=None if row.teacher_ids is None else row.teacher_ids[low:high],
         teacher_logps=None if row.teacher_logps is None else row.teacher_logps[low:high],
         num_parts=size,

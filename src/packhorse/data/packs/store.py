@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from mmap import ACCESS_READ, MADV_WILLNEED, PAGESIZE, mmap
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,14 @@ def write_split(
     )
 
 
+class TeacherTokens(Protocol):
+    """A teacher's most probable tokens at each supervised token of a split (`top_tokens.py`)."""
+
+    def read(self, packs: Int64) -> tuple[Int64, NDArray[np.float16]]:
+        """Return ids and log-probabilities [S, k] at the supervised tokens of these packs, in the loader's order."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class PackStore:
     """A memory-mapped split: opening ten million rows costs as much as opening ten.
@@ -113,6 +121,9 @@ class PackStore:
         pack_figures: int64 [3, P]: tokens, labels that are not -100, sum of squared document lengths.
         length_tokens: T.
         in_order: Whether packs are trained on in their order, for a curriculum.
+        documents_per_row: Documents of a row, which follow each other in a pack.
+        values: float64 [D] by name: numbers of each document beside its tokens, such as `verdict`.
+        teacher: The teacher's tokens at each supervised token; None without a stored teacher.
         pages: Mappings behind `tokens` and `supervised`.
     """
 
@@ -125,7 +136,10 @@ class PackStore:
     pack_figures: Int64 = field(repr=False)
     length_tokens: int
     in_order: bool
+    documents_per_row: int
     pages: tuple[mmap, mmap] = field(repr=False)
+    values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    teacher: TeacherTokens | None = field(default=None, repr=False)
 
     @property
     def num_packs(self) -> int:
@@ -151,6 +165,18 @@ class PackStore:
     def pack_costs(self) -> Int64:
         """int64 [P], cost of attention: sum of squared document lengths."""
         return np.asarray(self.pack_figures[2])
+
+    @property
+    def pack_units(self) -> Int64:
+        """int64 [P], units of each pack: rows where they have two documents, else labels that are not -100."""
+        if self.documents_per_row == 1:
+            return self.pack_labels
+        return np.diff(self.pack_offsets) // self.documents_per_row
+
+    @property
+    def num_units(self) -> int:
+        """Units of the split."""
+        return int(self.pack_units.sum())
 
     def documents_of(self, pack: int) -> Int64:
         """Return the indices of the documents in a pack."""
@@ -209,6 +235,8 @@ def open_store(folder: Path, split: str, unsealed: bool = False) -> PackStore:
         pack_figures=_mapped(here / PACK_FIGURES_FILE),
         length_tokens=manifest.length_tokens,
         in_order=split == "train" and manifest.packing == "in_order",
+        documents_per_row=manifest.documents_per_row,
+        values={file.stem: np.asarray(_mapped(file), np.float64) for file in sorted((here / "values").glob("*.npy"))},
         pages=(tokens, supervised),
     )
 

@@ -40,13 +40,15 @@ class TopTokens:
     """Stored tokens of one split for one teacher.
 
     Attributes:
-        folder: Folder of these facts.
+        folder: Folder of the blocks.
+        facts: What the tokens depend on: JSON values, with the number of kept tokens as `top`.
         pack_labels: int64 [P], supervised tokens of each pack.
         top: Tokens that are kept at each supervised token (k).
         vocab_size: Highest token id + 1.
     """
 
     folder: Path
+    facts: dict[str, Any]
     pack_labels: Int64
     top: int
     vocab_size: int
@@ -71,10 +73,10 @@ class TopTokens:
             return False
         return (self._file(block).stat().st_size, found) == (record.bytes, record.sha256)
 
-    def write_facts(self, facts: dict[str, Any]) -> None:
+    def write_facts(self) -> None:
         """Write what the tokens depend on, for the reader."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / FACTS_FILE, json.dumps(facts, indent=2) + "\n", writer=f".{os.getpid()}")
+        replace_file(self.folder / FACTS_FILE, json.dumps(self.facts, indent=2) + "\n", writer=f".{os.getpid()}")
 
     def write(self, block: int, ids: NDArray[np.integer[Any]], log_probabilities: NDArray[np.floating[Any]]) -> None:
         """Store a block, [S, k] each; on disk when this returns.
@@ -126,11 +128,11 @@ class TopTokens:
         return self._file(block).with_suffix(".json")
 
 
-def top_tokens_of(store: PackStore, facts: dict[str, Any], top: int, vocab_size: int) -> TopTokens:
+def top_tokens_of(store: PackStore, facts: dict[str, Any], vocab_size: int) -> TopTokens:
     """Return the stored tokens of a split with these facts, of which any number of blocks may exist."""
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = store.folder.parent / TEACHER_FOLDER / f"{store.folder.name}-{key}"
-    return TopTokens(folder, store.pack_labels, top, vocab_size)
+    return TopTokens(folder, facts, store.pack_labels, min(facts["top"], vocab_size), vocab_size)
 
 
 def num_bytes_of(num_supervised_tokens: int, top: int, vocab_size: int) -> int:

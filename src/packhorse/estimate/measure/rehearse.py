@@ -213,7 +213,7 @@ def _batch(plan: RunPlan, rank: int) -> StepBatch:
 
 def _train(engine: Engine, batch: StepBatch, sequence: SequenceGroup | None) -> int:
     """Run all passes of a step as the step loop does; return the bytes of the gradients before the update."""
-    factor, count = engine.gradient_factor / batch.num_supervised_tokens, len(batch.micro_batches)
+    factor, count = engine.gradient_factor / batch.divisor, len(batch.micro_batches)
     gradients = 0
     for index, micro_batch in enumerate(batch.micro_batches, start=1):
         with engine.micro_step(is_last=index == count):

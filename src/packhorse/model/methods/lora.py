@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from packhorse.model.methods.attach import Start
 from packhorse.model.parameters import names_of_model
+from packhorse.model.units import score_name
 from packhorse.model_spec.method_names import (
     ModelNames,
     check_method,
@@ -52,7 +53,8 @@ def attach(model: Any, method: LoraMethod | QloraMethod, start: Start) -> nn.Mod
     names = names_of_model(model)
     check_method(method, names)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        # peft then also trains the score head whole.
+        task_type="CAUSAL_LM" if score_name(model) is None else "SEQ_CLS",
         r=method.rank,
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,

@@ -187,6 +187,14 @@ class Engine:
         dist.all_reduce(tensor, group=self.control)
         return [float(value) for value in tensor.tolist()]
 
+    def free(self) -> None:
+        """Free model and optimizer, so that another engine can be started; this one is of no use afterwards."""
+        if self.is_deepspeed:
+            self.model.destroy()  # type: ignore[operator]
+        self.model = nn.Module()
+        self.optimizer = None  # type: ignore[assignment]
+        self.accelerator.free_memory()
+
     def close(self) -> None:
         """Destroy the process group; without it FSDP2 on gloo sometimes aborts at exit."""
         if dist.is_initialized():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -30,12 +30,12 @@ class DistilObjective(OfMicroBatch):
     """Divergence from the teacher at each supervised token, and cross-entropy with `sft_weight`.
 
     Attributes:
-        section: The recipe's `objective`.
+        loss: Divergence and its share of the loss.
         teacher: Teacher that runs beside the student, with its loss head installed; None where micro-batches hold its
             most probable tokens.
     """
 
-    section: DistilSection
+    loss: DistilLoss
     teacher: nn.Module | None
 
     def __call__(
@@ -47,10 +47,10 @@ class DistilObjective(OfMicroBatch):
             own = part_of_row(own, sequence.rank, sequence.size)
         inputs, positions = model_inputs(own, device, sequence), own.predicting.to(device, non_blocking=True)
         labels = own.targets.to(device, non_blocking=True)
-        loss = DistilLoss(self.section.divergence, self.section.temperature, self.section.sft_weight)
 
         def student(teacher: Teacher) -> Tensor:
-            return head_loss(model, inputs, positions, partial(distil_sums, labels=labels, teacher=teacher, loss=loss))
+            sums = partial(distil_sums, labels=labels, teacher=teacher, loss=self.loss)
+            return head_loss(model, inputs, positions, sums)
 
         if self.teacher is None:
             assert own.teacher_ids is not None
@@ -70,3 +70,12 @@ class DistilObjective(OfMicroBatch):
         number = torch.full_like(sums[0].detach(), len(labels))
         figures = {name: torch.stack([sums[index].detach(), number]) for index, name in enumerate(FIGURES, start=1)}
         return MicroBatchLoss(sums[0].float(), figures)
+
+
+def distil_objectives(section: DistilSection, teacher: nn.Module | None) -> tuple[DistilObjective, DistilObjective]:
+    """Return the objective of training, and that of evaluation.
+
+    The loss of evaluation is cross-entropy, as that of other runs; the divergence is one of its figures.
+    """
+    loss = DistilLoss(section.divergence, section.temperature, section.sft_weight)
+    return DistilObjective(loss, teacher), DistilObjective(replace(loss, weight=0.0, sft_weight=1.0), teacher)

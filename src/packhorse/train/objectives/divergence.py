@@ -5,7 +5,7 @@ student, U tokens that both models have, k tokens that were kept of the teacher.
 
     p, q       softmax(logits / temperature) of teacher and student
     forward    KL(p || q)        reverse    KL(q || p)        jsd    (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2
-    loss       temperature² x divergence + sft_weight x cross-entropy, summed over tokens
+    loss       weight x temperature² x divergence + sft_weight x cross-entropy, summed over tokens
 
 Gradients with respect to logits shrink with temperature², which the factor undoes (Hinton et al. 2015, arXiv
 1503.02531, section 2). The vocabularies of a model family may be padded to different sizes; the last ids, which no
@@ -48,6 +48,7 @@ class DistilLoss:
     divergence: Divergence = "forward"
     temperature: float = 1.0
     sft_weight: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,8 +210,8 @@ class ChunkedDivergence(torch.autograd.Function):
 def _chunk(logits: Tensor, labels: Tensor, teacher: Teacher, chunk: slice, loss: DistilLoss) -> tuple[Tensor, Tensor]:
     """Return loss and figures, [5, c], and the derivative of the loss with respect to the logits, [c, V]."""
     figures, gradient = teacher.compare((logits / loss.temperature).log_softmax(-1), chunk, loss)
-    losses = figures[0] * loss.temperature**2
-    gradient *= loss.temperature
+    losses = figures[0] * loss.weight * loss.temperature**2
+    gradient *= loss.weight * loss.temperature
     if loss.sft_weight:
         log_probabilities = logits.log_softmax(-1)
         here = labels[:, None]

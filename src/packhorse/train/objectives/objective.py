@@ -2,8 +2,8 @@
 
     loss of a step = sum of unit losses over all ranks and micro-batches / divisor of the step
 
-A unit is a supervised token (sft), a preference pair or an answer. The documents of a pair lie in one pack, so each
-unit is complete in one micro-batch.
+A unit is a supervised token (sft), a preference pair or an answer. The documents of a pair lie in the same pack, so
+each unit is complete in one micro-batch.
 """
 
 from __future__ import annotations

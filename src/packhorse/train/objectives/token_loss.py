@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 
-from packhorse.errors import UserError
+from packhorse.model.units import score_name
 
 # Rows of logits in memory at once. Measured: 256 to 1,024 are equally fast, and 512 x 151,936 in fp32 is 311 MB.
 CHUNK_TOKENS: Final = 512
@@ -98,23 +98,12 @@ def install_loss_head(model: nn.Module) -> None:
         head.token_adapter.forward = MethodType(_merged_forward, head.token_adapter)
         return
     forward = _head_forward
-    if head is None:
-        head, forward = model.get_submodule(score_name(model)), _score_forward
+    score = score_name(model)
+    if score is not None:
+        head, forward = model.get_submodule(score), _score_forward
     copies = head.modules_to_save.values() if hasattr(head, "modules_to_save") else ()
     for module in (getattr(head, "original_module", head), *copies):
         module.forward = MethodType(forward, module)
-
-
-def score_name(model: nn.Module) -> str:
-    """Return the name of the head of a reward model, which maps hidden states to one number."""
-    names = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] == "score"]
-    if not names:
-        raise UserError(
-            f"{type(model).__name__} has no output head, neither for tokens nor for scores.",
-            "the loss is computed in the head, where its weights are whole.",
-            "choose a decoder-only language model (Llama, Qwen, Mistral, Phi).",
-        )
-    return names[0]
 
 
 def _head_forward(self: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401

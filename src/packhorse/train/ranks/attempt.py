@@ -89,13 +89,13 @@ class Attempt:
         self.pulse.phase("load")
         self.signals.raise_if_requested()
 
-    def still_with_teacher(self) -> None:
-        """Renew the heartbeat while the teacher of a distillation is loaded, or runs before training.
+    def still_before_training(self) -> None:
+        """Renew the heartbeat while a model runs over the data before training.
 
         Raises:
             Stopped: This process was requested to stop.
         """
-        self.pulse.phase("teacher")
+        self.pulse.phase("prior")
         self.signals.raise_if_requested()
 
     def watch_others(self, world_size: int, hang_seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from packhorse.data.packs.top_tokens import BLOCK_PACKS, TopTokens, num_bytes_of
 from prepared import write_prepared
 
 TOP = 3
-FACTS = {"teacher": "t"}
+FACTS = {"teacher": "t", "top": TOP}
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def store(tmp_path: Path) -> PackStore:
 
 def written(store: PackStore, vocab_size: int = 512) -> TopTokens:
     """Each supervised token, numbered over the packs, has ids n, n + 1, n + 2 and log-probabilities -n/64 - 0, 1, 2."""
-    tokens = top_tokens_of(store, FACTS, TOP, vocab_size)
+    tokens = top_tokens_of(store, FACTS, vocab_size)
     first = 0
     for block in range(tokens.num_blocks):
         packs = tokens.packs_of(block)
@@ -43,7 +44,7 @@ def written(store: PackStore, vocab_size: int = 512) -> TopTokens:
 
 def test_each_pack_has_its_own_tokens(store: PackStore) -> None:
     written(store)
-    tokens = top_tokens_of(store, FACTS, TOP, 512)
+    tokens = top_tokens_of(store, FACTS, 512)
     starts = np.concatenate([[0], np.cumsum(store.pack_labels)])
     for packs in ([0], [BLOCK_PACKS], [BLOCK_PACKS + 3, 2], []):
         ids, log_probabilities = tokens.read(np.array(packs, np.int64))
@@ -56,7 +57,7 @@ def test_each_pack_has_its_own_tokens(store: PackStore) -> None:
 
 
 def test_wide_vocabularies_keep_their_ids(store: PackStore) -> None:
-    tokens = top_tokens_of(store, FACTS, 1, 151_936)
+    tokens = top_tokens_of(store, {"top": 1}, 151_936)
     count = int(store.pack_labels[:BLOCK_PACKS].sum())
     tokens.write(0, np.full((count, 1), 151_935), np.zeros((count, 1)))
     assert (tokens.read(np.array([3]))[0] == 151_935).all()
@@ -86,7 +87,7 @@ def test_a_damaged_block_is_found_and_others_are_kept(store: PackStore, damage: 
 
 def test_other_facts_have_other_tokens(store: PackStore) -> None:
     written(store)
-    assert not top_tokens_of(store, {"teacher": "u"}, TOP, 512).is_intact(0)
+    assert not top_tokens_of(store, {**FACTS, "teacher": "u"}, 512).is_intact(0)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2])
@@ -96,7 +97,7 @@ def test_the_loader_gives_each_supervised_token_its_own(store: PackStore, num_pa
     batches = BatchPlan(store.pack_costs, 4, 0)
     found = []
     for part in range(num_parts):
-        loader = PackLoader(store, batches, 0, 1, 2, False, part, num_parts, teacher=tokens)
+        loader = PackLoader(replace(store, teacher=tokens), batches, 0, 1, 2, False, part, num_parts)
         found.append([each.teacher_ids for each in loader.step(0).micro_batches])
         loader.close()
     for number, packs in enumerate(batches.share(0, 1, 2)[0].tolist()):

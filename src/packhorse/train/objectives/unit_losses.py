@@ -1,7 +1,7 @@
-"""Losses of preference pairs, as functions of the log-probability of each answer.
+"""Losses of preference objectives, as functions of the log-probability or the score of each answer.
 
-Shapes: U pairs. Every tensor is float64 [U], every loss is one number per pair. The sign of a margin is that of "the
-model prefers the chosen answer".
+Shapes: U pairs, or U answers with a verdict (kto). Every tensor is float64 [U], every loss is one number per unit. A
+margin is positive where the model prefers the chosen answer.
 """
 
 from __future__ import annotations
@@ -104,6 +104,49 @@ def orpo_losses(chosen: Answers, rejected: Answers, weight: float, nll: Tensor |
 def log_odds_ratio(chosen: Answers, rejected: Answers) -> Tensor:
     """Return log(odds of chosen / odds of rejected), where a probability is that of a mean token."""
     return _log_odds(chosen.logp_per_token) - _log_odds(rejected.logp_per_token)
+
+
+def kto_losses(
+    log_ratio: Tensor, is_desirable: Tensor, baseline: float, beta: float, weights: tuple[float, float]
+) -> Tensor:
+    """Return KTO's losses (Ethayarajh et al. 2024, arXiv 2402.01306, equation 8).
+
+    Args:
+        log_ratio: How much more likely each answer is than under the reference model, nats.
+        is_desirable: bool [U].
+        baseline: z0, the KL divergence from the reference model, nats; see `kl_baseline`.
+        beta: Strength of the pull towards the reference model.
+        weights: Weights of desirable and of undesirable answers.
+    """
+    distance = beta * (log_ratio - baseline)
+    value = torch.sigmoid(torch.where(is_desirable, distance, -distance))
+    weight = torch.where(is_desirable, value.new_full((), weights[0]), value.new_full((), weights[1]))
+    return weight * (1 - value)
+
+
+def kl_baseline(sum_of_log_ratios: float, num_answers: float) -> float:
+    """Return z0: the mean log-ratio of answers that belong to other prompts, at least 0; a step has one for all ranks.
+
+    Args:
+        sum_of_log_ratios: Over the mismatched answers of the step.
+        num_answers: Number of mismatched answers of the step.
+    """
+    return max(0.0, sum_of_log_ratios / num_answers) if num_answers else 0.0
+
+
+def reward_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centre: float) -> Tensor:
+    """Return Bradley-Terry losses (Ouyang et al. 2022, arXiv 2203.02155, equation 1).
+
+    Args:
+        chosen: Scores of the preferred answers.
+        rejected: Scores of the others.
+        margin: By how much the row says that the chosen answer is better (Touvron et al. 2023, arXiv 2307.09288,
+            equation 2); None where rows have none.
+        centre: Weight of (chosen + rejected)², which keeps scores around 0 (Eisenstein et al. 2023, arXiv 2312.09244).
+    """
+    gap = chosen - rejected
+    losses = -F.logsigmoid(gap if margin is None else gap - margin)
+    return losses + centre * (chosen + rejected).square()
 
 
 def _smoothed(margins: Tensor, label_smoothing: float) -> Tensor:
