@@ -77,8 +77,7 @@ def _section(title: str, schema: JsonSchema) -> Iterator[str]:
 def _sections_of(name: str, field: JsonSchema) -> Iterator[tuple[str, JsonSchema]]:
     """Yield the sections in a field: the field itself, also an optional one, one per kind, or the items of a list."""
     resolve = recipe_view().resolve
-    options = field.get("anyOf", [])
-    for option in options if {"type": "null"} in options else [field]:
+    for option in field.get("anyOf", [field]):
         if fields_of(resolve(option)):
             yield name, resolve(option)
     for kind, reference_name in field.get("discriminator", {}).get("mapping", {}).items():

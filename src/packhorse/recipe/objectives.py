@@ -1,4 +1,7 @@
-"""The `objective` section: what a run minimises, on which rows."""
+"""The `objective` section: the loss of a run, and the rows that it takes.
+
+Class attributes answer what data, plan and training ask of an objective; `kind` appears nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,22 @@ from pydantic import BeforeValidator, Discriminator, Field, PositiveInt
 
 from packhorse.yaml_source.schema import PositiveFloat, Section
 
+RowKind = Literal["answers", "pairs", "verdicts"]
+"""Rows with answers to imitate, with a chosen and a rejected answer, or with one answer and whether it is good."""
 Unit = Literal["token", "pair", "answer"]
+"""What a step's loss is the mean of."""
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ReferenceSection(Section):
-    """Another model than the one before step 1 as the reference."""
+    """Another reference model than the one before step 1: exactly one of `id` and `path`."""
 
-    path: str | None = None
-    """Folder of the reference model."""
     id: str | None = None
-    """Hub name of the reference model."""
+    """Name on the Hugging Face hub, e.g. `meta-llama/Llama-3.1-8B-Instruct`."""
+    path: str | None = None
+    """Local folder in Hugging Face form, or the folder of an earlier run of full fine-tuning."""
     revision: str | None = None
     """Commit, tag or branch of `id`."""
-
-
-class SftObjective(Section):
-    """Cross-entropy of each supervised token."""
-
-    unit: ClassVar[Unit] = "token"
-    documents_per_row: ClassVar[int] = 1
-    needs_reference: ClassVar[bool] = False
-    kind: Literal["sft"] = "sft"
 
 
 class TeacherModel(Section):
@@ -43,12 +40,24 @@ class TeacherModel(Section):
     """Commit, tag or branch of `id`."""
 
 
-class DistilObjective(Section):
-    """Divergence from a teacher at each supervised token (Hinton et al. 2015, arXiv 1503.02531)."""
+class TokenObjective(Section):
+    """Base of the objectives whose loss is a mean over supervised tokens."""
 
+    takes: ClassVar[RowKind] = "answers"
     unit: ClassVar[Unit] = "token"
     documents_per_row: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = False
+
+
+class SftObjective(TokenObjective):
+    """Cross-entropy of each supervised token: supervised fine-tuning."""
+
+    kind: Literal["sft"] = "sft"
+
+
+class DistilObjective(TokenObjective):
+    """Divergence from a teacher at each supervised token (Hinton et al. 2015, arXiv 1503.02531)."""
+
     kind: Literal["distil"] = "distil"
     teacher: TeacherModel
     """Model to learn from, with the same tokenizer."""
@@ -63,8 +72,9 @@ class DistilObjective(Section):
 
 
 class PairedObjective(Section):
-    """Base of the objectives over two documents per row."""
+    """Base of the objectives that compare the two documents of a row."""
 
+    takes: ClassVar[RowKind] = "pairs"
     unit: ClassVar[Unit] = "pair"
     documents_per_row: ClassVar[int] = 2
     needs_reference: ClassVar[bool] = False
@@ -78,17 +88,17 @@ class DpoObjective(PairedObjective):
     beta: PositiveFloat = 0.1
     """Strength of the pull towards the reference model."""
     loss: Literal["sigmoid", "hinge", "robust", "apo_zero"] = "sigmoid"
-    """Function of the margin."""
+    """Loss of a margin: DPO's, SLiC's hinge, robust DPO (arXiv 2403.00409), or APO-zero (arXiv 2408.06266)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of pairs whose label is assumed wrong; with `sigmoid` and `robust`."""
+    """Share of pairs whose order is assumed to be wrong; for `sigmoid` and `robust`."""
     sft_weight: Weight = 0.0
-    """Weight of the chosen answer's loss per token (RPO)."""
+    """Weight of the cross-entropy of the chosen answer, per token (RPO)."""
     reference: Literal["start"] | ReferenceSection = "start"
     """Reference model: the model before step 1, or another."""
 
 
 class IpoObjective(PairedObjective):
-    """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036)."""
+    """Identity preference optimisation, per token (Azar et al. 2023, arXiv 2310.12036)."""
 
     needs_reference: ClassVar[bool] = True
     kind: Literal["ipo"] = "ipo"
@@ -99,8 +109,12 @@ class IpoObjective(PairedObjective):
 
 
 class KtoObjective(PairedObjective):
-    """Answers with a verdict, good or bad (Ethayarajh et al. 2024, arXiv 2402.01306)."""
+    """Single answers that are good or bad (Ethayarajh et al. 2024, arXiv 2402.01306).
 
+    The second document of a row is its prompt with another row's answer: the baseline of the KL divergence.
+    """
+
+    takes: ClassVar[RowKind] = "verdicts"
     unit: ClassVar[Unit] = "answer"
     needs_reference: ClassVar[bool] = True
     kind: Literal["kto"] = "kto"
@@ -119,7 +133,7 @@ class OrpoObjective(PairedObjective):
 
     kind: Literal["orpo"] = "orpo"
     weight: PositiveFloat = 0.1
-    """Weight of the odds ratio."""
+    """Weight of the odds ratio; the cross-entropy of the chosen answer has weight 1."""
 
 
 class SimpoObjective(PairedObjective):
@@ -129,7 +143,7 @@ class SimpoObjective(PairedObjective):
     beta: PositiveFloat = 2.0
     """Scale of the log-probability per token."""
     gamma: Weight = 0.5
-    """Target margin."""
+    """Margin that the chosen answer must lead by (the paper's gamma)."""
 
 
 class CpoObjective(PairedObjective):
@@ -137,17 +151,17 @@ class CpoObjective(PairedObjective):
 
     kind: Literal["cpo"] = "cpo"
     beta: PositiveFloat = 0.1
-    """Scale of the margin."""
+    """Scale of the log-probabilities."""
     sft_weight: Weight = 1.0
-    """Weight of the chosen answer's loss per token."""
+    """Weight of the cross-entropy of the chosen answer, per token."""
 
 
 class RewardObjective(PairedObjective):
-    """A reward model: a score per answer."""
+    """A reward model: a head gives each answer a score (Bradley-Terry)."""
 
     kind: Literal["reward"] = "reward"
     centre: Weight = 0.01
-    """Weight of the square of both scores' sum, which keeps scores around 0."""
+    """Weight of the squared sum of both scores, which keeps scores around 0."""
 
 
 def _kind_alone(value: object) -> object:

@@ -355,7 +355,7 @@ class Recipe(Section):
     method: Method = LoraMethod()
     """Training method: `full`, `partial`, `lora`, `qlora`, `ia3`, `prompt_tuning`, `prefix_tuning`, and its fields."""
     objective: Objective = SftObjective()
-    """What is minimised: `sft`, `dpo`, `ipo`, `kto`, `orpo`, `simpo`, `cpo`, `reward`, `distil`, and its fields."""
+    """Loss: `sft`, `dpo`, `ipo`, `kto`, `orpo`, `simpo`, `cpo`, `reward` or `distil`, and its fields."""
     data: DataSection
     batch: BatchSection = BatchSection()
     optimizer: OptimizerSection

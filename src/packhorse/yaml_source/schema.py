@@ -166,4 +166,5 @@ def _bounds(schema: JsonSchema) -> str:
         return f" from {low} to {high}"
     if "exclusiveMinimum" in schema:
         return f" above {schema['exclusiveMinimum']}" + (f", at most {high}" if high is not None else "")
-    return f" of {low} or more" if low is not None else ""
+    below = f", below {schema['exclusiveMaximum']}" if "exclusiveMaximum" in schema else ""
+    return f" of {low} or more{below}" if low is not None else ""

@@ -146,7 +146,8 @@ def field_of(name: str) -> str | None:
     known = counterpart("fields", name)
     if known is not None:
         return known
-    named = set(recipe_view().paths_named(name))
+    # A field of an objective applies to that objective alone, whatever the other trainer's key is for.
+    named = {path for path in recipe_view().paths_named(name) if not path.startswith("objective.")}
     return name if name in named else named.pop() if len(named) == 1 else None
 
 
