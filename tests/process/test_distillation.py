@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -19,14 +20,32 @@ from tiny import TINY, write_tiny
 STUDENT = {**TINY["model"], "config": {**TINY["model"]["config"], "hidden_size": 24, "num_hidden_layers": 1}}
 
 
+def write(folder: Path, **sections: Any) -> Path:
+    """A recipe on few and short rows, of which 64 tokens make more than the 16 packs of a block."""
+    rows = [
+        [{"role": "user", "content": f"Add {n} and 1."}, {"role": "assistant", "content": f"It is {n + 1}."}]
+        for n in range(120)
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps({'messages': messages})}\n" for messages in rows), encoding="utf-8")
+    return write_tiny(
+        folder,
+        data={"sources": [{"path": str(path)}]},
+        batch={"length": 64, "packs": 8},
+        steps=4,
+        track={"wandb": "off", "every_steps": 1},
+        **sections,
+    )
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(write_tiny(tmp_path_factory.mktemp("teacher"), steps=40), "teacher")
+    return trained(write(tmp_path_factory.mktemp("teacher")), "teacher")
 
 
 def recipe(folder: Path, teacher: Path, **objective: Any) -> Path:
     section = {"kind": "distil", "teacher": {"path": str(teacher)}, **objective}
-    return write_tiny(folder, model=STUDENT, objective=section, track={"wandb": "off", "every_steps": 1})
+    return write(folder, model=STUDENT, objective=section)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +69,7 @@ def tokens_of(run: Path) -> list[tuple[NDArray[np.uint16], NDArray[np.float16]]]
     return found
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("place", ["stored", "resident"])
+@pytest.mark.parametrize(("place", "engine"), [("stored", "fsdp2"), ("resident", "fsdp2"), ("resident", "ddp")])
 def test_two_ranks_learn_as_one_does(
     place: str, engine: str, single: dict[str, Path], tmp_path: Path, teacher: Path
 ) -> None:
