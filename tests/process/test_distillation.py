@@ -10,10 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from cli import curve
+from packhorse.data.packs.loader import lay_out
+from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.plan.run_plan import read_plan
+from packhorse.train.objectives.forward import model_inputs
+from packhorse.train.teacher import load_teacher
 from ranks import planned, run_ranks, to_the_end, trained
 from tiny import TINY, write_tiny
 
@@ -111,3 +118,23 @@ def die_after_a_block(run: Path, rank: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     TopTokens.write = write_and_die  # type: ignore[method-assign]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads the old name
+def test_the_adapter_of_an_earlier_run_is_merged_into_its_base(teacher: Path, tmp_path: Path) -> None:
+    """Loaded in this process; probabilities are those of peft's own model."""
+    run = planned(write(tmp_path, model={"path": str(teacher)}, method="lora"), "adapted")
+    base = AutoModelForCausalLM.from_pretrained(teacher / "model")
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted.save_pretrained(run / "adapter")
+    plan = read_plan(planned(recipe(tmp_path, run), "student"))
+    assert plan.data is not None
+    tokenizer = tokenizer_of(plan.recipe, Path(plan.data.tokenizer))
+    loaded = load_teacher(plan, tokenizer, torch.device("cpu"), lambda: None)
+    ids = torch.arange(20, 40)[None]
+    inputs = model_inputs(lay_out([ids[0].numpy()], [np.ones(20, np.uint8)]), torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs, use_cache=False).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert not loaded.training
