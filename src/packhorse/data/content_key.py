@@ -36,6 +36,8 @@ def content_key(recipe: Recipe) -> str:
         "settings": recipe.data.model_dump(exclude={*SOURCE_LISTS, "decontaminate", "template"}),
         "decontaminate": _decontaminate_part(recipe),
     }
+    if recipe.objective.takes != "answers":
+        parts["takes"] = recipe.objective.takes
     if recipe.model.new_tokens:
         parts["new_tokens"] = recipe.model.new_tokens
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

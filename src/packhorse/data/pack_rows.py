@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packhorse.data.decide import KEPT, REASONS, TEST, TRAIN, Decision, decide
+from packhorse.data.documents import Documents, partners_of, row_lengths, two_documents
 from packhorse.data.gather.gather import GatheredRows, gather
 from packhorse.data.gather.source_pass import BatchCallback
 from packhorse.data.gather.spool import Spool
 from packhorse.data.ledger import SIDES, Entry, Ledger
-from packhorse.data.packs.packing import Packing, pack, split_long, suggest_length
+from packhorse.data.packs.packing import Packing, split_long, suggest_length
 from packhorse.errors import UserError
 from packhorse.recipe.schema import Recipe
 
@@ -30,27 +31,6 @@ Int64 = NDArray[np.int64]
 # The packs are part of the prepared data, whatever the seed of a run.
 PACKING_SEED: Final = 0
 HELD_OUT_PACKING: Final = "best_fit"
-
-
-@dataclass(frozen=True, eq=False)
-class Documents:
-    """Documents to pack, in the order of the rows: a whole row, its beginning, or a part of it.
-
-    Attributes:
-        rows: int64 [D], index of each document's row.
-        starts: int64 [D], position of each document's first token in the spool.
-        lengths: int64 [D], tokens.
-        labels: int64 [D], supervised tokens except the first token.
-    """
-
-    rows: Int64
-    starts: Int64
-    lengths: Int64
-    labels: Int64
-
-    def of(self, wanted: NDArray[np.bool_]) -> Documents:
-        """Return the documents selected by a mask, bool [D]."""
-        return Documents(self.rows[wanted], self.starts[wanted], self.lengths[wanted], self.labels[wanted])
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,16 +62,21 @@ def fit_lengths(
         UserError: A row is longer than T under `raise`, a chat under `split`; or no row is left to train on.
     """
     most, choice = recipe.batch.length, recipe.data.over_long
-    columns = spool.columns
-    over_long = (columns.tokens > most) & (decision.losses == KEPT)
+    partners = partners_of(spool.columns, decision, recipe.objective)
+    tokens = row_lengths(spool.columns, partners)
+    over_long = (tokens > most) & (decision.losses == KEPT)
     if over_long.any():
-        _check_lengths(columns.tokens[decision.losses == KEPT], recipe)
+        _check_lengths(tokens[decision.losses == KEPT], recipe)
         if choice == "split" and (over_long & is_chat).any():
-            raise _split_chat(columns.tokens[over_long & is_chat], most)
+            raise _split_chat(tokens[over_long & is_chat], most)
     losses, sides = decision.losses.copy(), decision.sides.copy()
     if choice == "drop":
         losses[over_long] = REASONS.index("over_long")
-    documents = _documents(spool, np.flatnonzero(losses == KEPT), most, choice)
+    kept = np.flatnonzero(losses == KEPT)
+    if recipe.objective.documents_per_row == 2:
+        documents = two_documents(spool.columns, kept, partners)
+    else:
+        documents = _documents(spool, kept, most, choice)
     if choice in ("truncate", "split"):
         documents = _without_empty(documents, over_long, losses)
     sides[losses != KEPT] = -1
@@ -102,7 +87,7 @@ def fit_lengths(
             f"data.over_long is {choice}, which leaves nothing of such rows.",
             "raise batch.length.",
         )
-    ledger = _ledger(columns.tokens, fitted, documents, num_bad)
+    ledger = _ledger(tokens, fitted, documents, num_bad)
     return FittedRows(fitted, documents, ledger)
 
 
@@ -162,7 +147,7 @@ def _ledger(tokens: Int64, decision: Decision, documents: Documents, num_bad: in
         kept=kept,
         truncated=int(np.count_nonzero(cut)),
         tokens_cut=int(cut.sum()),
-        split_rows=int(np.count_nonzero(np.bincount(documents.rows, minlength=len(tokens)) > 1)),
+        split_rows=int(np.count_nonzero(np.bincount(documents.rows, minlength=len(tokens)) > documents.per_row)),
     )
 
 
@@ -188,12 +173,14 @@ def _check_lengths(lengths: Int64, recipe: Recipe) -> None:
             f"set batch.length to {for_most} (fits 99 % of the {len(lengths)} rows) or {longest} (fits all).",
         )
     if recipe.data.over_long == "raise":
+        paired = recipe.objective.documents_per_row == 2
+        others = "drop, which is" if paired else "drop, truncate or split, which are"
         raise UserError(
             f"{num_over} of {len(lengths)} rows are longer than batch.length, which is {most}; the longest has "
-            f"{longest} tokens.",
+            f"{longest} tokens{' in its two documents' if paired else ''}.",
             "cutting or dropping rows without saying so would lose data.",
-            f"set batch.length to {for_most} (fits 99 %) or {longest} (fits all), or set data.over_long to drop, "
-            "truncate or split, which are counted in the ledger.",
+            f"set batch.length to {for_most} (fits 99 %) or {longest} (fits all), or set data.over_long to {others} "
+            "counted in the ledger.",
         )
 
 
@@ -237,9 +224,9 @@ def pack_rows(
     decision = decide(gathered, recipe)
     fitted = fit_lengths(gathered.spool, decision, recipe, gathered.num_bad, gathered.is_chat)
     packings = {
-        side: pack(lengths, recipe.batch.length, _packing_of(recipe, side), PACKING_SEED)
+        side: documents.packed(recipe.batch.length, _packing_of(recipe, side), PACKING_SEED)
         for side in SIDES
-        if len(lengths := fitted.side(side).lengths)
+        if len((documents := fitted.side(side)).rows)
     }
     check_group_field(recipe, packings, gathered.fields_of_all(decision.sides > TRAIN))
     notes = (*gathered.notes, *decision.notes, *_packing_note(fitted.side("train"), packings["train"], recipe))
@@ -286,7 +273,7 @@ def _packing_of(recipe: Recipe, side: str) -> str:
 def _packing_note(documents: Documents, packing: Packing, recipe: Recipe) -> list[str]:
     if recipe.data.packing == "none":
         return []
-    better = suggest_length(documents.lengths, recipe.batch.length)
+    better = suggest_length(documents.item_lengths, recipe.batch.length)
     if better is None:
         return []
     length, filled = better

@@ -27,7 +27,7 @@ from packhorse.data.data_manifest import (
 from packhorse.data.decide import KEPT, REASONS, TRAIN
 from packhorse.data.formats.example import Example
 from packhorse.data.gather.source_pass import GatheredSource
-from packhorse.data.gather.spool import json_line, selected_pieces
+from packhorse.data.gather.spool import json_line
 from packhorse.data.pack_rows import PackedRows, check_group_field, pack_rows
 from packhorse.data.packs.store import write_pieces, write_split
 from packhorse.data.render.render import Rendered
@@ -136,17 +136,19 @@ def _fill(recipe: Recipe, draft: Path, progress: Progress | None) -> DataManifes
 
 def _write_side(packed: PackedRows, side: str, draft: Path, recipe: Recipe) -> SplitCounts:
     documents, spool = packed.side(side), packed.gathered.spool
-    rows = None if side == "train" else spool.lines(documents.rows.tolist())
+    rows = None if side == "train" else spool.lines(documents.item_rows.tolist())
     return write_split(
         draft / side,
-        ids=selected_pieces(spool.tokens(), documents.starts, documents.lengths),
-        supervised=selected_pieces(spool.supervised(), documents.starts, documents.lengths),
+        ids=documents.pieces(spool.tokens(), spool.columns),
+        supervised=documents.pieces(spool.supervised(), spool.columns),
         lengths=documents.lengths,
         labels=documents.labels,
         rows=rows,
         vocab_size=packed.gathered.renderer.vocab_size,
         length_tokens=recipe.batch.length,
         packing=packed.packings[side],
+        documents_per_row=documents.per_row,
+        values=documents.values(spool.columns),
     )
 
 
@@ -177,6 +179,7 @@ def _manifest(
         template=recipe.data.template,
         stop_token=gathered.renderer.tokenizer.eos_token,
         length_tokens=recipe.batch.length,
+        documents_per_row=recipe.objective.documents_per_row,
         packing=recipe.data.packing,
         settings=recipe.data.model_dump(exclude={*SOURCE_LISTS, "decontaminate"}),
         shares=decision.shares,

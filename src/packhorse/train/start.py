@@ -35,15 +35,15 @@ class Loaded:
         engine: The engine with the model that trains.
         count: Its parameters.
         stores: Packs by split: train, and validation where the run has and reads it.
-        has_start_reference: The reference is the model before step 1.
+        reference: Values of the reference model, where the objective needs them.
         teacher: Model that runs beside the one that trains; None for none.
     """
 
     engine: Engine
     count: ParameterCount
     stores: dict[str, PackStore]
-    has_start_reference: bool
-    teacher: nn.Module | None
+    reference: Reference | None
+    teacher: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Start:
         stores, teacher = with_teacher(self.plan, self.tokenizer, device, open_stores(self.plan), before_pass)
         reference = reference_of(self.plan, self.tokenizer, tuple(stores))
         if reference is None:
-            return Loaded(*self._engine(self.plan, checkpoint), stores, False, teacher)
+            return Loaded(*self._engine(self.plan, checkpoint), stores, None, teacher)
         if not reference.is_finished and not (reference.is_start and checkpoint is None):
             # Loaded first and freed again, so that there is never a second model in memory.
             engine, _ = self._engine(reference.plan, None)
@@ -92,7 +92,7 @@ class Start:
         if not reference.is_finished:
             self._compute(reference, engine, stores)
         stores = {split: reference.with_values(store, split) for split, store in stores.items()}
-        return Loaded(engine, count, stores, reference.is_start, None)
+        return Loaded(engine, count, stores, reference)
 
     def passes(self, engine: Engine, store: PackStore) -> StorePasses:
         """Return this rank's passes over a store; a stop request ends them."""

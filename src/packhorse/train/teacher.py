@@ -32,7 +32,7 @@ from packhorse.train.engine.process_group import control_group, from_rank_0, own
 from packhorse.train.engine.sharding import Fsdp2, Placement, make_mesh
 from packhorse.train.loading import place_streamed, place_whole
 from packhorse.train.objectives.token_loss import install_loss_head
-from packhorse.train.probe import probe_model
+from packhorse.train.probe import probe_teacher
 from packhorse.train.setup import base_request
 from packhorse.train.teacher_pass import Passes, missing_blocks, teacher_pass
 
@@ -143,7 +143,7 @@ def _proven(
 ) -> nn.Module:
     """Load the teacher, and run the probe on it."""
     teacher = load_teacher(plan, tokenizer, device, before_pass)
-    probe_model(teacher, device, store, plan.recipe.precision)
+    probe_teacher(teacher, device, store, plan.recipe.precision)
     return teacher
 
 

@@ -58,6 +58,8 @@ class StorePasses:
 def validate(engine: Engine, objective: Objective, passes: StorePasses, sequence: SequenceGroup | None) -> Figures:
     """Return the loss per unit over the whole store, and the objective's figures, as `evaluation/...`.
 
+    Perplexity belongs to a loss per token, which has no figures.
+
     Args:
         engine: The engine with the wrapped model; sums over all processes.
         objective: Computes the loss of a micro-batch.
@@ -73,7 +75,8 @@ def validate(engine: Engine, objective: Objective, passes: StorePasses, sequence
             tally.add(sums)
     (summed,) = engine.sum_over_ranks([total])
     figures = {f"evaluation/{name.rpartition('/')[2]}": value for name, value in tally.take(engine).items()}
-    return evaluation_figures(summed / passes.store.num_units) | figures
+    mean = summed / passes.store.num_units
+    return (figures | {"evaluation/loss": mean}) if figures else evaluation_figures(mean)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from packhorse.train.profiling import step_profiler
 from packhorse.train.ranks.agreement import Agreement, remove_stop_request
 from packhorse.train.ranks.attempt import AnotherAttempt, Attempt, open_attempt
 from packhorse.train.ranks.signals import Stopped, StopRequest
+from packhorse.train.reference import prove_reference
 from packhorse.train.reporter import Reporter, write_run_status
 from packhorse.train.setup import step_loader
 from packhorse.train.start import Loaded, Start
@@ -180,8 +181,11 @@ def _measure_before(run: TrainingRun, loaded: Loaded, start: Start, state: Train
     store = loaded.stores["train"]
     run.agreement.raise_if_stopped(run.engine)
     plan = run.plan
-    report = probe(run.engine, store, plan.recipe.precision, run.sequence, plan.compiles_layers)
+    report = probe(run.engine, store, run.objective, plan.recipe.precision, run.sequence, plan.compiles_layers)
     figures = sizes | report.figures()
+    if state.step == 0 and loaded.reference is not None and loaded.reference.is_start:
+        passes = start.passes(run.engine, store)
+        figures |= prove_reference(loaded.reference, run.engine, run.objective, passes, run.sequence)
     if state.step == 0 and run.evaluate:
         run.pulse.phase("evaluate", 0)
         figures |= run.evaluate()

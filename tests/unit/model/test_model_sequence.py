@@ -123,7 +123,7 @@ def probed(folder: str, sequence: SequenceGroup, leaky: bool) -> ProbeReport | s
         proven.model.layers[1].register_forward_pre_hook(looks_one_token_back, with_kwargs=True)
     engine: Any = SimpleNamespace(model=proven, device=torch.device("cpu"))
     try:
-        return probe(engine, open_store(Path(folder) / "data", "train"), "fp32", sequence)
+        return probe(engine, open_store(Path(folder) / "data", "train"), TokenObjective(), "fp32", sequence)
     except UserError as error:
         return str(error)
 

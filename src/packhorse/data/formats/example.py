@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -46,6 +47,7 @@ class Example:
         desirable: Verdict of a KTO row; else None.
         used: Keys of the row that its format reads; the others are fields, or refused by `check_unread`.
         unused: Parts of these keys that do not become tokens, such as `answers.answer_start`.
+        num_prompt_turns: Number of turns before the chosen answer of a preference pair.
     """
 
     messages: tuple[Message, ...] | None
@@ -57,3 +59,16 @@ class Example:
     desirable: bool | None = None
     used: frozenset[str] = frozenset()
     unused: tuple[str, ...] = ()
+    num_prompt_turns: int = 0
+
+    def with_turns(self, change: Callable[[Message], Message]) -> Example:
+        """Return the example with each turn changed, also those of a rejected answer."""
+        messages, rejected = (turns and tuple(map(change, turns)) for turns in (self.messages, self.rejected))
+        return replace(self, messages=messages, rejected=rejected)
+
+    @property
+    def rejected_chat(self) -> Example:
+        """The prompt of a preference pair with its rejected answer, as a row."""
+        prompt = (self.messages or ())[: self.num_prompt_turns]
+        turns = (*prompt, *(self.rejected or ()))
+        return replace(self, messages=turns, rejected=None, where=f"{self.where} (rejected)")

@@ -1,4 +1,4 @@
-"""Answers with a verdict: pairs of a chosen and a rejected answer, and single answers (KTO). Not trained on yet."""
+"""Answers with a verdict: pairs of a chosen and a rejected answer, and single answers (KTO)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def from_preference(row: Row) -> Example:
         _check_answer(context, answer, key, tools)
     used = ANSWER_KEYS | keys
     fields = other_fields(row.values, used)
-    return Example((*context, *chosen), None, fields, row.where, tools, tuple(rejected), used=used)
+    answers = (*context, *chosen), tuple(rejected)
+    return Example(answers[0], None, fields, row.where, tools, answers[1], used=used, num_prompt_turns=len(context))
 
 
 def from_kto(row: Row) -> Example:

@@ -18,8 +18,9 @@ from packhorse.data.checks.contamination import EvaluationIndex
 from packhorse.data.checks.texts import prompt_text
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
+from packhorse.data.formats.wrong_rows import row_kind, wrong_rows
 from packhorse.data.gather.bad_rows import MISTAKES_FILE, BadRowList
-from packhorse.data.gather.source_pass import UNTRAINABLE, BatchCallback, GatheredSource, SourcePass, SourceUse, Strata
+from packhorse.data.gather.source_pass import BatchCallback, GatheredSource, SourcePass, SourceUse, Strata
 from packhorse.data.gather.sources import read_rows
 from packhorse.data.gather.spool import Spool, SpoolWriter
 from packhorse.data.read.arrow_values import RemovedNulls
@@ -131,8 +132,6 @@ def _gather(recipe: Recipe, folder: Path, watch: BatchCallback | None, with_prom
             shared, num_rows = source_pass.run(examples, spool, watch)
             fields.append(shared)
             mistakes += _bad_row_mistakes(source, recipe.data, num_rows)
-            if source.row_format in UNTRAINABLE and not mistakes:
-                mistakes.append(_untrainable(source, num_rows))
         bad_rows.write(mistakes)
         done = spool.finish()
     columns = replace(done.columns, stratum=strata.sorted_codes(done.columns.stratum))
@@ -157,6 +156,11 @@ def _open_all(recipe: Recipe, bad_rows: BadRowList) -> list[Opened]:
                 opened.append(_open(source, use, runs_folder, bad_rows.of(source)))
             except UserError as error:
                 mistakes += error.mistakes
+    mistakes += [
+        wrong_rows(source.name, source.row_format, recipe.objective)
+        for source, _ in opened
+        if row_kind(source.row_format) != recipe.objective.takes
+    ]
     if mistakes:
         bad_rows.write(mistakes)
     return opened
@@ -225,11 +229,3 @@ def _bad_row_mistakes(source: GatheredSource, data: DataSection, num_good: int) 
         f"fix them, or set data.most_bad_rows to {math.ceil(share * 1000) / 1000:g}.",
     )
     return [*source.mistakes.to_show(), too_many]
-
-
-def _untrainable(source: GatheredSource, num_rows: int) -> Mistake:
-    return Mistake(
-        f"{source.name} has {num_rows} rows of {UNTRAINABLE[source.row_format]}, all of them valid.",
-        "this version trains on answers, not yet on verdicts about them.",
-        "name a source of another format for training.",
-    )

@@ -29,9 +29,11 @@ from packhorse.data.checks.words import signatures
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.key_counts import KeyCounts
 from packhorse.data.formats.rows import RowFormat
+from packhorse.data.formats.wrong_rows import row_kind
 from packhorse.data.gather.spool import SpoolWriter
 from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import RowMistakes
+from packhorse.data.render.judged import documents_of, render_pairs, render_verdicts
 from packhorse.data.render.render import Rendered, Renderer, render_examples
 from packhorse.data.render.serving import check_serving
 from packhorse.data.resolve import source_name
@@ -49,7 +51,8 @@ KNOWN_WITHOUT_FIELD: Final = ("language", "source")
 ORDER_END: Final = "\0"
 ORDER: Final = re.compile(r"\d{3,}\0")
 NO_KEYS: Final = np.empty((0, 2), np.uint64)
-UNTRAINABLE: Final = {"preference": "preference pairs", "kto": "answers with a verdict (KTO)"}
+RENDERERS: Final = {"answers": render_examples, "pairs": render_pairs, "verdicts": render_verdicts}
+MARGIN: Final = "margin"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +122,7 @@ class SourcePass:
         num_rows = 0
         for number, batch in enumerate(_batches(examples)):
             kept, rendered = self._render(batch, is_first=number == 0)
-            num_rows += len(batch) if self.source.row_format in UNTRAINABLE else len(kept)
+            num_rows += len(kept)
             if not kept:
                 continue
             texts = [row_text(example) for example in kept]
@@ -132,8 +135,6 @@ class SourcePass:
         return frozenset(shared or ()), num_rows
 
     def _render(self, batch: list[Example], is_first: bool) -> tuple[list[Example], list[Rendered]]:
-        if self.source.row_format in UNTRAINABLE:
-            return [], []
         if self.needed:
             batch = [example for example in batch if self._has_fields(example)]
         if self.data.strip:
@@ -142,10 +143,11 @@ class SourcePass:
             batch = [self.renderer.chats.thinking.opened(example) for example in batch]
         if self.data.fix_encoding:
             batch = [_with_fixed_encoding(example) for example in batch]
-        rendered = render_examples(self.renderer, batch, self.source.mistakes)
+        rendered = RENDERERS[row_kind(self.source.row_format)](self.renderer, batch, self.source.mistakes)
         pairs = [(example, row) for example, row in zip(batch, rendered) if row is not None]
         if is_first:
-            check_serving(self.renderer, pairs[:SERVED_ROWS], self.served)
+            served = [chat for example, row in pairs[:SERVED_ROWS] for chat in documents_of(example, row)]
+            check_serving(self.renderer, served, self.served)
         return [example for example, _ in pairs], [row for _, row in pairs]
 
     @cached_property
@@ -196,7 +198,15 @@ class SourcePass:
             "stratum": self._stratum_codes(examples, texts),
             "conversation": self._conversations(examples),
             "contaminated": np.array(hits, np.bool_),
+            **self._verdict_columns(examples),
         }
+
+    def _verdict_columns(self, examples: list[Example]) -> dict[str, NDArray[Any]]:
+        kind = row_kind(self.source.row_format)
+        margins = [example.fields.get(MARGIN) for example in examples] if kind == "pairs" else []
+        known = [margin if isinstance(margin, int | float) else np.nan for margin in margins]
+        verdicts = [float(bool(example.desirable)) for example in examples] if kind == "verdicts" else []
+        return {"margins": np.array(known, np.float64), "verdicts": np.array(verdicts, np.float64)}
 
     def _stratum_codes(self, examples: list[Example], texts: list[str]) -> NDArray[np.int32]:
         fields = self.data.split.stratify
@@ -232,15 +242,11 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
 
 
 def _stripped(example: Example) -> Example:
-    turns = example.messages and tuple(
-        replace(turn, content=turn.content.strip(), thinking=turn.thinking and turn.thinking.strip())
-        for turn in example.messages
+    return example.with_turns(
+        lambda turn: replace(turn, content=turn.content.strip(), thinking=turn.thinking and turn.thinking.strip())
     )
-    return replace(example, messages=turns)
 
 
 def _with_fixed_encoding(example: Example) -> Example:
-    turns = example.messages and tuple(
-        replace(turn, content=fix_encoding_errors(turn.content)) for turn in example.messages
-    )
-    return replace(example, messages=turns, text=example.text and fix_encoding_errors(example.text))
+    fixed = example.with_turns(lambda turn: replace(turn, content=fix_encoding_errors(turn.content)))
+    return replace(fixed, text=example.text and fix_encoding_errors(example.text))

@@ -50,6 +50,11 @@ class Columns:
         contaminated: bool [R], whether the row contains text of an evaluation.
         tokens: int64 [R], length of the rendered row.
         labels: int64 [R], supervised tokens of the row except its first token.
+        cuts: int64 [R], tokens of a pair's first document, or of the prompt before an answer with a verdict; [0] for
+            rows of one document.
+        cut_labels: int64 [R], supervised tokens before the cut; [0] for rows of one document.
+        verdicts: float64 [R], 1 for a good answer, 0 for a bad one; [0] for rows without a verdict.
+        margins: float64 [R], field `margin` of a pair, NaN without it; [0] for other rows.
         text_bytes: int64 [R], size of the row in the file of rows.
     """
 
@@ -64,6 +69,10 @@ class Columns:
     contaminated: NDArray[np.bool_]
     tokens: Int64
     labels: Int64
+    cuts: Int64
+    cut_labels: Int64
+    verdicts: NDArray[np.float64]
+    margins: NDArray[np.float64]
     text_bytes: Int64
 
     def __len__(self) -> int:
@@ -109,6 +118,9 @@ class SpoolWriter:
         supervised = np.concatenate([row.supervised for row in rendered])
         starts = np.cumsum(lengths) - lengths
         labels = np.add.reduceat(supervised, starts, dtype=np.int64) - supervised[starts]
+        cut_rows = [row for row in rendered if row.cut]
+        cuts = np.array([row.cut for row in cut_rows], np.int64)
+        cut_labels = np.array([np.count_nonzero(row.supervised[: row.cut]) for row in cut_rows], np.int64)
         # array.array converts a list of ints three times as fast as numpy.
         self._tokens.writelines(array(self._type().dtype.char, row.ids) for row in rendered)
         self._supervised.write(supervised.tobytes())
@@ -119,7 +131,8 @@ class SpoolWriter:
         lines = [json_line(_row(example)) for example in examples]
         self._rows.writelines(lines)
         text_bytes = np.fromiter(map(len, lines), np.int64, len(lines))
-        for name, values in {**columns, "tokens": lengths, "labels": labels, "text_bytes": text_bytes}.items():
+        figures = {"tokens": lengths, "labels": labels, "cuts": cuts, "cut_labels": cut_labels}
+        for name, values in {**columns, **figures, "text_bytes": text_bytes}.items():
             self._columns[name].append(values)
 
     def finish(self) -> Spool:
@@ -208,7 +221,11 @@ def _concatenated(name: str, parts: list[NDArray[Any]]) -> NDArray[Any]:
 
 def _row(example: Example) -> dict[str, Any]:
     messages = example.messages and [_turn(turn) for turn in example.messages]
-    row = {"messages": messages, "text": example.text, "fields": example.fields, "where": example.where}
+    row: dict[str, Any] = {"messages": messages, "text": example.text, "fields": example.fields, "where": example.where}
+    if example.rejected is not None:
+        row |= {"rejected": [_turn(turn) for turn in example.rejected]}
+    if example.desirable is not None:
+        row |= {"desirable": example.desirable}
     return {**row, "tools": example.tools} if example.tools else row
 
 

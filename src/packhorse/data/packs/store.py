@@ -32,6 +32,7 @@ PACKS_FILE: Final = "packs.npy"
 PACK_OFFSETS_FILE: Final = "pack_offsets.npy"
 PACK_FIGURES_FILE: Final = "pack_figures.npy"
 ROWS_FILE: Final = "rows.jsonl"
+VALUES_FOLDER: Final = "values"
 SEALED_SPLIT: Final = "test"
 BUFFER_BYTES: Final = 1 << 20
 
@@ -52,6 +53,8 @@ def write_split(
     vocab_size: int,
     length_tokens: int,
     packing: Packing,
+    documents_per_row: int = 1,
+    values: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> SplitCounts:
     """Write a split into a new folder; all of it is on disk when this returns. Memory grows with D, not with N.
 
@@ -65,6 +68,8 @@ def write_split(
         vocab_size: Highest id + 1.
         length_tokens: Tokens in a pack (T).
         packing: Packing of these lengths.
+        documents_per_row: Documents of a row, which follow each other in a pack.
+        values: float64 [D] by name: numbers of each document beside its tokens.
 
     Raises:
         ValueError: The number of ids or masks differs from the sum of the lengths.
@@ -89,9 +94,12 @@ def write_split(
         PACK_OFFSETS_FILE: packing.offsets,
         PACK_FIGURES_FILE: _figures(packing, lengths, labels),
     }
-    files |= {name: _save(folder / name, values) for name, values in arrays.items()}
+    arrays |= {f"{VALUES_FOLDER}/{name}.npy": column for name, column in (values or {}).items()}
+    if values:
+        (folder / VALUES_FOLDER).mkdir()
+    files |= {name: _save(folder / name, array) for name, array in arrays.items()}
     return SplitCounts(
-        num_rows=len(lengths),
+        num_rows=len(lengths) // documents_per_row,
         num_tokens=num_tokens,
         num_supervised_tokens=int(labels.sum()),
         num_packs=packing.num_packs,
@@ -200,7 +208,7 @@ class PackStore:
                 pages.madvise(MADV_WILLNEED, start, size)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the row of each document (messages or text, fields, where) in order; train stores none."""
+        """Yield the rows (messages or text, fields, where) in order of their documents; train stores none."""
         with (self.folder / ROWS_FILE).open("rb") as file:
             yield from map(json.loads, file)
 
@@ -236,7 +244,7 @@ def open_store(folder: Path, split: str, unsealed: bool = False) -> PackStore:
         length_tokens=manifest.length_tokens,
         in_order=split == "train" and manifest.packing == "in_order",
         documents_per_row=manifest.documents_per_row,
-        values={file.stem: np.asarray(_mapped(file), np.float64) for file in sorted((here / "values").glob("*.npy"))},
+        values={file.stem: np.asarray(_mapped(file), np.float64) for file in sorted((here / VALUES_FOLDER).glob("*"))},
         pages=(tokens, supervised),
     )
 
@@ -291,7 +299,7 @@ def write_pieces(file: Path, pieces: Iterable[NDArray[Any] | bytes]) -> FileReco
         return out.finish()
 
 
-def _save(file: Path, values: Int64) -> FileRecord:
+def _save(file: Path, values: NDArray[Any]) -> FileRecord:
     with file.open("wb") as opened:
         out = _Hashing(opened)
         np.save(out, values)

@@ -17,10 +17,17 @@ from packhorse.recipe.schema import TrainOnSection
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One row as tokens: ids [length], and supervised uint8 [length], 1 where the token is trained on."""
+    """One row as tokens.
+
+    Attributes:
+        ids: Token ids [length]; of a preference pair, those of both documents, the chosen one first.
+        supervised: uint8 [length], 1 where the token is trained on.
+        cut: Number of tokens of a pair's first document, or of the prompt before an answer with a verdict; else 0.
+    """
 
     ids: list[int]
     supervised: NDArray[np.uint8]
+    cut: int = 0
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class ThinkingMarks:
         """Return the row with `<think>` added to each assistant turn whose content closes a thinking it never opens."""
         if self.prompt_opens or not example.messages:
             return example
-        return replace(example, messages=tuple(map(_opened, example.messages)))
+        return example.with_turns(_opened)
 
 
 def thinking_marks(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ThinkingMarks:

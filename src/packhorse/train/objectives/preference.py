@@ -44,6 +44,7 @@ from packhorse.train.objectives.unit_losses import (
 
 CHOSEN, REJECTED = slice(0, None, 2), slice(1, None, 2)
 ANSWER, MISMATCHED = CHOSEN, REJECTED
+ROUNDING = 1e-6
 
 ANSWER_FIGURES = ("chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
 PER_TOKEN_FIGURES = ("chosen_logp_per_token", "rejected_logp_per_token")
@@ -93,7 +94,7 @@ class PairObjective(OfMicroBatch):
     def _figures(self, chosen: Answers, rejected: Answers) -> dict[str, Tensor]:
         rewards = [implicit_reward(self.section, answers) for answers in (chosen, rejected)]
         margin = rewards[0] - rewards[1]
-        figures = {"preference/accuracy": (margin > 0).double(), "preference/margin": margin}
+        figures = {"preference/accuracy": wins(margin), "preference/margin": margin}
         values = [*rewards, chosen.logp, rejected.logp, chosen.logp_per_token, rejected.logp_per_token]
         figures |= {f"preference/{name}": each for name, each in zip(ANSWER_FIGURES + PER_TOKEN_FIGURES, values)}
         if self.section.needs_reference:
@@ -203,11 +204,16 @@ class ScoreObjective(OfMicroBatch):
         total = documents.differentiable(lambda each: reward_losses(each[CHOSEN], each[REJECTED], margin, centre))
         gap = documents.whole[CHOSEN] - documents.whole[REJECTED]
         figures = {
-            "reward/accuracy": (gap > 0).double(),
+            "reward/accuracy": wins(gap),
             "reward/margin": gap,
             "reward/mean": documents.whole,
         }
         return MicroBatchLoss(total, {name: sum_and_number(each) for name, each in figures.items()})
+
+
+def wins(margin: Tensor) -> Tensor:
+    """Return 1 where the model prefers the chosen answer, 0 where the other; half a win where only rounding differs."""
+    return (margin > ROUNDING).double() / 2 + (margin >= -ROUNDING).double() / 2
 
 
 def sum_and_number(values: Tensor) -> Tensor:
