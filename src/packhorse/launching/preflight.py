@@ -79,6 +79,23 @@ def check_base_model(plan: RunPlan) -> None:
     )
 
 
+def check_teacher_folder(plan: RunPlan) -> None:
+    """Refuse a local folder that holds no teacher.
+
+    Raises:
+        UserError: The folder of the teacher, or of the model that its adapter belongs to, holds no config.json.
+    """
+    path = plan.teacher.model.path if plan.teacher is not None else None
+    if path is None or (Path(expand(path)) / "config.json").is_file():
+        return
+    raise UserError(
+        f"objective.teacher is in {path}, which "
+        + ("holds no config.json." if Path(path).is_dir() else "does not exist."),
+        "a model folder in Hugging Face form has config.json next to its weights.",
+        "set objective.teacher.path to such a folder or a finished run, or objective.teacher.id to a hub name.",
+    )
+
+
 def check_nvme(plan: RunPlan) -> None:
     """Refuse `zero3_nvme` if its files cannot be written, or DeepSpeed's asynchronous I/O cannot be built.
 

@@ -22,6 +22,7 @@ from packhorse.launching.preflight import (
     check_disk,
     check_nvme,
     check_teacher_disk,
+    check_teacher_folder,
     check_writable,
 )
 from packhorse.library_hooks import check_library_hooks
@@ -150,6 +151,7 @@ def plan_new_run(recipe: Recipe, machine: Machine, prepare: Prepare | None, forc
     check_free(folder)
     check_writable(folder.parent)
     check_base_model(draft)
+    check_teacher_folder(draft)
     manifest = find_prepared(recipe)
     if manifest is None and prepare is not None:
         manifest = prepare(recipe)

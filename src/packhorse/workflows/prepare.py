@@ -88,7 +88,8 @@ def _complete(waiting: RunPlan, manifest: DataManifest) -> None:
     site = SiteProfile.model_validate_json(record.read_text(encoding="utf-8")) if record.is_file() else None
     wanted = SearchRequest(recipe, on_known_gpus(ask, node, site_terms(site)), node, facts_of(recipe, manifest))
     plan = fitting_plan(wanted, basis_of(recipe, manifest, node, site_terms(site)), is_forced(waiting))
-    plan = plan.model_copy(update={"run_folder": waiting.run_folder, "base_model": waiting.base_model})
+    kept = {"run_folder": waiting.run_folder, "base_model": waiting.base_model, "teacher": waiting.teacher}
+    plan = plan.model_copy(update=kept)
     room = room_on_disk(plan, manifest.vocab_size)
     check_disk(plan, room)
     check_teacher_disk(plan, room)

@@ -17,6 +17,7 @@ from packhorse.launching import preflight
 from packhorse.model_spec.configuration import find_configuration
 from packhorse.model_spec.parameters import Shape, read_shape
 from packhorse.plan.make_plan import make_plan
+from packhorse.plan.replan import replan
 from packhorse.plan.run_plan import DataFacts, RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.recipe.schema import Recipe
@@ -28,12 +29,12 @@ QWEN3_8B = 8_190_735_360
 LENGTH = 4096
 
 
-def planned(engine: str, top: Any, data: DataFacts | None = None) -> RunPlan:
+def planned(engine: str, top: Any, data: DataFacts | None = None, teacher: dict[str, Any] | None = None) -> RunPlan:
     fields = {
         "name": "r",
         "model": {"id": "Qwen/Qwen3-0.6B"},
         "method": "full",
-        "objective": {"kind": "distil", "teacher": {"id": "Qwen/Qwen3-8B"}, "top": top},
+        "objective": {"kind": "distil", "teacher": teacher or {"id": "Qwen/Qwen3-8B"}, "top": top},
         "data": {"sources": [{"path": "r.jsonl"}]},
         "optimizer": {"learning_rate": 1e-5},
         "batch": {"length": LENGTH, "packs": 64, "micro": 1},
@@ -118,3 +119,25 @@ def test_a_disk_that_the_tokens_would_fill_is_refused(tmp_path: Path, monkeypatc
         preflight.check_teacher_disk(plan, None)
     assert "free 40.0 MB there" in str(refused.value)
     preflight.check_teacher_disk(planned("ddp", "all", facts), None)
+
+
+def test_a_folder_without_a_teacher_is_refused(tmp_path: Path) -> None:
+    plan = planned("ddp", 64, teacher={"path": str(tmp_path)})
+    with pytest.raises(UserError, match="holds no config.json"):
+        preflight.check_teacher_folder(plan)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    preflight.check_teacher_folder(plan)
+    with pytest.raises(UserError, match="does not exist"):
+        preflight.check_teacher_folder(planned("ddp", 64, teacher={"path": str(tmp_path / "none")}))
+
+
+def test_a_resumed_run_keeps_the_teacher_of_its_first_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe's path is relative to the folder where the run was planned."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    plan = planned("ddp", 64, teacher={"path": "big"})
+    monkeypatch.chdir(tmp_path)
+    again = replan(plan, ("parallel.engine=fsdp2",), DeviceRequest(gpus=8), Hardware(num_cores=8, gpus=()), 0)
+    assert again.topology.engine == "fsdp2"
+    assert again.teacher == plan.teacher
+    assert again.teacher.model.path == str(tmp_path / "here" / "big")
