@@ -101,7 +101,7 @@ def golden(laboratory: Laboratory, method: str) -> Golden:
 @pytest.mark.parametrize(
     ("method", "engine", "micro"),
     [("full", "ddp x 2", 1), ("lora", "fsdp2 x 2", 2), ("full", "zero3 x 2", 1), ("lora", "single", 4)],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_the_curve_is_the_one_of_the_loop_by_hand(method: str, engine: str, micro: int, laboratory: Laboratory) -> None:
     expected = golden(laboratory, method)

@@ -184,13 +184,13 @@ def test_csv_lines_are_exact() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        pytest.param("lf_dpo_en_demo.json", "has 300 rows of preference pairs, all of them valid", id="dpo"),
-        pytest.param("lf_kto_en_demo.json", "has 300 rows of answers with a verdict (KTO)", id="kto"),
+        pytest.param("lf_dpo_en_demo.json", "has preference pairs (format preference)", id="dpo"),
+        pytest.param("lf_kto_en_demo.json", "has answers with a verdict (format kto)", id="kto"),
         pytest.param("mt_bench_question.jsonl", "question_id, category, turns", id="prompts"),
         pytest.param("mgsm_es.tsv", "which looks like a value of a row", id="tsv"),
     ],
 )  # fmt: skip
-def test_rows_that_arrive_later_are_refused_in_words(tmp_path: Path, name: str, told: str) -> None:
+def test_rows_that_sft_cannot_train_on_are_refused_in_words(tmp_path: Path, name: str, told: str) -> None:
     assert told in refusal(recipe_of(tmp_path / "runs", shared(f"data/{name}"), QWEN))
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, SourceAudit, SplitAudit
 from packhorse.data.checks.counters import MOST_SAMPLES, Sample, make_sample
 from packhorse.data.checks.keys import NO_PROMPT, Keys, distinct_rows
+from packhorse.data.checks.preferences import preference_notes
 from packhorse.data.checks.scorecard import ScoreCard, ScoreKeeper
 from packhorse.data.decide import KEPT, TEST
 from packhorse.data.formats.example import Example
@@ -23,7 +24,9 @@ from packhorse.data.gather.source_pass import GatheredSource
 from packhorse.data.gather.spool import text_of
 from packhorse.data.ledger import SIDES
 from packhorse.data.pack_rows import PackedRows, fill, pack_rows
-from packhorse.data.packs.batches import step_notes
+from packhorse.data.packs.batches import BatchPlan, step_notes, unit_note, units_of_steps
+from packhorse.data.packs.store import figures_of
+from packhorse.data.render.judged import documents_of
 from packhorse.data.render.render import Rendered, Renderer
 from packhorse.data.resolve import resolve_tokenizer
 from packhorse.recipe.schema import Recipe
@@ -103,10 +106,25 @@ def _report(recipe: Recipe, packed: PackedRows, watch: _AuditCallback) -> AuditR
         duplicates=_largest_groups(packed),
         num_contaminated=decision.findings["contaminated"],
         contaminated=_locations(packed, gathered.spool.columns.contaminated),
-        notes=(*packed.notes, *step_notes(packed.packings["train"].num_packs, recipe.batch.packs)),
+        notes=(
+            *packed.notes,
+            *step_notes(packed.packings["train"].num_packs, recipe.batch.packs),
+            *_preference_notes(recipe, packed),
+        ),
         # Nobody should see test rows before the final measurement.
-        rows=tuple(row for seen in watch.rows if (row := _row(packed, *seen)).split != "test"),
+        rows=tuple(row for seen in watch.rows for row in _rows(packed, *seen) if row.split != "test"),
     )
+
+
+def _preference_notes(recipe: Recipe, packed: PackedRows) -> list[str]:
+    documents, packing = packed.side("train"), packed.packings["train"]
+    if documents.per_row == 1:
+        return []
+    costs = figures_of(packing, documents.lengths, documents.labels)[2]
+    plan = BatchPlan(costs, recipe.batch.packs, recipe.seed, recipe.data.packing == "in_order")
+    units = units_of_steps(plan, np.diff(packing.offsets) // documents.per_row)
+    notes = preference_notes(packed.gathered.spool.columns, documents.item_rows, recipe.objective)
+    return [*notes, unit_note(recipe.objective.unit, units)]
 
 
 def _source(gathered: GatheredRows, number: int) -> SourceAudit:
@@ -192,10 +210,19 @@ def _locations(packed: PackedRows, rows: NDArray[np.bool_]) -> tuple[str, ...]:
     return tuple(row["where"] for row in packed.gathered.spool.texts(wanted))
 
 
-def _row(packed: PackedRows, index: int, example: Example, row: Rendered) -> RowAudit:
+def _rows(packed: PackedRows, index: int, example: Example, row: Rendered) -> Iterator[RowAudit]:
+    """Yield the row as it is trained on; of a preference pair, one after the other, both answers."""
     decision = packed.decision
     split = SIDES[decision.sides[index]] if decision.losses[index] == KEPT else DROPPED
-    return RowAudit(example.where, split, tuple(_pieces(packed.gathered.renderer, row)))
+    documents = documents_of(example, row)
+    names = ("chosen", "rejected") if len(documents) == 2 else (_verdict(example),)
+    for name, (_, document) in zip(names, documents):
+        what = f", {name}: {np.count_nonzero(document.supervised):,} supervised tokens" if name else ""
+        yield RowAudit(f"{example.where}{what}", split, tuple(_pieces(packed.gathered.renderer, document)))
+
+
+def _verdict(example: Example) -> str:
+    return "" if example.desirable is None else "a good answer" if example.desirable else "a bad answer"
 
 
 def _pieces(renderer: Renderer, row: Rendered) -> Iterator[tuple[str, bool]]:

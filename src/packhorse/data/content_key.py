@@ -77,7 +77,8 @@ def file_hash(path: Path, root: Path) -> str:
 
 
 def _source_part(source: Source, recipe: Recipe) -> dict[str, Any]:
-    read_as = source.model_dump(exclude={"path", "id", "revision", "subset", "split"})
+    unset = {"good_rating"} if source.good_rating is None else set()
+    read_as = source.model_dump(exclude={"path", "id", "revision", "subset", "split", *unset})
     return {"sha256": source_hash(source, recipe), **read_as}
 
 

@@ -119,7 +119,7 @@ def partners_of(columns: Columns, decision: Decision, objective: Objective) -> I
         kept = by_key[np.sort(first)]
         if len(kept) == 1:
             raise UserError(
-                f"the {side} rows are {len(rows)} copies of one row.",
+                f"all {side} rows are equal (number of rows: {len(rows)}).",
                 f"{objective.kind} estimates the KL divergence on prompts with the answer of another row.",
                 "add rows, or give the shares of data.split to fewer sides.",
             )

@@ -19,6 +19,7 @@ from packhorse.evaluate.metrics.labels import classification, confusion_matrix, 
 from packhorse.evaluate.metrics.metric import LOSS, Expected, Metric, Reply
 from packhorse.evaluate.metrics.text import EXACT
 from packhorse.evaluate.models import Model, Subject, measure_both
+from packhorse.evaluate.preference import preferences
 from packhorse.evaluate.results import Comparison, ComparisonLine, LabelResult, MetricFailure, Sample, Score
 from packhorse.evaluate.score import Loss, document_losses, total_loss
 from packhorse.evaluate.verdict import MetricValues, adjusted, gate_results, metric_result
@@ -48,6 +49,7 @@ class _Measured:
 
     losses: list[Loss]
     answers: list[Answer]
+    rejected: list[Loss]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def compare(
             tools = [question.tools for question in held_out.questions]
             limits = [_limit(tokenizer, question, settings.max_new_tokens) for question in held_out.questions]
             answered = answers(model, tokenizer, prompts, limits, batch_size, tools, cache, weights)
-            found.append(_Measured(document_losses(model, held_out.documents), answered))
+            rejected = document_losses(model, held_out.rejected) if held_out.rejected is not None else []
+            found.append(_Measured(document_losses(model, held_out.documents), answered, rejected))
         return found
 
     base, tuned = measure_both(subject, measure)
@@ -154,6 +157,8 @@ def _scored(held_out: HeldOut, metrics: Sequence[Metric], base: _Measured, tuned
         np.array([of_model.losses[document].nats_per_token for document in measured]) for of_model in (base, tuned)
     ]
     values = [MetricValues(LOSS, measured, losses[0], losses[1], tokens[measured])]
+    if held_out.rejected is not None:
+        values.append(preferences((base.losses, tuned.losses), (base.rejected, tuned.rejected)))
     failures: list[MetricFailure] = []
     for metric in metrics:
         sides = []

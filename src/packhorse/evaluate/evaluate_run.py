@@ -75,6 +75,12 @@ def subject_of(plan: RunPlan) -> tuple[Subject, PreTrainedTokenizerBase]:
         UserError: The run has not finished.
     """
     _silence_libraries()
+    if plan.recipe.objective.kind == "reward":
+        raise UserError(
+            f"{relative(plan.run_folder)} trained a reward model.",
+            "it scores answers and writes none, so there is no answer of base and tuned model to compare.",
+            f"see evaluation/accuracy of its validation pairs: packhorse status {relative(plan.run_folder)}",
+        )
     tuned = Path(plan.run_folder) / weights_folder_name(plan)
     if not tuned.is_dir():
         raise UserError(

@@ -25,6 +25,8 @@ from packhorse.data.render.control_tokens import ControlTokens
 from packhorse.data.render.turns import template_tools, template_turns
 from packhorse.errors import UserError
 from packhorse.evaluate.generate import Message, Tools
+from packhorse.evaluate.preference import documents_and_rejected
+from packhorse.evaluate.score import Documents
 from packhorse.evaluate.statistics.sample_size import rows_for_shares
 from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.recipe.schema import DataSection, TrainOnSection
@@ -62,20 +64,22 @@ class HeldOut:
 
     Attributes:
         name: validation, retain or test.
-        documents: Tokens of the rows.
+        documents: Tokens of the rows; of preference pairs, those of the chosen answers.
         rows: Row of each document, from 0; a text longer than a pack may be several documents.
         groups: Group of each document.
         clusters: Cluster of each document: documents of one row, near copies, and rows with one value of
             `evaluation.cluster_by` are not independent of each other.
         questions: Rows to answer.
+        rejected: Tokens of the rejected answers of preference pairs.
     """
 
     name: str
-    documents: PackStore
+    documents: Documents
     rows: tuple[int, ...]
     groups: tuple[str, ...]
     clusters: tuple[int, ...]
     questions: tuple[Question, ...]
+    rejected: Documents | None = None
 
 
 def read_sets(data_folder: Path, settings: EvaluationSection, form: Form) -> list[HeldOut]:
@@ -120,24 +124,26 @@ def read_held_out(data_folder: Path, name: str, settings: EvaluationSection, for
     return None if documents.num_documents == 0 else held_out_of(documents, name, settings, form)
 
 
-def held_out_of(documents: PackStore, name: str, settings: EvaluationSection, form: Form) -> HeldOut:
+def held_out_of(store: PackStore, name: str, settings: EvaluationSection, form: Form) -> HeldOut:
     """Reads the rows of an open store.
 
     Args:
-        documents: One document or more, with their rows.
+        store: One document or more, with their rows.
         name: Name of the set.
         settings: Section of the recipe: grouping, and the number of rows to answer.
         form: Form in which rows were trained.
     """
     group_by = settings.group_by
-    stored = list(documents.rows())
+    documents, rejected = documents_and_rejected(store)
+    stored = list(store.rows())
     assert len(stored) == documents.num_documents, f"{len(stored)} rows for {documents.num_documents} documents"
     groups = tuple(str(row["fields"].get(group_by, NO_GROUP)) if group_by else name for row in stored)
     questions = [question for index, row in enumerate(stored) if (question := _question(index, row)) is not None]
     chosen = choose(questions, groups, num_answered(settings))
     questions_as_trained = tuple(_as_trained(question, stored[question.row], form) for question in chosen)
     rows = _rows_of(stored)
-    return HeldOut(name, documents, rows, groups, _clusters(stored, rows, settings.cluster_by), questions_as_trained)
+    clusters = _clusters(stored, rows, settings.cluster_by)
+    return HeldOut(name, documents, rows, groups, clusters, questions_as_trained, rejected)
 
 
 def choose(questions: Sequence[Question], groups: Sequence[str], limit: int) -> tuple[Question, ...]:

@@ -144,6 +144,12 @@ def check_pair(recipe: Recipe, topology: Topology) -> None:
             "peft reads the trained rows on rank 0 alone, before DeepSpeed distributes them to the other ranks.",
             "set parallel.engine to fsdp2 or zero2, or method to full.",
         )
+    if recipe.objective.kind == "reward" and topology.engine in ("fsdp2", "hsdp") and not recipe.method.trains_base:
+        raise UserError(
+            f"objective is reward, method is {name}, and parallel.engine is {topology.engine}.",
+            "saving a trained head of one row beside an adapter hangs there.",
+            "set parallel.engine to ddp or zero2, or method to full.",
+        )
     every = recipe.checkpoint.every_steps
     if topology.engine == "zero3_nvme" and every is not None:
         raise UserError(

@@ -98,6 +98,7 @@ def plan_for_topology(
             micro,
             *_null_packs(batch, topology),
             steps,
+            *_units(recipe, data),
             attention,
             _dtype(recipe, topology.engine),
             *compile_decision(recipe, topology, attention.value),
@@ -130,6 +131,14 @@ def _mesh(topology: Topology) -> list[Decision]:
 def _null_packs(batch: BatchSplit, topology: Topology) -> list[Decision]:
     decision = null_packs_decision(batch, topology.data_ranks, topology.sequence)
     return [decision] if decision else []
+
+
+def _units(recipe: Recipe, data: DataFacts | None) -> list[Decision]:
+    if data is None or data.units_per_step is None:
+        return []
+    mean, least, most = data.units_per_step
+    reason = f"{recipe.objective.unit}s on average, {least:,} to {most:,}; each weighs the same in an epoch"
+    return [Decision(name="units per step", value=f"{mean:.3g}", reason=reason)]
 
 
 def _base_model(recipe: Recipe) -> str | None:

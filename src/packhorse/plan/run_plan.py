@@ -85,6 +85,8 @@ class DataFacts(PlanPart):
     num_tokens: int
     num_supervised_tokens: int
     fill: float
+    units_per_step: tuple[float, int, int] | None = None
+    """Mean, least and most preference pairs or judged answers of a step; None for objectives over tokens."""
 
 
 class Decision(PlanPart):

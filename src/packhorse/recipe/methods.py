@@ -49,7 +49,7 @@ class LoraMethod(Adapter):
     alpha: PositiveFloat = 64.0
     """Scale: the adapter's output is multiplied by alpha / rank."""
     dropout: Fraction = 0.05
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input; 0 by default where the objective compares two answers."""
     target: Literal["all-linear"] | list[str] = "all-linear"
     """Modules that get an adapter: all linear layers except the output head, or a list of names."""
     experts: bool = False

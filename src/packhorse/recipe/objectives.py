@@ -9,10 +9,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt
 
+from packhorse.recipe.row_formats import RowKind
 from packhorse.yaml_source.schema import PositiveFloat, Section
 
-RowKind = Literal["answers", "pairs", "verdicts"]
-"""Rows with answers to imitate, with a chosen and a rejected answer, or with one answer and whether it is good."""
 Unit = Literal["token", "pair", "answer"]
 """What a step's loss is the mean of."""
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

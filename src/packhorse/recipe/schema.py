@@ -8,31 +8,20 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from packhorse.recipe.aliases import fix_for_key, fix_for_value
 from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.recipe.methods import LoraMethod, Method
-from packhorse.recipe.objectives import Objective, SftObjective
+from packhorse.recipe.objectives import Objective, PairedObjective, SftObjective
+from packhorse.recipe.row_formats import RowFormat
 from packhorse.yaml_source.schema import Fraction, Name, PositiveFloat, SchemaView, Section
 
 Engine = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "fsdp2", "hsdp"]
 OptimizerName = Literal[
     "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "lion_8bit", "muon"
 ]
-Format = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "prompt_completion",
-    "question_answer",
-    "text_label",
-    "text",
-    "preference",
-    "kto",
-    "tree",
-]
+Format = Literal["auto", RowFormat]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", json_schema_extra={"takes": "a date such as 2026-01-31"})]
 
 
@@ -90,6 +79,8 @@ class Source(Section):
     """Message trees: follow the reply with the lowest `rank`, or make one row of each path."""
     weight: PositiveFloat | None = None
     """Share of this source among the rows used, relative to the weights of other sources; no row is repeated."""
+    good_rating: float | None = None
+    """Format `rated`: the lowest rating of a good answer; lower ones are bad."""
     rows: PositiveInt | None = None
     """Number of rows used, drawn by a hash of their content; default: all."""
 
@@ -376,6 +367,12 @@ class Recipe(Section):
     recovery: RecoverySection = RecoverySection()
     track: TrackSection = TrackSection()
     sweep: SweepSection = SweepSection()
+
+    @model_validator(mode="after")
+    def _no_dropout_by_default(self) -> Recipe:
+        if not isinstance(self.objective, PairedObjective) or not isinstance(self.method, LoraMethod):
+            return self
+        return self if "dropout" in self.method.model_fields_set else self.changed("method", dropout=0.0)
 
     def changed(self, section: str, **fields: Any) -> Recipe:  # noqa: ANN401
         """Return the recipe with these fields of a section, without any check of types or rules."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from packhorse.data.content_key import SOURCE_LISTS, content_key, find_prepared, source_hash
 from packhorse.data.data_manifest import DataManifest, read_data_manifest, require_sizes
+from packhorse.data.packs.batches import BatchPlan, units_of_steps
+from packhorse.data.packs.store import open_store
 from packhorse.data.resolve import data_root, source_name
 from packhorse.errors import UserError
 from packhorse.plan.run_plan import DataFacts, RunPlan
@@ -28,11 +30,17 @@ def manifest_if_prepared(recipe: Recipe) -> DataManifest | None:
 
 def facts_of(recipe: Recipe, manifest: DataManifest) -> DataFacts:
     """Return what a plan records about the prepared data of a recipe."""
-    return data_facts(data_root(recipe) / manifest.content_hash, manifest)
+    folder = data_root(recipe) / manifest.content_hash
+    if manifest.documents_per_row == 1:
+        return data_facts(folder, manifest)
+    store = open_store(folder, "train")
+    batches = BatchPlan(store.pack_costs, recipe.batch.packs, recipe.seed, store.in_order)
+    units = units_of_steps(batches, store.pack_units)
+    return data_facts(folder, manifest).model_copy(update={"units_per_step": units})
 
 
 def data_facts(folder: Path, manifest: DataManifest) -> DataFacts:
-    """Return what a plan records about prepared data in a given folder."""
+    """Return what a plan records about prepared data in a given folder, whatever a step takes of it."""
     split = manifest.splits["train"]
     return DataFacts(
         folder=str(folder.absolute()),

@@ -197,23 +197,6 @@ def test_strata_by_source_and_language_need_no_field(make_recipe: MakeRecipe, tm
         assert Counter(row["fields"]["of"] for row in stored) == {"one": 12, "two": 4}
 
 
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        pytest.param({"prompt": "hi", "chosen": "fine", "rejected": "bye"}, "1 rows of preference pairs", id="pairs"),
-        pytest.param(
-            {"prompt": "hi", "completion": "fine", "label": True}, "1 rows of answers with a verdict", id="kto"
-        ),
-    ],
-)
-def test_verdicts_are_read_and_not_trained_on(
-    make_recipe: MakeRecipe, tmp_path: Path, row: dict[str, Any], told: str
-) -> None:
-    message = refusal(make_recipe(write_lines(tmp_path / "rows.jsonl", row)))
-    assert told in message
-    assert "all of them valid" in message
-
-
 def test_packs_in_order_and_packs_of_a_row(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", *rows(30))
     in_order = prepare(make_recipe(path, data={**ALL_TRAINED, "packing": "in_order"}))

@@ -24,8 +24,10 @@ from packhorse.data.packs.store import open_store
 from packhorse.errors import UserError
 from packhorse.model.attention import Documents, register_attention
 from packhorse.model.sequence import SequenceGroup, join_sequence_group, to_whole_documents
+from packhorse.recipe.objectives import SimpoObjective
 from packhorse.train.objectives.forward import micro_batch_loss
 from packhorse.train.objectives.objective import TokenObjective
+from packhorse.train.objectives.preference import make_objective
 from packhorse.train.objectives.token_loss import install_loss_head
 from packhorse.train.probe import ProbeReport, probe
 from packhorse.train.validation import StorePasses, validate
@@ -109,6 +111,17 @@ def train_on_part(sequence: SequenceGroup, checkpointing: bool) -> tuple[float, 
     return sequence.sum(loss), gradients(trained)
 
 
+def preferred_on_part(sequence: SequenceGroup | None) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of two preference pairs; most documents are cut between the ranks or on one of them."""
+    trained = model(register_attention("sdpa"))
+    install_loss_head(trained)
+    ids = [row.numpy() for row in (*rows()[:2], *rows()[1::2])]
+    batch = lay_out(ids, [row * 0 + 1 for row in ids])
+    loss = make_objective(SimpoObjective())(trained, batch, torch.device("cpu"), sequence).total
+    loss.backward()
+    return sequence.sum(loss) if sequence else loss.item(), gradients(trained)
+
+
 def looks_one_token_back(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Look one token back, like convolutions and state spaces, within each document and this rank's part."""
     before = F.pad(args[0][:, :-1], (0, 0, 1, 0)) * (kwargs["position_ids"] > 0)[..., None]
@@ -158,6 +171,7 @@ def work(rank: int, folder: str) -> None:
     assert sequence is not None
     found: dict[str, Any] = {name: attend_to_part(shape, sequence) for name, shape in SHAPES.items()}
     found |= {f"checkpointing {on}": train_on_part(sequence, on) for on in (False, True)}
+    found["simpo"] = preferred_on_part(sequence)
     found["validation"] = validated(folder, sequence)
     found["refusal"] = refusal(sequence)
     found["proof"] = probed(folder, sequence, leaky=False).figures()
@@ -205,6 +219,17 @@ def test_gradients_summed_over_ranks_are_those_of_documents_alone(
     (loss, mine), (also, theirs) = (part[f"checkpointing {checkpointing}"] for part in parts)
     assert loss == also == pytest.approx(expected.item(), rel=1e-6)
     for name, gradient in gradients(plain).items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(mine[name] + theirs[name], gradient, atol=1e-6 * scale, rtol=1e-5, msg=name)
+        assert mine[name].abs().max() > 0, "both parts must teach, or equal sums say little"
+        assert theirs[name].abs().max() > 0
+
+
+def test_pairs_cut_between_ranks_have_the_gradient_of_whole_ones(parts: list[dict[str, Any]]) -> None:
+    expected, whole = preferred_on_part(None)
+    (loss, mine), (also, theirs) = (part["simpo"] for part in parts)
+    assert loss == also == pytest.approx(expected, rel=1e-6)
+    for name, gradient in whole.items():
         scale = gradient.abs().max().item()
         torch.testing.assert_close(mine[name] + theirs[name], gradient, atol=1e-6 * scale, rtol=1e-5, msg=name)
         assert mine[name].abs().max() > 0, "both parts must teach, or equal sums say little"

@@ -150,3 +150,11 @@ def test_fsdp2_never_casts_the_elements_that_hold_4_bit_weights(
     recipe = Recipe.model_validate(RECIPE | sections)
     with pytest.raises(UserError, match="set model.dtype to auto") if is_refused else contextlib.nullcontext():
         make_plan(recipe, DeviceRequest(gpus=2), Hardware(num_cores=4, gpus=()), None)
+
+
+def test_an_adapter_on_a_reward_model_is_refused_where_its_head_is_sharded() -> None:
+    lora = {"kind": "lora", "dropout": 0.0}
+    with pytest.raises(UserError, match="objective is reward, method is lora, and parallel.engine is fsdp2"):
+        make_plan(recipe(lora, "fsdp2", objective="reward"), DeviceRequest(8), BOX, None)
+    for method, engine in ((lora, "zero2"), ("full", "fsdp2")):
+        make_plan(recipe(method, engine, objective="reward"), DeviceRequest(8), BOX, None)

@@ -14,9 +14,10 @@ from typing import Any, Final, Literal
 from packhorse.data.convert.prices import TokenCount
 from packhorse.data.formats.bad_row import BadRowError, names
 from packhorse.data.formats.example import Example
+from packhorse.data.formats.judged_writing import to_chosen, to_kto, to_preference
 from packhorse.data.formats.key_counts import KeyCounts
 from packhorse.data.formats.openai import LARGEST_FILE_BYTES, LEAST_EXAMPLES, to_openai
-from packhorse.data.formats.rows import RowFormat, renamed_rows, resolve_format, row_converter
+from packhorse.data.formats.rows import renamed_rows, resolve_format, row_converter
 from packhorse.data.formats.writing import to_alpaca, to_messages
 from packhorse.data.gather.bad_rows import MISTAKES_FILE, BadRowList
 from packhorse.data.gather.sources import read_rows
@@ -24,12 +25,21 @@ from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import Row, RowMistakes
 from packhorse.durable import sync_to_disk
 from packhorse.errors import UserError
+from packhorse.recipe.row_formats import RowFormat
 from packhorse.recipe.schema import Source
 
-Target = Literal["messages", "alpaca", "openai"]
-Writer = Callable[[Example, Mapping[str, Any]], dict[str, Any]]
+Target = Literal["messages", "alpaca", "openai", "preference", "kto", "chosen"]
+Writer = Callable[[Example, Mapping[str, Any]], list[dict[str, Any]]]
 
-WRITERS: Final[Mapping[Target, Writer]] = {"messages": to_messages, "alpaca": to_alpaca, "openai": to_openai}
+WRITERS: Final[Mapping[Target, Writer]] = {
+    "messages": lambda example, others: [to_messages(example, others)],
+    "alpaca": lambda example, others: [to_alpaca(example, others)],
+    "openai": lambda example, others: [to_openai(example, others)],
+    "preference": to_preference,
+    "kto": to_kto,
+    "chosen": to_chosen,
+}
+KEEPS_CONTEXT: Final = ("messages", "preference", "kto", "chosen")
 FIRST_ROWS: Final = 10
 CONTEXT_MARK: Final = "train: false of turns that are not the assistant's"
 
@@ -108,15 +118,16 @@ def _lines(
             example = convert(row)
             others = _others(row.values, example)
             written = WRITERS[to](example, others)
-            line = _json_line(written)
+            lines = [_json_line(row) for row in written]
         except BadRowError as error:
             mistakes.add(error.at(row.where))
             continue
-        conversion.num_rows += 1
-        conversion.dropped.update(_dropped(example, others, written, to))
-        if to == "openai":
-            conversion.tokens.add(written)
-        yield line
+        conversion.num_rows += len(lines)
+        for new in written:
+            conversion.dropped.update(_dropped(example, others, new, to))
+            if to == "openai":
+                conversion.tokens.add(new)
+        yield from lines
 
 
 def _others(values: dict[str, Any], example: Example) -> dict[str, Any]:
@@ -126,7 +137,7 @@ def _others(values: dict[str, Any], example: Example) -> dict[str, Any]:
 def _dropped(example: Example, others: Mapping[str, Any], written: Mapping[str, Any], to: Target) -> list[str]:
     dropped = [*(key for key in others if key not in written), *example.unused]
     context = any(not turn.trained and turn.role != "assistant" for turn in example.messages or ())
-    return [*dropped, CONTEXT_MARK] if context and to != "messages" else dropped
+    return [*dropped, CONTEXT_MARK] if context and to not in KEEPS_CONTEXT else dropped
 
 
 def _json_line(row: dict[str, Any]) -> str:

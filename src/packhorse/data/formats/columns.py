@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from packhorse.data.formats.bad_row import BadRowError, closest, names
-from packhorse.data.formats.detect import KNOWN_KEYS, RowFormat, detect_format
+from packhorse.data.formats.detect import KNOWN_KEYS, detect_format
 from packhorse.data.formats.turns import ROLES, TURN_KEYS
 from packhorse.data.read.row import Row
 from packhorse.errors import UserError
+from packhorse.recipe.row_formats import RowFormat
 from packhorse.recipe.schema import Source
 
 CHAT_KEYS: Final = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "history")

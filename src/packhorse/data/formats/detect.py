@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from packhorse.data.formats.bad_row import SHOWN_NAMES, closest, names
-
-RowFormat = Literal[
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "prompt_completion",
-    "question_answer",
-    "text_label",
-    "text",
-    "preference",
-    "kto",
-    "tree",
-]
+from packhorse.recipe.row_formats import RowFormat
 
 KEYS_OF: Final[Mapping[RowFormat, tuple[str, ...]]] = {
     "messages": ("messages",),
@@ -30,10 +18,18 @@ KEYS_OF: Final[Mapping[RowFormat, tuple[str, ...]]] = {
     "text": ("text",),
     "preference": ("chosen", "rejected"),
     "kto": ("prompt", "completion", "label"),
+    "ranked": ("prompt", "completions", "scores"),
+    "rated": ("prompt", "completion", "rating"),
     "tree": ("text", "role", "replies"),
 }
+RANK_KEYS: Final = ("ranks", "rank")
+SCORE_KEYS: Final = ("scores", "ratings", *RANK_KEYS)
+RATING_KEYS: Final = ("rating", "score")
 # Other names of a required key.
 NAMES_OF: Final[Mapping[str, tuple[str, ...]]] = {
+    "completions": ("completions", "responses"),
+    "scores": SCORE_KEYS,
+    "rating": RATING_KEYS,
     "output": ("output", "response"),
     "completion": ("completion", "response"),
     "answer": ("answer", "answers", "response"),
@@ -66,8 +62,8 @@ def detect_format(values: Mapping[str, Any]) -> RowFormat | None:
     # Formats with a verdict come first: read as a plain chat, a bad answer would be trained on.
     if "chosen" in values and "rejected" in values:
         return "preference"
-    if _has_verdict(values):
-        return "kto"
+    if _has_verdict(values) or _is_ranked(values):
+        return "kto" if _has_verdict(values) else "ranked"
     if is_tree(values):
         return "tree"
     # A chat with a summary in `text` stays a chat.
@@ -134,3 +130,8 @@ def _has_verdict(values: Mapping[str, Any]) -> bool:
     if not any(isinstance(values.get(key), bool) for key in VERDICT_KEYS):
         return False
     return "messages" in values or "conversations" in values or _has_keys(values, "prompt_completion")
+
+
+def _is_ranked(values: Mapping[str, Any]) -> bool:
+    lists = (NAMES_OF["completions"], SCORE_KEYS)
+    return _has_key(values, "prompt") and all(any(isinstance(values.get(key), list) for key in keys) for keys in lists)

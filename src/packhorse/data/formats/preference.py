@@ -21,6 +21,7 @@ from packhorse.data.formats.single_turn import (
     turns_of,
 )
 from packhorse.data.formats.tools import TOOL_KEYS, tools_of
+from packhorse.data.formats.transcripts import is_transcript, transcript_turns
 from packhorse.data.formats.turns import context_of, messages_of, refuse_trained, turn_list
 from packhorse.data.read.row import Row
 
@@ -36,13 +37,14 @@ def from_preference(row: Row) -> Example:
     """
     values = row.values
     prompt, keys = _prompt(values)
-    chosen, rejected = turns_of(values["chosen"], "chosen"), turns_of(values["rejected"], "rejected")
+    chosen, rejected = _answer(values, "chosen"), _answer(values, "rejected")
     # An answer begins with the assistant; a list that begins with another role is a whole chat.
     if chosen[0].role != "assistant" and rejected[0].role != "assistant":
         # A system text next to the chats is added to both below.
         prompt = _common_beginning(chosen, rejected, prompt[1:] if one_of(values, SYSTEM_KEYS) else prompt)
         for key in ("chosen", "rejected"):
-            refuse_trained(values[key][: len(prompt)], key)
+            if not is_transcript(values[key]):
+                refuse_trained(values[key][: len(prompt)], key)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise BadRowError(
@@ -86,11 +88,17 @@ def _prompt(values: dict[str, Any]) -> tuple[list[Message], frozenset[str]]:
     key = next((key for key in PROMPT_KEYS if values.get(key) is not None and values[key] != ""), None)
     if key is None:
         return [], frozenset()
+    if is_transcript(values[key]):
+        return with_system(values, transcript_turns(values[key])), frozenset((key,))
     if key in ("messages", "conversations"):
         return with_system(values, context_of(values[key], key)), frozenset((key,))
     if key == "prompt" and is_turns(values[key]):
         return prompt_turns(values), frozenset((key,))
     return text_prompt(values, key), frozenset((key, *PROMPT_PARTS))
+
+
+def _answer(values: dict[str, Any], key: str) -> list[Message]:
+    return transcript_turns(values[key]) if is_transcript(values[key]) else turns_of(values[key], key)
 
 
 def _common_beginning(chosen: list[Message], rejected: list[Message], prompt: Sequence[Message]) -> list[Message]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from packhorse.data.formats.bad_row import BadRowError, names
@@ -12,7 +13,6 @@ from packhorse.data.formats.detect import (
     KEYS_OF,
     NAMES_OF,
     RIVALS_OF,
-    RowFormat,
     detect_format,
     known_formats,
     missing_keys,
@@ -21,6 +21,7 @@ from packhorse.data.formats.detect import (
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.key_counts import KeyCounts
 from packhorse.data.formats.preference import from_kto, from_preference
+from packhorse.data.formats.rated import from_ranked, from_rated
 from packhorse.data.formats.single_turn import (
     from_alpaca,
     from_prompt_completion,
@@ -32,9 +33,10 @@ from packhorse.data.formats.tree import OTHER_REPLIES, from_tree, tree_paths
 from packhorse.data.formats.unread import check_unread
 from packhorse.data.read.row import Row, RowMistakes
 from packhorse.errors import UserError
+from packhorse.recipe.row_formats import RowFormat
 from packhorse.recipe.schema import Format, Source
 
-__all__ = ["KEYS_OF", "RowFormat", "convert_rows", "detect_format", "renamed_rows", "resolve_format", "row_converter"]
+__all__ = ["KEYS_OF", "convert_rows", "detect_format", "renamed_rows", "resolve_format", "row_converter"]
 
 CONVERTERS: Final[Mapping[RowFormat, Callable[[Row], Example]]] = {
     "messages": from_messages,
@@ -46,6 +48,7 @@ CONVERTERS: Final[Mapping[RowFormat, Callable[[Row], Example]]] = {
     "text": from_text,
     "preference": from_preference,
     "kto": from_kto,
+    "ranked": from_ranked,
     "tree": from_tree,
 }
 NO_RENAMING: Final = Renaming({}, {}, {})
@@ -172,12 +175,12 @@ def row_converter(
         source: Source of the rows.
         keeps_others: Whether the caller writes the keys that the format does not read, so that none is lost.
     """
-    convert = CONVERTERS[row_format]
+    convert = _rated(source) if row_format == "rated" else CONVERTERS[row_format]
     columns = source.columns if source is not None else {}
     is_found = source is not None and source.format == "auto"
     # A declared format is intended, whatever other keys its rows have.
     rivals = RIVALS_OF.get(row_format, NO_RIVALS) if is_found else NO_RIVALS
-    required = () if row_format in ("text_label", "kto") else KEYS_OF[row_format]
+    required = () if row_format in ("text_label", "kto", "rated") else KEYS_OF[row_format]
     is_declared = source is not None and source.format != "auto"
 
     def make(row: Row) -> Example:
@@ -196,6 +199,16 @@ def row_converter(
         return example
 
     return make
+
+
+def _rated(source: Source | None) -> Callable[[Row], Example]:
+    if source is None or source.good_rating is None:
+        raise UserError(
+            "the rows have the format rated, and the source has no good_rating.",
+            "a rating becomes a verdict: good from this number on, else bad.",
+            "set the source's good_rating, such as good_rating: 4.",
+        )
+    return partial(from_rated, good_rating=source.good_rating)
 
 
 def _missing(values: dict[str, Any], row_format: RowFormat, columns: Mapping[str, str]) -> BadRowError:

@@ -7,10 +7,11 @@ from typing import Any
 
 from packhorse.data.formats.bad_row import BadRowError, names, shown
 from packhorse.data.formats.chats import MESSAGES_KEYS
-from packhorse.data.formats.detect import RowFormat, detect_format
+from packhorse.data.formats.detect import detect_format
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.single_turn import ALPACA_KEYS
 from packhorse.data.formats.tools import NOTHING
+from packhorse.recipe.row_formats import RowFormat
 
 
 def chat_of(example: Example) -> tuple[Message, ...]:
@@ -28,7 +29,7 @@ def chat_of(example: Example) -> tuple[Message, ...]:
         raise BadRowError(
             f"the row has {what}.",
             "a chat form has no field for it, and without it a bad answer would be trained on like a good one.",
-            "remove the row, or write its good answer as a chat.",
+            "remove the row, or write the good answers alone as chats: --to chosen.",
         )
     return example.messages
 
@@ -43,10 +44,10 @@ def to_messages(example: Example, others: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         BadRowError: The row is not a chat, or a field would be read as part of one.
     """
-    row: dict[str, Any] = {"messages": [_turn(message) for message in chat_of(example)]}
+    row: dict[str, Any] = {"messages": [turn_of(message) for message in chat_of(example)]}
     if example.tools:
         row["tools"] = list(example.tools)
-    return _with_others(row, others, "messages", MESSAGES_KEYS)
+    return with_others(row, others, "messages", MESSAGES_KEYS)
 
 
 def to_alpaca(example: Example, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,10 +65,11 @@ def to_alpaca(example: Example, others: Mapping[str, Any]) -> dict[str, Any]:
         row["system"] = system
     if len(pairs) > 1:
         row["history"] = pairs[:-1]
-    return _with_others(row, others, "alpaca", ALPACA_KEYS)
+    return with_others(row, others, "alpaca", ALPACA_KEYS)
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def turn_of(message: Message) -> dict[str, Any]:
+    """Return a turn with its optional parts."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     optional = {
         "reasoning_content": message.thinking,
@@ -109,9 +111,10 @@ def _check_alpaca(example: Example, turns: list[Message], system: str | None) ->
         )
 
 
-def _with_others(
+def with_others(
     row: dict[str, Any], others: Mapping[str, Any], form: RowFormat, keys: frozenset[str]
 ) -> dict[str, Any]:
+    """Return the row with its other fields; raise BadRowError if the form would read one as part of the chat."""
     # A field named `input` would become part of an Alpaca prompt, and `label` may make a chat a KTO row.
     clash = [key for key in others if key in keys and others[key] not in NOTHING]
     whole = row | {key: value for key, value in others.items() if key not in keys}

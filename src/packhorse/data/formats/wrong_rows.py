@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, get_args
 
-from packhorse.data.formats.detect import RowFormat
 from packhorse.errors import Mistake
-from packhorse.recipe.objectives import Objective, PairedObjective, RowKind
+from packhorse.recipe.objectives import Objective, PairedObjective
+from packhorse.recipe.row_formats import RowFormat, RowKind, row_kind
 
 HAVE: Final[dict[RowKind, str]] = {
     "answers": "answers to imitate",
@@ -19,11 +19,6 @@ WHY: Final[dict[RowKind, str]] = {
     "pairs": "it compares a chosen and a rejected answer to the same prompt.",
     "verdicts": "it learns from single answers and whether each is good.",
 }
-
-
-def row_kind(row_format: RowFormat) -> RowKind:
-    """Return what rows of a format have: an answer to imitate, a pair of answers, or an answer with a verdict."""
-    return "pairs" if row_format == "preference" else "verdicts" if row_format == "kto" else "answers"
 
 
 def wrong_rows(name: str, row_format: RowFormat, objective: Objective) -> Mistake:

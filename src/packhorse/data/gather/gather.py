@@ -18,7 +18,7 @@ from packhorse.data.checks.contamination import EvaluationIndex
 from packhorse.data.checks.texts import prompt_text
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.rows import convert_rows, resolve_format
-from packhorse.data.formats.wrong_rows import row_kind, wrong_rows
+from packhorse.data.formats.wrong_rows import wrong_rows
 from packhorse.data.gather.bad_rows import MISTAKES_FILE, BadRowList
 from packhorse.data.gather.source_pass import BatchCallback, GatheredSource, SourcePass, SourceUse, Strata
 from packhorse.data.gather.sources import read_rows
@@ -30,6 +30,7 @@ from packhorse.data.render.serving import saved_form
 from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.data.resolve import check_folder, resolve_tokenizer, runs_folder_of, source_name
 from packhorse.errors import Mistake, UserError
+from packhorse.recipe.row_formats import row_kind
 from packhorse.recipe.schema import DataSection, Recipe, Source
 
 FIRST_ROWS: Final = 10

@@ -28,8 +28,6 @@ from packhorse.data.checks.texts import answer_text, prompt_text, row_text
 from packhorse.data.checks.words import signatures
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.key_counts import KeyCounts
-from packhorse.data.formats.rows import RowFormat
-from packhorse.data.formats.wrong_rows import row_kind
 from packhorse.data.gather.spool import SpoolWriter
 from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import RowMistakes
@@ -38,6 +36,7 @@ from packhorse.data.render.render import Rendered, Renderer, render_examples
 from packhorse.data.render.serving import check_serving
 from packhorse.data.resolve import source_name
 from packhorse.errors import Mistake
+from packhorse.recipe.row_formats import RowFormat, row_kind
 from packhorse.recipe.schema import DataSection, Source
 
 SourceUse = Literal["train", "validation", "test", "retain"]

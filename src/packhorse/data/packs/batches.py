@@ -15,6 +15,7 @@ Int64 = NDArray[np.int64]
 
 NULL_PACK: Final = -1
 WINDOW_STEPS: Final = 32
+COUNTED_STEPS: Final = 2000
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +121,25 @@ def step_notes(num_packs: int, packs_per_step: int) -> tuple[str, ...]:
         f"a step is larger than an epoch: batch.packs is {packs_per_step}, and the train rows fill {num_packs} packs, "
         f"so every step takes all rows once; set batch.packs to {num_packs} or less",
     )
+
+
+def units_of_steps(plan: BatchPlan, pack_units: Int64) -> tuple[float, int, int]:
+    """Return the mean, the least and the most units (rows of two documents) of the full steps of the first epoch.
+
+    Args:
+        plan: Order of the packs.
+        pack_units: int64 [P], units of each pack.
+    """
+    num_steps = max(1, min(plan.num_packs // plan.packs_per_step, COUNTED_STEPS))
+    packs = (plan.packs(step) for step in range(num_steps))
+    counts = [int(pack_units[of_step[of_step != NULL_PACK]].sum()) for of_step in packs]
+    return sum(counts) / num_steps, min(counts), max(counts)
+
+
+def unit_note(unit: str, units: tuple[float, int, int]) -> str:
+    """Return a sentence about the units of a step, from `units_of_steps`."""
+    mean, least, most = units
+    return f"{mean:.3g} {unit}s per step on average, {least:,} to {most:,}; each weighs the same in an epoch"
 
 
 def _filled_up(packs: Int64, size: int) -> Int64:

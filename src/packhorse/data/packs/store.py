@@ -92,7 +92,7 @@ def write_split(
         DOCUMENTS_FILE: np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         PACKS_FILE: packing.order,
         PACK_OFFSETS_FILE: packing.offsets,
-        PACK_FIGURES_FILE: _figures(packing, lengths, labels),
+        PACK_FIGURES_FILE: figures_of(packing, lengths, labels),
     }
     arrays |= {f"{VALUES_FOLDER}/{name}.npy": column for name, column in (values or {}).items()}
     if values:
@@ -306,7 +306,8 @@ def _save(file: Path, values: NDArray[Any]) -> FileRecord:
         return out.finish()
 
 
-def _figures(packing: Packing, lengths: Int64, labels: Int64) -> Int64:
+def figures_of(packing: Packing, lengths: Int64, labels: Int64) -> Int64:
+    """Return int64 [3, P]: tokens, labels and sum of squared document lengths of each pack."""
     figures = np.zeros((3, packing.num_packs), np.int64)
     if packing.num_packs:
         for figure, of_document in zip(figures, (lengths, labels, lengths * lengths), strict=True):

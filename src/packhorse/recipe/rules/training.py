@@ -9,6 +9,7 @@ from packhorse.recipe.methods import LoraMethod
 from packhorse.recipe.rules.data import data_rules, name_rules
 from packhorse.recipe.rules.evaluation import evaluation_rules
 from packhorse.recipe.rules.model import model_rules, parallel_rules
+from packhorse.recipe.rules.objective import objective_rules
 from packhorse.recipe.rules.sweep import sweep_rules
 from packhorse.recipe.schema import BatchSection, OptimizerSection, Recipe
 from packhorse.recipe.teacher import distil_rules
@@ -67,6 +68,7 @@ def rule_findings(recipe: Recipe) -> list[Finding]:
         *sweep_rules(recipe),
         *evaluation_rules(recipe.evaluation),
         *distil_rules(recipe),
+        *objective_rules(recipe),
     ]
 
 
