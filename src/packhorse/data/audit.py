@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from packhorse.data.audit_report import AuditReport, DuplicateGroup, RowAudit, SourceAudit, SplitAudit
 from packhorse.data.checks.counters import MOST_SAMPLES, Sample, make_sample
 from packhorse.data.checks.keys import NO_PROMPT, Keys, distinct_rows
-from packhorse.data.checks.preferences import preference_notes
 from packhorse.data.checks.scorecard import ScoreCard, ScoreKeeper
 from packhorse.data.decide import KEPT, TEST
 from packhorse.data.formats.example import Example
@@ -26,6 +25,7 @@ from packhorse.data.ledger import SIDES
 from packhorse.data.pack_rows import PackedRows, fill, pack_rows
 from packhorse.data.packs.batches import BatchPlan, step_notes, unit_note, units_of_steps
 from packhorse.data.packs.store import figures_of
+from packhorse.data.preference_notes import preference_notes
 from packhorse.data.render.judged import documents_of
 from packhorse.data.render.render import Rendered, Renderer
 from packhorse.data.resolve import resolve_tokenizer
@@ -211,7 +211,7 @@ def _locations(packed: PackedRows, rows: NDArray[np.bool_]) -> tuple[str, ...]:
 
 
 def _rows(packed: PackedRows, index: int, example: Example, row: Rendered) -> Iterator[RowAudit]:
-    """Yield the row as it is trained on; of a preference pair, one after the other, both answers."""
+    """Yield the text that is trained on; of a preference pair, both answers, one after the other."""
     decision = packed.decision
     split = SIDES[decision.sides[index]] if decision.losses[index] == KEPT else DROPPED
     documents = documents_of(example, row)

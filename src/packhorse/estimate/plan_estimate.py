@@ -110,9 +110,18 @@ class PlanEstimate:
         basis, measured = self.basis, self.basis.measured
         gpu = (basis.gpu, basis.network_gb, basis.price_per_gpu_hour)
         speed = estimate_speed(self.plan, basis.shape, self._known_weights, basis.packs, *gpu)
-        speed = replace(speed, num_steps=self.num_steps)
+        speed = replace(speed, num_steps=self.num_steps, before_seconds=self._reference_seconds(speed))
         speed = speed if self.teacher is None else speed_with(speed, self.teacher, self.plan)
         return speed if measured is None else scaled(speed, measured.factor, measured.source)
+
+    def _reference_seconds(self, speed: SpeedEstimate) -> float:
+        """Return the time of the reference model's forward passes over the data, before the first step."""
+        objective, packs = self.plan.recipe.objective, self.basis.packs.num_packs
+        if not objective.needs_reference or packs is None:
+            return 0.0
+        held_out = (self.basis.validation.num_packs or 0) if self.basis.validation is not None else 0
+        at_once = self.plan.topology.data_ranks * self.plan.batch.micro_packs
+        return (ceil(packs / at_once) + ceil(held_out / at_once)) * speed.forward_seconds
 
     @property
     def num_steps(self) -> int | None:

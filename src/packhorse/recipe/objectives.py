@@ -5,13 +5,35 @@ Class attributes answer what data, plan and training ask of an objective; `kind`
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt
 
-from packhorse.recipe.row_formats import RowKind
 from packhorse.yaml_source.schema import PositiveFloat, Section
 
+RowFormat = Literal[
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "text_label",
+    "text",
+    "preference",
+    "kto",
+    "ranked",
+    "rated",
+    "tree",
+]
+RowKind = Literal["answers", "pairs", "verdicts"]
+"""Rows with answers to imitate, with a chosen and a rejected answer, or with one answer and whether it is good."""
+KIND_OF: Final[Mapping[RowFormat, RowKind]] = {
+    "preference": "pairs",
+    "ranked": "pairs",
+    "kto": "verdicts",
+    "rated": "verdicts",
+}
 Unit = Literal["token", "pair", "answer"]
 """What a step's loss is the mean of."""
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -180,3 +202,8 @@ Objective = Annotated[
     Discriminator("kind"),
     BeforeValidator(_kind_alone),
 ]
+
+
+def row_kind(row_format: RowFormat) -> RowKind:
+    """Return what the rows of a format have."""
+    return KIND_OF.get(row_format, "answers")

@@ -13,8 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from packhorse.recipe.aliases import fix_for_key, fix_for_value
 from packhorse.recipe.evaluation import EvaluationSection
 from packhorse.recipe.methods import LoraMethod, Method
-from packhorse.recipe.objectives import Objective, PairedObjective, SftObjective
-from packhorse.recipe.row_formats import RowFormat
+from packhorse.recipe.objectives import Objective, PairedObjective, RowFormat, SftObjective
 from packhorse.yaml_source.schema import Fraction, Name, PositiveFloat, SchemaView, Section
 
 Engine = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "fsdp2", "hsdp"]

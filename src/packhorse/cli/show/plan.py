@@ -128,8 +128,9 @@ def _run(case: PlanEstimate, now: datetime) -> str:
         return "known when the data is prepared: packhorse prepare"
     ready = now + timedelta(hours=speed.hours)
     about = "about " * (case.plan.num_steps is None)
+    before = f", {_seconds(speed.before_seconds)} of them before step 1" if speed.before_seconds else ""
     return (
-        f"{about}{_seconds(speed.hours * 3600)} for {about}{speed.num_steps:,} steps, without evaluations and"
+        f"{about}{_seconds(speed.hours * 3600)} for {about}{speed.num_steps:,} steps{before}, without evaluations and"
         f" checkpoints; started now, it ends {ready:%d %b %H:%M}; {speed.energy_kwh:,.1f} kWh at most"
     )
 

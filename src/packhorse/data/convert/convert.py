@@ -25,7 +25,7 @@ from packhorse.data.read.arrow_values import RemovedNulls
 from packhorse.data.read.row import Row, RowMistakes
 from packhorse.durable import sync_to_disk
 from packhorse.errors import UserError
-from packhorse.recipe.row_formats import RowFormat
+from packhorse.recipe.objectives import RowFormat
 from packhorse.recipe.schema import Source
 
 Target = Literal["messages", "alpaca", "openai", "preference", "kto", "chosen"]

@@ -11,7 +11,7 @@ from packhorse.data.formats.detect import KNOWN_KEYS, detect_format
 from packhorse.data.formats.turns import ROLES, TURN_KEYS
 from packhorse.data.read.row import Row
 from packhorse.errors import UserError
-from packhorse.recipe.row_formats import RowFormat
+from packhorse.recipe.objectives import RowFormat
 from packhorse.recipe.schema import Source
 
 CHAT_KEYS: Final = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "history")

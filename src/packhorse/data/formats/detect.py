@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from packhorse.data.formats.bad_row import SHOWN_NAMES, closest, names
-from packhorse.recipe.row_formats import RowFormat
+from packhorse.recipe.objectives import RowFormat
 
 KEYS_OF: Final[Mapping[RowFormat, tuple[str, ...]]] = {
     "messages": ("messages",),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from packhorse.data.formats.bad_row import BadRowError, shown
+from packhorse.data.formats.bad_row import BadRowError, excerpt, shown
 from packhorse.data.formats.chats import check_chat, empty_answer, is_blank, with_system
 from packhorse.data.formats.content import one_of, other_fields
 from packhorse.data.formats.detect import NAMES_OF, SYSTEM_KEYS, VERDICT_KEYS
@@ -21,11 +22,14 @@ from packhorse.data.formats.single_turn import (
     turns_of,
 )
 from packhorse.data.formats.tools import TOOL_KEYS, tools_of
-from packhorse.data.formats.transcripts import is_transcript, transcript_turns
 from packhorse.data.formats.turns import context_of, messages_of, refuse_trained, turn_list
 from packhorse.data.read.row import Row
 
 PROMPT_KEYS: Final = ("prompt", "messages", "conversations", "instruction", "question")
+# Chats written as one text, as in Anthropic's hh-rlhf.
+BEGINNING: Final = re.compile(r"\s*Human:")
+SPEAKER: Final = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+ROLES: Final = {"Human": "user", "Assistant": "assistant"}
 ANSWER_KEYS: Final = frozenset(("chosen", "rejected", *SYSTEM_KEYS, *TOOL_KEYS))
 
 
@@ -43,7 +47,7 @@ def from_preference(row: Row) -> Example:
         # A system text next to the chats is added to both below.
         prompt = _common_beginning(chosen, rejected, prompt[1:] if one_of(values, SYSTEM_KEYS) else prompt)
         for key in ("chosen", "rejected"):
-            if not is_transcript(values[key]):
+            if not _is_transcript(values[key]):
                 refuse_trained(values[key][: len(prompt)], key)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
@@ -88,8 +92,8 @@ def _prompt(values: dict[str, Any]) -> tuple[list[Message], frozenset[str]]:
     key = next((key for key in PROMPT_KEYS if values.get(key) is not None and values[key] != ""), None)
     if key is None:
         return [], frozenset()
-    if is_transcript(values[key]):
-        return with_system(values, transcript_turns(values[key])), frozenset((key,))
+    if _is_transcript(values[key]):
+        return with_system(values, _transcript_turns(values[key])), frozenset((key,))
     if key in ("messages", "conversations"):
         return with_system(values, context_of(values[key], key)), frozenset((key,))
     if key == "prompt" and is_turns(values[key]):
@@ -98,7 +102,7 @@ def _prompt(values: dict[str, Any]) -> tuple[list[Message], frozenset[str]]:
 
 
 def _answer(values: dict[str, Any], key: str) -> list[Message]:
-    return transcript_turns(values[key]) if is_transcript(values[key]) else turns_of(values[key], key)
+    return _transcript_turns(values[key]) if _is_transcript(values[key]) else turns_of(values[key], key)
 
 
 def _common_beginning(chosen: list[Message], rejected: list[Message], prompt: Sequence[Message]) -> list[Message]:
@@ -157,3 +161,28 @@ def _verdict(values: dict[str, Any]) -> bool:
     if not isinstance(verdict, bool):
         raise BadRowError(f"{key} is {shown(verdict)}.", "it says whether the answer is good.", "write true or false.")
     return verdict
+
+
+def _is_transcript(value: object) -> bool:
+    """Return whether a value is a text that begins with `Human:` and has a turn of the assistant."""
+    return isinstance(value, str) and BEGINNING.match(value) is not None and "\n\nAssistant:" in value
+
+
+def _transcript_turns(text: str) -> list[Message]:
+    """Return the turns of a transcript; without the last one where it is empty, as in a prompt.
+
+    Raises:
+        BadRowError: Another turn is empty.
+    """
+    _, *parts = SPEAKER.split(text.strip())
+    turns = [Message(ROLES[speaker], said.strip()) for speaker, said in zip(parts[::2], parts[1::2])]
+    if not turns[-1].content:
+        turns.pop()
+    empty = next((number for number, turn in enumerate(turns, 1) if not turn.content), None)
+    if empty is not None:
+        raise BadRowError(
+            f"turn {empty} of the transcript is empty: {excerpt(text)}",
+            "nobody answers nothing.",
+            "fill it in, or remove the row.",
+        )
+    return turns

@@ -33,7 +33,7 @@ from packhorse.data.formats.tree import OTHER_REPLIES, from_tree, tree_paths
 from packhorse.data.formats.unread import check_unread
 from packhorse.data.read.row import Row, RowMistakes
 from packhorse.errors import UserError
-from packhorse.recipe.row_formats import RowFormat
+from packhorse.recipe.objectives import RowFormat
 from packhorse.recipe.schema import Format, Source
 
 __all__ = ["KEYS_OF", "convert_rows", "detect_format", "renamed_rows", "resolve_format", "row_converter"]

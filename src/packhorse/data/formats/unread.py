@@ -12,7 +12,7 @@ from packhorse.data.formats.bad_row import BadRowError, ignore_line, names
 from packhorse.data.formats.detect import KEYS_OF, keys_of_formats, matching_formats
 from packhorse.data.formats.example import Example
 from packhorse.data.formats.turns import MEDIA_KEYS, ROLES
-from packhorse.recipe.row_formats import RowFormat
+from packhorse.recipe.objectives import RowFormat
 
 LONG_TEXT_CHARACTERS: Final = 200
 # Names of what a model should see or write, also in the plural -> the key of a format that takes it.

@@ -11,7 +11,7 @@ from packhorse.data.formats.detect import detect_format
 from packhorse.data.formats.example import Example, Message
 from packhorse.data.formats.single_turn import ALPACA_KEYS
 from packhorse.data.formats.tools import NOTHING
-from packhorse.recipe.row_formats import RowFormat
+from packhorse.recipe.objectives import RowFormat
 
 
 def chat_of(example: Example) -> tuple[Message, ...]:

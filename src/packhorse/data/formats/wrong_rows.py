@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Final, get_args
 
 from packhorse.errors import Mistake
-from packhorse.recipe.objectives import Objective, PairedObjective
-from packhorse.recipe.row_formats import RowFormat, RowKind, row_kind
+from packhorse.recipe.objectives import Objective, PairedObjective, RowFormat, RowKind, row_kind
 
 HAVE: Final[dict[RowKind, str]] = {
     "answers": "answers to imitate",

@@ -30,7 +30,7 @@ from packhorse.data.render.serving import saved_form
 from packhorse.data.render.tokenizer import tokenizer_of
 from packhorse.data.resolve import check_folder, resolve_tokenizer, runs_folder_of, source_name
 from packhorse.errors import Mistake, UserError
-from packhorse.recipe.row_formats import row_kind
+from packhorse.recipe.objectives import row_kind
 from packhorse.recipe.schema import DataSection, Recipe, Source
 
 FIRST_ROWS: Final = 10

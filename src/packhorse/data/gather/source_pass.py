@@ -36,7 +36,7 @@ from packhorse.data.render.render import Rendered, Renderer, render_examples
 from packhorse.data.render.serving import check_serving
 from packhorse.data.resolve import source_name
 from packhorse.errors import Mistake
-from packhorse.recipe.row_formats import RowFormat, row_kind
+from packhorse.recipe.objectives import RowFormat, row_kind
 from packhorse.recipe.schema import DataSection, Source
 
 SourceUse = Literal["train", "validation", "test", "retain"]
