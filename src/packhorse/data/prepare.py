@@ -31,6 +31,7 @@ from packhorse.data.gather.spool import json_line
 from packhorse.data.pack_rows import PackedRows, check_group_field, pack_rows
 from packhorse.data.packs.store import write_pieces, write_split
 from packhorse.data.render.render import Rendered
+from packhorse.data.render.teacher_tokenizer import check_teacher_tokenizer
 from packhorse.data.resolve import data_root, resolve_tokenizer
 from packhorse.durable import sync_to_disk
 from packhorse.errors import UserError
@@ -61,6 +62,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> PreparedData:
     Raises:
         UserError: Anything about rows, tokenizer, template, lengths or the disk that the user can fix.
     """
+    check_teacher_tokenizer(recipe, downloads=True)
     key = content_key(recipe)
     folder = data_root(recipe) / key
     manifest = read_data_manifest(folder)

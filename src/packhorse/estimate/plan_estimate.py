@@ -12,6 +12,7 @@ from packhorse.estimate.memory import MemoryEstimate, estimate_memory
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.speed import SpeedEstimate, estimate_speed, scaled
 from packhorse.estimate.storage import StorageEstimate, estimate_storage
+from packhorse.estimate.teacher import TeacherEstimate, estimate_teacher, memory_with, speed_with
 from packhorse.estimate.weights import WeightTensor, list_weights
 from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import Prediction, RunPlan
@@ -51,6 +52,7 @@ class EstimateInputs:
         measured: Correction of the speed by a measured run.
         guessed: Approximate number of packs, before they are prepared.
         host_bytes: Memory of a node; None where the GPUs are not this machine's.
+        teacher: Shape of the teacher of a distillation; None for other objectives, or where it is not known.
     """
 
     shape: Shape
@@ -62,6 +64,7 @@ class EstimateInputs:
     measured: SpeedCorrection | None = None
     guessed: PackEstimate | None = None
     host_bytes: int | None = None
+    teacher: Shape | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,19 @@ class PlanEstimate:
         return self.weights
 
     @cached_property
+    def teacher(self) -> TeacherEstimate | None:
+        """Teacher of a distillation; None for other objectives, or where its shape is not known."""
+        basis = self.basis
+        if basis.teacher is None:
+            return None
+        return estimate_teacher(self.plan, basis.teacher, basis.packs, basis.gpu, basis.network_gb)
+
+    @cached_property
     def memory(self) -> MemoryEstimate:
         """Memory of one GPU."""
         basis = self.basis
-        return estimate_memory(self.plan, basis.shape, self._known_weights, basis.packs, basis.validation)
+        memory = estimate_memory(self.plan, basis.shape, self._known_weights, basis.packs, basis.validation)
+        return memory if self.teacher is None else memory_with(memory, self.teacher, self.plan, basis.shape)
 
     @cached_property
     def storage(self) -> StorageEstimate:
@@ -99,6 +111,7 @@ class PlanEstimate:
         gpu = (basis.gpu, basis.network_gb, basis.price_per_gpu_hour)
         speed = estimate_speed(self.plan, basis.shape, self._known_weights, basis.packs, *gpu)
         speed = replace(speed, num_steps=self.num_steps, before_seconds=self._reference_seconds(speed))
+        speed = speed if self.teacher is None else speed_with(speed, self.teacher, self.plan)
         return speed if measured is None else scaled(speed, measured.factor, measured.source)
 
     def _reference_seconds(self, speed: SpeedEstimate) -> float:

@@ -12,6 +12,7 @@ from packhorse.estimate import training_state
 from packhorse.estimate.activations import count_activations
 from packhorse.estimate.checkpoint_size import copies_bytes, space_of
 from packhorse.estimate.packs import PackFigures
+from packhorse.estimate.teacher import stored_bytes
 from packhorse.estimate.training_state import ALL_LIVE, FP32, Component, total_bytes
 from packhorse.estimate.weights import WIDTHS, WeightTensor, compute_width
 from packhorse.model_spec.parameters import Shape
@@ -69,7 +70,8 @@ def estimate_storage(
         # Loading and saving never coincide.
         max(_loading(plan, weights), _saving(plan, weights), key=lambda part: part.bytes),
     )
-    disk = (_checkpoints(plan, weights), _result(plan, weights), _store(plan, packs))
+    teacher = Component("teacher", stored_bytes(plan), "its most probable tokens, stored once beside the data")
+    disk = (_checkpoints(plan, weights), _result(plan, weights), _store(plan, packs), teacher)
     local = _states(plan, weights, "the ranks' parts") if plan.topology.engine == "zero3_nvme" else ()
     return StorageEstimate(*(tuple(part for part in parts if part.bytes) for parts in (host, disk, local)))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from packhorse.durable import nearest_existing, size
 from packhorse.errors import UserError
 from packhorse.estimate.checkpoint_size import CheckpointSpace
+from packhorse.estimate.teacher import stored_bytes
 from packhorse.plan.command import nvme_folder
 from packhorse.plan.compatibility import IN_8_BITS, NO_RESUME_FROM_NVME
 from packhorse.plan.run_plan import RunPlan
@@ -78,6 +79,23 @@ def check_base_model(plan: RunPlan) -> None:
     )
 
 
+def check_teacher_folder(plan: RunPlan) -> None:
+    """Refuse a local folder that holds no teacher.
+
+    Raises:
+        UserError: The folder of the teacher, or of the model that its adapter belongs to, holds no config.json.
+    """
+    path = plan.teacher.model.path if plan.teacher is not None else None
+    if path is None or (Path(expand(path)) / "config.json").is_file():
+        return
+    raise UserError(
+        f"objective.teacher is in {path}, which "
+        + ("holds no config.json." if Path(path).is_dir() else "does not exist."),
+        "a model folder in Hugging Face form has config.json next to its weights.",
+        "set objective.teacher.path to such a folder or a finished run, or objective.teacher.id to a hub name.",
+    )
+
+
 def check_nvme(plan: RunPlan) -> None:
     """Refuse `zero3_nvme` if its files cannot be written, or DeepSpeed's asynchronous I/O cannot be built.
 
@@ -126,6 +144,30 @@ def disk_still_needed(plan: RunPlan, room: CheckpointSpace) -> CheckpointSpace:
     """
     existing = len(complete_checkpoints(Path(plan.run_folder) / CHECKPOINTS_FOLDER))
     return replace(room, count=max(1, room.count - existing))
+
+
+def check_teacher_disk(plan: RunPlan, room: CheckpointSpace | None) -> None:
+    """Refuse a disk that checkpoints and the teacher's stored tokens would fill together, for a run that begins.
+
+    Args:
+        plan: Plan of the run.
+        room: Disk space of its checkpoints; None if it is not known.
+
+    Raises:
+        UserError: Fewer bytes are free than both need.
+    """
+    stored = stored_bytes(plan)
+    checkpoints = 0 if room is None else disk_still_needed(plan, room).total_bytes
+    existing = nearest_existing(Path(plan.run_folder))
+    free = shutil.disk_usage(existing).free
+    if stored and free < stored + checkpoints:
+        raise UserError(
+            f"{size(free)} are free in {existing}, and the teacher's most probable tokens need {size(stored)}, the "
+            f"checkpoints {size(checkpoints)}.",
+            "objective.top tokens of the teacher are stored for each supervised token before training.",
+            f"free {size(stored + checkpoints - free)} there, set a smaller objective.top, or set runs_folder to a "
+            "larger disk.",
+        )
 
 
 def check_disk(plan: RunPlan, room: CheckpointSpace | None) -> None:

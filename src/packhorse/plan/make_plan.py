@@ -12,6 +12,7 @@ from packhorse.plan.compatibility import check_heads, check_pair, check_training
 from packhorse.plan.compilation import compile_decision
 from packhorse.plan.gpu_support import choose_attention, refuse_precision
 from packhorse.plan.run_plan import BatchSplit, DataFacts, Decision, RunPlan, Topology
+from packhorse.plan.teacher import check_teacher, teacher_facts
 from packhorse.plan.topology import DeviceRequest, Hardware, choose_topology
 from packhorse.recipe.locate import path_of
 from packhorse.recipe.schema import Recipe
@@ -66,6 +67,7 @@ def plan_for_topology(
     """
     check_pair(recipe, topology)
     check_heads(recipe, topology)
+    check_teacher(recipe, topology)
     refuse_precision(recipe, capability)
     batch, micro = split_batch(recipe.batch, topology.data_ranks, topology.sequence)
     folder = run_folder_of(recipe)
@@ -89,6 +91,7 @@ def plan_for_topology(
         deepspeed=deepspeed_config(recipe, topology, batch),
         argv=launch_argv(topology, folder),
         env=worker_env(recipe, topology),
+        teacher=teacher_facts(recipe),
         decisions=(
             processes,
             *_mesh(topology),

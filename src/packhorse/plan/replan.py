@@ -53,7 +53,12 @@ def replan(plan: RunPlan, overrides: Sequence[str], request: DeviceRequest, mach
         reason=f"after attempt {attempt}: {', '.join(changes)}",
     )
     folder = Path(plan.run_folder)
-    kept = {"run_folder": plan.run_folder, "base_model": plan.base_model, "argv": launch_argv(topology, folder)}
+    kept = {
+        "run_folder": plan.run_folder,
+        "base_model": plan.base_model,
+        "teacher": plan.teacher,
+        "argv": launch_argv(topology, folder),
+    }
     return replanned.model_copy(update={**kept, "decisions": (*replanned.decisions, *earlier, decision)})
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from packhorse.errors import UserError
-from packhorse.recipe.schema import Engine, Recipe
+from packhorse.recipe.schema import Engine, ModelSection, Recipe
 from packhorse.run_folder.layout import PLAN_FILE
 
 PLAN_VERSION = 1
@@ -130,6 +130,15 @@ class Prediction(PlanPart):
     """FLOPs; None in plans of an earlier version."""
 
 
+class TeacherFacts(PlanPart):
+    """The teacher of a distillation."""
+
+    model: ModelSection
+    """Its weights, by hub name or absolute folder, which may contain `${env:NAME}`."""
+    adapter: str | None
+    """Folder of an adapter that is merged into them; None for none."""
+
+
 class RunPlan(PlanPart):
     """Complete plan of a run.
 
@@ -159,6 +168,8 @@ class RunPlan(PlanPart):
     """Whether the run only measures its steps (`packhorse tune`): no evaluation, no checkpoint, no result."""
     predicted: Prediction | None = None
     """Prediction for these GPUs; None if the GPUs or the shape of the model are not known."""
+    teacher: TeacherFacts | None = None
+    """Teacher of a distillation; None for other objectives."""
 
     def chosen(self, name: str) -> str:
         """Return the value of an automatic choice."""

@@ -71,11 +71,11 @@ def probe(
         UserError: Documents see each other, or packing, sharing a row or the chunked loss changes a loss.
     """
     model = engine.model
-    documents = [store.document(index)[0][:PROBE_TOKENS] for index in range(min(NUM_DOCUMENTS, store.num_documents))]
+    documents = _documents(store)
     model.eval()
     with torch.no_grad():
         total = _scores if isinstance(objective, ScoreObjective) else micro_batch_loss
-        report = _measure(engine, total, documents, sequence, is_compiled)
+        report = _measure(model, engine.device, total, documents, sequence, is_compiled)
         if store.documents_per_row > 1:
             report = replace(report, units=_unit_difference(engine, store, objective, sequence))
     model.train()
@@ -83,16 +83,33 @@ def probe(
     return report
 
 
-def _measure(
-    engine: Engine, total: Total, documents: list[Ids], sequence: SequenceGroup | None, is_compiled: bool
-) -> ProbeReport:
-    model = engine.model
+def probe_teacher(model: nn.Module, device: torch.device, store: PackStore, precision: str) -> None:
+    """Run the probe on a model in evaluation mode that does not train, with its loss head installed.
 
+    Raises:
+        UserError: See `probe`.
+    """
+    with torch.no_grad():
+        _refuse_differences(_measure(model, device, micro_batch_loss, _documents(store), None, False), precision)
+
+
+def _documents(store: PackStore) -> list[Ids]:
+    return [store.document(index)[0][:PROBE_TOKENS] for index in range(min(NUM_DOCUMENTS, store.num_documents))]
+
+
+def _measure(
+    model: nn.Module,
+    device: torch.device,
+    total: Total,
+    documents: list[Ids],
+    sequence: SequenceGroup | None,
+    is_compiled: bool,
+) -> ProbeReport:
     def whole_loss(pack: list[Ids]) -> float:
-        return float(total(model, _pack(pack, 0), engine.device, None))
+        return float(total(model, _pack(pack, 0), device, None))
 
     def loss(pack: list[Ids], first_counted: int = 0) -> float:
-        part = total(model, _pack(pack, first_counted), engine.device, sequence)
+        part = total(model, _pack(pack, first_counted), device, sequence)
         return sequence.sum(part) if sequence else float(part)
 
     together, eager = loss(documents), None
@@ -103,7 +120,7 @@ def _measure(
     changed = [np.roll(documents[0], 1)[::-1].copy(), *documents[1:]]
     rest, rest_changed = (loss(pack, 1) for pack in (documents, changed))
     plain_total = _plain_scores if total is _scores else _plain_loss
-    plain = float(plain_total(model, _pack(documents[:1], 0), engine))
+    plain = float(plain_total(model, _pack(documents[:1], 0), device))
     return ProbeReport(
         isolation=_relative(rest, rest_changed),
         packing=_relative(together, alone),
@@ -113,10 +130,10 @@ def _measure(
     )
 
 
-def _plain_loss(model: nn.Module, micro_batch: MicroBatch, engine: Engine) -> Tensor:
+def _plain_loss(model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> Tensor:
     """Return the loss from the model's own logits, one document."""
-    logits = model(**model_inputs(micro_batch, engine.device), use_cache=False).logits
-    labels = micro_batch.labels[0].to(engine.device)
+    logits = model(**model_inputs(micro_batch, device), use_cache=False).logits
+    labels = micro_batch.labels[0].to(device)
     return F.cross_entropy(logits[0].float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
@@ -128,9 +145,9 @@ def _scores(
     return (document_scores(model, micro_batch, device, sequence).own * counted).abs().sum()
 
 
-def _plain_scores(model: nn.Module, micro_batch: MicroBatch, engine: Engine) -> Tensor:
+def _plain_scores(model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> Tensor:
     """Return the magnitude of the model's own score of one document."""
-    score: Tensor = model(**model_inputs(micro_batch, engine.device), use_cache=False).logits
+    score: Tensor = model(**model_inputs(micro_batch, device), use_cache=False).logits
     return score.float().abs().sum()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from packhorse.data.packs.store import PackStore, open_store
@@ -22,6 +23,7 @@ from packhorse.train.ranks.agreement import Agreement
 from packhorse.train.ranks.attempt import Attempt
 from packhorse.train.reference import Reference, reference_of, reference_pass
 from packhorse.train.setup import training_model
+from packhorse.train.teacher import with_teacher
 from packhorse.train.validation import StorePasses
 
 
@@ -34,12 +36,14 @@ class Loaded:
         count: Its parameters.
         stores: Packs by split: train, and validation where the run has and reads it.
         reference: Values of the reference model, where the objective needs them.
+        teacher: Model that runs beside the one that trains; None for none.
     """
 
     engine: Engine
     count: ParameterCount
     stores: dict[str, PackStore]
     reference: Reference | None
+    teacher: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Start:
     rank: int
 
     def load(self, checkpoint: Path | None) -> Loaded:
-        """Load the model, after the values of the reference model; a collective.
+        """Load the model, after the values of a reference model or a teacher; a collective.
 
         Args:
             checkpoint: Checkpoint to resume from.
@@ -74,10 +78,11 @@ class Start:
             UserError: The model cannot be loaded.
             Stopped: Some rank was requested to stop.
         """
-        stores = open_stores(self.plan)
+        device, before_pass = self.accelerator.device, self.attempt.still_before_training
+        stores, teacher = with_teacher(self.plan, self.tokenizer, device, open_stores(self.plan), before_pass)
         reference = reference_of(self.plan, self.tokenizer, tuple(stores))
         if reference is None:
-            return Loaded(*self._engine(self.plan, checkpoint), stores, None)
+            return Loaded(*self._engine(self.plan, checkpoint), stores, None, teacher)
         if not reference.is_finished and not (reference.is_start and checkpoint is None):
             # Loaded first and freed again, so that there is never a second model in memory.
             engine, _ = self._engine(reference.plan, None)

@@ -20,6 +20,7 @@ from packhorse.errors import EXIT_BUG, EXIT_LOST, EXIT_OK, EXIT_STOPPED, UserErr
 from packhorse.model.sequence import join_sequence_group
 from packhorse.plan.command import nvme_folder, with_local_nvme
 from packhorse.plan.run_plan import DataFacts, RunPlan, read_plan
+from packhorse.recipe.objectives import DistilObjective as DistilSection
 from packhorse.run_folder.base_weights import record_base
 from packhorse.run_folder.status import State
 from packhorse.track.meter import Figures, Meter
@@ -33,6 +34,7 @@ from packhorse.train.engine.process_group import GROUP_TIMEOUT, own_rank
 from packhorse.train.guard.memory_error import is_out_of_memory, memory_error
 from packhorse.train.guard.step_guard import StepGuard
 from packhorse.train.loop import TrainingRun, train
+from packhorse.train.objectives.distil import distil_objectives
 from packhorse.train.objectives.preference import make_objective
 from packhorse.train.probe import probe
 from packhorse.train.profiling import step_profiler
@@ -147,11 +149,13 @@ def _assemble(start: Start, loaded: Loaded, state: TrainState, reporter: Reporte
     plan, engine, rank, pulse = start.plan, loaded.engine, start.rank, start.attempt.pulse
     loader = step_loader(plan, rank, pinned=engine.device.type == "cuda", store=loaded.stores["train"])
     checkpoints = Checkpoints(plan, engine, rank == 0, partial(pulse.phase, "save"))
-    objective = make_objective(plan.recipe.objective)
+    objective = evaluated = make_objective(plan.recipe.objective)
+    if isinstance(plan.recipe.objective, DistilSection):
+        objective, evaluated = distil_objectives(plan.recipe.objective, loaded.teacher)
     evaluate = None
     if "validation" in loaded.stores:
         passes = start.passes(engine, loaded.stores["validation"], "evaluate")
-        evaluate = partial(validate, engine, objective, passes, start.sequence)
+        evaluate = partial(validate, engine, evaluated, passes, start.sequence)
     return TrainingRun(
         plan=plan,
         engine=engine,

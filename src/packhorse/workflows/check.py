@@ -10,7 +10,7 @@ from packhorse.data.audit import audit
 from packhorse.data.audit_report import AuditReport
 from packhorse.data.gather.bad_rows import MISTAKES_FILE
 from packhorse.data.resolve import check_folder
-from packhorse.launching.preflight import check_base_model
+from packhorse.launching.preflight import check_base_model, check_teacher_folder
 from packhorse.plan.run_plan import DataFacts
 from packhorse.recipe.schema import Recipe
 from packhorse.report.data_page import write_data_page
@@ -42,7 +42,9 @@ def check_recipe(recipe: Recipe, progress: Callable[[int], None] | None = None) 
     Raises:
         UserError: Training would refuse model, method or settings; rows are wrong, or files are missing.
     """
-    check_base_model(plan_on_some_machine(recipe, None))
+    plan = plan_on_some_machine(recipe, None)
+    check_base_model(plan)
+    check_teacher_folder(plan)
     check_start(recipe)
     report, page = audit(recipe, progress), page_path(recipe)
     # Now that the steps of an epoch are known.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from packhorse.data.render.teacher_tokenizer import check_teacher_tokenizer
 from packhorse.data.resolve import vocabulary_size
 from packhorse.errors import UserError
 from packhorse.model_spec.configuration import Configuration, find_configuration, model_folder
@@ -43,6 +44,7 @@ def check_start(recipe: Recipe) -> None:
     shape = read_shape({"vocab_size": 1, **configuration})
     _check_weights(recipe, shape)
     _check_vocabulary(recipe, configuration)
+    check_teacher_tokenizer(recipe, downloads=False)
     if shape is None:
         known_shape(recipe, None)  # attaches the method to the model, without memory
     else:

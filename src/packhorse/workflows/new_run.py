@@ -16,7 +16,15 @@ from packhorse.estimate.plan_estimate import EstimateInputs
 from packhorse.estimate.search.candidates import SearchRequest
 from packhorse.launching.local.recovery import run_to_end
 from packhorse.launching.local.stop_signals import StoppedBeforeStart, stop_signals
-from packhorse.launching.preflight import check_base_model, check_compiler, check_disk, check_nvme, check_writable
+from packhorse.launching.preflight import (
+    check_base_model,
+    check_compiler,
+    check_disk,
+    check_nvme,
+    check_teacher_disk,
+    check_teacher_folder,
+    check_writable,
+)
 from packhorse.library_hooks import check_library_hooks
 from packhorse.plan.replan import replace_plan
 from packhorse.plan.run_plan import Decision, RunPlan
@@ -143,6 +151,7 @@ def plan_new_run(recipe: Recipe, machine: Machine, prepare: Prepare | None, forc
     check_free(folder)
     check_writable(folder.parent)
     check_base_model(draft)
+    check_teacher_folder(draft)
     manifest = find_prepared(recipe)
     if manifest is None and prepare is not None:
         manifest = prepare(recipe)
@@ -156,6 +165,7 @@ def plan_new_run(recipe: Recipe, machine: Machine, prepare: Prepare | None, forc
         plan = fitting_plan(replace(wanted, data=facts_of(recipe, manifest)), basis, force)
     room = room_on_disk(plan, manifest.vocab_size if manifest is not None else None)
     check_disk(plan, room)
+    check_teacher_disk(plan, room)
     return NewRun(plan, manifest, room, worst)
 
 

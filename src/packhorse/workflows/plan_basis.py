@@ -12,9 +12,12 @@ from packhorse.estimate.checkpoint_size import CheckpointSpace, checkpoint_space
 from packhorse.estimate.gpus import GpuProfile, gpu_of_device
 from packhorse.estimate.packs import PackFigures
 from packhorse.estimate.plan_estimate import EstimateInputs
+from packhorse.model_spec.parameters import Shape
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
+from packhorse.recipe.objectives import DistilObjective
 from packhorse.recipe.schema import Recipe
+from packhorse.recipe.teacher import teacher_recipe
 from packhorse.workflows.model_shape import Unknown, known_shape
 
 GBIT_TO_GB = 1 / 8
@@ -65,7 +68,17 @@ def basis_of(
             validation = _figures(folder, "validation", recipe)
     network = None if terms.network_gbit is None else terms.network_gbit * GBIT_TO_GB
     host = here.host_bytes if _gpu_here(here) == gpu else None
-    return EstimateInputs(shape, packs, gpu, validation, network, terms.price, host_bytes=host)
+    teacher = _teacher_shape(recipe)
+    if isinstance(teacher, Unknown):
+        return teacher
+    return EstimateInputs(shape, packs, gpu, validation, network, terms.price, host_bytes=host, teacher=teacher)
+
+
+def _teacher_shape(recipe: Recipe) -> Shape | Unknown | None:
+    if not isinstance(recipe.objective, DistilObjective):
+        return None
+    shape = known_shape(teacher_recipe(recipe), None)
+    return Unknown(f"objective.teacher: {shape.reason}") if isinstance(shape, Unknown) else shape
 
 
 def on_known_gpus(ask: DeviceRequest, here: Hardware, terms: GpuTerms) -> DeviceRequest:

@@ -10,7 +10,7 @@ from packhorse.data.data_manifest import DataManifest, read_data_manifest
 from packhorse.errors import UserError
 from packhorse.estimate.gpus import find_gpu
 from packhorse.estimate.search.candidates import SearchRequest
-from packhorse.launching.preflight import check_disk
+from packhorse.launching.preflight import check_disk, check_teacher_disk
 from packhorse.launching.slurm.site import SiteProfile
 from packhorse.plan.run_plan import RunPlan
 from packhorse.plan.topology import DeviceRequest, Hardware
@@ -88,8 +88,11 @@ def _complete(waiting: RunPlan, manifest: DataManifest) -> None:
     site = SiteProfile.model_validate_json(record.read_text(encoding="utf-8")) if record.is_file() else None
     wanted = SearchRequest(recipe, on_known_gpus(ask, node, site_terms(site)), node, facts_of(recipe, manifest))
     plan = fitting_plan(wanted, basis_of(recipe, manifest, node, site_terms(site)), is_forced(waiting))
-    plan = plan.model_copy(update={"run_folder": waiting.run_folder, "base_model": waiting.base_model})
-    check_disk(plan, room_on_disk(plan, manifest.vocab_size))
+    kept = {"run_folder": waiting.run_folder, "base_model": waiting.base_model, "teacher": waiting.teacher}
+    plan = plan.model_copy(update=kept)
+    room = room_on_disk(plan, manifest.vocab_size)
+    check_disk(plan, room)
+    check_teacher_disk(plan, room)
     complete_run(plan, {RECIPE_FILE: dump_recipe(plan.recipe), DATA_FILE: manifest.model_dump_json(indent=2) + "\n"})
 
 

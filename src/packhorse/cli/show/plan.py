@@ -16,6 +16,7 @@ from packhorse.estimate.search.auto import LeastHardware
 from packhorse.estimate.search.candidates import Candidate, host_memory_text, rejection_reason
 from packhorse.estimate.search.changes import Change
 from packhorse.estimate.search.scaling import Scaling
+from packhorse.estimate.teacher import TeacherEstimate
 from packhorse.estimate.training_state import Component, total_bytes
 
 GIB = 2**30
@@ -116,6 +117,7 @@ def time_lines(case: PlanEstimate) -> list[tuple[str, str]]:
     largest = sorted(speed.parts, key=lambda part: -part.seconds)[:4]
     shares = ", ".join(f"{part.name} {part.seconds / speed.step_seconds:.0%}" for part in largest)
     return [
+        *([("teacher", _teacher(case.teacher, speed.before_seconds))] if case.teacher is not None else []),
         ("step time", f"{_seconds(speed.step_seconds)}: {shares}"),
         (
             "speed",
@@ -125,6 +127,14 @@ def time_lines(case: PlanEstimate) -> list[tuple[str, str]]:
         ),
         ("uncertainty", f"± {speed.uncertainty:.0%}: {speed.uncertainty_reason}"),
     ]
+
+
+def _teacher(teacher: TeacherEstimate, seconds: float) -> str:
+    memory = f"{teacher.memory.bytes / GIB:.1f} GiB"
+    if teacher.is_resident:
+        return f"beside the student in every step: {teacher.pass_seconds:.2f} s for each micro-batch, {memory}"
+    time = "its time is known when the data is prepared" if teacher.num_passes is None else _seconds(seconds)
+    return f"one forward pass over the data before the first step, once for all runs on it: {time}, {memory}"
 
 
 def _run(case: PlanEstimate, now: datetime) -> str:

@@ -120,6 +120,7 @@ def _estimates(case: PlanEstimate, now: datetime) -> Value:
         "time": {
             "step_seconds": speed.step_seconds,
             "parts": {part.name: part.seconds for part in speed.parts},
+            "before_seconds": speed.before_seconds,
             **_fields(speed, "tokens_per_second_per_gpu", "model_flops", "hardware_flops", "mfu", "hfu", "hours"),
             "ready": ready,
             **_fields(speed, "energy_kwh", "price", "uncertainty", "uncertainty_reason"),

@@ -1,6 +1,6 @@
 """Load packs as tensors: the micro-batches of one optimizer step for one rank; a thread prepares the next steps.
 
-Shapes: N tokens of a micro-batch, D its documents, S its supervised tokens.
+Shapes: N tokens of a micro-batch, D its documents, S its supervised tokens, k tokens that are kept of a teacher.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class MicroBatch:
         documents: int64 [D], indices in the store; without documents that only fill a row.
         values: float64 [D, m], numbers of each document, in columns with the names of `value_names`; None without such.
         num_parts: Number of ranks that share the documents; each holds an equal part of the tokens.
+        teacher_ids: int64 [S, k], the teacher's most probable next tokens; None without a stored teacher.
+        teacher_logps: fp16 [S, k], their log-probabilities.
     """
 
     input_ids: torch.Tensor
@@ -54,6 +56,8 @@ class MicroBatch:
     values: torch.Tensor | None = None
     value_names: tuple[str, ...] = ()
     num_parts: int = 1
+    teacher_ids: torch.Tensor | None = None
+    teacher_logps: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +73,9 @@ class MicroBatch:
 
     def pinned(self) -> MicroBatch:
         """Return the micro-batch in pinned memory, from which a GPU copies without waiting."""
-        names = ("input_ids", "position_ids", "predicting", "targets", "cu_seq_lens", "document_of")
+        names = ["input_ids", "position_ids", "predicting", "targets", "cu_seq_lens", "document_of"]
+        if self.teacher_ids is not None:
+            names += ["teacher_ids", "teacher_logps"]
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
@@ -174,7 +180,12 @@ class PackLoader:
 def make_micro_batch(store: PackStore, packs: NDArray[np.int64], pinned: bool = False) -> MicroBatch:
     """Lay the documents of these packs end to end; without packs, two tokens that train nothing."""
     indices = np.concatenate([store.packs[:0], *(store.documents_of(pack) for pack in packs.tolist())])
-    return lay_out_documents(store, indices, pinned)
+    batch = lay_out_documents(store, indices, pinned)
+    if store.teacher is None:
+        return batch
+    tokens = [torch.from_numpy(values) for values in store.teacher.read(packs)]
+    ids, log_probabilities = (values.pin_memory() if pinned else values for values in tokens)
+    return replace(batch, teacher_ids=ids, teacher_logps=log_probabilities)
 
 
 def lay_out_documents(store: PackStore, indices: Int64, pinned: bool = False) -> MicroBatch:
@@ -247,6 +258,8 @@ def part_of_row(micro_batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         predicting=row.predicting[low:high] - first,
         targets=row.targets[low:high],
         document_of=row.document_of[low:high],
+        teacher_ids=None if row.teacher_ids is None else row.teacher_ids[low:high],
+        teacher_logps=None if row.teacher_logps is None else row.teacher_logps[low:high],
         num_parts=size,
     )
 

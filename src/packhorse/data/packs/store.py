@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from mmap import ACCESS_READ, MADV_WILLNEED, PAGESIZE, mmap
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +108,14 @@ def write_split(
     )
 
 
+class TeacherTokens(Protocol):
+    """A teacher's most probable tokens at each supervised token of a split (`top_tokens.py`)."""
+
+    def read(self, packs: Int64) -> tuple[Int64, NDArray[np.float16]]:
+        """Return ids and log-probabilities [S, k] at the supervised tokens of these packs, in the loader's order."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class PackStore:
     """A memory-mapped split: opening ten million rows costs as much as opening ten.
@@ -123,6 +131,7 @@ class PackStore:
         in_order: Whether packs are trained on in their order, for a curriculum.
         documents_per_row: Documents of a row, which follow each other in a pack.
         values: float64 [D] by name: numbers of each document beside its tokens, such as `verdict`.
+        teacher: The teacher's tokens at each supervised token; None without a stored teacher.
         pages: Mappings behind `tokens` and `supervised`.
     """
 
@@ -138,6 +147,7 @@ class PackStore:
     documents_per_row: int
     pages: tuple[mmap, mmap] = field(repr=False)
     values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    teacher: TeacherTokens | None = field(default=None, repr=False)
 
     @property
     def num_packs(self) -> int:

@@ -89,6 +89,15 @@ class Attempt:
         self.pulse.phase("load")
         self.signals.raise_if_requested()
 
+    def still_before_training(self) -> None:
+        """Renew the heartbeat while a model runs over the data before training.
+
+        Raises:
+            Stopped: This process was requested to stop.
+        """
+        self.pulse.phase("prior")
+        self.signals.raise_if_requested()
+
     def watch_others(self, world_size: int, hang_seconds: float) -> None:
         """End this rank when the run hangs, unless Packhorse's launcher watches it from outside."""
         if os.environ.get(LAUNCHER_VARIABLE):
