@@ -28,6 +28,7 @@ def summary(recipe: Recipe) -> list[tuple[str, str]]:
     return [
         ("model", _model_words(recipe)),
         ("method", _method_words(recipe)),
+        *([("objective", recipe.objective.kind)] if recipe.objective.kind != "sft" else []),
         ("data", ", ".join(str(source.path or source.id) for source in recipe.data.sources)),
         ("step", f"{batch.packs} packs of {batch.length:,} tokens: {batch.packs * batch.length:,} tokens"),
         ("length", length),

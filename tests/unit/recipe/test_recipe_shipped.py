@@ -13,11 +13,13 @@ from packhorse.recipe.shipped import copy_recipe, list_recipes, shipped_path
 NAMES = [
     "gemma3-1b/full",
     "gemma3-1b/lora",
+    "llama3.1-8b/dpo",
     "llama3.1-8b/full",
     "llama3.1-8b/lora",
     "llama3.1-8b/qlora",
     "llama3.2-1b/full",
     "llama3.2-1b/lora",
+    "llama3.2-1b/reward",
     "llama3.2-3b/lora",
     "llama3.3-70b/lora",
     "llama3.3-70b/qlora",
@@ -33,7 +35,9 @@ NAMES = [
     "qwen2.5-14b/lora",
     "qwen2.5-32b/qlora",
     "qwen2.5-72b/qlora",
+    "qwen2.5-7b/dpo",
     "qwen2.5-7b/full",
+    "qwen2.5-7b/kto",
     "qwen2.5-7b/lora",
     "qwen3-0.6b/distil",
     "qwen3-0.6b/full",
@@ -42,6 +46,7 @@ NAMES = [
     "qwen3-4b/lora",
     "qwen3-8b/lora",
 ]
+PREFERENCE = ("llama3.1-8b/dpo", "llama3.2-1b/reward", "qwen2.5-7b/dpo", "qwen2.5-7b/kto")
 # From 30 billion parameters on, half the learning rate (QLoRA paper).
 LARGE = ("70b", "72b", "32b", "30b", "8x7b")
 
@@ -65,7 +70,9 @@ def test_names_and_methods_agree(name):
     assert what in (recipe.objective.kind, recipe.method.kind)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("quickstart")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if not name.startswith("quickstart") and name not in PREFERENCE]
+)
 def test_large_recipes_follow_good_practice(name):
     recipe = load_recipe(name)
     assert recipe.batch.packs * recipe.batch.length == 262_144
@@ -81,6 +88,16 @@ def test_large_recipes_follow_good_practice(name):
         assert (recipe.method.rank, recipe.method.alpha, recipe.method.dropout) == (32, 64.0, 0.05)
         assert recipe.method.target == "all-linear"
         assert recipe.optimizer.learning_rate == (1e-4 if any(size in name for size in LARGE) else 2e-4)
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_preference_recipes_take_small_steps_once_over_pairs_that_fit(name):
+    recipe = load_recipe(name)
+    assert recipe.batch.packs * recipe.batch.length == 65_536
+    assert recipe.epochs == 1
+    assert recipe.data.over_long == "drop"
+    if recipe.method.kind == "lora":
+        assert (recipe.method.dropout, recipe.optimizer.learning_rate) == (0, 5e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -105,6 +105,13 @@ def rehearse(plan: RunPlan, configuration: Mapping[str, Any] | None, rank: int =
             "DeepSpeed compiles its host optimizer or opens its files before the first step.",
             "set parallel.engine=zero3, which shards in the same way.",
         )
+    kind = plan.recipe.objective.kind
+    if kind != "sft":
+        raise UserError(
+            f"objective is {kind}, which cannot be rehearsed.",
+            "a rehearsal runs a step with the loss per token, and no reference model or teacher.",
+            "rehearse the engine with objective=sft, which is sharded in the same way.",
+        )
     quiet_libraries(is_main=True)
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
     with tempfile.TemporaryDirectory(prefix="packhorse-rehearsal-") as folder:
