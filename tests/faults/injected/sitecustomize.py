@@ -46,7 +46,8 @@ class Fault:
                 self._step = int(step)
 
     def install(self, loop: ModuleType) -> None:
-        seed_step, micro_batch_loss, phase = loop.seed_step, loop.micro_batch_loss, loop.HeartbeatWriter.phase
+        objective = sys.modules["packhorse.train.objectives.objective"]
+        seed_step, micro_batch_loss, phase = loop.seed_step, objective.micro_batch_loss, loop.HeartbeatWriter.phase
 
         def at_step(seed: int, step: int, rank: int) -> None:
             if self._is_asked():
@@ -86,7 +87,7 @@ class Fault:
             publish(temporary, facts)
 
         checkpoint.publish_checkpoint = at_publish
-        loop.seed_step, loop.micro_batch_loss, loop.HeartbeatWriter.phase = at_step, loss, at_phase
+        loop.seed_step, objective.micro_batch_loss, loop.HeartbeatWriter.phase = at_step, loss, at_phase
 
     def _hold(self, phase: str, step: int) -> None:
         try:
