@@ -60,6 +60,12 @@ LONG_FILES = (
     "test_kills.py",
     "test_signals.py",
     "test_engines.py",
+    "test_early_stopping.py",
+    "test_preference_runs.py",
+    "test_distillation.py",
+    "test_evaluate_ranks.py",
+    "test_sweeps.py",
+    "test_gguf_export.py",
 )
 
 

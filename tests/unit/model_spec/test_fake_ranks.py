@@ -51,8 +51,13 @@ CPU = torch.device("cpu")
 NAMES = [recipe.name for recipe in list_recipes() if not recipe.name.startswith("quickstart/")]
 ENGINE = {name: load_recipe(name).parallel.engine for name in NAMES}
 SHARDED = [name for name in NAMES if ENGINE[name] != "ddp"]
-# What a rank of ddp does is the same in each world: each recipe in one of them, by turns.
-STEPS = [(name, gpus) for at, name in enumerate(NAMES) for gpus in (GPUS if name in SHARDED else [GPUS[at % 3]])]
+PACKS = {name: load_recipe(name).batch.packs for name in NAMES}
+# What a rank of ddp does is the same in each world: each recipe in one of them, by turns; a rank needs a pack.
+STEPS = [
+    (name, min(gpus, PACKS[name]))
+    for at, name in enumerate(NAMES)
+    for gpus in (GPUS if name in SHARDED else [GPUS[at % 3]])
+]
 # A share takes seconds to make at full size: each recipe in one world by turns, in the others in `make parity`.
 SHARES = [
     pytest.param(name, gpus, marks=() if gpus == GPUS[at % 3] else pytest.mark.matrix)
