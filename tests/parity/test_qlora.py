@@ -46,6 +46,7 @@ def test_the_adapter_alone_is_kept(qlora: Path) -> None:
     assert [name for name in kept if not name.startswith(("chat_template", "README"))] == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "result.json",
     ]
     assert not (qlora / "model").exists()
     assert not list(qlora.glob("checkpoints/*/model"))
