@@ -13,8 +13,8 @@ from torch import Tensor
 from packhorse.errors import EXIT_MEMORY, EXIT_OK
 from packhorse.plan.replan import with_smaller_micro
 from packhorse.plan.run_plan import write_plan
-from packhorse.train import loop
 from packhorse.train.guard.memory_error import is_out_of_memory
+from packhorse.train.objectives import objective
 from runs import TINY, make_run, train, write_model
 from setting import Case, Figures, Setting
 
@@ -46,14 +46,14 @@ class FailAbove:
 
     def __call__(self) -> None:
         """Replace the forward pass of the step loop."""
-        real = loop.micro_batch_loss
+        real = objective.micro_batch_loss
 
         def limited(model: Any, micro_batch: Any, *others: Any) -> Tensor:  # noqa: ANN401
             if micro_batch.num_tokens > self.num_tokens:
                 raise torch.OutOfMemoryError("out of memory. This is made up: the device is a CPU.")
             return real(model, micro_batch, *others)
 
-        loop.micro_batch_loss = limited
+        objective.micro_batch_loss = limited
 
 
 def cases(setting: Setting) -> Iterator[Case]:

@@ -37,7 +37,7 @@ from packhorse.plan.topology import DeviceRequest, Hardware
 from packhorse.quickstart.files import materialise
 from packhorse.recipe.schema import Recipe
 from packhorse.run_folder.heartbeat import HeartbeatWriter
-from packhorse.train import worker
+from packhorse.train import start, worker
 from packhorse.train.engine.engine import Engine, start_engine
 from packhorse.train.ranks.signals import StopRequest
 from prepared import write_prepared
@@ -259,7 +259,7 @@ def _rank(run_folder: str, variables: dict[str, str]) -> None:
         take = _on_cuda
         if plan.topology.device == "cpu":
             live = stack.enter_context(LivePeak([]))
-            stack.enter_context(mock.patch.object(worker, "start_engine", _with_weights(live)))
+            stack.enter_context(mock.patch.object(start, "start_engine", _with_weights(live)))
             take = live.take
         stack.enter_context(mock.patch.object(HeartbeatWriter, "phase", _noted(peaks, take)))
         try:
