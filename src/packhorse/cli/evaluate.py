@@ -52,18 +52,8 @@ def evaluate(
         UserError: Flags contradict each other, the run has not finished, there are no such rows, the test rows were
             opened before, a task file has a mistake, or a model or the judge cannot be asked.
     """
-    if again and not test:
-        raise UserError(
-            "--again is given without --test.",
-            "only the test rows are sealed; the others may be measured any number of times.",
-            "write --test --again, or remove --again.",
-        )
-    if overrides and not judge:
-        raise UserError(
-            f"{overrides[0]} is given without --judge.",
-            "a run is evaluated by its recipe; only the judge may be another one.",
-            f"remove {overrides[0]}, or write --judge.",
-        )
+    against = "" if against == "base" else against
+    _check_flags(test, again, judge, overrides, against, tasks)
     sweep = find_sweep(run)
     if sweep is not None:
         asked = {
@@ -78,18 +68,6 @@ def evaluate(
     plan = open_run(run)
     console = open_console()
     settings = judge_settings(plan, overrides) if judge else None
-    if settings is not None and against not in ("", "base"):
-        raise UserError(
-            "--judge is given with --against.",
-            "a judge reads the answers of a run and its base that are stored.",
-            "leave out one of the two; `packhorse evaluate RUN --judge` judges run and base.",
-        )
-    if tasks and against not in ("", "base"):
-        raise UserError(
-            "--tasks is given with --against.",
-            "tasks are measured on a run and its base.",
-            "leave out one of the two.",
-        )
     if settings is None or again or tasks or not result_file(Path(plan.run_folder), test).is_file():
         tuned, base = _endpoints(endpoint, model, base_endpoint, base_model, api_key_env)
         request = EvaluationRequest(test, again, ranks, tuned, base, against, Path(tasks) if tasks else None)
@@ -98,10 +76,32 @@ def evaluate(
         with row_progress("replies of the judge") as show:
             comparison = judge_run(plan, settings, test, lambda text: print_plain(text, console), show)
     console.print(render(comparison))
-    reference = comparison.reference if against not in ("", "base") else ""
+    reference = comparison.reference if against else ""
     saved = result_file(Path(plan.run_folder), test, reference)
     console.print(f"saved as {saved}", soft_wrap=True, highlight=False, style="dim")
     return EXIT_NO_GO if comparison.decision == "NO-GO" else EXIT_OK
+
+
+def _check_flags(test: bool, again: bool, judge: bool, overrides: Sequence[str], against: str, tasks: str) -> None:
+    """Refuse flags that contradict each other."""
+    if again and not test:
+        raise UserError(
+            "--again is given without --test.",
+            "only the test rows are sealed; the others may be measured any number of times.",
+            "write --test --again, or remove --again.",
+        )
+    if overrides and not judge:
+        raise UserError(
+            f"{overrides[0]} is given without --judge.",
+            "a run is evaluated by its recipe; only the judge may be another one.",
+            f"remove {overrides[0]}, or write --judge.",
+        )
+    for name, given, why in (
+        ("--judge", judge, "a judge reads the stored answers of a run and its base."),
+        ("--tasks", tasks, "tasks are measured on a run and its base."),
+    ):
+        if given and against:
+            raise UserError(f"{name} is given with --against.", why, f"remove {name}, or --against {against}.")
 
 
 def _endpoints(
