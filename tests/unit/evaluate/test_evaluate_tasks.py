@@ -173,6 +173,6 @@ def test_a_file_alone_is_measured_alone(tasks, tmp_path):
 
 def test_without_the_extra_nothing_is_opened(tasks, monkeypatch):
     monkeypatch.setattr(workflow, "find_spec", lambda _: None)
-    monkeypatch.setattr(workflow, "require_data", lambda _: None)
+    monkeypatch.setattr(workflow, "_require_inputs", lambda _: None)
     with pytest.raises(UserError, match=r"(?s)lm-eval is not installed.*pip install 'packhorse\[tasks\]'"):
-        workflow.evaluate_run(SimpleNamespace(), test=True, tasks=Path(tasks))
+        workflow.evaluate_run(SimpleNamespace(), workflow.EvaluationRequest(test=True, tasks=Path(tasks)))
