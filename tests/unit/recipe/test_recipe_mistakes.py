@@ -55,7 +55,7 @@ def test_a_good_recipe_loads(good):
             ("epochs: 1", "epochs: 1\ntrack: {zzz: 1}"),
             10,
             "track.zzz is not a field of track.",
-            "remove it, or use one of every_steps, profile, noise_scale, wandb, wandb_project, tensorboard.",
+            "remove it, or use one of every_steps, profile, noise_scale, wandb, wandb_project, tensorboard, mlflow.",
         ),
         (
             ("epochs: 1", "epochs: 1\nmethod: {kind: full, rank: 3}"),
