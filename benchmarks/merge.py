@@ -122,7 +122,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     """Merge as `packhorse export` does, without the proof."""
     request = ModelRequest(str(base), None, None, 0, torch.bfloat16, "eager", None, False, torch.device("cpu"))
     seen = open_base(request, 1024, unrounded=False, scratch=out)
-    write_merged(seen, StoredAdapter(adapter).changes(), torch.bfloat16, out, lambda done, total: None)
+    write_merged(seen, StoredAdapter(adapter).changes(), torch.bfloat16, out, lambda done, total: None, "")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -244,6 +244,20 @@ def test_an_interrupted_merge_continues_with_the_next_file(
     assert manifest["files"].keys() == set(written) | set(again)
 
 
+def test_an_interrupted_merge_of_another_adapter_or_type_is_not_continued(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the adapter before would be part of the new model, and of a large one not every layer is compared."""
+    base = base_of("llama", tmp_path / "base")
+    adapted(base, LoraConfig(target_modules=LINEAR), tmp_path / "adapter")
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "_write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export_merged(request(base, tmp_path, tokenizer), lambda *_: None)
+    theirs = adapted(base, LoraConfig(target_modules=ATTENTION), tmp_path / "adapter", scale=0.2)
+    assert (logits(merged(request(base, tmp_path, tokenizer))) - logits(theirs)).abs().max() < 1e-4
+
+
 def test_sizes_that_differ_end_before_weights_are_written(tmp_path: Path, tokenizer: Any) -> None:
     base = base_of("llama", tmp_path / "base")
     adapted(base, LoraConfig(target_modules=ATTENTION), tmp_path / "adapter")

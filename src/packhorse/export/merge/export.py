@@ -95,7 +95,8 @@ def export_merged(request: MergeRequest, progress: Callable[[int, int], None]) -
     try:
         base = open_base(request.base, len(request.tokenizer), request.unrounded, scratch)
         if adapter.can_stream:
-            merge = write_merged(base, adapter.changes(), request.dtype, draft, progress)
+            key = json.dumps([_result_key(request), [(name, _stamp(base, name)) for name in base.files.files]])
+            merge = write_merged(base, adapter.changes(), request.dtype, draft, progress, key)
         else:
             merge = _merged_by_peft(request, base, draft)
         _finish_folder(request, draft)
@@ -155,7 +156,7 @@ def _write_manifest(request: MergeRequest, base: SeenBase, merge: Merge, proof: 
     manifest = {
         "base": {"source": request.base.source, "revision": request.base.revision}
         | {"files": {name: sha256(base.files.folder / name) for name in base.files.files}},
-        "dtype": str(request.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(request),
         "unrounded": request.unrounded,
         "adapter": _hashes(request.adapter),
         "files": dict(merge.hashes),
@@ -172,8 +173,22 @@ def is_merged(request: MergeRequest) -> bool:
     if not file.is_file():
         return False
     found = json.loads(file.read_text(encoding="utf-8"))
-    asked = [str(request.dtype).removeprefix("torch."), request.unrounded, _hashes(request.adapter)]
-    return [found["dtype"], found["unrounded"], found["adapter"]] == asked
+    return [found["dtype"], found["unrounded"], found["adapter"]] == _result_key(request)
+
+
+def _result_key(request: MergeRequest) -> list[Any]:
+    """Return what decides the result, beside the base: type, rounding and adapter."""
+    return [_dtype_name(request), request.unrounded, _hashes(request.adapter)]
+
+
+def _stamp(base: SeenBase, name: str) -> tuple[int, int]:
+    """Return size and time of a file of the base."""
+    found = (base.files.folder / name).stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _dtype_name(request: MergeRequest) -> str:
+    return str(request.dtype).removeprefix("torch.")
 
 
 def _hashes(folder: Path) -> dict[str, str]:

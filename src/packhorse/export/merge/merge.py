@@ -64,8 +64,11 @@ def write_merged(
     dtype: torch.dtype,
     folder: Path,
     progress: Callable[[int, int], None],
+    request: str,
 ) -> Merge:
-    """Write the weights and config.json of the merged model; files that an earlier call has written whole are kept.
+    """Write the weights and config.json of the merged model.
+
+    Files that an earlier call of the same request has written whole are kept.
 
     Args:
         base: The base as training saw it.
@@ -73,6 +76,7 @@ def write_merged(
         dtype: Type of the result; computed in fp32 and rounded once.
         folder: Folder of the result, which exists.
         progress: Called with the bytes written so far and in all.
+        request: What decides the result: files of another request are written again.
 
     Raises:
         UserError: A low-rank change of a tensor is zero, or the disk is full.
@@ -83,7 +87,7 @@ def write_merged(
     plan = _plan(base, changes, dtype, untied)
     total = sum(tensor.bytes for tensors, _ in plan.values() for tensor in tensors)
     _check_disk(folder, total)
-    finished = _finished(folder)
+    finished = _finished(folder, request)
     done = 0
 
     def count(num_bytes: int) -> None:
@@ -102,7 +106,7 @@ def write_merged(
             raise disk_error(folder / file, error) from error
         _refuse_still(moved, changes)
         finished[file] = {"sha256": digest, "moved": moved}
-        (folder / DONE_FILE).write_text(json.dumps(finished), encoding="utf-8")
+        (folder / DONE_FILE).write_text(json.dumps({"request": request, "files": finished}), encoding="utf-8")
     _write_index(plan, folder, total)
     _write_config(base, dtype, untied, folder)
     (folder / DONE_FILE).unlink(missing_ok=True)
@@ -170,15 +174,15 @@ def _refuse_still(moved: Mapping[str, float], changes: Mapping[str, Change]) -> 
         )
 
 
-def _finished(folder: Path) -> dict[str, Any]:
-    """Return what an interrupted call has noted of the files that it had written whole."""
+def _finished(folder: Path, request: str) -> dict[str, Any]:
+    """Return what an interrupted call of the same request has noted of the files that it had written whole."""
     file = folder / DONE_FILE
     if not file.is_file():
         return {}
     noted: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return {
         name: of_file
-        for name, of_file in noted.items()
+        for name, of_file in (noted["files"] if noted["request"] == request else {}).items()
         if (folder / name).is_file() and of_file["sha256"] == sha256(folder / name)
     }
 

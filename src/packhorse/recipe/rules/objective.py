@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from packhorse.recipe.methods import LoraMethod, PrefixTuningMethod, PromptTuningMethod
-from packhorse.recipe.objectives import DpoObjective, KtoObjective, PairedObjective, ReferenceSection
+from packhorse.recipe.objectives import (
+    DistilObjective,
+    DpoObjective,
+    KtoObjective,
+    PairedObjective,
+    ReferenceSection,
+    TeacherModel,
+)
 from packhorse.recipe.schema import Recipe
 from packhorse.yaml_source.findings import Finding
 from packhorse.yaml_source.nodes import KeyPath
@@ -14,8 +21,10 @@ SMOOTHED = ("sigmoid", "robust")
 
 
 def objective_rules(recipe: Recipe) -> Iterator[Finding]:
-    """Yield the rules on objectives over two documents per row that the recipe breaks."""
+    """Yield the rules on `objective` that the recipe breaks."""
     objective = recipe.objective
+    if isinstance(objective, DistilObjective):
+        yield from _distil_rules(objective)
     if not isinstance(objective, PairedObjective):
         return
     yield from _method_rules(recipe, objective.kind)
@@ -107,21 +116,40 @@ def _step_rules(recipe: Recipe, kind: str) -> Iterator[Finding]:
         )
 
 
+def _distil_rules(section: DistilObjective) -> Iterator[Finding]:
+    fix = "give objective.teacher.id (hub) or objective.teacher.path (a local folder or an earlier run)"
+    yield from _named_model_rules("teacher", section.teacher, "the student learns from one model.", fix)
+    if section.top != "all" and section.divergence != "forward":
+        yield Finding(
+            (("objective", "top"), ("objective", "divergence")),
+            f"objective.divergence is {section.divergence}, and objective.top is {section.top}.",
+            "it weighs tokens by the student's probabilities, and the stored tokens of the teacher lack most of these: "
+            "the gradient would be biased.",
+            "set objective.top: all, or objective.divergence: forward",
+        )
+
+
 def _reference_rules(reference: ReferenceSection) -> Iterator[Finding]:
-    given = [name for name in ("id", "path") if getattr(reference, name) is not None]
+    fix = "give objective.reference.id (hub) or objective.reference.path (a local folder), or set it to start"
+    yield from _named_model_rules("reference", reference, "the reference is one model.", fix)
+
+
+def _named_model_rules(field: str, model: ReferenceSection | TeacherModel, why: str, fix: str) -> Iterator[Finding]:
+    """Yield what is wrong with a field of `objective` that names one model by hub id or path."""
+    given = [name for name in ("id", "path") if getattr(model, name) is not None]
     if len(given) != 1:
         yield Finding(
-            (("objective", "reference", "id"), ("objective", "reference", "path")),
-            f"objective.reference gives {' and '.join(given) or 'neither id nor path'}.",
-            "the reference is one model.",
-            "give objective.reference.id (hub) or objective.reference.path (a local folder), or set it to start",
+            (("objective", field, "id"), ("objective", field, "path")),
+            f"objective.{field} gives {' and '.join(given) or 'neither id nor path'}.",
+            why,
+            fix,
         )
-    if reference.revision is not None and reference.id is None:
+    if model.revision is not None and model.id is None:
         yield Finding(
-            (("objective", "reference", "revision"),),
-            f"objective.reference.revision is {reference.revision}, but there is no objective.reference.id.",
+            (("objective", field, "revision"),),
+            f"objective.{field}.revision is {model.revision}, but there is no objective.{field}.id.",
             "a revision is a commit of a model on the hub.",
-            "remove it, or name the model by objective.reference.id",
+            f"remove it, or name the model by objective.{field}.id",
         )
 
 

@@ -13,7 +13,6 @@ from packhorse.recipe.rules.objective import objective_rules
 from packhorse.recipe.rules.sweep import sweep_rules
 from packhorse.recipe.rules.validation_loss import validation_loss_rules
 from packhorse.recipe.schema import BatchSection, OptimizerSection, Recipe
-from packhorse.recipe.teacher import distil_rules
 from packhorse.yaml_source.findings import Finding
 from packhorse.yaml_source.nodes import KeyPath
 from packhorse.yaml_source.schema import join_words
@@ -69,7 +68,6 @@ def rule_findings(recipe: Recipe) -> list[Finding]:
         *sweep_rules(recipe),
         *evaluation_rules(recipe.evaluation),
         *validation_loss_rules(recipe),
-        *distil_rules(recipe),
         *objective_rules(recipe),
     ]
 
