@@ -63,3 +63,20 @@ def look(browser: str, folder: Path, pages: dict[str, str], widths: Sequence[int
     seen: dict[str, Any] = json.loads(found.text)
     assert len(seen) == len(frames)
     return seen
+
+
+def assert_contained(found: dict[str, Any], width: int) -> None:
+    """The page is no wider than the screen, runs nothing and asks for nothing."""
+    assert found["width"] == width
+    assert found["overflow"] == 0
+    assert found["pwned"] == "no"
+    assert found["scripts"] == 1  # the probe
+    assert found["requests"] == []
+
+
+def assert_readable(found: dict[str, Any], scheme: str) -> None:
+    """All text stands out from its background and is large enough."""
+    assert found["dark"] is (scheme == "dark")
+    ratio, text = found["lowest"]
+    assert ratio >= 4.5, text
+    assert found["smallest"] >= 12

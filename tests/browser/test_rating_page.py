@@ -13,7 +13,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from looking import look
+from looking import assert_contained, assert_readable, look
 
 from packhorse.evaluate.ratings import Kind, RatingSession
 from packhorse.evaluate.stored import AnsweredRow
@@ -50,23 +50,14 @@ def seen(browser: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 @ANY
 def test_the_page_is_never_wider_than_the_screen_and_runs_nothing(seen: dict[str, Any], name: str) -> None:
-    found = seen["light"][name]
-    assert found["width"] == int(name.split()[1])
-    assert found["overflow"] == 0
-    assert found["pwned"] == "no"
-    assert found["title"].startswith("Rating by ")
-    assert found["scripts"] == 1  # the probe
-    assert found["requests"] == []
+    assert_contained(seen["light"][name], int(name.split()[1]))
+    assert seen["light"][name]["title"].startswith("Rating by ")
 
 
 @ANY
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_stands_out_from_its_background(seen: dict[str, Any], name: str, scheme: str) -> None:
-    found = seen[scheme][name]
-    assert found["dark"] is (scheme == "dark")
-    ratio, text = found["lowest"]
-    assert ratio >= 4.5, text
-    assert found["smallest"] >= 12
+    assert_readable(seen[scheme][name], scheme)
 
 
 def test_nothing_on_the_page_names_a_model(seen: dict[str, Any]) -> None:
