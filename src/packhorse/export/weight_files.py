@@ -21,6 +21,8 @@ INDEX: Final = "model.safetensors.index.json"
 ALONE: Final = "model.safetensors"
 BLOCK_NUMBERS: Final = 1 << 17
 """Numbers of a block: in fp32 it stays in a core's cache, which makes a merge three times as fast (docs/lab-log.md)."""
+BLOCKS_AT_ONCE: Final = 32
+"""Blocks that the other thread gets together: handing over each would cost as much as writing it."""
 # Names of types in the header of a safetensors file (github.com/huggingface/safetensors, "Format").
 TYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -130,18 +132,22 @@ def write_safetensors(file: Path, tensors: Iterable[Written], progress: Callable
     # While one block is hashed and written, the next is computed.
     with file.open("wb") as opened, ThreadPoolExecutor(1) as writer:
 
-        def put(piece: Any) -> None:  # noqa: ANN401  # bytes, or a tensor's memory
-            digest.update(piece)
-            opened.write(piece)
+        def put(pieces: Sequence[Any]) -> None:  # bytes, or a tensor's memory
+            for piece in pieces:
+                digest.update(piece)
+                opened.write(piece)
 
-        pending = writer.submit(put, len(text).to_bytes(8, "little") + text)
+        pending = writer.submit(put, [len(text).to_bytes(8, "little") + text])
+        waiting: list[Any] = []
         for tensor in listed:
             for block in tensor.blocks():
-                view = block.to(tensor.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
-                pending.result()
-                pending = writer.submit(put, view)
+                waiting.append(block.to(tensor.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                if len(waiting) == BLOCKS_AT_ONCE:
+                    pending.result()
+                    pending, waiting = writer.submit(put, waiting), []
             progress(tensor.bytes)
         pending.result()
+        put(waiting)
         assert opened.tell() == 8 + len(text) + end, file
         opened.flush()
         os.fsync(opened.fileno())
